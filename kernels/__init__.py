@@ -1,0 +1,9 @@
+"""How a layer is computed: fused ops and the transformer layer made of them.
+
+Shape letters, here and in every docstring: B batch, S sequence, H hidden, N heads, D head dim (H / N), F feed-forward width,
+V vocabulary, T tokens (B * S).
+"""
+
+from .layer import LayerConfig, TransformerLayer
+
+__all__ = ["LayerConfig", "TransformerLayer"]

@@ -1,0 +1,162 @@
+"""The transformer layer: attention and feed-forward halves around one residual stream, pre-LN or post-LN."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import attention
+from .dropout import draw_seed
+from .gelu import Activation, gelu_linear
+from .layer_norm import layer_norm
+from .residual import dropout_residual
+
+# The dropouts of one layer draw from one seed; the site keeps their masks apart.
+_ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE = 1, 2, 3
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """Geometry and flags of a `TransformerLayer`; raises ValueError for a combination no layer can have.
+
+    causal: a token sees itself and what stands before it.
+    num_hidden_layers: depth of the model the layer is part of, for adjust_init_range.
+    adjust_init_range: start the two projections that write to the residual stream at
+        initializer_range / sqrt(2 * num_hidden_layers), so that its variance does not grow with depth (GPT-2, DeepSpeed).
+    kernels: `auto` runs Triton kernels on CUDA tensors where this version has them and PyTorch elsewhere; `reference` runs
+        PyTorch everywhere.
+    normalize_invertible: keep the output of a LayerNorm instead of its input. Only post-LN layers keep that output anyway,
+        so only they save memory by it.
+    gelu_checkpoint: drop GELU's output (B, S, F), compute it again in backward.
+    attn_dropout_checkpoint: drop the attention probabilities after dropout (B, N, S, S), compute them again in backward.
+        Without dropout they are never kept.
+    stochastic_mode: results may differ from run to run where that is faster. No kernel of this version has such a path.
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    intermediate_size: int
+    hidden_act: Activation = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    pre_layer_norm: bool = True
+    layer_norm_eps: float = 1e-12
+    causal: bool = False
+    initializer_range: float = 0.02
+    num_hidden_layers: int = 1
+    adjust_init_range: bool = True
+    kernels: Literal["auto", "reference"] = "auto"
+    normalize_invertible: bool = False
+    gelu_checkpoint: bool = False
+    attn_dropout_checkpoint: bool = False
+    stochastic_mode: bool = False
+
+    def __post_init__(self) -> None:
+        for field in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"):
+            if getattr(self, field) <= 0:
+                raise ValueError(f"{field}={getattr(self, field)} is not positive; give the layer's real size")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
+                f"choose a head count that divides it"
+            )
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} is not a dropout probability; it must be in [0, 1)")
+        if self.hidden_act not in ("gelu", "gelu_tanh"):
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; use 'gelu' or 'gelu_tanh'")
+
+
+class TransformerLayer(nn.Module):
+    """One layer of BERT or GPT.
+
+    pre-LN:  r = x + drop(attn(norm(x)));  y = r + drop(mlp(norm(r)))
+    post-LN: r = norm(x + drop(attn(x)));  y = norm(r + drop(mlp(r)))
+
+    Each half owns one LayerNorm, `attention_norm` and `mlp_norm`, whichever side it stands on. The rows of `qkv` are all
+    queries, then all keys, then all values, each (N, D). Dropout follows `module.training`. A stack of pre-LN layers needs
+    one more LayerNorm at its end.
+    """
+
+    def __init__(self, config: LayerConfig) -> None:
+        super().__init__()
+        self.config = config
+        size, eps = config.hidden_size, config.layer_norm_eps
+        self.attention_norm = nn.LayerNorm(size, eps=eps)
+        self.qkv = nn.Linear(size, 3 * size)
+        self.attention_output = nn.Linear(size, size)
+        self.mlp_norm = nn.LayerNorm(size, eps=eps)
+        self.intermediate = nn.Linear(size, config.intermediate_size)
+        self.output = nn.Linear(config.intermediate_size, size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights from N(0, initializer_range), biases 0, LayerNorms the identity; see LayerConfig.adjust_init_range."""
+        config = self.config
+        output_std = config.initializer_range
+        if config.adjust_init_range:
+            output_std /= math.sqrt(2.0 * config.num_hidden_layers)
+        for linear in (self.qkv, self.intermediate):
+            nn.init.normal_(linear.weight, std=config.initializer_range)
+        for linear in (self.attention_output, self.output):
+            nn.init.normal_(linear.weight, std=output_std)
+        for linear in (self.qkv, self.attention_output, self.intermediate, self.output):
+            nn.init.zeros_(linear.bias)
+        for norm in (self.attention_norm, self.mlp_norm):
+            norm.reset_parameters()
+
+    def forward(self, hidden_states: Tensor, attention_bias: Tensor | None = None) -> Tensor:
+        """The layer's output, (B, S, H) in the dtype of hidden_states.
+
+        hidden_states: (B, S, H). attention_bias: what `kernels.attention.attention_bias` made of padding, order and
+        document borders, once for all layers; a causal layer needs one.
+        Raises ValueError if the last dim is not hidden_size, or a causal layer gets no bias.
+        """
+        config = self.config
+        if hidden_states.shape[-1] != config.hidden_size:
+            raise ValueError(
+                f"hidden_states has last dim {hidden_states.shape[-1]}, the layer has hidden_size={config.hidden_size}"
+            )
+        if config.causal and attention_bias is None:
+            raise ValueError("attention_bias=None lets a causal layer see the future; build it with causal=True")
+        drops = self.training and (config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0)
+        seed = draw_seed(hidden_states.device) if drops else None
+        p = config.hidden_dropout_prob
+        if config.pre_layer_norm:
+            context = self._attend(self._norm(self.attention_norm, hidden_states), attention_bias, seed)
+            residual = dropout_residual(context, hidden_states, p, seed, _ATTENTION_OUTPUT_SITE)
+            return dropout_residual(self._mlp(self._norm(self.mlp_norm, residual)), residual, p, seed, _OUTPUT_SITE)
+        context = self._attend(hidden_states, attention_bias, seed)
+        residual = self._norm(
+            self.attention_norm, dropout_residual(context, hidden_states, p, seed, _ATTENTION_OUTPUT_SITE)
+        )
+        return self._norm(self.mlp_norm, dropout_residual(self._mlp(residual), residual, p, seed, _OUTPUT_SITE))
+
+    def _norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
+        return layer_norm(x, norm.weight, norm.bias, norm.eps, invertible=self.config.normalize_invertible)
+
+    def _attend(self, x: Tensor, attention_bias: Tensor | None, seed: Tensor | None) -> Tensor:
+        config = self.config
+        heads = config.num_attention_heads
+        qkv = self.qkv(x).view(*x.shape[:-1], 3, heads, config.hidden_size // heads)  # (B, S, 3, N, D)
+        context = attention(
+            qkv,
+            attention_bias,
+            config.attention_probs_dropout_prob,
+            seed,
+            _ATTENTION_SITE,
+            dropout_checkpoint=config.attn_dropout_checkpoint,
+        )
+        return F.linear(context, self.attention_output.weight, self.attention_output.bias)
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        config = self.config
+        return gelu_linear(
+            self.intermediate(x),
+            self.output.weight,
+            self.output.bias,
+            config.hidden_act,
+            checkpoint=config.gelu_checkpoint,
+        )

@@ -1,0 +1,140 @@
+"""The run config: every key of a run, its type, its default and its meaning.
+
+`load_config` (in `config_loading.py`) reads one from YAML or JSON; `config schema` and `docs/config.md` are generated from
+these classes. No torch import.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ..recipes.config import (
+    DataConfig,
+    Fraction,
+    LayerFlags,
+    ModelConfig,
+    ObjectiveConfig,
+    PositiveInt,
+    Section,
+    TokenizerConfig,
+)
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Section):
+    type: Literal["lamb", "adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
+    max_coeff: Annotated[float, Field(gt=0)] | None = 10.0
+    """LAMB: upper bound of the trust ratio; null for none."""
+    min_coeff: Annotated[float, Field(ge=0)] | None = 0.01
+    """LAMB: lower bound of the trust ratio; null for none."""
+    bias_correction: bool = True
+    """Correct the moments for their start at zero."""
+    convention: Literal["paper", "nvidia", "deepspeed"] = "paper"
+    """LAMB: where the bias correction acts and which parameters get a trust ratio; docs/optimizers.md has the table."""
+
+
+class ScheduleConfig(Section):
+    type: Literal["EE", "LE", "EP", "linear", "cosine", "constant", "wsd"] = "linear"
+    """EE, LE, EP are the schedules of DeepSpeed's BERT recipe (exponential or linear warm-up, then exponential or polynomial
+    decay); wsd is warm-up, stable, decay."""
+    warmup_proportion: Fraction | None = None
+    """Warm-up as a share of total_steps; give this or warmup_steps."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    total_steps: PositiveInt | None = None
+    """Length of the schedule in steps; default the length of the run."""
+    decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """EE, LE: factor of lr over each decay_steps."""
+    decay_steps: PositiveInt = 1000
+    decay_proportion: Fraction = 0.2
+    """wsd: share of total_steps in which lr falls to zero."""
+    lr_offset: Annotated[float, Field(ge=0)] = 0.0
+    """Added to lr at every step."""
+
+
+class TrainingConfig(Section):
+    train_batch_size: PositiveInt | None = None
+    """Sequences per optimizer step, over all processes; any two of the three batch keys give the third."""
+    micro_batch_size: PositiveInt | None = None
+    """Sequences per forward pass of one process."""
+    gradient_accumulation_steps: PositiveInt | None = None
+    max_steps: PositiveInt | None = None
+    """Length of the run in optimizer steps, counted from step 0, or from the loaded step with load.rewarmup; give this or
+    num_epochs."""
+    num_epochs: PositiveInt | None = None
+    """Length of the run in passes over the data."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
+    gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0 for no clipping."""
+
+
+class ParallelConfig(Section):
+    tensor: PositiveInt = 1
+    sequence: bool = False
+
+
+class CheckpointConfig(Section):
+    save_every_steps: PositiveInt | None = None
+    """null saves once, at the end of the run."""
+    keep_last: PositiveInt | None = 3
+    """Older checkpoints are removed after a newer one is complete; null keeps all."""
+    id_format: str = "step{step:08d}"
+    """Name of a checkpoint; must hold {step}, so that no two are equal, and may hold {epoch}. `:08d` pads with zeros, so that
+    names sort by step."""
+
+
+class LoadConfig(Section):
+    path: str | None = None
+    """A run directory, its `checkpoints` folder, or one checkpoint."""
+    id: str = "latest"
+    """A checkpoint id, a unique prefix of one, or latest."""
+    what: Literal["all", "weights"] = "all"
+    """all continues: weights, optimizer, step, data position, random state; weights starts a new run from them."""
+    rewarmup: bool = False
+    """Restart the schedule at the loaded step."""
+
+
+class EvalConfig(Section):
+    every_steps: PositiveInt | None = None
+    """null evaluates once, at the end of the run, when there is held-out data."""
+    batches: PositiveInt | None = None
+    """Most micro-batches per process and evaluation; null for the whole held-out set."""
+
+
+class LoggingConfig(Section):
+    every_steps: PositiveInt = 10
+    tensorboard: bool = True
+
+
+class ReliabilityConfig(Section):
+    hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
+    """A process that waits longer than this for another gives up and says so."""
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """The run directory is output_dir/name."""
+    output_dir: str = "runs"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    model: ModelConfig = ModelConfig()
+    layer: LayerFlags = LayerFlags()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    training: TrainingConfig = TrainingConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    load: LoadConfig = LoadConfig()
+    eval: EvalConfig = EvalConfig()
+    logging: LoggingConfig = LoggingConfig()
+    reliability: ReliabilityConfig = ReliabilityConfig()
+    deepspeed: str | dict[str, Any] | None = None
+    """A DeepSpeed JSON file, or its contents; our sections own batch, optimizer, clipping and precision."""

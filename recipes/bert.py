@@ -1,0 +1,142 @@
+"""BERT: bidirectional encoder, masked-token loss on the masked positions only, and a sentence-pair task.
+
+Source: Devlin et al., arXiv 1810.04805; pre-LN placement as in DeepSpeed's BERT recipe (a LayerNorm after the embeddings
+and one after the last layer).
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.attention import attention_bias
+from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
+from ..kernels.dropout import draw_seed
+from ..kernels.gelu import gelu
+from ..kernels.layer_norm import layer_norm
+from ..kernels.residual import dropout
+from .config import LayerFlags, ModelConfig, ObjectiveConfig
+from .layers import build_layers, check_positions, initialize
+from .recipe import Batch, Recipe, head_flops, layer_flops
+
+NUM_TOKEN_TYPES = 2  # sentence A and sentence B
+_EMBEDDING_SITE = 1
+
+
+class BertForPretraining(nn.Module):
+    """BERT with its heads.
+
+    sentence_task: nsp or sop adds the pooler and a two-way classifier over [CLS]; with none they do not exist.
+    """
+
+    def __init__(
+        self, model: ModelConfig, layer: LayerFlags, sentence_task: Literal["nsp", "sop", "none"], vocab_size: int
+    ) -> None:
+        super().__init__()
+        self.config, self.sentence_task = model, sentence_task
+        size, eps = model.hidden_size, model.layer_norm_eps
+        self.word_embeddings = nn.Embedding(vocab_size, size)
+        self.position_embeddings = nn.Embedding(model.max_position_embeddings, size)
+        self.token_type_embeddings = nn.Embedding(NUM_TOKEN_TYPES, size)
+        self.embedding_norm = nn.LayerNorm(size, eps=eps)
+        self.layers = build_layers(model, layer, causal=False)
+        self.final_norm = nn.LayerNorm(size, eps=eps) if model.pre_layer_norm else None
+        self.mlm_transform = nn.Linear(size, size)
+        self.mlm_norm = nn.LayerNorm(size, eps=eps)
+        self.mlm_bias = nn.Parameter(torch.zeros(vocab_size))  # the projection itself is the word embedding
+        fresh: list[nn.Module] = [
+            self.word_embeddings,
+            self.position_embeddings,
+            self.token_type_embeddings,
+            self.mlm_transform,
+        ]
+        if sentence_task != "none":
+            self.pooler = nn.Linear(size, size)
+            self.sentence_classifier = nn.Linear(size, 2)
+            fresh += [self.pooler, self.sentence_classifier]
+        initialize(fresh, model.initializer_range)
+
+    def encode(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> Tensor:
+        """The hidden state of every token, (B, S, H).
+
+        input_ids: (B, S) int64; token_type_ids: (B, S) int64 in {0, 1}, default 0; attention_mask: (B, S) bool, True = a
+        token, default all. Raises ValueError if S exceeds max_position_embeddings.
+        """
+        check_positions(input_ids, self.config.max_position_embeddings)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
+        hidden = hidden + self.position_embeddings.weight[: input_ids.shape[1]]
+        norm = self.embedding_norm
+        hidden = layer_norm(hidden, norm.weight, norm.bias, norm.eps)
+        p = self.config.hidden_dropout_prob
+        seed = draw_seed(hidden.device) if self.training and p > 0 else None
+        hidden = dropout(hidden, p, seed, _EMBEDDING_SITE)
+        bias = attention_bias(attention_mask, False, None, input_ids.shape[1], hidden)
+        for layer in self.layers:
+            hidden = layer(hidden, bias)
+        if self.final_norm is not None:
+            hidden = layer_norm(hidden, self.final_norm.weight, self.final_norm.bias, self.final_norm.eps)
+        return hidden
+
+    def _mlm_features(self, hidden: Tensor) -> Tensor:
+        features = gelu(self.mlm_transform(hidden), self.config.hidden_act)
+        return layer_norm(features, self.mlm_norm.weight, self.mlm_norm.bias, self.mlm_norm.eps)
+
+    def mlm_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every vocabulary entry, (..., V), for hidden states (..., H)."""
+        return F.linear(self._mlm_features(hidden), self.word_embeddings.weight, self.mlm_bias)
+
+    def sentence_logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the two sentence labels, (B, 2), from the first token of hidden states (B, S, H)."""
+        scores: Tensor = self.sentence_classifier(torch.tanh(self.pooler(hidden[:, 0])))
+        return scores
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor,
+        attention_mask: Tensor,
+        masked_positions: Tensor,
+        masked_labels: Tensor,
+        sentence_labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The summed loss of each task, {"mlm": (), and "nsp" or "sop": ()} in fp32.
+
+        masked_positions: (M,) int64, flat indices into B * S; masked_labels: (M,) int64 token ids, IGNORED counts nothing;
+        sentence_labels: (B,) int64, 0 = true pair or order, 1 = not.
+        """
+        hidden = self.encode(input_ids, token_type_ids, attention_mask)
+        masked = self._mlm_features(hidden.flatten(0, 1).index_select(0, masked_positions))
+        sums = {"mlm": linear_cross_entropy(masked, self.word_embeddings.weight, self.mlm_bias, masked_labels)}
+        if self.sentence_task != "none":
+            assert sentence_labels is not None, "a batch without sentence labels for a model with a sentence task"
+            scores = self.sentence_logits(hidden).float()
+            sums[self.sentence_task] = F.cross_entropy(scores, sentence_labels, reduction="sum")
+        return sums
+
+
+def _build(model: ModelConfig, layer: LayerFlags, objective: ObjectiveConfig, vocab_size: int) -> BertForPretraining:
+    return BertForPretraining(model, layer, objective.sentence_task, vocab_size)
+
+
+def _loss_counts(batch: Batch, objective: ObjectiveConfig) -> dict[str, int]:
+    counts = {"mlm": int((batch["masked_labels"] != IGNORED).sum())}
+    if objective.sentence_task != "none":
+        counts[objective.sentence_task] = len(batch["sentence_labels"])
+    return counts
+
+
+def _real_tokens(batch: Batch) -> int:
+    return int(batch["attention_mask"].sum())
+
+
+def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: int, predictions: float) -> float:
+    transform = 6 * predictions * model.hidden_size**2
+    return layer_flops(model, seq_length) + transform + head_flops(model, vocab_size, predictions)
+
+
+RECIPE = Recipe(_build, _loss_counts, _real_tokens, _flops_per_sample)

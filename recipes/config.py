@@ -1,0 +1,120 @@
+"""The sections of the run config that say what is trained: model, layer, tokenizer, data, objective.
+
+They stand here, and not with the other sections in `launcher/config.py`, because recipes read them and never import the
+launcher. No torch import: reading a run config is quick.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+DropoutProbability = Annotated[float, Field(ge=0, lt=1)]
+PositiveInt = Annotated[int, Field(gt=0)]
+one_or_list = BeforeValidator(lambda value: [value] if isinstance(value, dict) else value)
+
+
+class Section(BaseModel):
+    """A frozen part of the run config: unknown keys are errors, no type is converted but int to float, no number is infinite."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelConfig(Section):
+    type: Literal["bert", "gpt"] = "bert"
+    """Which recipe: a bidirectional encoder with masked-token objective, or a causal decoder."""
+    hidden_size: PositiveInt = 768
+    num_hidden_layers: PositiveInt = 12
+    num_attention_heads: PositiveInt = 12
+    intermediate_size: PositiveInt = 3072
+    """Width of the feed-forward part of each layer; four times hidden_size in BERT and GPT-2."""
+    hidden_act: Literal["gelu", "gelu_tanh"] = "gelu"
+    """GELU by the error function (BERT) or its tanh approximation (GPT-2)."""
+    hidden_dropout_prob: DropoutProbability = 0.1
+    attention_probs_dropout_prob: DropoutProbability = 0.1
+    max_position_embeddings: PositiveInt = 512
+    pre_layer_norm: bool = True
+    """LayerNorm before each half of the layer and once after the last layer; false is the original, post-LN BERT."""
+    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the normal distribution that weights start from."""
+    vocab_size: PositiveInt | Literal["auto"] = "auto"
+    """Rows of the embedding; auto is the tokenizer's size, rounded up to a multiple of 64."""
+
+
+class LayerFlags(Section):
+    kernels: Literal["auto", "reference"] = "auto"
+    """auto: Triton for CUDA tensors, PyTorch elsewhere; reference: PyTorch everywhere, to bisect a bad loss."""
+    stochastic_mode: bool = False
+    """Allow results that differ from run to run where that is faster."""
+    normalize_invertible: bool = False
+    """Drop the input of LayerNorm and recover it from the output in backward."""
+    gelu_checkpoint: bool = False
+    """Drop the output of GELU and recompute it in backward."""
+    attn_dropout_checkpoint: bool = False
+    """Drop the attention probabilities after dropout and recompute them in backward."""
+    unpad: bool = False
+    """Remove padding tokens once, before the embedding, and never put them back."""
+
+
+class TokenizerConfig(Section):
+    type: Literal["auto", "wordpiece", "bpe", "bytes"] = "auto"
+    """Which tokenizer to train when `path` is not given; auto is wordpiece for BERT and bpe for GPT. bytes trains nothing:
+    every byte is a token."""
+    path: str | None = None
+    """A `tokenizer.json`, a folder that holds one, or a WordPiece `vocab.txt`."""
+    vocab_size: PositiveInt = 8192
+    """Size of the vocabulary to train; unused when `path` is given."""
+    do_lower_case: bool = True
+    """Lower-case text and strip accents before WordPiece; unused by bpe and bytes."""
+
+
+class SourceConfig(Section):
+    kind: Literal["builtin", "text", "jsonl", "parquet", "hf"]
+    """builtin is the English documentation inside the Python interpreter; hf is a dataset of the Hugging Face hub or a local
+    dataset folder."""
+    path: str | None = None
+    """A file, folder or glob (text, jsonl, parquet), or a dataset name or folder (hf); not for builtin."""
+    text_field: str = "text"
+    """The column or JSON key that holds the text of one document."""
+    subset: str | None = None
+    """The configuration of an hf dataset, such as `20231101.en`."""
+    split: str = "train"
+    """The split of an hf dataset."""
+    streaming: bool = False
+    """Read an hf dataset without storing it whole first."""
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Share of the samples drawn from this source, relative to the other weights; give it to all sources, or to none to draw
+    from each in proportion to its size."""
+
+
+class DataConfig(Section):
+    sources: Annotated[list[SourceConfig], Field(min_length=1), one_or_list] = [SourceConfig(kind="builtin")]
+    validation: Annotated[list[SourceConfig], one_or_list] | None = None
+    """Held-out text; not together with validation_fraction."""
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the documents of `sources` to hold out, chosen by their content."""
+    max_seq_length: Annotated[int, Field(ge=8)] = 128
+    short_seq_prob: Fraction = 0.1
+    """BERT: share of the samples cut to a random shorter length."""
+    cache_dir: str | None = None
+    """Where prepared data is kept; default $XDG_CACHE_HOME/xformer-train, else ~/.cache/xformer-train."""
+
+
+class ObjectiveConfig(Section):
+    type: Literal["mlm", "clm"] = "mlm"
+    """Masked-token prediction (BERT) or next-token prediction (GPT)."""
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    masking: Literal["subword", "whole_word", "span"] = "subword"
+    sentence_task: Literal["nsp", "sop", "none"] = "nsp"
+    """Next-sentence prediction, sentence-order prediction, or none (BERT). With clm the default is none, and nothing else
+    fits."""
+    max_predictions_per_seq: PositiveInt | None = None
+    """Most positions to predict in one sequence; default mlm_probability times max_seq_length, rounded up."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_sentence_task_without_pairs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("type") == "clm":
+            return {"sentence_task": "none", **values}
+        return values

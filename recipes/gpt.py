@@ -1,0 +1,93 @@
+"""GPT: causal pre-LN decoder with a head tied to the word embeddings.
+
+Source: Radford et al., Language Models are Unsupervised Multitask Learners (GPT-2).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.attention import attention_bias
+from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
+from ..kernels.dropout import draw_seed
+from ..kernels.layer_norm import layer_norm
+from ..kernels.residual import dropout
+from .config import LayerFlags, ModelConfig, ObjectiveConfig
+from .layers import build_layers, check_positions, initialize
+from .recipe import Batch, Recipe, head_flops, layer_flops
+
+_EMBEDDING_SITE = 1
+
+
+class GptForPretraining(nn.Module):
+    """GPT with its language-model head."""
+
+    def __init__(self, model: ModelConfig, layer: LayerFlags, vocab_size: int) -> None:
+        super().__init__()
+        if not model.pre_layer_norm:
+            raise ValueError("model.pre_layer_norm=false: GPT is a pre-LN model; set it to true")
+        self.config = model
+        self.word_embeddings = nn.Embedding(vocab_size, model.hidden_size)
+        self.position_embeddings = nn.Embedding(model.max_position_embeddings, model.hidden_size)
+        self.layers = build_layers(model, layer, causal=True)
+        self.final_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
+        initialize([self.word_embeddings, self.position_embeddings], model.initializer_range)
+
+    def encode(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The hidden state of every token after the final LayerNorm, (B, S, H).
+
+        input_ids: (B, S) int64; position_ids: (B, S) int64, default 0 .. S - 1; segment_ids: (B, S) int, tokens see only
+        their own segment, default one segment; attention_mask: (B, S) bool, True = a token, default all.
+        Raises ValueError if S exceeds max_position_embeddings.
+        """
+        check_positions(input_ids, self.config.max_position_embeddings)
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        hidden = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        p = self.config.hidden_dropout_prob
+        seed = draw_seed(hidden.device) if self.training and p > 0 else None
+        hidden = dropout(hidden, p, seed, _EMBEDDING_SITE)
+        bias = attention_bias(attention_mask, True, segment_ids, input_ids.shape[1], hidden)
+        for layer in self.layers:
+            hidden = layer(hidden, bias)
+        return layer_norm(hidden, self.final_norm.weight, self.final_norm.bias, self.final_norm.eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every vocabulary entry as the next token, (..., V), for hidden states (..., H)."""
+        return F.linear(hidden, self.word_embeddings.weight)
+
+    def forward(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The summed next-token loss, {"clm": ()} in fp32.
+
+        labels: (B, S) int64, the token that follows each position, IGNORED where there is none to predict.
+        """
+        hidden = self.encode(input_ids, position_ids, segment_ids)
+        loss = linear_cross_entropy(hidden.flatten(0, 1), self.word_embeddings.weight, None, labels.flatten())
+        return {"clm": loss}
+
+
+def _build(model: ModelConfig, layer: LayerFlags, _: ObjectiveConfig, vocab_size: int) -> GptForPretraining:
+    return GptForPretraining(model, layer, vocab_size)
+
+
+def _loss_counts(batch: Batch, _: ObjectiveConfig) -> dict[str, int]:
+    return {"clm": int((batch["labels"] != IGNORED).sum())}
+
+
+def _real_tokens(batch: Batch) -> int:
+    return batch["input_ids"].numel()
+
+
+def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: int, predictions: float) -> float:
+    return layer_flops(model, seq_length) + head_flops(model, vocab_size, predictions)
+
+
+RECIPE = Recipe(_build, _loss_counts, _real_tokens, _flops_per_sample)

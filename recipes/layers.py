@@ -1,0 +1,50 @@
+"""The stack of layers both models share, and how weights outside the layers start."""
+
+from torch import Tensor, nn
+
+from ..kernels import LayerConfig, TransformerLayer
+from .config import LayerFlags, ModelConfig
+
+
+def build_layers(model: ModelConfig, flags: LayerFlags, *, causal: bool) -> nn.ModuleList:
+    """num_hidden_layers fresh layers with the model's geometry and the run's flags."""
+    config = LayerConfig(
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        intermediate_size=model.intermediate_size,
+        hidden_act=model.hidden_act,
+        hidden_dropout_prob=model.hidden_dropout_prob,
+        attention_probs_dropout_prob=model.attention_probs_dropout_prob,
+        pre_layer_norm=model.pre_layer_norm,
+        layer_norm_eps=model.layer_norm_eps,
+        causal=causal,
+        initializer_range=model.initializer_range,
+        num_hidden_layers=model.num_hidden_layers,
+        # The original BERT is post-LN, whose LayerNorms rescale the residual stream themselves.
+        adjust_init_range=model.pre_layer_norm,
+        kernels=flags.kernels,
+        normalize_invertible=flags.normalize_invertible,
+        gelu_checkpoint=flags.gelu_checkpoint,
+        attn_dropout_checkpoint=flags.attn_dropout_checkpoint,
+        stochastic_mode=flags.stochastic_mode,
+    )
+    return nn.ModuleList(TransformerLayer(config) for _ in range(model.num_hidden_layers))
+
+
+def initialize(modules: list[nn.Module], std: float) -> None:
+    """Weights of the given Linear and Embedding modules from N(0, std), biases 0."""
+    for module in modules:
+        if not isinstance(module, nn.Linear | nn.Embedding):
+            raise TypeError(f"no rule to initialize a {type(module).__name__}")
+        nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_positions(input_ids: Tensor, limit: int) -> None:
+    """Raises ValueError when a sequence is longer than the position embedding."""
+    if input_ids.shape[1] > limit:
+        raise ValueError(
+            f"input_ids has {input_ids.shape[1]} positions, max_position_embeddings={limit}; shorten the sequences or "
+            f"build the model with more positions"
+        )

@@ -1,0 +1,13 @@
+#!/bin/sh
+# Makes .venv, installs the package with its test tools, and runs ruff, mypy and pytest. Arguments go to pytest.
+set -eu
+cd "$(dirname "$0")/.."
+. scripts/venv.sh
+install_into_venv '.[test]'
+.venv/bin/ruff check .
+.venv/bin/ruff format --check .
+# mypy does not see through the folder mapping of the editable install, so it gets the packages under their real names.
+mkdir -p .venv/mypy/xformer_train
+for room in launcher recipes kernels; do ln -sfn "$PWD/$room" ".venv/mypy/xformer_train/$room"; done
+MYPYPATH=.venv/mypy .venv/bin/mypy
+exec .venv/bin/pytest "$@"

@@ -1,0 +1,198 @@
+"""The layer under all its flags."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from xformer_train.kernels import LayerConfig, TransformerLayer
+from xformer_train.kernels.attention import attention_bias
+
+CONFIG = LayerConfig(
+    hidden_size=24,
+    num_attention_heads=3,
+    intermediate_size=40,
+    hidden_dropout_prob=0.2,
+    attention_probs_dropout_prob=0.2,
+    layer_norm_eps=1e-5,
+    initializer_range=0.3,
+)
+
+
+def layer_of(config, dtype=torch.float32):
+    torch.manual_seed(3)
+    return TransformerLayer(config).to(dtype)
+
+
+def run(layer, x, bias=None, seed=11):
+    torch.manual_seed(seed)
+    x = x.detach().clone().requires_grad_()
+    y = layer(x, bias)
+    torch.manual_seed(5)
+    gradients = torch.autograd.grad(y, [x, *layer.parameters()], torch.randn_like(y))
+    return y.detach(), gradients
+
+
+@pytest.mark.parametrize("pre_layer_norm", [True, False])
+def test_the_layer_equals_torchs_own_without_dropout(pre_layer_norm):
+    config = dataclasses.replace(
+        CONFIG, pre_layer_norm=pre_layer_norm, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    ours = layer_of(config, torch.float64)
+    theirs = nn.TransformerEncoderLayer(
+        24, 3, 40, dropout=0.0, activation="gelu", batch_first=True, norm_first=pre_layer_norm, dtype=torch.float64
+    )
+    names = {
+        "self_attn.in_proj_weight": ours.qkv.weight,
+        "self_attn.in_proj_bias": ours.qkv.bias,
+        "self_attn.out_proj.weight": ours.attention_output.weight,
+        "self_attn.out_proj.bias": ours.attention_output.bias,
+        "linear1.weight": ours.intermediate.weight,
+        "linear1.bias": ours.intermediate.bias,
+        "linear2.weight": ours.output.weight,
+        "linear2.bias": ours.output.bias,
+        "norm1.weight": ours.attention_norm.weight,
+        "norm1.bias": ours.attention_norm.bias,
+        "norm2.weight": ours.mlp_norm.weight,
+        "norm2.bias": ours.mlp_norm.bias,
+    }
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    theirs.load_state_dict({name: value.detach().clone() for name, value in names.items()})
+    padding = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    x = torch.randn(2, 7, 24, dtype=torch.float64, requires_grad=True)
+    twin = x.detach().clone().requires_grad_()
+    y = ours(x, attention_bias(padding, False, None, 7, x))
+    expected = theirs(twin, src_key_padding_mask=~padding)
+    torch.testing.assert_close(y[padding], expected[padding])
+    dy = torch.randn_like(y) * padding[..., None]
+    y.backward(dy)
+    expected.backward(dy)
+    torch.testing.assert_close(x.grad, twin.grad)
+    for name, value in names.items():
+        torch.testing.assert_close(value.grad, theirs.get_parameter(name).grad)
+
+
+@pytest.mark.parametrize("pre_layer_norm", [True, False])
+@pytest.mark.parametrize("flags", list(itertools.product([False, True], repeat=3)))
+def test_memory_flags_change_neither_output_nor_gradients(pre_layer_norm, flags):
+    plain = dataclasses.replace(CONFIG, pre_layer_norm=pre_layer_norm)
+    flagged = dataclasses.replace(
+        plain, normalize_invertible=flags[0], gelu_checkpoint=flags[1], attn_dropout_checkpoint=flags[2]
+    )
+    x = torch.randn(2, 9, 24)
+    y, gradients = run(layer_of(plain), x)
+    flagged_y, flagged_gradients = run(layer_of(flagged), x)
+    assert torch.equal(y, flagged_y)
+    # fp32 inversion recovers the normalized input to a few ulp (LayerNorm weights are 1 here); sums over 18 rows follow
+    for a, b in zip(gradients, flagged_gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4 if flags[0] else 1e-5, atol=1e-5 if flags[0] else 1e-6)
+
+
+def saved_bytes(layer, x):
+    total = 0
+    parameters = {p.data_ptr() for p in layer.parameters()}
+    seen = set()
+
+    def pack(tensor):
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if tensor.data_ptr() not in parameters and storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return total
+
+
+def test_each_memory_flag_drops_the_tensor_it_names():
+    x = torch.randn(2, 9, 24, requires_grad=True)
+    post_ln = dataclasses.replace(CONFIG, pre_layer_norm=False)
+    base = saved_bytes(layer_of(post_ln), x)
+    tokens, float_bytes = 2 * 9, 4
+
+    def saving(**flags):
+        return base - saved_bytes(layer_of(dataclasses.replace(post_ln, **flags)), x)
+
+    assert saving(gelu_checkpoint=True) == tokens * 40 * float_bytes
+    assert saving(attn_dropout_checkpoint=True) == 2 * 3 * 9 * 9 * float_bytes
+    # Both inputs of the two LayerNorms go, as do their means; the last output is held by the inversion alone.
+    assert saving(normalize_invertible=True) == (2 * tokens * 24 - tokens * 24 + 2 * tokens) * float_bytes
+
+
+def test_dropout_follows_the_training_flag_and_the_seed():
+    layer = layer_of(CONFIG)
+    x = torch.randn(2, 9, 24)
+    assert torch.equal(run(layer, x)[0], run(layer, x)[0])
+    assert not torch.equal(run(layer, x, seed=1)[0], run(layer, x, seed=2)[0])
+    layer.eval()
+    assert torch.equal(run(layer, x, seed=1)[0], run(layer, x, seed=2)[0])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_reproduces_the_masks(reentrant):
+    layer = layer_of(CONFIG)
+    x = torch.randn(2, 9, 24, requires_grad=True)
+    torch.manual_seed(1)
+    (plain,) = torch.autograd.grad(layer(x).square().sum(), x)
+    torch.manual_seed(1)
+    x.grad = None
+    checkpoint(layer, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(plain, x.grad)
+
+
+def test_gradcheck_of_the_whole_layer_with_dropout():
+    config = dataclasses.replace(CONFIG, hidden_size=6, intermediate_size=5, gelu_checkpoint=True)
+    layer = layer_of(config, torch.float64)
+    x = torch.randn(1, 4, 6, dtype=torch.float64, requires_grad=True)
+    bias = attention_bias(None, True, None, 4, x)
+
+    def forward(value):
+        torch.manual_seed(7)
+        return layer(value, bias)
+
+    assert torch.autograd.gradcheck(forward, (x,))
+
+
+def test_a_causal_layer_does_not_see_the_future():
+    layer = layer_of(dataclasses.replace(CONFIG, causal=True)).eval()
+    x = torch.randn(1, 8, 24)
+    bias = attention_bias(None, True, None, 8, x)
+    changed = x.clone()
+    changed[:, 5:] += 1
+    assert torch.equal(layer(x, bias)[:, :5], layer(changed, bias)[:, :5])
+    with pytest.raises(ValueError, match="see the future"):
+        layer(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_attention_heads": 5}, "hidden_size=24 is not divisible by num_attention_heads=5"),
+        ({"hidden_dropout_prob": -1.0}, "hidden_dropout_prob=-1.0"),
+        ({"attention_probs_dropout_prob": 1.0}, "attention_probs_dropout_prob=1.0"),
+        ({"hidden_act": "relu"}, "hidden_act='relu'"),
+        ({"intermediate_size": 0}, "intermediate_size=0"),
+    ],
+)
+def test_impossible_layers_are_refused_with_the_field_and_its_value(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(CONFIG, **change)
+
+
+def test_a_wrong_width_is_refused():
+    with pytest.raises(ValueError, match="last dim 25"):
+        layer_of(CONFIG)(torch.randn(1, 2, 25))
+
+
+def test_projections_to_the_residual_stream_start_smaller_with_depth():
+    config = dataclasses.replace(CONFIG, hidden_size=240, num_hidden_layers=8, initializer_range=0.02)
+    layer = layer_of(config)
+    assert layer.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
+    assert layer.output.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)

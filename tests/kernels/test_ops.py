@@ -1,0 +1,187 @@
+"""Each op against plain torch: outputs and every gradient, odd sizes, non-contiguous input."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from xformer_train.kernels.attention import attention, attention_bias
+from xformer_train.kernels.cross_entropy import IGNORED, linear_cross_entropy
+from xformer_train.kernels.dropout import keep_mask, keep_scale
+from xformer_train.kernels.gelu import gelu, gelu_linear
+from xformer_train.kernels.layer_norm import is_invertible, layer_norm
+from xformer_train.kernels.residual import dropout, dropout_residual
+
+SEED = torch.tensor(1234)
+
+
+def randn(*shape, grad=True):
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=grad)
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5, 0.9])
+def test_keep_mask_keeps_the_promised_share(p):
+    n = 1 << 20
+    kept = keep_mask(torch.Size([n]), p, SEED, 1).double().mean().item()
+    assert abs(kept - (1 - p)) < 4 * math.sqrt(p * (1 - p) / n) + 2**-17
+    assert keep_scale(p) == pytest.approx(1 / (1 - p), rel=2e-4)
+
+
+def test_masks_of_different_sites_and_seeds_are_independent_and_repeatable():
+    shape, p = torch.Size([1000, 63]), 0.3
+    first = keep_mask(shape, p, SEED, 1)
+    assert torch.equal(first, keep_mask(shape, p, SEED, 1))
+    for other in (keep_mask(shape, p, SEED, 2), keep_mask(shape, p, SEED + 1, 1)):
+        correlation = torch.corrcoef(torch.stack([first.double().flatten(), other.double().flatten()]))[0, 1]
+        assert abs(correlation) < 4 / math.sqrt(shape.numel())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("size", [1, 63])
+def test_dropout_residual_equals_its_formula_with_the_same_mask(p, size):
+    x, residual = randn(size, 3, 2).transpose(0, 1), randn(3, size, 2)
+    y = dropout_residual(x, residual, p, SEED, 2)
+    expected = residual + x * keep_mask(x.shape, p, SEED, 2) * keep_scale(p)
+    torch.testing.assert_close(y, expected)
+    assert torch.autograd.gradcheck(lambda a, b: dropout_residual(a, b, p, SEED, 2), (x, residual))
+    assert torch.autograd.gradcheck(lambda a: dropout(a, p, SEED, 2), (x,))
+
+
+def test_no_seed_means_no_dropout():
+    x, residual = randn(5, 7), randn(5, 7)
+    assert torch.equal(dropout_residual(x, residual, 0.5, None, 1), x + residual)
+    assert dropout(x, 0.5, None, 1) is x
+
+
+@pytest.mark.parametrize("size", [1, 63, 1000])
+def test_invertible_layer_norm_equals_the_plain_one(size):
+    x = randn(2, 5, size)
+    weight = (1 + 0.1 * torch.randn(size, dtype=torch.float64)).requires_grad_()
+    bias = randn(size)
+    dy = randn(2, 5, size, grad=False)
+    plain = torch.autograd.grad(layer_norm(x, weight, bias, 1e-5), (x, weight, bias), dy)
+    inverted = torch.autograd.grad(layer_norm(x, weight, bias, 1e-5, invertible=True), (x, weight, bias), dy)
+    for a, b in zip(plain, inverted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_layer_norm_with_a_zero_weight_falls_back_and_its_gradients_stay_right():
+    x, weight, bias = randn(4, 8), torch.ones(8, dtype=torch.float64), randn(8)
+    weight[3] = 0
+    weight.requires_grad_()
+    assert not is_invertible(weight, bias, torch.float64)
+    assert torch.autograd.gradcheck(lambda *a: layer_norm(*a, 1e-5, invertible=True), (x, weight, bias))
+
+
+@pytest.mark.parametrize(("scale", "dtype", "allowed"), [(0.01, torch.bfloat16, False), (0.01, torch.float32, True)])
+def test_the_inversion_guard_depends_on_the_precision(scale, dtype, allowed):
+    weight = torch.ones(16)
+    weight[5] = scale
+    assert is_invertible(weight, torch.full((16,), 0.1), dtype) is allowed
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def test_recomputed_gelu_gives_bitwise_the_same_result(activation):
+    x, weight, bias = randn(2, 3, 17), randn(5, 17), randn(5)
+    dy = randn(2, 3, 5, grad=False)
+    kept = gelu_linear(x, weight, bias, activation, checkpoint=False)
+    recomputed = gelu_linear(x, weight, bias, activation, checkpoint=True)
+    assert torch.equal(kept, recomputed)
+    for a, b in zip(
+        torch.autograd.grad(kept, (x, weight, bias), dy),
+        torch.autograd.grad(recomputed, (x, weight, bias), dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)  # the GEMMs may sum in another order
+    torch.testing.assert_close(
+        gelu(x, activation), F.gelu(x, approximate="tanh" if activation.endswith("tanh") else "none")
+    )
+
+
+def explicit_attention(qkv, bias, mask):
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    if bias is not None:
+        scores = scores + bias
+    return ((scores.softmax(-1) * mask) @ v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("drop_product", [False, True])
+@pytest.mark.parametrize("kind", ["full", "padding", "causal", "segments"])
+def test_attention_equals_the_explicit_formula(p, drop_product, kind):
+    batch, size, heads, dim = 2, 7, 3, 5
+    qkv = randn(batch, size, 3, heads, dim)
+    key_mask = torch.ones(batch, size, dtype=torch.bool)
+    key_mask[1, 4:] = False
+    segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2]]).expand(batch, size)
+    bias = {
+        "full": None,
+        "padding": attention_bias(key_mask, False, None, size, qkv),
+        "causal": attention_bias(None, True, None, size, qkv),
+        "segments": attention_bias(None, True, segments, size, qkv),
+    }[kind]
+    seed = SEED if p else None
+    mask = keep_mask(torch.Size([batch, heads, size, size]), p, SEED, 1) * keep_scale(p) if p else 1.0
+    torch.testing.assert_close(
+        attention(qkv, bias, p, seed, 1, dropout_checkpoint=drop_product), explicit_attention(qkv, bias, mask)
+    )
+    if p:
+        assert torch.autograd.gradcheck(
+            lambda a: attention(a, bias, p, seed, 1, dropout_checkpoint=drop_product), (qkv,)
+        )
+
+
+def test_a_query_sees_only_what_the_bias_allows():
+    segments = torch.tensor([[0, 0, 1, 1]])
+    bias = attention_bias(torch.tensor([[True, True, True, False]]), True, segments, 4, torch.empty(0))
+    seen = (bias[0, 0] == 0).int().tolist()
+    assert seen == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]]
+    assert attention_bias(None, False, None, 4, torch.empty(0)) is None
+
+
+def test_a_row_without_visible_keys_is_finite():
+    qkv = randn(1, 3, 3, 1, 4)
+    bias = attention_bias(torch.zeros(1, 3, dtype=torch.bool), False, None, 3, qkv)
+    out = attention(qkv, bias, 0.0, None, 1)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert qkv.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 10**9])
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_linear_cross_entropy_equals_torch_for_every_chunk_size(chunk, with_bias, monkeypatch):
+    monkeypatch.setattr("xformer_train.kernels.cross_entropy._CHUNK_ELEMENTS", chunk)
+    hidden, weight = randn(13, 6), randn(11, 6)
+    bias = randn(11) if with_bias else None
+    labels = torch.randint(0, 11, (13,))
+    labels[[2, 5]] = IGNORED
+    inputs = [hidden, weight] + ([bias] if with_bias else [])
+    ours = linear_cross_entropy(hidden, weight, bias, labels)
+    theirs = F.cross_entropy(F.linear(hidden, weight, bias), labels, reduction="sum", ignore_index=IGNORED)
+    torch.testing.assert_close(ours, theirs)
+    for a, b in zip(torch.autograd.grad(3 * ours, inputs), torch.autograd.grad(3 * theirs, inputs), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_all_ignored_labels_give_zero_loss_and_zero_gradient():
+    hidden, weight = randn(4, 6), randn(11, 6)
+    loss = linear_cross_entropy(hidden, weight, None, torch.full((4,), IGNORED))
+    loss.backward()
+    assert loss.item() == 0
+    assert hidden.grad.abs().max() == 0
+    assert weight.grad.abs().max() == 0
+
+
+def test_half_precision_loss_is_within_twice_torchs_own_error():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(64, 32), torch.randn(500, 32)
+    labels = torch.randint(0, 500, (64,))
+    exact = F.cross_entropy(hidden.double() @ weight.double().t(), labels, reduction="sum")
+    half, half_weight = hidden.bfloat16(), weight.bfloat16()
+    torchs = F.cross_entropy((half @ half_weight.t()).float(), labels, reduction="sum")
+    ours = linear_cross_entropy(half, half_weight, None, labels)
+    assert ours.dtype == torch.float32
+    assert abs(ours - exact) <= 2 * abs(torchs - exact) + 1e-3

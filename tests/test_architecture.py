@@ -1,0 +1,63 @@
+"""The rooms, their order, and what pyproject must say of them."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ROOMS = ["kernels", "recipes", "launcher"]  # each may import from itself and from those before it
+
+
+def modules(room):
+    return sorted((ROOT / room).rglob("*.py"))
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", node.level
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_go_from_launcher_to_recipes_to_kernels_and_never_back(room):
+    later = ROOMS[ROOMS.index(room) + 1 :]
+    for path in modules(room):
+        for name, level in imported(path):
+            first = name.split(".")[0]
+            assert not name.startswith("xformer_train"), f"{path}: import {name} relatively"
+            if level >= 2:
+                assert first not in later, f"{path} imports from {first}"
+            if level == 0:
+                assert first not in ROOMS, f"{path}: {first} as a top-level name is another, public package"
+
+
+def test_triton_is_imported_only_by_its_own_files():
+    for room in ROOMS:
+        for path in modules(room):
+            if not path.stem.endswith("_triton"):
+                assert all(name.split(".")[0] != "triton" for name, _ in imported(path)), path
+
+
+def test_every_package_is_listed_in_pyproject():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {"/".join(p.parent.relative_to(ROOT).parts) for room in ROOMS for p in (ROOT / room).rglob("__init__.py")}
+    listed = {settings["package-dir"][name] for name in settings["packages"]}
+    assert folders == listed
+    assert {f"xformer_train.{folder.replace('/', '.')}" for folder in folders} == set(settings["packages"])
+
+
+def test_files_and_functions_stay_readable():
+    for room in [*ROOMS, "scripts"]:
+        for path in modules(room):
+            if path.stem.endswith("_triton"):
+                continue
+            text = path.read_text(encoding="utf-8")
+            assert text.count("\n") <= 400, f"{path} has {text.count(chr(10))} lines"
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef):
+                    length = (node.end_lineno or 0) - node.lineno + 1
+                    assert length <= 60, f"{path}:{node.lineno} {node.name} has {length} lines"
