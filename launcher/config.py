@@ -25,6 +25,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 class OptimizerConfig(Section):
     type: Literal["lamb", "adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate at the peak of the schedule, without lr_offset."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -46,11 +47,13 @@ class ScheduleConfig(Section):
     warmup_proportion: Fraction | None = None
     """Warm-up as a share of total_steps; give this or warmup_steps."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Warm-up in steps; without either key there is none."""
     total_steps: PositiveInt | None = None
     """Length of the schedule in steps; default the length of the run."""
     decay_rate: Annotated[float, Field(gt=0, le=1)] = 0.99
     """EE, LE: factor of lr over each decay_steps."""
     decay_steps: PositiveInt = 1000
+    """EE, LE: see decay_rate."""
     decay_proportion: Fraction = 0.2
     """wsd: share of total_steps in which lr falls to zero."""
     lr_offset: Annotated[float, Field(ge=0)] = 0.0
@@ -63,20 +66,23 @@ class TrainingConfig(Section):
     micro_batch_size: PositiveInt | None = None
     """Sequences per forward pass of one process."""
     gradient_accumulation_steps: PositiveInt | None = None
+    """Micro-batches of one process per optimizer step."""
     max_steps: PositiveInt | None = None
     """Length of the run in optimizer steps, counted from step 0, or from the loaded step with load.rewarmup; give this or
     num_epochs."""
     num_epochs: PositiveInt | None = None
     """Length of the run in passes over the data."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
-    """auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU."""
+    """auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU. fp8 is not available in this version."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
 
 
 class ParallelConfig(Section):
     tensor: PositiveInt = 1
+    """Processes that share one layer; only 1 in this version."""
     sequence: bool = False
+    """Split sequences over those processes too; only false in this version."""
 
 
 class CheckpointConfig(Section):
@@ -109,7 +115,9 @@ class EvalConfig(Section):
 
 class LoggingConfig(Section):
     every_steps: PositiveInt = 10
+    """Steps between two rows of metrics."""
     tensorboard: bool = True
+    """Write the same numbers for TensorBoard."""
 
 
 class ReliabilityConfig(Section):
@@ -121,7 +129,9 @@ class RunConfig(Section):
     name: str = "run"
     """The run directory is output_dir/name."""
     output_dir: str = "runs"
+    """Folder of run directories."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """Decides the weights at the start, dropout, masks and the order of samples."""
     model: ModelConfig = ModelConfig()
     layer: LayerFlags = LayerFlags()
     tokenizer: TokenizerConfig = TokenizerConfig()

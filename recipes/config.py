@@ -15,9 +15,11 @@ one_or_list = BeforeValidator(lambda value: [value] if isinstance(value, dict) e
 
 
 class Section(BaseModel):
-    """A frozen part of the run config: unknown keys are errors, no type is converted but int to float, no number is infinite."""
+    """A frozen part of the run config. Unknown keys are errors, numbers are finite, no type is converted but int to float."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ModelConfig(Section):
@@ -90,11 +92,13 @@ class SourceConfig(Section):
 
 class DataConfig(Section):
     sources: Annotated[list[SourceConfig], Field(min_length=1), one_or_list] = [SourceConfig(kind="builtin")]
+    """The text to train on."""
     validation: Annotated[list[SourceConfig], one_or_list] | None = None
     """Held-out text; not together with validation_fraction."""
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the documents of `sources` to hold out, chosen by their content."""
     max_seq_length: Annotated[int, Field(ge=8)] = 128
+    """Tokens in one sample, special ones included."""
     short_seq_prob: Fraction = 0.1
     """BERT: share of the samples cut to a random shorter length."""
     cache_dir: str | None = None
@@ -105,7 +109,9 @@ class ObjectiveConfig(Section):
     type: Literal["mlm", "clm"] = "mlm"
     """Masked-token prediction (BERT) or next-token prediction (GPT)."""
     mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the tokens to predict (BERT)."""
     masking: Literal["subword", "whole_word", "span"] = "subword"
+    """What is masked together: single tokens, all tokens of a word, or spans of several words (BERT)."""
     sentence_task: Literal["nsp", "sop", "none"] = "nsp"
     """Next-sentence prediction, sentence-order prediction, or none (BERT). With clm the default is none, and nothing else
     fits."""

@@ -1,0 +1,294 @@
+"""Rules of the run config that hold between keys, or that no type can say. Torch-free.
+
+Each rule yields faults; a fault names the keys that it read (the first is where it is reported) and says in one sentence
+what was given, what is needed and what to do.
+"""
+
+import re
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ..recipes.config import SourceConfig
+from .batch import solve_batch
+from .config import RunConfig
+from .deepspeed_config import deepspeed_faults
+
+PADDED_STEP = re.compile(r"(0[1-9]\d?)?d?")
+# Sections of ours that decide a DeepSpeed key: a fault of one of them hides what is said about the other.
+OWNERS = {
+    "train_batch_size": ("training",),
+    "train_micro_batch_size_per_gpu": ("training",),
+    "gradient_accumulation_steps": ("training",),
+    "gradient_clipping": ("training.gradient_clipping",),
+    "fp16": ("training.precision",),
+    "bf16": ("training.precision",),
+    "optimizer": ("optimizer",),
+    "zero_optimization": ("optimizer.type",),
+}
+FILE_NAME_RULE = "a plain name: no slash, no white space at its ends, no dot at its start"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One broken rule: the keys it read, the first being the one to blame, and the sentence for the user."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+def faults(config: RunConfig, world_size: int) -> Iterator[Fault]:
+    """Every broken rule of a run config whose single values are all valid."""
+    yield from _run_faults(config)
+    yield from _model_faults(config)
+    yield from _tokenizer_and_objective_faults(config)
+    yield from _data_faults(config)
+    yield from _schedule_faults(config)
+    yield from _optimizer_faults(config)
+    yield from _training_faults(config)
+    yield from _batch_and_deepspeed_faults(config, world_size)
+    yield from _unavailable(config)
+    yield from _checkpoint_faults(config)
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether `name` can be one folder or file name on every file system and is not hidden."""
+    return (
+        name == name.strip() != ""
+        and not name.startswith(".")
+        and name.isprintable()
+        and not any(character in name for character in '/\\:*?"<>|')
+    )
+
+
+def _run_faults(config: RunConfig) -> Iterator[Fault]:
+    if not is_plain_name(config.name):
+        yield Fault(("name",), f"got {config.name!r}, must be {FILE_NAME_RULE}; folders go into output_dir")
+    if not config.output_dir.strip():
+        yield Fault(("output_dir",), 'got an empty path, must name a folder; "." is the current one')
+
+
+def _model_faults(config: RunConfig) -> Iterator[Fault]:
+    model, data = config.model, config.data
+    if model.hidden_size % model.num_attention_heads:
+        yield Fault(
+            ("model.hidden_size", "model.num_attention_heads"),
+            f"got {model.hidden_size}, must be a multiple of model.num_attention_heads {model.num_attention_heads}",
+        )
+    if model.type == "gpt" and not model.pre_layer_norm:
+        yield Fault(("model.pre_layer_norm", "model.type"), "got false, but model.type gpt is pre-LN only; set true")
+    if data.max_seq_length > model.max_position_embeddings:
+        yield Fault(
+            ("data.max_seq_length", "model.max_position_embeddings"),
+            f"got {data.max_seq_length}, must be at most model.max_position_embeddings {model.max_position_embeddings}",
+        )
+    if config.layer.unpad and model.type == "gpt":
+        yield Fault(
+            ("layer.unpad", "model.type"),
+            "got true, but samples of model.type gpt are packed and hold no padding to remove; set false",
+        )
+
+
+def _tokenizer_and_objective_faults(config: RunConfig) -> Iterator[Fault]:
+    model, tokenizer, objective = config.model, config.tokenizer, config.objective
+    wanted = {"bert": "mlm", "gpt": "clm"}[model.type]
+    if objective.type != wanted:
+        yield Fault(
+            ("objective.type", "model.type"), f"got {objective.type!r}, but model.type {model.type} needs {wanted!r}"
+        )
+    elif objective.type == "clm" and objective.sentence_task != "none":
+        yield Fault(
+            ("objective.sentence_task", "objective.type"),
+            f"got {objective.sentence_task!r}, but objective.type clm has no sentence pairs; set none",
+        )
+    if (objective.max_predictions_per_seq or 0) > config.data.max_seq_length:
+        yield Fault(
+            ("objective.max_predictions_per_seq", "data.max_seq_length"),
+            f"got {objective.max_predictions_per_seq}, must be at most data.max_seq_length {config.data.max_seq_length}",
+        )
+    if tokenizer.path is not None and tokenizer.type != "auto":
+        yield Fault(
+            ("tokenizer.type", "tokenizer.path"),
+            f"got {tokenizer.type!r}, but the type of tokenizer.path {tokenizer.path!r} is read from that file; set auto, "
+            "or remove tokenizer.path to train a new tokenizer",
+        )
+    if tokenizer.type == "bytes" and isinstance(model.vocab_size, int) and model.vocab_size < 256:
+        yield Fault(
+            ("model.vocab_size", "tokenizer.type"),
+            f"got {model.vocab_size}, but tokenizer.type bytes has 256 symbols; set 256 or more, or auto",
+        )
+
+
+def _data_faults(config: RunConfig) -> Iterator[Fault]:
+    data = config.data
+    for key, sources in (("data.sources", data.sources), ("data.validation", data.validation)):
+        for index, source in enumerate(sources or []):
+            for name, text in _source_faults(source):
+                yield Fault((f"{key}.{index}.{name}", f"{key}.{index}.kind"), text)
+        unweighted = [index for index, source in enumerate(sources or []) if source.weight is None]
+        if unweighted and len(unweighted) < len(sources or []):
+            yield Fault(
+                (f"{key}.{unweighted[0]}.weight",),
+                f"is missing, though other sources have one; give all sources of {key} a weight, or none",
+            )
+    if data.validation is not None and not data.validation:
+        yield Fault(("data.validation",), "is an empty list; give a source, or null for none")
+    if data.validation and data.validation_fraction:
+        yield Fault(
+            ("data.validation_fraction", "data.validation"),
+            f"got {data.validation_fraction}, but data.validation already gives held-out text; keep one of the two",
+        )
+    if config.eval.every_steps and not data.validation and not data.validation_fraction:
+        yield Fault(
+            ("eval.every_steps", "data.validation", "data.validation_fraction"),
+            f"got {config.eval.every_steps}, but there is no held-out data; set data.validation_fraction or data.validation",
+        )
+
+
+def _source_faults(source: SourceConfig) -> Iterator[tuple[str, str]]:
+    if source.kind == "builtin" and source.path is not None:
+        yield "path", f"got {source.path!r}, but kind builtin is read from the Python interpreter; remove path"
+    if source.kind != "builtin" and not source.path:
+        what = "the name or folder of a dataset" if source.kind == "hf" else "a file, folder or glob"
+        yield "path", f"is missing; kind {source.kind} needs {what}"
+    if source.kind in ("builtin", "text") and source.text_field != "text":
+        yield "text_field", f"got {source.text_field!r}, but kind {source.kind} has no fields; remove it"
+    if source.kind != "hf":
+        for name, given, default in (
+            ("subset", source.subset, None),
+            ("split", source.split, "train"),
+            ("streaming", source.streaming, False),
+        ):
+            if given != default:
+                yield name, f"got {given!r}, but only kind hf has it, and this source is kind {source.kind}; remove it"
+
+
+def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
+    schedule, max_steps = config.schedule, config.training.max_steps
+    if schedule.warmup_steps is not None and schedule.warmup_proportion is not None:
+        yield Fault(
+            ("schedule.warmup_proportion", "schedule.warmup_steps"),
+            f"got {schedule.warmup_proportion}, but schedule.warmup_steps {schedule.warmup_steps} is given too; "
+            "keep one of the two",
+        )
+    total, total_key = schedule.total_steps or max_steps, "schedule.total_steps"
+    if schedule.total_steps is None:
+        total_key = "training.max_steps"
+    if total is not None and (schedule.warmup_steps or 0) > total:
+        yield Fault(
+            ("schedule.warmup_steps", "schedule.total_steps", "training.max_steps"),
+            f"got {schedule.warmup_steps}, must be at most {total_key} {total}",
+        )
+    if schedule.type == "wsd":
+        warmup = schedule.warmup_proportion or 0.0
+        if schedule.warmup_steps is not None and total is not None:
+            warmup = schedule.warmup_steps / total
+        if warmup + schedule.decay_proportion > 1 + 1e-9:
+            yield Fault(
+                ("schedule.decay_proportion", "schedule.warmup_proportion", "schedule.warmup_steps"),
+                f"got {schedule.decay_proportion}, which with a warm-up of {warmup:.4g} is more than the whole schedule; "
+                f"must be at most {1 - warmup:.4g}",
+            )
+    ends_at_zero = schedule.type in ("EP", "linear", "cosine", "wsd") and schedule.lr_offset == 0
+    if ends_at_zero and schedule.total_steps and max_steps and max_steps > schedule.total_steps:
+        yield Fault(
+            ("schedule.total_steps", "training.max_steps", "schedule.type"),
+            f"got {schedule.total_steps}, but the run goes on to training.max_steps {max_steps}, and schedule.type "
+            f"{schedule.type} ends at lr 0; set {max_steps} or null",
+        )
+
+
+def _optimizer_faults(config: RunConfig) -> Iterator[Fault]:
+    optimizer = config.optimizer
+    if (
+        optimizer.min_coeff is not None
+        and optimizer.max_coeff is not None
+        and optimizer.min_coeff > optimizer.max_coeff
+    ):
+        yield Fault(
+            ("optimizer.min_coeff", "optimizer.max_coeff"),
+            f"got {optimizer.min_coeff}, must be at most optimizer.max_coeff {optimizer.max_coeff}",
+        )
+
+
+def _training_faults(config: RunConfig) -> Iterator[Fault]:
+    training = config.training
+    if training.max_steps is None and training.num_epochs is None:
+        yield Fault(
+            ("training.max_steps", "training.num_epochs"),
+            "is missing; give the length of the run as training.max_steps or training.num_epochs",
+        )
+    if training.max_steps is not None and training.num_epochs is not None:
+        yield Fault(
+            ("training.num_epochs", "training.max_steps"),
+            f"got {training.num_epochs}, but training.max_steps {training.max_steps} is given too, and a run has one "
+            "length; keep one of the two",
+        )
+
+
+def _batch_and_deepspeed_faults(config: RunConfig, world_size: int) -> Iterator[Fault]:
+    batch_keys = ("training.train_batch_size", "training.micro_batch_size", "training.gradient_accumulation_steps")
+    batch = None
+    try:
+        batch = solve_batch(config.training, world_size)
+    except ValueError as error:
+        yield Fault(batch_keys, str(error).removeprefix(f"{batch_keys[0]}: "))
+    precision = config.training.precision
+    known = None if precision == "auto" or precision == "fp8" else precision  # noqa: PLR1714 (mypy narrows by ==)
+    for key, text in deepspeed_faults(config, batch, known):
+        yield Fault((f"deepspeed.{key}", *OWNERS.get(key.split(".")[0], ())), text)
+
+
+def _unavailable(config: RunConfig) -> Iterator[Fault]:
+    if config.training.precision == "fp8":
+        yield Fault(
+            ("training.precision",), "got 'fp8', which this version cannot train with; set auto, bf16, fp16 or fp32"
+        )
+    if config.parallel.tensor > 1:
+        yield Fault(
+            ("parallel.tensor",),
+            f"got {config.parallel.tensor}, but this version cannot split a layer over processes; set 1",
+        )
+    if config.parallel.sequence:
+        yield Fault(
+            ("parallel.sequence",), "got true, but this version cannot split a sequence over processes; set false"
+        )
+
+
+def _checkpoint_faults(config: RunConfig) -> Iterator[Fault]:
+    text = _id_format_fault(config.checkpoint.id_format)
+    if text:
+        yield Fault(("checkpoint.id_format",), f"got {config.checkpoint.id_format!r}, {text}")
+    load = config.load
+    if load.path is None:
+        for key, given in (
+            ("load.id", load.id != "latest"),
+            ("load.what", load.what != "all"),
+            ("load.rewarmup", load.rewarmup),
+        ):
+            if given:
+                value = getattr(load, key.removeprefix("load."))
+                shown = "true" if value is True else repr(value)
+                yield Fault((key, "load.path"), f"got {shown}, but load.path does not say where to load from; set it")
+    elif load.rewarmup and load.what == "weights":
+        yield Fault(
+            ("load.rewarmup", "load.what"),
+            "got true, but load.what weights starts a new run, whose schedule starts at step 0 anyway; set false",
+        )
+
+
+def _id_format_fault(id_format: str) -> str | None:
+    try:
+        fields = [field for field in string.Formatter().parse(id_format) if field[1] is not None]
+    except ValueError as error:
+        return f"is not a format: {error}"
+    for _, name, padding, conversion in fields:
+        if name not in ("step", "epoch") or conversion is not None:
+            return f"may hold {{step}} and {{epoch}} only, not {{{name}{'!' + conversion if conversion else ''}}}"
+        if not PADDED_STEP.fullmatch(padding or ""):
+            return f"has {{{name}:{padding}}}; only zero padding is allowed, such as {{{name}:08d}}"
+    if "step" not in {name for _, name, _, _ in fields}:
+        return "must hold {step}, so that no two checkpoints have one name; {step:08d} sorts by step"
+    if not is_plain_name(id_format.format(step=1, epoch=1)):
+        return f"must give {FILE_NAME_RULE}"
+    return None

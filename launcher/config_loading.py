@@ -1,0 +1,333 @@
+"""Reading a run config: schema default < file < `--set a.b=c` < named flag, with every problem in one report. Torch-free."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from .config import RunConfig
+from .config_checks import faults
+from .config_file import ConfigError, KeyPath, describe, dotted, is_leaf, parse_value, read_tree, to_yaml
+from .flags import FLAG_OF_KEY
+
+__all__ = ["ConfigError", "LoadedConfig", "dump_config", "load_config"]
+
+# Of two keys that exclude each other, the one from the higher layer replaces the other: `--max_steps 10` tries out a config
+# that gives num_epochs. Both in one layer are an error.
+EXCLUSIVE: tuple[tuple[KeyPath, KeyPath], ...] = (
+    (("training", "max_steps"), ("training", "num_epochs")),
+    (("schedule", "warmup_steps"), ("schedule", "warmup_proportion")),
+)
+SOURCE_LISTS = (("data", "sources"), ("data", "validation"))
+KINDS = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+}
+BOUNDS = {
+    "greater_than": "greater than {gt}",
+    "greater_than_equal": "at least {ge}",
+    "less_than": "less than {lt}",
+    "less_than_equal": "at most {le}",
+    "too_short": "a list of at least {min_length}",
+    "too_long": "a list of at most {max_length}",
+}
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A valid run config, and for each of its keys, dotted, what set it: `default`, `FILE:LINE`, `--set` or a flag's name."""
+
+    config: RunConfig
+    origins: dict[str, str]
+
+
+def load_config(
+    path: Path | str, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None, world_size: int = 1
+) -> LoadedConfig:
+    """The run config in the YAML or JSON file `path`, changed by `sets` ("a.b=c", c in YAML) and `flags` (key to value).
+
+    The batch is checked for `world_size` processes. A DeepSpeed file named under `deepspeed` is read too, and its contents
+    take the place of its path, so that the resolved config is complete. Raises ConfigError with all problems.
+    """
+    layers = _Layers(Path(path))
+    for text in sets:
+        layers.set_from_text(text)
+    for key, value in (flags or {}).items():
+        layers.set(tuple(key.split(".")), value, FLAG_OF_KEY.get(key, "flag"))
+    layers.include_deepspeed_file()
+    config = layers.validate(world_size)
+    leaves = _leaves(config.model_dump(mode="json"), ())
+    return LoadedConfig(config, {dotted(leaf): layers.origin(leaf) or "default" for leaf in leaves})
+
+
+def dump_config(config: RunConfig, origins: Mapping[str, str] | None = None) -> str:
+    """YAML with every key of the config, which loads back to an equal one; `origins` are added as trailing comments."""
+    return to_yaml(config.model_dump(mode="json"), origins)
+
+
+class _Layers:
+    """The values that were set so far, over the schema's defaults, with the origin of each and the problems met."""
+
+    def __init__(self, path: Path) -> None:
+        tree = read_tree(path)
+        self.path = path
+        self.values = tree.values
+        self.origins = {key: f"{path}:{line}" for key, line in tree.lines.items()}
+        self.problems: list[str] = []
+        self._list_single_sources()
+
+    def set_from_text(self, text: str) -> None:
+        """Applies one `--set a.b=c`."""
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            self.problems.append(f"--set {text}: must be KEY=VALUE, such as --set training.max_steps=100")
+            return
+        try:
+            parsed = parse_value(value)
+        except ValueError as error:
+            self.problems.append(f"--set: {key}: {value!r} is not a YAML value: {error}")
+            return
+        parts = key.strip().split(".")
+        self.set(tuple(int(part) if part.isdecimal() else part for part in parts), parsed, "--set")
+
+    def set(self, path: KeyPath, value: Any, origin: str) -> None:
+        """Puts a value at a path, making the sections on the way to it; what stood there is replaced."""
+        holder: Any = self.values
+        for depth, part in enumerate(path):
+            beyond_end = isinstance(part, int) and isinstance(holder, list) and part >= len(holder)
+            if beyond_end:
+                text = f"there is no item {part}; the list has {len(holder)} (the first is 0)"
+                self.problems.append(f"{origin}: {dotted(path)}: {text}")
+                return
+            fits = isinstance(holder, list if isinstance(part, int) else dict)
+            if not fits:
+                where = f"{dotted(path[:depth])} is {describe(holder)}, so there is nothing below it to set"
+                self.problems.append(f"{origin}: {dotted(path)}: unknown key; {where}")
+                return
+            if depth == len(path) - 1:
+                holder[part] = value
+            elif isinstance(part, str) and holder.get(part) is None:
+                holder[part] = (_default(path[: depth + 1]) or []) if isinstance(path[depth + 1], int) else {}
+            holder = holder[part]
+        self._drop(path, keep_value=True)
+        self._mark(path, value, origin)
+        for pair in EXCLUSIVE:
+            for this, other in (pair, pair[::-1]):
+                if path == this and value is not None and self.origins.get(other, origin) != origin:
+                    self._drop(other)
+        self._list_single_sources()
+
+    def include_deepspeed_file(self) -> None:
+        """Replaces the path of a DeepSpeed JSON file by the file's contents.
+
+        A relative path that the run config gives is looked up beside the run config, then in the current folder; one from
+        the command line the other way round.
+        """
+        given = self.values.get("deepspeed")
+        if not isinstance(given, str):
+            return
+        origin = self.origins[("deepspeed",)]
+        beside, current = self.path.parent / given, Path(given)
+        choices = (beside, current) if origin.startswith(f"{self.path}:") else (current, beside)
+        found = next((choice for choice in choices if choice.is_file()), None)
+        if found is None:
+            tried = " and ".join(dict.fromkeys(str(choice) for choice in choices))
+            self.problems.append(f"{origin}: deepspeed: no such file: {tried}")
+            self.values.pop("deepspeed")
+            return
+        try:
+            tree = read_tree(found)
+        except ConfigError as error:
+            self.problems.extend(error.problems)
+            self.values.pop("deepspeed")
+            return
+        self.values["deepspeed"] = tree.values
+        self.origins |= {("deepspeed", *key): f"{found}:{line}" for key, line in tree.lines.items()}
+
+    def validate(self, world_size: int) -> RunConfig:
+        """The config, or a ConfigError with what is wrong with single values and between those that are right."""
+        wrong: set[KeyPath] = set()
+        config, errors = _try(self.values)
+        if config is None:
+            for path, text in _merged(errors, self.values).items():
+                self.problems.append(f"{self._nearest(path)}: {dotted(path)}: {text}")
+                wrong.add(path)
+            for path in wrong:
+                self._drop(_outside_lists(path))
+            config, errors = _try(self.values)
+            assert config is not None, f"no problem is left after the wrong values are gone, but {errors}"
+        for fault in faults(config, world_size):
+            keys = [tuple(int(part) if part.isdecimal() else part for part in key.split(".")) for key in fault.keys]
+            if not any(_related(key, path) for key in keys for path in wrong):
+                self.problems.append(f"{self._nearest(keys[0])}: {fault.keys[0]}: {fault.text}")
+        if self.problems:
+            raise ConfigError(sorted(self.problems, key=_file_and_line))
+        return config
+
+    def origin(self, path: KeyPath) -> str | None:
+        """What set exactly this key."""
+        return self.origins.get(path)
+
+    def _nearest(self, path: KeyPath) -> str:
+        """What set this key, or a key in it, or the closest section around it, or else the file."""
+        below = (origin for key, origin in self.origins.items() if key[: len(path)] == path)
+        around = (self.origins[path[:length]] for length in range(len(path), 0, -1) if path[:length] in self.origins)
+        return self.origins.get(path) or next(below, None) or next(around, str(self.path))
+
+    def _mark(self, path: KeyPath, value: Any, origin: str) -> None:
+        self.origins[path] = origin
+        inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+        for key, item in inner:
+            self._mark((*path, key), item, origin)
+
+    def _drop(self, path: KeyPath, keep_value: bool = False) -> None:
+        self.origins = {key: origin for key, origin in self.origins.items() if key[: len(path)] != path}
+        if not keep_value:
+            holder: Any = self.values
+            for part in path[:-1]:
+                holder = holder[part] if holder and part in holder else None
+            if isinstance(holder, dict):
+                holder.pop(path[-1], None)
+
+    def _list_single_sources(self) -> None:
+        """One mapping where a list of sources belongs becomes a list of one, so that paths through it are of one form."""
+        for path in SOURCE_LISTS:
+            section = self.values.get(path[0])
+            if isinstance(section, dict) and isinstance(section.get(path[1]), dict):
+                section[path[1]] = [section[path[1]]]
+                below = {key: origin for key, origin in self.origins.items() if key[:2] == path and len(key) > 2}
+                for key, origin in below.items():
+                    del self.origins[key]
+                    self.origins[(*path, 0, *key[2:])] = origin
+
+
+def _file_and_line(problem: str) -> tuple[str, int]:
+    place = re.match(r"(.*?)(?::(\d+))?: ", problem)
+    assert place, f"a problem starts with its place: {problem}"
+    return place[1], int(place[2] or 0)
+
+
+def _try(values: dict[str, Any]) -> tuple[RunConfig | None, list[ErrorDetails]]:
+    try:
+        return RunConfig.model_validate(values), []
+    except ValidationError as error:
+        return None, error.errors()
+
+
+def _merged(errors: list[ErrorDetails], values: Any) -> dict[KeyPath, str]:
+    """One sentence for each wrong key, in the order of the errors. A union reports one error for each of its members."""
+    texts: dict[KeyPath, list[str]] = {}
+    inputs: dict[KeyPath, str] = {}
+    for error in errors:
+        path = _real_path(error, values)
+        if error["type"] == "extra_forbidden":
+            inputs[path], rule = "", _unknown_key(path)
+        elif error["type"] == "missing" and isinstance(path[-1], int):
+            path = path[:-1]
+            default = _default(path)
+            inputs[path], rule = f"got {error['input']}, ", f"a list of {len(default)}, such as the default {default}"
+        elif error["type"] == "missing":
+            inputs[path], rule = "", f"is missing; must be {_literals(path)}"
+        else:
+            inputs[path], rule = f"got {describe(error['input'])}, ", _rule(error)
+        texts.setdefault(path, []).append(rule)
+    return {
+        path: inputs[path] + ("must be " if inputs[path] else "") + " or ".join(dict.fromkeys(rules))
+        for path, rules in texts.items()
+    }
+
+
+def _real_path(error: ErrorDetails, values: Any) -> KeyPath:
+    """The location of an error without the names of union members, which pydantic appends to it."""
+    if error["type"] in ("extra_forbidden", "missing"):
+        return error["loc"]
+    length = 0
+    for part in error["loc"]:
+        inside = part in values if isinstance(values, dict) else isinstance(values, list) and isinstance(part, int)
+        if not inside:
+            break
+        values = values[part]
+        length += 1
+    return error["loc"][:length]
+
+
+def _rule(error: ErrorDetails) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "literal_error":
+        return str(context["expected"])
+    if kind in BOUNDS:
+        return BOUNDS[kind].format(**context)
+    if kind == "string_type" and not isinstance(error["input"], dict | list | None):
+        return f'text; write "{error["input"]}"'
+    if kind in ("int_type", "int_from_float") and isinstance(error["input"], float) and error["input"].is_integer():
+        return f"a whole number; write {int(error['input'])}"
+    assert kind in KINDS, f"the schema has a rule without words for it: {error}"
+    return KINDS[kind]
+
+
+def _unknown_key(path: KeyPath) -> str:
+    section = _section_of(path[:-1])
+    near = difflib.get_close_matches(str(path[-1]), section.model_fields, n=1)
+    if near:
+        return f"unknown key (did you mean {near[0]}?)"
+    return f"unknown key; {dotted(path[:-1]) or 'a run config'} has {', '.join(section.model_fields)}"
+
+
+def _literals(path: KeyPath) -> str:
+    choices = _section_of(path[:-1]).model_fields[str(path[-1])].annotation
+    return " or ".join(repr(choice) for choice in getattr(choices, "__args__", ()))
+
+
+def _section_of(path: KeyPath) -> type[BaseModel]:
+    """The schema class of the section at a path."""
+    section: type[BaseModel] = RunConfig
+    for part in path:
+        if isinstance(part, str):
+            section = next(
+                inner for inner in _classes(section.model_fields[part].annotation) if issubclass(inner, BaseModel)
+            )
+    return section
+
+
+def _classes(annotation: Any) -> list[type]:
+    inner = getattr(annotation, "__args__", None)
+    if inner is None:
+        return [annotation] if isinstance(annotation, type) else []
+    return [found for part in inner for found in _classes(part)]
+
+
+def _default(path: KeyPath) -> Any:
+    values: Any = RunConfig().model_dump(mode="json")
+    for part in path:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _outside_lists(path: KeyPath) -> KeyPath:
+    """The path cut before its first list index: a list with one wrong item is left out as a whole."""
+    first = next((position for position, part in enumerate(path) if isinstance(part, int)), len(path))
+    return path[:first]
+
+
+def _related(key: KeyPath, other: KeyPath) -> bool:
+    return key[: len(other)] == other or other[: len(key)] == key
+
+
+def _leaves(values: Mapping[str, Any] | list, path: KeyPath) -> list[KeyPath]:
+    found: list[KeyPath] = []
+    for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        found += [(*path, key)] if is_leaf(value) else _leaves(value, (*path, key))
+    return found

@@ -1,0 +1,191 @@
+"""The DeepSpeed JSON of a run: what the user gave under `deepspeed`, joined with the keys that our sections own.
+
+Our sections own the batch, the optimizer, the schedule, gradient clipping and the precision. In the user's part an equal
+value is fine, "auto" is filled in, and a different value is an error, so that no number has two sources. Torch-free.
+"""
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+from .batch import BatchPlan
+from .config import RunConfig
+from .config_file import ConfigError
+
+# Top-level keys that DeepSpeed 0.19 reads (deepspeed/runtime/config.py and the constants it imports). DeepSpeed itself
+# ignores any other key in silence.
+KNOWN_KEYS = frozenset(
+    """activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile csv_monitor
+    data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state
+    expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
+    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
+    prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel
+    tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
+    vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    zero_optimization""".split()  # noqa: SIM905
+)
+REMOVED_KEYS = frozenset(
+    """amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop
+    quantize_training sparse_attention sparse_gradients""".split()  # noqa: SIM905
+)
+NO_SPLITTING = "this version splits the batch over processes, and nothing else"
+REFUSED_KEYS = {
+    "scheduler": "the section schedule decides the learning rate",
+    "torch_autocast": "training.precision decides the precision",
+    "managed_gradient_accumulation": "the training loop leaves gradient accumulation to DeepSpeed",
+    "data_efficiency": "the section data decides which samples are drawn",
+    "autotuning": "the batch sizes of the section training are not searched for",
+    "hybrid_engine": "it is for generation, which a pretraining run does not do",
+    "weight_quantization": "training.precision decides the precision",
+    "pipeline": NO_SPLITTING,
+    "tensor_parallel": NO_SPLITTING,
+    "expert_parallel": NO_SPLITTING,
+    "sequence_parallel_size": NO_SPLITTING,
+}
+# DeepSpeed's Adam is AdamW unless adam_w_mode is false.
+OPTIMIZER_TYPES = {"lamb": "lamb", "adam": "adamw", "adamw": "adamw"}
+NEVER = 2**31
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def deepspeed_config(
+    config: RunConfig, batch: BatchPlan, precision: Precision, origins: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The JSON object to hand to `deepspeed.initialize`, together with our own optimizer object.
+
+    `precision` is what `training.precision` came to on this machine; `origins` (of `LoadedConfig`) lets errors name the
+    file and line. Raises ConfigError when the user's part contradicts our sections.
+    """
+    problems = [
+        f"{(origins or {}).get(f'deepspeed.{key}', 'run config')}: deepspeed.{key}: {text}"
+        for key, text in deepspeed_faults(config, batch, precision)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    result = copy.deepcopy(_given(config))
+    for key in ("optimizer", "fp16", "bf16", *REFUSED_KEYS):
+        result.pop(key, None)
+    if precision != "fp32":
+        result[precision] = {**_section(_given(config), precision), "enabled": True}
+    return result | {
+        "train_batch_size": batch.train_batch_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
+        "gradient_clipping": config.training.gradient_clipping,
+        # ZeRO takes our optimizer object instead of one of its own; so does optimizer offload.
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": NEVER,
+    }
+
+
+def deepspeed_faults(
+    config: RunConfig, batch: BatchPlan | None, precision: Precision | None
+) -> Iterator[tuple[str, str]]:
+    """Pairs of a key below `deepspeed` and what is wrong with it.
+
+    What depends on the batch or the precision is left out where that is None, which is to say not known yet.
+    """
+    given = _given(config)
+    yield from _key_faults(given)
+    for key, our_key, ours in _owned(config, batch, precision):
+        section, _, name = key.rpartition(".")
+        theirs = _section(given, section).get(name, "auto") if section else given.get(key, "auto")
+        if theirs != "auto" and not _equal(theirs, ours):
+            yield key, f"got {_show(theirs)}, but {our_key} is {_show(ours)}; make them equal, or remove it here"
+    yield from _optimizer_faults(config, _section(given, "optimizer"))
+    yield from _zero_faults(config, given.get("zero_optimization", {}))
+
+
+def _given(config: RunConfig) -> dict[str, Any]:
+    assert not isinstance(config.deepspeed, str), "load_config puts the contents of the file in the place of its path"
+    return config.deepspeed or {}
+
+
+def _section(given: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """The mapping at a dotted path, empty where there is none."""
+    for name in path.split("."):
+        inner = given.get(name)
+        given = inner if isinstance(inner, dict) else {}
+    return given
+
+
+def _owned(config: RunConfig, batch: BatchPlan | None, precision: Precision | None) -> Iterator[tuple[str, str, Any]]:
+    """Triples of a DeepSpeed key, our key that decides it, and our value."""
+    if batch is not None:
+        yield "train_batch_size", "training.train_batch_size", batch.train_batch_size
+        yield "train_micro_batch_size_per_gpu", "training.micro_batch_size", batch.micro_batch_size
+        yield "gradient_accumulation_steps", "training.gradient_accumulation_steps", batch.gradient_accumulation_steps
+    yield "gradient_clipping", "training.gradient_clipping", config.training.gradient_clipping
+    if precision is not None:
+        chosen = f"training.precision {config.training.precision}"
+        chosen += f" (here {precision}), for which it" if config.training.precision == "auto" else ", for which it"
+        yield "fp16.enabled", chosen, precision == "fp16"
+        yield "bf16.enabled", chosen, precision == "bf16"
+    optimizer = config.optimizer
+    for name in _param_names(optimizer.type):
+        yield f"optimizer.params.{name}", f"optimizer.{name}", getattr(optimizer, name)
+
+
+def _param_names(optimizer_type: str) -> tuple[str, ...]:
+    both = ("lr", "betas", "eps", "weight_decay", "bias_correction")
+    return (*both, "max_coeff", "min_coeff") if optimizer_type == "lamb" else both
+
+
+def _key_faults(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in given.items():
+        if key in REMOVED_KEYS:
+            yield key, "DeepSpeed has removed this feature; remove the key"
+        elif key in REFUSED_KEYS and not _is_off(value):
+            yield key, f"is not used: {REFUSED_KEYS[key]}; remove the key"
+        elif key not in KNOWN_KEYS:
+            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
+            yield key, "unknown DeepSpeed key" + (f" (did you mean {near[0]}?)" if near else "")
+        elif key in ("fp16", "bf16", "optimizer", "zero_optimization") and not isinstance(value, dict):
+            yield key, f"got {_show(value)}, must be a mapping"
+
+
+def _is_off(value: Any) -> bool:
+    return value is None or value is False or (isinstance(value, dict) and value.get("enabled") is False)
+
+
+def _optimizer_faults(config: RunConfig, optimizer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    ours = config.optimizer.type
+    theirs = optimizer.get("type", "auto")
+    if theirs != "auto" and OPTIMIZER_TYPES.get(str(theirs).lower()) != ours:
+        yield "optimizer.type", f"got {_show(theirs)}, but optimizer.type is {ours}; make them equal, or remove it here"
+    for name, value in _section(optimizer, "params").items():
+        key = f"optimizer.params.{name}"
+        if name == "max_grad_norm":
+            yield key, f"got {_show(value)}, but DeepSpeed refuses it here; set training.gradient_clipping instead"
+        elif name == "adam_w_mode" and value is not True:
+            yield key, f"got {_show(value)}, but optimizer.type adamw decays weights apart from the gradient; remove it"
+        elif name not in (*_param_names(ours), "adam_w_mode", "torch_adam"):
+            yield key, f"is not a parameter of optimizer.type {ours}; remove it"
+
+
+def _zero_faults(config: RunConfig, zero: Any) -> Iterator[tuple[str, str]]:
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        yield "zero_optimization.stage", f"got {_show(stage)}, must be 0, 1, 2 or 3"
+    elif stage and config.optimizer.type == "lamb":
+        yield (
+            "zero_optimization.stage",
+            f"got {stage}, but ZeRO flattens parameters into one vector, and the trust ratios of optimizer.type lamb, one "
+            "for each parameter, would be wrong; set stage 0, or optimizer.type adamw",
+        )
+
+
+def _equal(theirs: Any, ours: Any) -> bool:
+    if isinstance(ours, tuple):
+        return isinstance(theirs, list | tuple) and len(theirs) == len(ours) and all(map(_equal, theirs, ours))
+    if isinstance(theirs, bool) != isinstance(ours, bool):
+        return False
+    return bool(theirs == ours)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    return repr(list(value)) if isinstance(value, tuple) else repr(value)

@@ -1,0 +1,95 @@
+"""Writes docs/config.md, the reference of all keys of a run config, from the schema. Run it after a change of the schema."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from xformer_train.launcher.config import RunConfig
+
+PAGE = Path(__file__).parent.parent / "docs" / "config.md"
+INTRODUCTION = """\
+# Run config: all keys
+
+Written by `python scripts/config_reference.py` from `launcher/config.py` and `recipes/config.py`; do not edit.
+
+A run config is a YAML file (or JSON, if its name ends in `.json`) with the sections below. What it leaves out has the
+default. `--set section.key=value` changes a key on the command line (value in YAML, list items by number:
+`--set data.sources.0.path=text.txt`), and the named flags of `xformer-train --help` come last. Floats such as `11e-3` are
+numbers. `training.max_steps` given later in this order replaces `training.num_epochs` and the other way round, and so do
+`schedule.warmup_steps` and `schedule.warmup_proportion`.
+
+`xformer-train config show --config FILE` prints every key with what set it, `config check` says what is wrong with it, and
+`config schema` prints a JSON Schema for editors.
+"""
+SOURCES = """\
+## data.sources, data.validation
+
+A list of mappings with these keys; one mapping stands for a list of one.
+"""
+BOUNDS = {
+    "exclusiveMinimum": "> {}",
+    "minimum": ">= {}",
+    "exclusiveMaximum": "< {}",
+    "maximum": "<= {}",
+}
+WORDS = {
+    "integer": "integer",
+    "number": "number",
+    "string": "text",
+    "boolean": "boolean",
+    "null": "null",
+    "object": "mapping",
+}
+
+
+def render() -> str:
+    """The text of docs/config.md."""
+    schema = RunConfig.model_json_schema()
+    top, sections = [], []
+    for name, field in schema["properties"].items():
+        if "$ref" in field:
+            sections.append((name, _definition(schema, field)))
+        else:
+            top.append((name, field))
+    source = schema["$defs"]["SourceConfig"]
+    parts = [INTRODUCTION, "## Top level\n", _table(top, [])]
+    for name, section in sections:
+        parts += [f"## {name}\n", _table(section["properties"].items(), section.get("required", []))]
+        if name == "data":
+            parts += [SOURCES, _table(source["properties"].items(), source["required"])]
+    return "\n".join(parts)
+
+
+def _definition(schema: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
+    return schema["$defs"][field["$ref"].rpartition("/")[2]]
+
+
+def _table(fields: Any, required: list[str]) -> str:
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in fields:
+        default = "required" if name in required else f"`{json.dumps(field['default'])}`"
+        meaning = " ".join(field.get("description", "").split())
+        rows.append(f"| `{name}` | {_type(field)} | {default} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _type(field: dict[str, Any]) -> str:
+    if "anyOf" in field:
+        return " or ".join(_type(member) for member in field["anyOf"])
+    if "enum" in field:
+        return ", ".join(f"`{choice}`" for choice in field["enum"])
+    if "const" in field:
+        return f"`{field['const']}`"
+    if "$ref" in field:
+        return "source"
+    bounds = " ".join(text.format(field[key]) for key, text in BOUNDS.items() if key in field)
+    if field["type"] == "array":
+        if "prefixItems" in field:
+            return f"list of {len(field['prefixItems'])}: {_type(field['prefixItems'][0])}"
+        return f"list of {_type(field['items'])}s"
+    return f"{WORDS[field['type']]} {bounds}".strip()
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")
+    print(f"wrote {PAGE}")

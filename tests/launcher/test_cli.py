@@ -1,0 +1,269 @@
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from xformer_train.launcher import cli
+from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.flags import FLAGS
+
+MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
+
+
+@pytest.fixture
+def runs(monkeypatch, tmp_path):
+    """The calls of train.run, which is replaced, in a folder that holds run.yaml."""
+    calls = []
+    module = types.ModuleType("xformer_train.launcher.train")
+    module.run = lambda loaded, *, resume, debug: calls.append((loaded, resume, debug))
+    monkeypatch.setitem(sys.modules, "xformer_train.launcher.train", module)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE", "TORCH_CPP_LOG_LEVEL"):
+        monkeypatch.delenv(name, raising=False)
+    # Invoked in this process, the command sets this variable for good; a value of ours makes the test undo it.
+    monkeypatch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
+    Path("run.yaml").write_text(MINIMAL)
+    return calls
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200"})
+
+
+def failing_run(error):
+    def run(loaded, *, resume, debug):
+        raise error
+
+    return run
+
+
+def test_a_config_alone_trains(runs):
+    result = invoke("--config", "run.yaml")
+    assert result.exit_code == 0, result.output
+    [(loaded, resume, debug)] = runs
+    assert loaded.config == load_config("run.yaml").config
+    assert (resume, debug) == (False, False)
+
+
+@pytest.mark.parametrize("option", ["--config", "--config-file", "--config_file", "--cf"])
+def test_the_config_has_three_names(runs, option):
+    assert invoke(option, "run.yaml", "--resume", "auto", "--debug").exit_code == 0
+    [(_, resume, debug)] = runs
+    assert (resume, debug) == (True, True)
+
+
+FLAG_VALUES = {
+    "--max_seq_length": ("256", 256),
+    "--print_steps": ("7", 7),
+    "--max_steps": ("3", 3),
+    "--seed": ("0", 0),
+    "--output_dir": ("out", "out"),
+    "--job_name": ("2024", "2024"),
+    "--lr_schedule": ("EP", "EP"),
+    "--lr_offset": ("0.5", 0.5),
+    "--load_training_checkpoint": ("runs/a", "runs/a"),
+    "--load_checkpoint_id": ("step3", "step3"),
+    "--deepspeed_config": ("ds.json", {"prescale_gradients": False}),
+    "--rewarmup": (None, True),
+    "--attention_dropout_checkpoint": (None, True),
+    "--gelu_checkpoint": (None, True),
+    "--normalize_invertible": (None, True),
+    "--stochastic_mode": (None, True),
+}
+
+
+@pytest.mark.parametrize("hyphens", [False, True])
+@pytest.mark.parametrize("flag", [flag for flag in FLAGS if flag.key], ids=lambda flag: flag.names[0])
+def test_each_flag_sets_its_key_in_both_spellings_and_by_each_name(runs, flag, hyphens):
+    Path("ds.json").write_text('{"prescale_gradients": false}')
+    text, expected = FLAG_VALUES[flag.names[0]]
+    for name in flag.names:
+        option = name.replace("_", "-") if hyphens else name
+        needed = ["--load_training_checkpoint", "x"] if flag.key in ("load.id", "load.rewarmup") else []
+        result = invoke("--config", "run.yaml", option, *([text] if text else []), *needed)
+        assert result.exit_code == 0, result.output
+        loaded = runs.pop()[0]
+        value = loaded.config.model_dump()
+        for part in flag.key.split("."):
+            value = value[part]
+        assert value == expected
+        if flag.key != "deepspeed":
+            assert loaded.origins[flag.key] == flag.names[0]
+
+
+def test_flags_without_effect_are_accepted_anywhere(runs):
+    plain = load_config("run.yaml").config
+    result = invoke("--local_rank=1", "--deepspeed", "--config", "run.yaml", "--deepspeed_transformer_kernel")
+    assert result.exit_code == 0, result.output
+    assert runs[0][0].config == plain
+    assert invoke("--config", "run.yaml", "--local-rank", "0").exit_code == 0
+
+
+def test_an_offset_of_zero_is_set_and_not_taken_for_absent(runs):
+    Path("run.yaml").write_text(MINIMAL + "schedule: {lr_offset: 0.5}\n")
+    assert invoke("--config", "run.yaml", "--lr_offset", "0.0").exit_code == 0
+    assert runs[0][0].config.schedule.lr_offset == 0.0
+
+
+def test_a_flag_wins_over_set_and_set_over_the_file(runs):
+    assert (
+        invoke(
+            "--config", "run.yaml", "--set", "training.max_steps=20", "--set", "seed=3", "--max_steps", "30"
+        ).exit_code
+        == 0
+    )
+    config = runs[0][0].config
+    assert (config.training.max_steps, config.seed) == (30, 3)
+
+
+def test_config_problems_go_to_stderr_with_status_2(runs):
+    Path("run.yaml").write_text("optimizer:\n  max_coef: 1\n  lr: x\n" + MINIMAL)
+    result = invoke("--config", "run.yaml")
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == [
+        "run.yaml:2: optimizer.max_coef: unknown key (did you mean max_coeff?)",
+        "run.yaml:3: optimizer.lr: got 'x' (text), must be a number",
+    ]
+    assert runs == []
+
+
+def test_only_the_first_process_prints_config_problems(runs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, printed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        result = invoke("--config", "none.yaml")
+        assert result.exit_code == 2
+        assert bool(result.output) is printed
+
+
+@pytest.mark.parametrize("error", [ValueError("the corpus is empty"), OSError("no space left on device")])
+def test_an_error_of_the_run_is_one_line_with_status_1(runs, monkeypatch, error):
+    sys.modules["xformer_train.launcher.train"].run = failing_run(error)
+    result = invoke("--config", "run.yaml")
+    assert result.exit_code == 1
+    assert result.stderr == f"error: {error}\n"
+    with_debug = invoke("--config", "run.yaml", "--debug")
+    assert with_debug.exit_code == 1
+    assert "Traceback" in with_debug.stderr
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("RANK", "3")
+    assert invoke("--config", "run.yaml").stderr == f"error (rank 3): {error}\n"
+
+
+def test_an_error_that_is_not_meant_for_users_passes(runs):
+    sys.modules["xformer_train.launcher.train"].run = failing_run(RuntimeError("a defect"))
+    assert isinstance(invoke("--config", "run.yaml").exception, RuntimeError)
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "error: no run config is given; use --config FILE, or --help\n"),
+        (["--config", "run.yaml", "--resume", "step3"], "error: --resume got 'step3', must be auto; "),
+        (["--config", "run.yaml", "config", "show"], "error: options of config stand behind it"),
+        (["--seed", "3", "config", "schema"], "error: options of config stand behind it"),
+        (["config", "show"], "error: no run config is given"),
+    ],
+)
+def test_a_wrong_command_line_is_explained_with_status_2(runs, arguments, message):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith(message)
+    assert runs == []
+
+
+@pytest.mark.parametrize("arguments", [["--max_step", "3"], ["--max_steps", "x"], ["surplus"]])
+def test_unknown_options_and_wrong_types_have_status_2(runs, arguments):
+    assert invoke("--config", "run.yaml", *arguments).exit_code == 2
+    assert runs == []
+
+
+def test_a_wrong_world_size_is_named(runs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    result = invoke("--config", "run.yaml")
+    assert result.exit_code == 1
+    assert "WORLD_SIZE is 'two'" in result.stderr
+
+
+def test_config_show_prints_what_loads_back_and_what_set_each_key(runs):
+    result = invoke("config", "show", "--config", "run.yaml", "--set", "seed=3")
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert next(line for line in lines if line.startswith("seed:")).split() == ["seed:", "3", "#", "--set"]
+    assert next(line for line in lines if "max_steps:" in line).split() == ["max_steps:", "10", "#", "run.yaml:1"]
+    assert next(line for line in lines if "weight_decay:" in line).split()[-1] == "default"
+    Path("again.yaml").write_text(result.stdout)
+    assert load_config("again.yaml").config == load_config("run.yaml", ["seed=3"]).config
+
+
+def test_config_check_says_how_the_batch_is_divided(runs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    result = invoke("config", "check", "--config", "run.yaml")
+    assert result.stdout == "run.yaml: valid; 8 sequences per step = micro-batch 2 x accumulation 1 x processes 4\n"
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert invoke("config", "check", "--config", "run.yaml").exit_code == 2
+
+
+def test_config_schema_is_json_with_meanings():
+    schema = json.loads(invoke("config", "schema").stdout)
+    assert schema["additionalProperties"] is False
+    assert "trust ratio" in schema["$defs"]["OptimizerConfig"]["properties"]["max_coeff"]["description"]
+
+
+def test_help_lists_the_tutorials_flags_with_the_keys_they_set():
+    text = invoke("--help").output
+    for flag in FLAGS:
+        for name in flag.names:
+            assert name in text
+        if flag.key:
+            assert f"({flag.key})" in text.replace("\n", " ")
+    own, tutorial = text.index("--config"), text.index(cli.TUTORIAL_PANEL)
+    assert own < tutorial < text.index("--max_seq_length")
+
+
+def test_help_imports_no_heavy_module():
+    code = (
+        "import sys; sys.argv = ['xformer-train', '--help']\n"
+        "from xformer_train.launcher.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print([m for m in ('torch', 'deepspeed', 'pydantic', 'datasets', 'numpy', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--config" in done.stdout
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_module_is_the_console_script(tmp_path):
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "xformer_train.launcher", "--local_rank=0", "--cf", "none.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("none.yaml: no such file")
+    assert done.stdout == ""
+
+
+def test_library_warnings_are_silent_unless_asked_for(monkeypatch):
+    code = (
+        "import sys, types, warnings\n"
+        "from xformer_train.launcher.cli import _quieten_libraries\n"
+        "_quieten_libraries()\n"
+        "for name in ('torch.x', 'torchlike', 'mine'):\n"
+        "    warnings.warn_explicit(name, FutureWarning, 'f.py', 1, module=name)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "torch.x" not in done.stderr
+    assert "torchlike" in done.stderr
+    assert "mine" in done.stderr
+
+
+def test_dumped_configs_are_plain_yaml_too(runs):
+    shown = yaml.safe_load(invoke("config", "show", "--config", "run.yaml").stdout)
+    assert shown["optimizer"]["betas"] == [0.9, 0.999]

@@ -1,0 +1,167 @@
+import re
+
+import pytest
+
+MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ("name: ''", "name: got '', must be a plain name"),
+        ("name: ..", "name: got '..', must be a plain name"),
+        ("name: a/b", "name: got 'a/b', must be a plain name: no slash"),
+        ("name: .hidden", "name: got '.hidden', must be a plain name"),
+        ("output_dir: ''", "output_dir: got an empty path"),
+        ("model: {hidden_size: 100}", "model.hidden_size: got 100, must be a multiple of model.num_attention_heads 12"),
+        ("model: {type: gpt}", "objective.type: got 'mlm', but model.type gpt needs 'clm'"),
+        ("objective: {type: clm}", "objective.type: got 'clm', but model.type bert needs 'mlm'"),
+        ("model: {type: gpt, pre_layer_norm: false}\nobjective: {type: clm}", "model.pre_layer_norm: got false, but"),
+        ("model: {type: gpt}\nobjective: {type: clm, sentence_task: nsp}", "objective.sentence_task: got 'nsp', but"),
+        ("model: {type: gpt}\nobjective: {type: clm}\nlayer: {unpad: true}", "layer.unpad: got true, but samples of"),
+        (
+            "data: {max_seq_length: 513}",
+            "data.max_seq_length: got 513, must be at most model.max_position_embeddings 512",
+        ),
+        ("objective: {max_predictions_per_seq: 129}", "objective.max_predictions_per_seq: got 129, must be at most"),
+        ("tokenizer: {path: t.json, type: bpe}", "tokenizer.type: got 'bpe', but the type of tokenizer.path 't.json'"),
+        (
+            "tokenizer: {type: bytes}\nmodel: {vocab_size: 255}",
+            "model.vocab_size: got 255, but tokenizer.type bytes has",
+        ),
+        ("data: {sources: {kind: builtin, path: x}}", "data.sources.0.path: got 'x', but kind builtin is read from"),
+        ("data: {sources: {kind: text}}", "data.sources.0.path: is missing; kind text needs a file, folder or glob"),
+        (
+            "data: {sources: {kind: hf}}",
+            "data.sources.0.path: is missing; kind hf needs the name or folder of a dataset",
+        ),
+        (
+            "data: {sources: {kind: text, path: x, text_field: y}}",
+            "data.sources.0.text_field: got 'y', but kind text has",
+        ),
+        (
+            "data: {sources: {kind: text, path: x, streaming: true}}",
+            "data.sources.0.streaming: got True, but only kind hf",
+        ),
+        ("data: {sources: {kind: jsonl, path: x, subset: y}}", "data.sources.0.subset: got 'y', but only kind hf"),
+        ("data: {sources: {kind: jsonl, path: x, split: y}}", "data.sources.0.split: got 'y', but only kind hf"),
+        (
+            "data: {sources: [{kind: builtin, weight: 1}, {kind: builtin}]}",
+            "data.sources.1.weight: is missing, though other sources have one",
+        ),
+        ("data: {validation: []}", "data.validation: is an empty list"),
+        (
+            "data: {validation: {kind: builtin}, validation_fraction: 0.1}",
+            "data.validation_fraction: got 0.1, but data.validation already gives held-out text",
+        ),
+        ("eval: {every_steps: 5}", "eval.every_steps: got 5, but there is no held-out data"),
+        (
+            "schedule: {warmup_steps: 1, warmup_proportion: 0.1}",
+            "schedule.warmup_proportion: got 0.1, but schedule.warmup",
+        ),
+        ("schedule: {warmup_steps: 11}", "schedule.warmup_steps: got 11, must be at most training.max_steps 10"),
+        (
+            "schedule: {warmup_steps: 6, total_steps: 5, type: EE}",
+            "schedule.warmup_steps: got 6, must be at most schedule",
+        ),
+        ("schedule: {total_steps: 5}", "schedule.total_steps: got 5, but the run goes on to training.max_steps 10"),
+        (
+            "schedule: {type: wsd, warmup_steps: 5, decay_proportion: 0.6}",
+            "schedule.decay_proportion: got 0.6, which with a warm-up of 0.5 is more than the whole schedule; must be at "
+            "most 0.5",
+        ),
+        ("optimizer: {min_coeff: 11}", "optimizer.min_coeff: got 11.0, must be at most optimizer.max_coeff 10.0"),
+        ("training: {max_steps: 1}", "training.train_batch_size: no batch size is given"),
+        ("training: {train_batch_size: 1}", "training.max_steps: is missing; give the length of the run"),
+        (
+            "training: {train_batch_size: 1, max_steps: 1, num_epochs: 2}",
+            "training.num_epochs: got 2, but training.max_steps 1 is given too",
+        ),
+        (
+            "training: {train_batch_size: 7, micro_batch_size: 2, max_steps: 1}",
+            "training.train_batch_size: got 7, must be",
+        ),
+        (
+            "training: {train_batch_size: 8, max_steps: 1, precision: fp8}",
+            "training.precision: got 'fp8', which this version",
+        ),
+        ("parallel: {tensor: 2}", "parallel.tensor: got 2, but this version cannot"),
+        ("parallel: {sequence: true}", "parallel.sequence: got true, but this version cannot"),
+        ("checkpoint: {id_format: latest}", "checkpoint.id_format: got 'latest', must hold {step}"),
+        ("checkpoint: {id_format: 'e{epoch}'}", "checkpoint.id_format: got 'e{epoch}', must hold {step}"),
+        (
+            "checkpoint: {id_format: '{step}{x}'}",
+            "checkpoint.id_format: got '{step}{x}', may hold {step} and {epoch} only",
+        ),
+        (
+            "checkpoint: {id_format: '{step.real}'}",
+            "checkpoint.id_format: got '{step.real}', may hold {step} and {epoch}",
+        ),
+        (
+            "checkpoint: {id_format: '{step!r}'}",
+            "checkpoint.id_format: got '{step!r}', may hold {step} and {epoch} only",
+        ),
+        ("checkpoint: {id_format: '{step:.1e}'}", "checkpoint.id_format: got '{step:.1e}', has {step:.1e}; only zero"),
+        (
+            "checkpoint: {id_format: '{step:8d}'}",
+            "checkpoint.id_format: got '{step:8d}', has {step:8d}; only zero padding",
+        ),
+        ("checkpoint: {id_format: '{step'}", "checkpoint.id_format: got '{step', is not a format"),
+        ("checkpoint: {id_format: 'a/{step}'}", "checkpoint.id_format: got 'a/{step}', must give a plain name"),
+        ("checkpoint: {id_format: '.{step}'}", "checkpoint.id_format: got '.{step}', must give a plain name"),
+        ("load: {rewarmup: true}", "load.rewarmup: got true, but load.path does not say where to load from"),
+        ("load: {id: step3}", "load.id: got 'step3', but load.path does not say where to load from"),
+        ("load: {what: weights}", "load.what: got 'weights', but load.path does not say"),
+        (
+            "load: {path: x, what: weights, rewarmup: true}",
+            "load.rewarmup: got true, but load.what weights starts a new run",
+        ),
+        (
+            "optimizer: {type: lamb}\ndeepspeed: {zero_optimization: {stage: 2}}",
+            "deepspeed.zero_optimization.stage: got 2, but ZeRO flattens parameters into one vector",
+        ),
+        (
+            "deepspeed: {bf16: {enabled: true}}\ntraining: {precision: fp16, max_steps: 1, train_batch_size: 1}",
+            "deepspeed.bf16.enabled: got true, but training.precision fp16, for which it is false",
+        ),
+        ("deepspeed: {train_batch_size: 9}", "deepspeed.train_batch_size: got 9, but training.train_batch_size is 8"),
+    ],
+)
+def test_an_impossible_combination_is_refused(problems, text, message):
+    [problem] = problems(text + "\n" + ("" if "training:" in text else MINIMAL))
+    place, _, rest = problem.partition(": ")
+    assert re.fullmatch(r"run\.yaml(:\d+)?", place)
+    assert rest.startswith(message), rest
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "model: {type: gpt}\nobjective: {type: clm}",
+        "model: {type: gpt}\nobjective: {type: clm, sentence_task: none}",
+        "checkpoint: {id_format: 'epoch{epoch}_step{step}'}",
+        "checkpoint: {id_format: '{{x}}{epoch:03d}-{step:08}'}",
+        "tokenizer: {path: t.json}",
+        "data: {validation_fraction: 0.1}\neval: {every_steps: 5}",
+        "schedule: {type: EE, total_steps: 5, warmup_proportion: 0.5}",
+        "schedule: {type: wsd, warmup_proportion: 0.8}",
+        "optimizer: {type: lamb}\ndeepspeed: {zero_optimization: {stage: 0}}",
+        "deepspeed: {fp16: {enabled: true}}",  # whether auto comes to fp16 is known at the start of the run
+        "load: {path: x, rewarmup: true}",
+        "data: {sources: [{kind: builtin, weight: 1}, {kind: hf, path: x, split: y, subset: z, weight: 0.5}]}",
+    ],
+)
+def test_a_possible_combination_is_accepted(load, text):
+    load(text + "\n" + MINIMAL)
+
+
+def test_the_batch_is_checked_for_the_number_of_processes(load, problems):
+    load(MINIMAL, world_size=4)
+    [problem] = problems(MINIMAL, world_size=3)
+    assert "training.train_batch_size: got 8, must be a multiple of 3 processes" in problem
+
+
+def test_a_causal_objective_has_no_sentence_task_unless_one_is_asked_for(load):
+    loaded = load(MINIMAL + "model: {type: gpt}\nobjective: {type: clm}\n")
+    assert loaded.config.objective.sentence_task == "none"
+    assert load(MINIMAL).config.objective.sentence_task == "nsp"
