@@ -106,9 +106,12 @@ def train(
         loaded = _load(config, sets, values)
         if not debug:
             _quieten_libraries()
+        from .topology import quiet
+
+        quiet(debug)  # before `train`, which imports DeepSpeed
         from .train import run
 
-        run(loaded, resume=resume == "auto", debug=debug)
+        run(loaded, resume=resume == "auto")
 
 
 @config_app.command("show")

@@ -1,0 +1,86 @@
+"""The DeepSpeed engine of a run and the few numbers the loop reads from it, right for every ZeRO stage and precision."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from .topology import Topology
+
+
+def build_engine(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], topology: Topology
+) -> Any:
+    """A `deepspeed.DeepSpeedEngine` around `model`, moved to this process's device, that steps `optimizer`.
+
+    Weights are equal on all processes afterwards (the main process's), and neither they nor the optimizer's state have
+    seen a step. ds_config: contents of a DeepSpeed JSON, without an optimizer or scheduler of its own.
+    """
+    import deepspeed  # here, as its import must come after `topology.quiet`
+
+    stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+    clipping = float(ds_config.get("gradient_clipping", 0.0))
+    if stage == 0:
+        # At stage 0 DeepSpeed reports no norm in fp32, and in fp16 one that holds the loss scale: `_clip_before_step`
+        # measures and clips the unscaled gradient instead.
+        ds_config = {**ds_config, "gradient_clipping": 0.0}
+    with _no_steps(optimizer):
+        engine, *_ = deepspeed.initialize(model=model.to(topology.device), optimizer=optimizer, config=ds_config)
+    if stage == 0:
+        _clip_before_step(engine, optimizer, clipping)
+    return engine
+
+
+def grad_norm(engine: Any) -> float | None:
+    """2-norm of the last step's whole gradient before clipping, unscaled; inf if it overflowed, None before any step."""
+    if getattr(engine.optimizer, "overflow", False):
+        return math.inf
+    norm = engine.stage0_grad_norm if engine.zero_optimization_stage() == 0 else engine.get_global_grad_norm()
+    return None if norm is None else float(norm)
+
+
+def loss_scale(engine: Any) -> float | None:
+    """The factor on the loss under fp16, None in other precisions."""
+    return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
+
+
+def skipped_steps(engine: Any) -> int:
+    """Steps of the whole run whose gradient overflowed and which left the weights as they were."""
+    return int(engine.skipped_steps)
+
+
+def set_learning_rate(engine: Any, lr: float) -> None:
+    """Make `lr` the learning rate of every parameter group from the next step on."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr
+
+
+@contextmanager
+def _no_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """While inside, `optimizer.step()` does nothing.
+
+    The bf16 and fp16 wrappers of stage 0 step once with zero gradients when they are made. That would decay the weights,
+    fill the moments and count a step before training begins.
+    """
+    optimizer.step = lambda *args, **kwargs: None  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        del optimizer.step  # uncovers the method of the class
+
+
+def _clip_before_step(engine: Any, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Before every step of `optimizer`, note its gradient norm and scale the gradient down to `max_norm` (0: leave it)."""
+    engine.stage0_grad_norm = None
+
+    def clip(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [p for group in stepping.param_groups for p in group["params"] if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if max_norm > 0:
+            clip_grads_with_norm_(parameters, max_norm, norm)
+        engine.stage0_grad_norm = norm
+
+    optimizer.register_step_pre_hook(clip)

@@ -1,0 +1,149 @@
+"""What the loop measures of its steps and what the log and the start-up report are told of them."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .engine import grad_norm, loss_scale, skipped_steps
+from .lamb import Lamb
+from .metrics import StepRecord
+from .report import StartupFacts
+from .setup import Progress, Setup
+
+T = TypeVar("T")
+
+
+class Watch:
+    """Times and tokens since the last record, and the time of all steps."""
+
+    def __init__(self) -> None:
+        self.training_time_s = 0.0
+        self._clear()
+
+    def _clear(self) -> None:
+        self.num_steps, self.step_time_s, self.data_wait_s = 0, 0.0, 0.0
+        self.totals: torch.Tensor | None = None
+
+    def timed(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; each step lasts from the request for its item to `step_ends`."""
+        iterator = iter(items)
+        while True:
+            self._started_s = time.perf_counter()
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+            self.data_wait_s += time.perf_counter() - self._started_s
+            yield item
+
+    def step_ends(self, totals: torch.Tensor) -> None:
+        """Counts a step. totals: `StepResult.totals`."""
+        self.num_steps += 1
+        self.totals = totals if self.totals is None else self.totals + totals
+        self._add(time.perf_counter() - self._started_s)
+
+    def _add(self, seconds: float) -> None:
+        self.step_time_s += seconds
+        self.training_time_s += seconds
+
+    def wait_for_device(self) -> None:
+        """Adds the time that work already handed to a GPU still takes: kernels run behind the host."""
+        if torch.cuda.is_available():
+            started_s = time.perf_counter()
+            torch.cuda.synchronize()
+            self._add(time.perf_counter() - started_s)
+
+    def take(self) -> tuple[int, float, float, list[float]]:
+        """(steps, step_time_s, data_wait_s, terms of each part of the loss and real tokens) since the last call."""
+        assert self.totals is not None, "a record without a step"
+        taken = (self.num_steps, self.step_time_s, self.data_wait_s, self.totals.tolist())
+        self._clear()
+        return taken
+
+
+def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, float], watch: Watch) -> StepRecord:
+    """The record of the steps since the previous one; losses by part and lr are those of the last."""
+    watch.wait_for_device()
+    num_steps, step_time_s, data_wait_s, totals = watch.take()
+    sequences = num_steps * setup.batch.train_batch_size
+    ratios = setup.optimizer.trust_ratios() if isinstance(setup.optimizer, Lamb) else {}
+    return StepRecord(
+        step=progress.step,
+        epoch=progress.position // setup.data.train.num_samples,
+        samples=progress.samples,
+        losses=losses if len(losses) > 1 else {},
+        loss=sum(losses.values()),
+        lr=lr,
+        grad_norm=grad_norm(setup.engine),
+        loss_scale=loss_scale(setup.engine),
+        skipped_steps=skipped_steps(setup.engine),
+        num_steps=num_steps,
+        step_time_s=step_time_s,
+        data_wait_s=data_wait_s,
+        sequences=sequences,
+        real_tokens=int(totals[-1]),
+        padded_tokens=sequences * setup.config.data.max_seq_length,
+        # the first part of the loss is the one over the vocabulary
+        model_flops=sequences * _flops_per_sample(setup, totals[0] / sequences),
+        memory_gib=torch.cuda.max_memory_allocated() / 2**30 if setup.topology.device.type == "cuda" else None,
+        trust_ratios=torch.stack(list(ratios.values())).tolist() if ratios else (),
+    )
+
+
+def _flops_per_sample(setup: Setup, predictions: float) -> float:
+    config = setup.config
+    return setup.recipe.flops_per_sample(config.model, setup.vocab_size, config.data.max_seq_length, predictions)
+
+
+def device_name(device: torch.device) -> str:
+    """The name of a GPU as its driver gives it, or `CPU, N threads`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
+def startup_facts(
+    setup: Setup, progress: Progress, precision_reason: str, devices: list[str], loaded: str | None
+) -> StartupFacts:
+    """What the start-up report says. loaded: from which checkpoint, or None."""
+    config, data, model = setup.config, setup.data, setup.engine.module
+    parameters = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}  # ZeRO stage 3 empties p
+    in_embeddings = {
+        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+    }
+    validation = data.validation
+    return StartupFacts(
+        name=config.name,
+        run_dir=str(setup.directory.root),
+        model_type=config.model.type,
+        num_layers=config.model.num_hidden_layers,
+        hidden_size=config.model.hidden_size,
+        num_parameters=sum(parameters.values()),
+        num_parameters_without_embeddings=sum(n for key, n in parameters.items() if key not in in_embeddings),
+        train_batch_size=setup.batch.train_batch_size,
+        micro_batch_size=setup.batch.micro_batch_size,
+        num_replicas=setup.topology.world_size,
+        gradient_accumulation_steps=setup.batch.gradient_accumulation_steps,
+        max_seq_length=config.data.max_seq_length,
+        precision=setup.precision,
+        precision_reason=precision_reason,
+        kernels="PyTorch (this version has no Triton kernels)",
+        devices=", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
+        num_documents=data.sizes.documents,
+        num_tokens=data.sizes.tokens,
+        num_samples=data.train.num_samples,
+        num_held_out_samples=0 if validation is None else validation.num_samples,
+        tokenizer_kind=setup.tokenizer.kind,
+        vocab_size=setup.tokenizer.vocab_size,
+        start_step=progress.step,
+        max_steps=setup.total_steps,
+        schedule_steps=setup.schedule_steps,
+        optimizer=config.optimizer,
+        schedule=config.schedule,
+        resumed_from=loaded,
+    )

@@ -1,0 +1,140 @@
+"""The run directory: what a run leaves behind, and whether a run may use the one it is given.
+
+<output_dir>/<name>/ holds config.resolved.yaml (the run config in full), ds_config.json (what DeepSpeed got), env.json
+(versions, machine, command), tokenizer/, metrics.jsonl, tb/, log/rank{N}.log and checkpoints/.
+"""
+
+import json
+import logging
+import os
+import platform
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .config import RunConfig
+from .config_loading import dump_config
+
+_RECORDED_PACKAGES = [
+    "xformer-train",
+    "torch",
+    "deepspeed",
+    "triton",
+    "datasets",
+    "tokenizers",
+    "numpy",
+    "transformers",
+]
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths inside a run directory, and which keys of the run config differ from the previous start of the same run."""
+
+    root: Path
+    changed_keys: tuple[str, ...] = ()
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.root / "tokenizer"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.resolved.yaml"
+
+
+def open_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
+    """The directory of this run, made if it is not there, with the resolved config in it.
+
+    Called by one process for all. Raises ValueError if the directory holds another run and `resume` is not given, or if its
+    path is a file; OSError if it cannot be written.
+    """
+    root = Path(config.output_dir) / config.name
+    if root.exists() and not root.is_dir():
+        raise ValueError(f"output folder {root} is a file; choose another --output_dir or --job_name")
+    directory = RunDirectory(root)
+    # A start that failed before its first step leaves neither, and may simply be tried again.
+    holds_run = directory.checkpoints.exists() or directory.metrics.exists()
+    if holds_run and not resume:
+        raise ValueError(
+            f"output folder {root} already holds a run; continue it with --resume auto, or start another with "
+            f"--job_name or --output_dir"
+        )
+    previous = None
+    if holds_run and directory.config.exists():
+        previous = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    root.mkdir(parents=True, exist_ok=True)
+    text = dump_config(config)
+    changed = () if previous is None else tuple(_differences(previous, yaml.safe_load(text)))
+    _write(directory.config, text)
+    return RunDirectory(root, changed)
+
+
+def record_environment(directory: RunDirectory, ds_config: dict[str, Any], devices: list[str]) -> None:
+    """Writes ds_config.json and env.json."""
+    versions: dict[str, str | None] = {}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    facts = {
+        "command": sys.argv,
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": versions,
+        "devices": devices,
+        "environment": {
+            name: value
+            for name, value in sorted(os.environ.items())
+            if name.startswith(("NCCL_", "GLOO_", "OMP_", "CUDA_", "TORCH_", "DS_", "MASTER_", "WORLD_SIZE"))
+        },
+    }
+    _write(directory.root / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    _write(directory.root / "env.json", json.dumps(facts, indent=2) + "\n")
+
+
+def log_to_file(directory: RunDirectory, rank: int) -> None:
+    """Sends this process's log records, those of Python's warnings and of libraries included, to log/rank{N}.log."""
+    folder = directory.root / "log"
+    folder.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+
+
+def _write(path: Path, text: str) -> None:
+    """Replaces the file in one step, so that a crash or a full disk leaves the old one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error.strerror}; free space or choose another --output_dir") from error
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Dotted keys whose values differ, as `key: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in dict.fromkeys([*old, *new]):
+            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        return found
+    return [] if old == new else [f"{path}: {old} -> {new}"]

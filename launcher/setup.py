@@ -1,0 +1,210 @@
+"""What must be there before the first step: checkpoint, tokenizer, data, vocabulary, and where the run stands."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..recipes.data import PreparedData, prepare_data
+from ..recipes.recipe import Batch, Recipe
+from ..recipes.tokenizer import RunTokenizer, build_tokenizer, load_tokenizer
+from . import checkpoint
+from .batch import BatchPlan
+from .config import RunConfig
+from .run_directory import RunDirectory
+from .topology import Topology
+
+_VOCAB_MULTIPLE = 64  # rows of the embedding are rounded up to it: odd sizes slow the head's GEMM down on GPUs
+
+T = TypeVar("T")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; stored in every checkpoint."""
+
+    step: int = 0
+    samples: int = 0
+    """Sequences trained on since step 0."""
+    position: int = 0
+    """Sequences taken from the data in use; less than samples after a change of data between two phases."""
+    phase_start: int = 0
+    """The step at which the clock of the schedule stood at 0."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything the loop works with; nothing in it changes but the weights and moments."""
+
+    config: RunConfig
+    topology: Topology
+    recipe: Recipe
+    batch: BatchPlan
+    directory: RunDirectory
+    data: PreparedData
+    tokenizer: RunTokenizer
+    vocab_size: int
+    engine: Any
+    optimizer: torch.optim.Optimizer
+    precision: str
+    total_steps: int
+    """The step at which the run ends."""
+    schedule_steps: int
+
+    def loss_counts(self, batch: Batch) -> dict[str, int]:
+        return self.recipe.loss_counts(batch, self.config.objective)
+
+
+def by_main(topology: Topology, task: Callable[[], T]) -> T:
+    """What `task` returned on the main process, on every process; see `_agreed` for its errors."""
+    result = _agreed(topology, task if topology.is_main else None)
+    shared: T = topology.broadcast(result)
+    return shared
+
+
+def _agreed(topology: Topology, task: Callable[[], T] | None) -> T | None:
+    """The result of this process's task, if it has one; all processes come here, and a failure of one ends them all.
+
+    The first process to fail raises its error, the others leave without a word, so that it is said once.
+    """
+    result, error = None, None
+    try:
+        result = None if task is None else task()
+    except (ValueError, OSError) as caught:
+        error = caught
+    failures = topology.gather(error is not None)
+    if error is not None and failures.index(True) == topology.rank:
+        raise error
+    if any(failures):
+        raise SystemExit(1)
+    return result
+
+
+def checkpoint_to_load(config: RunConfig, directory: RunDirectory, resume: bool) -> Path | None:
+    """The checkpoint this run starts from: the newest of its own when it resumes, else what `load` names, else none."""
+    own = checkpoint.list_ids(directory.checkpoints) if resume else []
+    if own:
+        return directory.checkpoints / own[-1]
+    if config.load.path is not None:
+        return checkpoint.resolve(Path(config.load.path), config.load.id)
+    return None
+
+
+def open_tokenizer(
+    config: RunConfig, topology: Topology, directory: RunDirectory, source: Path | None, say: Say
+) -> RunTokenizer:
+    """The run's tokenizer, saved in the run directory: that of the checkpoint, else the given one, else a new one.
+
+    A run that loads a checkpoint never trains a tokenizer: its weights belong to the symbols they were trained with.
+    Raises ValueError if tokenizer.path names another tokenizer than the checkpoint holds.
+    """
+
+    def build() -> None:
+        if source is not None:
+            tokenizer = load_tokenizer(source / "tokenizer")
+            if config.tokenizer.path is not None and not tokenizer.equals(load_tokenizer(config.tokenizer.path)):
+                raise ValueError(
+                    f"tokenizer.path={config.tokenizer.path} is another tokenizer than that of checkpoint {source}; remove "
+                    f"the key to use the checkpoint's"
+                )
+        else:
+            tokenizer = build_tokenizer(config.model.type, config.tokenizer, config.data, say)
+        tokenizer.save(directory.tokenizer)
+
+    by_main(topology, build)
+    return load_tokenizer(directory.tokenizer)
+
+
+def open_data(
+    config: RunConfig, topology: Topology, batch: BatchPlan, tokenizer: RunTokenizer, say: Say
+) -> PreparedData:
+    """Training and held-out samples; one process of each machine prepares them, the others find them in its cache.
+
+    Raises ValueError if there are fewer training samples than one step takes, or machines prepared different data.
+    """
+
+    def prepare() -> PreparedData:
+        return prepare_data(config.model.type, tokenizer, config.data, config.objective, config.seed, say)
+
+    def check() -> None:
+        if data.train.num_samples < batch.train_batch_size:
+            raise ValueError(
+                f"data.sources hold {data.train.num_samples:,} training samples, fewer than "
+                f"training.train_batch_size={batch.train_batch_size:,}; add text or make the batch smaller"
+            )
+        if len(set(fingerprints)) > 1:
+            raise ValueError(
+                "data.sources differ between machines, so their processes would train on different data; "
+                "give all machines the same files"
+            )
+
+    data = _agreed(topology, prepare if topology.local_rank == 0 else None) or prepare()
+    fingerprints = topology.gather(data.fingerprint)
+    by_main(topology, check)
+    return data
+
+
+def vocabulary_size(config: RunConfig, tokenizer: RunTokenizer) -> int:
+    """Rows of the word embedding. Raises ValueError if model.vocab_size is too small for the tokenizer."""
+    wanted, symbols = config.model.vocab_size, tokenizer.vocab_size
+    if wanted == "auto":
+        return -(-symbols // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    if wanted < symbols:
+        raise ValueError(
+            f"model.vocab_size={wanted:,} is smaller than the tokenizer's {symbols:,} symbols; raise it, or set it to auto"
+        )
+    return wanted
+
+
+def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
+    """What a checkpoint says of the model it holds: equal facts mean the weights fit and compute the same function."""
+    return {**config.model.model_dump(mode="json"), "vocab_size": vocab_size, "sentence_task": _sentence_task(config)}
+
+
+def _sentence_task(config: RunConfig) -> str:
+    return config.objective.sentence_task if config.model.type == "bert" else "none"
+
+
+def starting_progress(config: RunConfig, state: dict[str, Any], fingerprint: str, *, continued: bool) -> Progress:
+    """Where a run stands that starts from a checkpoint with this state.
+
+    continued: the checkpoint is one of this run's own. Raises ValueError if the run continues on other data.
+    """
+    if config.load.what == "weights" and not continued:
+        return Progress()
+    saved = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    same_data = state["data_fingerprint"] == fingerprint
+    if continued:
+        if not same_data:
+            raise ValueError(
+                f"run {config.name} stopped at step {saved.step:,} on other data, another sequence length or another seed, so "
+                f"it cannot be continued exactly; start a new run with --job_name and --load_training_checkpoint"
+            )
+        return saved
+    return Progress(
+        step=saved.step,
+        samples=saved.samples,
+        position=saved.position if same_data else 0,
+        phase_start=saved.step if config.load.rewarmup else saved.phase_start,
+    )
+
+
+def loaded_text(source: Path, progress: Progress, *, weights_only: bool, random_state: bool) -> str:
+    """What was taken from a checkpoint, for the start-up report."""
+    if weights_only:
+        return f"{source} (weights only)"
+    random = "random state" if random_state else "new random state, for another number of processes"
+    data = f"data at sample {progress.position:,}" if progress.position else "new data"
+    clock = "schedule restarted" if progress.phase_start == progress.step else "schedule continued"
+    return f"{source} (weights, optimizer, {random}; {data}, {clock})"
+
+
+def phase_steps(config: RunConfig, data: PreparedData, batch: BatchPlan) -> int:
+    """Steps from phase_start to the end of the run: max_steps, or as many as num_epochs passes over the data take."""
+    if config.training.max_steps is not None:
+        return config.training.max_steps
+    assert config.training.num_epochs is not None, "the run config has one of the two"
+    return -(-config.training.num_epochs * data.train.num_samples // batch.train_batch_size)

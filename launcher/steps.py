@@ -1,0 +1,125 @@
+"""One optimizer step and one evaluation: what is done with the samples of a step."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..recipes.data import SampleStream
+from ..recipes.recipe import Batch
+from .batch import BatchPlan
+from .topology import Topology
+
+
+@dataclass(frozen=True)
+class StepData:
+    """This process's share of one step."""
+
+    micro_batches: list[Batch]
+    counts: dict[str, int]
+    """Terms of each part of the loss."""
+    real_tokens: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step computed, over all processes; tensors on the device, so that nobody waits for them unread."""
+
+    sums: dict[str, Tensor]
+    """This process's summed loss of each part, fp32 scalars."""
+    totals: Tensor
+    """Terms of each part over all processes, then the real tokens, fp64 (parts + 1,)."""
+
+
+def step_positions(first: int, batch: BatchPlan, rank: int) -> list[np.ndarray]:
+    """Positions of each micro-batch of one process, (micro_batch_size,) int64 each.
+
+    first: position of the first sample of the step. Processes take consecutive blocks, so the samples of a step are the
+    same whatever the number of processes.
+    """
+    share = batch.micro_batch_size * batch.gradient_accumulation_steps
+    start = first + rank * share
+    return list(np.arange(start, start + share, dtype=np.int64).reshape(-1, batch.micro_batch_size))
+
+
+def read_step(
+    stream: SampleStream,
+    positions: list[np.ndarray],
+    loss_counts: Callable[[Batch], dict[str, int]],
+    real_tokens: Callable[[Batch], int],
+) -> StepData:
+    """The micro-batches at these positions and what the step must know about them; runs in the loader's thread."""
+    micro_batches = [stream.batch(micro) for micro in positions]
+    counts: dict[str, int] = {}
+    for micro_batch in micro_batches:
+        for part, count in loss_counts(micro_batch).items():
+            counts[part] = counts.get(part, 0) + count
+    if torch.cuda.is_available():  # copies to the GPU overlap with compute only from pinned memory
+        micro_batches = [{name: value.pin_memory() for name, value in one.items()} for one in micro_batches]
+    return StepData(micro_batches, counts, sum(real_tokens(one) for one in micro_batches))
+
+
+def train_step(engine: Any, data: StepData, topology: Topology) -> StepResult:
+    """Forward and backward of every micro-batch, then one optimizer step.
+
+    The loss of the step is, over parts, sum / count with the counts of all processes and micro-batches. DeepSpeed averages
+    gradients over both, hence the division by their number here.
+    """
+    parts = list(data.counts)
+    own = torch.tensor([*data.counts.values(), data.real_tokens], dtype=torch.float64).to(topology.device)
+    totals = topology.sum(own)
+    norms = (totals[:-1].clamp(min=1) / (topology.world_size * len(data.micro_batches))).float()
+    sums: dict[str, Tensor] = {}
+    for micro_batch in data.micro_batches:
+        losses: Mapping[str, Tensor] = engine(**_on_device(micro_batch, topology.device))
+        engine.backward(sum(losses[part] / norm for part, norm in zip(parts, norms.unbind(), strict=True)))
+        engine.step()
+        for part, loss in losses.items():
+            sums[part] = sums.get(part, torch.zeros_like(loss)) + loss.detach()
+    return StepResult(sums, totals)
+
+
+def mean_losses(result: StepResult, topology: Topology) -> dict[str, float]:
+    """The step's loss by part, averaged over all processes; waits for the device."""
+    sums = topology.sum(torch.stack([result.sums[part] for part in result.sums]).double())
+    means = sums / result.totals[:-1].clamp(min=1)
+    return dict(zip(result.sums, means.tolist(), strict=True))
+
+
+def evaluate(
+    engine: Any,
+    stream: SampleStream,
+    loss_counts: Callable[[Batch], dict[str, int]],
+    batch: BatchPlan,
+    topology: Topology,
+    most_batches: int | None,
+) -> dict[str, float]:
+    """Mean held-out loss by part over the first pass of the stream, the same samples with the same masks each time.
+
+    most_batches: look at no more micro-batches per process. Every process runs the model equally often, which ZeRO stage 3
+    needs; one that is out of samples repeats the first and does not count it.
+    """
+    micro, world = batch.micro_batch_size, topology.world_size
+    rounds = -(-stream.num_samples // (micro * world))
+    rounds = rounds if most_batches is None else min(rounds, most_batches)
+    totals: dict[str, Tensor] = {}
+    engine.eval()
+    with torch.no_grad():
+        for index in range(rounds):
+            start = (index * world + topology.rank) * micro
+            positions = np.arange(start, min(start + micro, stream.num_samples), dtype=np.int64)
+            samples = stream.batch(positions if len(positions) else np.zeros(1, dtype=np.int64))
+            losses = engine(**_on_device(samples, topology.device))
+            for part, count in loss_counts(samples).items():
+                seen = torch.stack([losses[part].double(), torch.tensor(count, device=topology.device).double()])
+                totals[part] = totals.get(part, torch.zeros_like(seen)) + (seen if len(positions) else 0 * seen)
+    engine.train()
+    whole = topology.sum(torch.stack(list(totals.values())))  # (parts, 2)
+    return dict(zip(totals, (whole[:, 0] / whole[:, 1].clamp(min=1)).tolist(), strict=True))
+
+
+def _on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

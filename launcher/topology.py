@@ -1,0 +1,237 @@
+"""The processes of a run: how many there are, which one this is, its device, and the few things they agree on.
+
+Runs as one plain process, under the `deepspeed` launcher, torchrun, srun or mpirun; gloo on CPU, nccl on CUDA.
+"""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+# Launchers that give every process a rank under names of their own, not as RANK, LOCAL_RANK and WORLD_SIZE.
+_FOREIGN_RANKS = {
+    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """This process among the processes of the run. All methods but `is_main` must be called by every process alike."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Number of this process on its machine."""
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that prints and writes shared files."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Return when every process has come here."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Elementwise sum of `tensor` over the processes, same on each; the argument is left as it is."""
+        total = tensor.detach().clone()
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
+    def any(self, flag: bool) -> bool:
+        """True on every process if `flag` is true on at least one."""
+        if self.world_size == 1:
+            return flag
+        return bool(self.sum(torch.tensor([int(flag)], dtype=torch.int32, device=self.device)).item())
+
+    def broadcast(self, value: Any) -> Any:
+        """The main process's `value`, a small picklable object, on every process."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's `value`, small picklable objects, in order of rank, on every process."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def quiet(debug: bool) -> None:
+    """Leave the terminal to the run's own lines: DeepSpeed logs errors only, known deprecations in its calls are dropped.
+
+    debug: the opposite, DeepSpeed's full log. Call it before `start_processes`.
+    """
+    if debug:
+        level = logging.DEBUG
+    else:
+        level = logging.ERROR
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.|deepspeed\.")
+        warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"torch\.|deepspeed\.")
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"deepspeed\.")
+    _choose_accelerator()
+    import deepspeed  # noqa: F401  makes its logger, whose level it sets
+
+    logger = logging.getLogger("DeepSpeed")
+    logger.setLevel(level)
+    for handler in logger.handlers:
+        handler.setLevel(level)
+
+
+def start_processes(hang_timeout_s: float) -> Topology:
+    """This process's place in the run, with the process group up and DeepSpeed told of it.
+
+    hang_timeout_s: a process that waits longer than this for another in a collective gives up.
+    Raises ValueError if the launcher's environment is incomplete.
+    """
+    timeout = timedelta(seconds=hang_timeout_s)
+    if dist.is_initialized():
+        raise RuntimeError("a process group is already up: call stop_processes() before a second run in one process")
+    # DeepSpeed makes groups without a timeout, and no argument reaches them: they take the defaults of this module,
+    # half an hour of silence.
+    distributed_c10d.default_pg_timeout = timeout  # type: ignore[misc]
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[misc]
+
+    rank, local_rank, world_size = _place(os.environ)
+    os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed insists on it
+    _choose_accelerator()
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {rank} wants GPU {local_rank} of its machine, which has {torch.cuda.device_count()}; "
+                "start at most as many processes per machine as it has GPUs"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+
+    dist.init_process_group(
+        backend,
+        store=_store(os.environ, rank, world_size, timeout),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+        device_id=device if backend == "nccl" and world_size > 1 else None,
+    )
+    import deepspeed
+
+    if device.type == "cpu":
+        _switch_off_shared_memory_op()
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+    return Topology(rank, world_size, local_rank, device)
+
+
+def stop_processes() -> None:
+    """Take the process group down; without one nothing happens. After it `start_processes` may be called again."""
+    if not dist.is_initialized():
+        return
+    # DeepSpeed's function, not torch's: it also forgets the groups that DeepSpeed keeps in module variables.
+    import deepspeed.comm
+
+    deepspeed.comm.destroy_process_group()
+
+
+def precision(
+    requested: Literal["auto", "fp32", "bf16", "fp16", "fp8"], device: torch.device
+) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
+    """(fp32 | bf16 | fp16, why): the number format that `training.precision` means on this device.
+
+    Raises ValueError for a format that the device cannot train in.
+    """
+    if requested == "fp8":
+        raise ValueError("training.precision=fp8 is not available in this version; use bf16")
+    on_gpu = device.type == "cuda"
+    if requested == "fp16" and not on_gpu:
+        raise ValueError("training.precision=fp16 needs a GPU and this run has none; use fp32, bf16 or auto")
+    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    if requested == "bf16" and not has_bf16:
+        raise ValueError(
+            f"training.precision=bf16 needs a GPU that computes in bf16 and {torch.cuda.get_device_name(device)} does "
+            "not; use fp16 or auto"
+        )
+    if requested != "auto":
+        return requested, "as the config says"
+    if not on_gpu:
+        return "fp32", "auto: on most CPUs fp32 is faster than bf16"
+    name = torch.cuda.get_device_name(device)
+    if has_bf16:
+        return "bf16", f"auto: {name} computes in bf16, which needs no loss scaling"
+    return "fp16", f"auto: {name} does not compute in bf16"
+
+
+def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, local rank, world size) that the launcher gave this process; (0, 0, 1) when there was no launcher."""
+    if "RANK" in environment:
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    else:
+        launcher = next((k for k, v in _FOREIGN_RANKS.items() if int(environment.get(v[2], "1")) > 1), None)
+        if launcher is None:
+            return 0, 0, 1
+        # Without this check each process would take itself for the only one and write over the others' files.
+        names = _FOREIGN_RANKS[launcher]
+        for address in ("MASTER_ADDR", "MASTER_PORT"):
+            if address not in environment:
+                raise ValueError(
+                    f"{address} is not set, and {launcher} started {environment[names[2]]} processes that must find each "
+                    "other; export MASTER_ADDR (name of the first machine) and MASTER_PORT (a free port there)"
+                )
+    for name in names:
+        if name not in environment:
+            raise ValueError(
+                f"{name} is not set although {names[0]} is; start with `deepspeed`, torchrun or one process"
+            )
+    rank, local_rank, world_size = (int(environment[name]) for name in names)
+    return rank, local_rank, world_size
+
+
+def _store(environment: Mapping[str, str], rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+    """Where the processes find each other."""
+    if world_size == 1 and "MASTER_ADDR" not in environment:
+        return dist.HashStore()  # no port: two runs on one machine cannot collide
+    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store over its restarts: without a prefix the restarted processes read dead addresses.
+        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return dist.PrefixStore(f"attempt{attempt}", dist.TCPStore(host, port, is_master=False, timeout=timeout))
+    return dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
+
+
+def _choose_accelerator() -> None:
+    """Name the CPU to DeepSpeed where there is no GPU: its own search prints a warning to stdout."""
+    if "deepspeed" not in sys.modules and not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _switch_off_shared_memory_op() -> None:
+    """Keep DeepSpeed on gloo: its own CPU op is compiled at the first start, which needs a compiler and a minute.
+
+    Raises RuntimeError if this DeepSpeed has no switch for it.
+    """
+    import deepspeed.ops
+
+    compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
+    if not isinstance(compatible, dict):
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} has no deepspeed.ops.__compatible_ops__, by which its compiled CPU op is "
+            "switched off; install deepspeed 0.19"
+        )
+    compatible["deepspeed_shm_comm"] = False

@@ -1,0 +1,94 @@
+"""Whole runs in two processes, and what signals do to a run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import losses, metrics, weights, write_config
+
+LAUNCHER = Path(sys.executable).with_name("deepspeed")
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def train(*arguments, processes=1, **options):
+    """The finished process of a run that was started as a user starts it."""
+    command = [sys.executable, "-m", "xformer_train.launcher", *arguments]
+    if processes > 1:
+        port = str(20000 + os.getpid() % 20000)
+        start = [LAUNCHER, "--num_accelerators", str(processes), "--master_port", port]
+        command = [*start, "--module", "xformer_train.launcher", *arguments]
+    environment = {**ONE_THREAD, "PATH": f"{LAUNCHER.parent}:{os.environ['PATH']}"}
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300, env=environment, cwd=options.get("cwd", "/")
+    )
+
+
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
+    """The losses of all steps agree, and each loss depends on the gradients of the steps before it."""
+    path = write_config(
+        tmp_path,
+        model__hidden_dropout_prob=0.0,
+        model__attention_probs_dropout_prob=0.0,
+        training__micro_batch_size=None,
+        data__validation_fraction=0.2,
+        optimizer__lr=0.01,
+    )
+    one = train("--config", str(path), "--job_name", "one")
+    two = train("--config", str(path), "--job_name", "two", processes=2)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    root = tmp_path / "runs"
+    # fp32 sums in another order, fed back through 12 Adam steps
+    assert losses(root / "one").values() == pytest.approx(losses(root / "two").values(), rel=2e-5)
+    norms = [[row["grad_norm"] for row in metrics(root / name) if "grad_norm" in row] for name in ("one", "two")]
+    assert norms[0] == pytest.approx(norms[1], rel=2e-4)
+    assert metrics(root / "one")[-1]["val_loss"] == pytest.approx(metrics(root / "two")[-1]["val_loss"], rel=2e-5)
+    assert "= 4 per process x 2 processes x 1 micro-batch" in two.stdout
+    assert two.stdout.count("held-out loss") == 1  # one process speaks
+
+    # a checkpoint of ZeRO stage 0 goes on with another number of processes
+    more = train("--config", str(path), "--job_name", "two", "--resume", "auto", "--max_steps", "14")
+    assert more.returncode == 0, more.stderr
+    assert sorted(losses(root / "two")) == list(range(1, 15))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_a_checkpoint_from_which_it_goes_on_exactly(number, tmp_path):
+    path = write_config(tmp_path, training__max_steps=400, schedule__type="constant", schedule__total_steps=None)
+    log = tmp_path / "runs" / "cut" / "metrics.jsonl"
+    command = [sys.executable, "-m", "xformer_train.launcher", "--config", str(path), "--job_name"]
+    process = subprocess.Popen(
+        [*command, "cut"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+    )
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "run cut stopped as asked" in out
+    assert "--resume auto" in out
+    last = max(losses(log.parent))
+    assert [p.name for p in (log.parent / "checkpoints").glob("step*")] == [f"step{last:08d}"]
+
+    total = str(last + 3)
+    for name in ("cut", "straight"):
+        done = train("--config", str(path), "--job_name", name, "--max_steps", total, "--resume", "auto")
+        assert done.returncode == 0, done.stderr
+    root = tmp_path / "runs"
+    assert losses(root / "cut") == losses(root / "straight")
+    ours, theirs = (weights(root / name / "checkpoints" / f"step{last + 3:08d}") for name in ("cut", "straight"))
+    assert all(ours[name].equal(theirs[name]) for name in ours)
+
+
+def test_nothing_but_the_runs_own_lines_is_printed(tmp_path):
+    done = train("--config", str(write_config(tmp_path, training__max_steps=2)))
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1].lstrip().startswith("to resume")

@@ -1,0 +1,192 @@
+"""A network small enough to train in a test, its data as a function of step, micro-batch and rank, and its training loop."""
+
+import os
+import signal
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from xformer_train.launcher import checkpoint
+from xformer_train.launcher.engine import build_engine, grad_norm, set_learning_rate
+from xformer_train.launcher.signals import StopRequest
+from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
+
+WIDTH, HIDDEN, MICRO_BATCH, ACCUMULATION, CLIPPING = 7, 13, 3, 2, 0.05  # clipping acts: the norms are near 0.2
+MODEL = {"type": "bert", "hidden_size": HIDDEN, "hidden_dropout_prob": 0.2}
+
+
+def tiny_model(dropout: float = 0.2) -> torch.nn.Module:
+    """The same weights at every call."""
+    torch.manual_seed(11)
+    return torch.nn.Sequential(
+        torch.nn.Linear(WIDTH, HIDDEN), torch.nn.GELU(), torch.nn.Dropout(dropout), torch.nn.Linear(HIDDEN, WIDTH)
+    )
+
+
+def tiny_optimizer(model: torch.nn.Module, weight_decay: float = 0.1) -> torch.optim.Optimizer:
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=1e-2, weight_decay=weight_decay)
+
+
+def tiny_config(topology: Topology, stage: int, precision: str) -> dict[str, Any]:
+    return {
+        "train_batch_size": MICRO_BATCH * ACCUMULATION * topology.world_size,
+        "train_micro_batch_size_per_gpu": MICRO_BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "gradient_clipping": CLIPPING,
+        "zero_optimization": {"stage": stage},
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": 2**31,
+    }
+
+
+def tiny_engine(topology: Topology, stage: int, precision: str, dropout: float = 0.2) -> Any:
+    model = tiny_model(dropout)
+    engine = build_engine(model, tiny_optimizer(model), tiny_config(topology, stage, precision), topology)
+    torch.manual_seed(100 + topology.rank)
+    return engine
+
+
+def inputs(step: int, micro: int, rank: int) -> Tensor:
+    """(MICRO_BATCH, WIDTH) fp32."""
+    return torch.randn(MICRO_BATCH, WIDTH, generator=torch.Generator().manual_seed(step * 10_000 + micro * 100 + rank))
+
+
+def learning_rate(step: int) -> float:
+    return 1e-2 / (step + 1)
+
+
+def train(engine: Any, topology: Topology, first: int, last: int) -> list[tuple[float, float | None]]:
+    """(this process's summed loss, gradient norm) of the steps from `first` up to `last`, last excluded."""
+    dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+    record = []
+    for step in range(first, last):
+        set_learning_rate(engine, learning_rate(step))
+        total = 0.0
+        for micro in range(ACCUMULATION):
+            x = inputs(step, micro, topology.rank)
+            loss = (engine(x.to(dtype)).float() - x.flip(1)).square().mean()
+            engine.backward(loss)
+            engine.step()
+            total += loss.item()
+        record.append((total, grad_norm(engine)))
+    return record
+
+
+def whole_weights(engine: Any) -> list[Tensor]:
+    """Every parameter in full, fp32 copies."""
+    parameters = list(engine.module.parameters())
+    if engine.zero_optimization_stage() < 3:
+        return [p.detach().float().clone() for p in parameters]
+    with deepspeed.zero.GatheredParameters(parameters):
+        return [p.detach().float().clone() for p in parameters]
+
+
+def stages_worker(stages: list[tuple[int, str]]) -> dict[tuple[int, str], Any]:
+    """Records and final weights of three steps without dropout at each (stage, precision)."""
+    quiet(debug=False)
+    topology = start_processes(60)
+    results = {}
+    for stage, precision in stages:
+        engine = tiny_engine(topology, stage, precision, dropout=0.0)
+        results[stage, precision] = (train(engine, topology, 0, 3), whole_weights(engine))
+    stop_processes()
+    return results
+
+
+def resume_worker(folder: Path, stages: list[int]) -> dict[str, Any]:
+    """By stage: four steps at a stretch, then with a checkpoint and a new engine between, each as (record, final weights);
+    then the weights that `load_weights` reads from that checkpoint beside those it was made with. Last, a failed save."""
+    quiet(debug=False)
+    topology = start_processes(60)
+    results: dict[str, Any] = {}
+    for stage in stages:
+        straight = tiny_engine(topology, stage, "fp32")
+        results[f"straight {stage}"] = (train(straight, topology, 0, 4), whole_weights(straight))
+
+        before = tiny_engine(topology, stage, "fp32")
+        record = train(before, topology, 0, 2)
+        target = folder / str(stage)
+        checkpoint.save(before, target, "half", {"step": 2, "model": MODEL}, {}, topology)
+        saved = whole_weights(before)
+
+        after = tiny_engine(topology, stage, "fp32")
+        torch.manual_seed(9)  # what load must undo
+        assert checkpoint.load(after, target / "half", MODEL, topology)
+        record += train(after, topology, 2, 4)
+        results[f"resumed {stage}"] = (record, whole_weights(after))
+
+        module = tiny_model()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.zero_()
+        checkpoint.load_weights(module, target / "half", MODEL)
+        results[f"saved {stage}"] = (saved, [p.detach() for p in module.parameters()])
+    results["full disk"] = _save_with_a_full_disk_on_process_1(folder / "full", topology)
+    stop_processes()
+    return results
+
+
+def _save_with_a_full_disk_on_process_1(folder: Path, topology: Topology) -> list[str]:
+    """Message of that save; ids and files after it; ids after the same save with room for it."""
+    engine = tiny_engine(topology, 1, "fp32")
+    train(engine, topology, 0, 1)
+    checkpoint.save(engine, folder, "first", {"step": 1, "model": MODEL}, {}, topology)
+    whole_save = torch.save
+
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        if topology.rank == 1:
+            raise OSError(28, "No space left on device")
+        whole_save(*args, **kwargs)
+
+    torch.save = full_disk
+    try:
+        checkpoint.save(engine, folder, "second", {"step": 2, "model": MODEL}, {}, topology)
+        message = "no error"
+    except OSError as error:
+        message = str(error)
+    torch.save = whole_save
+    topology.barrier()
+    seen = [message, ",".join(checkpoint.list_ids(folder)), ",".join(sorted(path.name for path in folder.iterdir()))]
+    topology.barrier()
+    checkpoint.save(engine, folder, "second", {"step": 2, "model": MODEL}, {}, topology)
+    return [*seen, ",".join(checkpoint.list_ids(folder))]
+
+
+def agreement_worker() -> dict[str, Any]:
+    """What the processes get to know of each other where they differ, and in the end what process 0 meets when process 1
+    does not join it in a group made without a timeout, as DeepSpeed's are."""
+    topology = start_processes(hang_timeout_s=2)
+    mine = torch.tensor([topology.rank + 1.0])
+    with StopRequest(topology) as stop:
+        agreed_before = stop.agreed()
+        if topology.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        agreed_after = stop.agreed()
+    known = {
+        "agreed": (agreed_before, agreed_after, stop.requested),
+        "sum": (topology.sum(mine).item(), mine.item()),
+        "any": (topology.any(False), topology.any(topology.rank == 1)),
+        "broadcast": topology.broadcast({"rank": topology.rank}),
+        "gather": topology.gather(topology.rank),
+    }
+    group = dist.new_group()
+    store = dist.distributed_c10d._get_default_store()
+    if topology.rank == 1:
+        # Alive and silent: a closed connection would be noticed without any timeout.
+        store.wait(["process 0 gave up"], timedelta(seconds=60))
+        return known
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+        return known | {"error": None}
+    except RuntimeError as error:
+        return known | {"error": str(error)}
+    finally:
+        store.set("process 0 gave up", "")

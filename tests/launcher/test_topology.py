@@ -1,0 +1,175 @@
+"""Starting the processes of a run, alone and under launchers, and the precision a device gets."""
+
+import os
+import socket
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from xformer_train.launcher.topology import precision, start_processes, stop_processes
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+LAUNCHER_VARIABLES = [
+    *["RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"],
+    *["TORCHELASTIC_RESTART_COUNT", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"],
+]
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    for name in LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    yield monkeypatch
+    stop_processes()
+
+
+def test_one_process_needs_no_launcher_and_no_port():
+    topology = start_processes(60)
+    assert (topology.rank, topology.world_size, topology.local_rank, topology.is_main) == (0, 1, 0, True)
+    assert "MASTER_PORT" not in os.environ
+    value = torch.ones(2)
+    total = topology.sum(value)
+    total += 1  # a copy, also where there is nothing to add
+    assert value.tolist() == [1.0, 1.0]
+    assert topology.any(True) and not topology.any(False)
+    assert topology.broadcast("x") == "x" and topology.gather("x") == ["x"]
+    topology.barrier()
+
+
+def test_processes_start_again_after_they_were_stopped():
+    start_processes(60)
+    with pytest.raises(RuntimeError, match="already up"):
+        start_processes(60)
+    stop_processes()
+    stop_processes()
+    assert start_processes(60).world_size == 1
+
+
+def test_a_batch_job_of_several_tasks_is_still_one_process_where_srun_did_not_start_it(environment):
+    environment.setenv("SLURM_PROCID", "0")
+    environment.setenv("SLURM_NTASKS", "4")
+    assert start_processes(60).world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"},
+            "MASTER_ADDR is not set, and srun started 4",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "host"}, "MASTER_PORT is not set, and mpirun started 2"),
+        ({"RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE is not set although RANK is"),
+    ],
+)
+def test_processes_that_could_not_find_each_other_do_not_run_alone(environment, variables, message):
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        start_processes(60)
+    assert not dist.is_initialized()
+
+
+def test_a_restart_by_torchrun_reads_none_of_the_keys_of_the_attempt_before(environment):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
+    variables = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+    for name, value in (variables | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
+        environment.setenv(name, str(value))
+    for attempt in ("0", "1"):
+        environment.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        start_processes(20)
+        dist.distributed_c10d._get_default_store().set("mine", attempt)
+        stop_processes()
+        keys = [key for key in store.list_keys() if key.endswith("mine")]
+        assert len(keys) == 1 + int(attempt)
+        assert any(key.startswith(f"attempt{attempt}/") for key in keys)
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "has_bf16", "chosen"),
+    [
+        ("auto", CPU, False, "fp32"),
+        ("auto", GPU, True, "bf16"),
+        ("auto", GPU, False, "fp16"),
+        ("bf16", CPU, False, "bf16"),
+        ("fp16", GPU, True, "fp16"),
+        ("fp32", GPU, True, "fp32"),
+    ],
+)
+def test_precision_is_what_was_asked_for_or_the_best_of_the_device(environment, requested, device, has_bf16, chosen):
+    environment.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
+    environment.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    name, why = precision(requested, device)
+    assert name == chosen
+    assert why.startswith("auto: ") == (requested == "auto")
+
+
+@pytest.mark.parametrize(
+    ("requested", "device", "message"),
+    [
+        ("fp16", CPU, r"training\.precision=fp16 needs a GPU"),
+        ("bf16", GPU, r"training\.precision=bf16 needs a GPU that computes in bf16 and Some GPU does not"),
+        ("fp8", CPU, r"training\.precision=fp8 is not available"),
+        ("fp8", GPU, r"training\.precision=fp8 is not available"),
+    ],
+)
+def test_a_precision_that_the_device_has_not_is_refused(environment, requested, device, message):
+    environment.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
+    environment.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
+    with pytest.raises(ValueError, match=message):
+        precision(requested, device)
+
+
+TRAINING = """
+from xformer_train.launcher import checkpoint, engine
+from xformer_train.launcher.topology import quiet, start_processes, stop_processes
+quiet(debug=False)
+topology = start_processes(60)
+from distributed.tiny import tiny_engine, train
+for stage, precision in ((0, "bf16"), (3, "fp32")):
+    train(tiny_engine(topology, stage, precision), topology, 0, 1)
+print(f"own line of {topology.rank} of {topology.world_size}\\n", end="", flush=True)
+stop_processes()
+"""
+
+
+def run_training(tmp_path, command, **extra_variables):
+    (tmp_path / "training.py").write_text(TRAINING)
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), **extra_variables}
+    for name in [*LAUNCHER_VARIABLES, *({"DS_ACCELERATOR"} - extra_variables.keys())]:
+        variables.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "training.py")],
+        env=variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return sorted((done.stdout + done.stderr).splitlines())
+
+
+def test_one_process_prints_its_own_lines_only(tmp_path):
+    assert run_training(tmp_path, []) == ["own line of 0 of 1"]
+
+
+@pytest.mark.slow
+def test_two_processes_under_a_quiet_deepspeed_launcher_print_their_own_lines_only(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        "-m",
+        "deepspeed.launcher.runner",
+        "-q",
+        "--num_accelerators=2",
+        "--no_local_rank",
+        f"--master_port={port}",
+    ]
+    # The launcher's own search for a GPU, before our code runs, prints a line unless the shell names the CPU.
+    assert run_training(tmp_path, command, DS_ACCELERATOR="cpu") == ["own line of 0 of 2", "own line of 1 of 2"]

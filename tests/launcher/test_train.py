@@ -1,0 +1,175 @@
+"""Whole runs in one process: exact resume, phases, evaluation, what is refused and what is left behind."""
+
+import json
+
+import pytest
+import torch
+from runs import BERT, GPT, losses, metrics, weights, write_config
+
+from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.topology import quiet
+from xformer_train.recipes.data import prepare_data
+from xformer_train.recipes.tokenizer import load_tokenizer
+
+quiet(debug=False)
+
+from xformer_train.launcher.train import run  # noqa: E402 - DeepSpeed is quiet only when told before
+
+
+def start(path, *sets, resume=False):
+    run(load_config(path, list(sets)), resume=resume)
+
+
+def assert_same_run(folder, straight, resumed, step):
+    assert losses(folder / "runs" / straight) == losses(folder / "runs" / resumed)
+    checkpoint_id = f"step{step:08d}"
+    ours = weights(folder / "runs" / straight / "checkpoints" / checkpoint_id)
+    theirs = weights(folder / "runs" / resumed / "checkpoints" / checkpoint_id)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def samples_of(path):
+    config = load_config(path).config
+    tokenizer = load_tokenizer(f"{config.output_dir}/{config.name}/tokenizer")
+    data = prepare_data(config.model.type, tokenizer, config.data, config.objective, config.seed, lambda _: None)
+    return data.train.num_samples
+
+
+@pytest.mark.parametrize("base", [BERT, GPT], ids=["bert", "gpt"])
+def test_a_resumed_run_equals_a_straight_one_bit_for_bit(base, tmp_path, capsys):
+    """With dropout and accumulation, stopped within an epoch."""
+    path = write_config(tmp_path, base)
+    start(path, "name=straight")
+    start(path, "name=resumed", "training.max_steps=5")
+    start(path, "name=resumed", resume=True)
+    assert_same_run(tmp_path, "straight", "resumed", 12)
+    out = capsys.readouterr().out
+    assert "checkpoints/step00000005 (weights, optimizer, random state; data at sample 40, schedule continued)" in out
+    assert "changed since the last start of this run: training.max_steps: 5 -> 12" in out
+
+
+@pytest.mark.parametrize("optimizer", ["lamb", "adamw"])
+def test_a_run_resumed_at_and_after_an_epoch_border_equals_a_straight_one(optimizer, tmp_path):
+    path = write_config(tmp_path, GPT, optimizer__type=optimizer, checkpoint__keep_last=None)
+    start(path, "name=probe", "training.max_steps=1")
+    size = samples_of(write_config(tmp_path, GPT, name="probe"))
+    batch = next(size // n for n in range(2, size) if size % n == 0 and size // n <= 16)
+    steps = size // batch
+    sets = [f"training.train_batch_size={batch}", "training.micro_batch_size=null", f"schedule.total_steps={2 * steps}"]
+    start(path, *sets, "name=straight", f"training.max_steps={steps + 2}")
+    start(path, *sets, "name=resumed", f"training.max_steps={steps}")
+    assert metrics(tmp_path / "runs" / "resumed")[-1]["epoch"] == 1
+    start(path, *sets, "name=resumed", f"training.max_steps={steps + 1}", resume=True)
+    start(path, *sets, "name=resumed", f"training.max_steps={steps + 2}", resume=True)
+    assert_same_run(tmp_path, "straight", "resumed", steps + 2)
+
+
+def test_a_second_phase_with_longer_sequences_resumes_exactly_and_restarts_the_schedule(tmp_path, capsys):
+    start(write_config(tmp_path, name="phase1"), "training.max_steps=4")
+    second = {
+        "data__max_seq_length": 64,
+        "load__path": str(tmp_path / "runs" / "phase1"),
+        "load__rewarmup": True,
+        "training__max_steps": 6,
+        "schedule__total_steps": 6,
+    }
+    path = write_config(tmp_path, name="phase2", **second)
+    start(path, "name=straight")
+    assert "new data, schedule restarted" in capsys.readouterr().out
+    start(path, "name=resumed", "training.max_steps=3")
+    start(path, "name=resumed", resume=True)
+    assert_same_run(tmp_path, "straight", "resumed", 10)
+    rows = metrics(tmp_path / "runs" / "straight")
+    assert [row["step"] for row in rows] == [5, 6, 7, 8, 9, 10]
+    assert rows[0]["lr"] == 0
+    assert rows[0]["samples"] == 40
+
+
+def test_weights_alone_start_a_new_run(tmp_path):
+    start(write_config(tmp_path, name="first"), "training.max_steps=4")
+    path = write_config(tmp_path, name="second", load__path=str(tmp_path / "runs" / "first"), load__what="weights")
+    start(path, "training.max_steps=1", "optimizer.lr=1e-30")
+    before = weights(tmp_path / "runs" / "first" / "checkpoints" / "step00000004")
+    after = weights(tmp_path / "runs" / "second" / "checkpoints" / "step00000001")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_evaluation_changes_nothing_and_is_repeatable(tmp_path):
+    path = write_config(tmp_path, data__validation_fraction=0.2)
+    start(path, "name=often", "eval.every_steps=2")
+    start(path, "name=once")
+    assert losses(tmp_path / "runs" / "often") == losses(tmp_path / "runs" / "once")
+    held_out = {name: metrics(tmp_path / "runs" / name)[-1] for name in ("often", "once")}
+    assert held_out["often"] == held_out["once"]
+    assert {"step", "val_loss", "val_mlm", "val_nsp"} <= held_out["once"].keys()
+
+
+def test_a_run_directory_explains_itself(tmp_path):
+    path = write_config(tmp_path, checkpoint__save_every_steps=4, checkpoint__keep_last=2, logging__tensorboard=True)
+    start(path)
+    root = tmp_path / "runs" / "run"
+    assert sorted(p.name for p in (root / "checkpoints").iterdir()) == ["latest", "step00000008", "step00000012"]
+    assert (root / "checkpoints" / "latest").read_text().strip() == "step00000012"
+    assert load_config(root / "config.resolved.yaml").config == load_config(path).config
+    assert json.loads((root / "ds_config.json").read_text())["train_batch_size"] == 8
+    assert json.loads((root / "env.json").read_text())["packages"]["torch"] == torch.__version__
+    assert list((root / "tb").glob("events*"))
+    assert (root / "log" / "rank0.log").read_text()
+    for name in ("tokenizer", "checkpoints/step00000012/tokenizer"):
+        assert load_tokenizer(root / name).vocab_size >= 256
+
+
+def test_another_run_is_never_written_into(tmp_path):
+    path = write_config(tmp_path)
+    start(path, "training.max_steps=1")
+    before = (tmp_path / "runs" / "run" / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"already holds a run; continue it with --resume auto"):
+        start(path)
+    assert (tmp_path / "runs" / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_start_that_failed_may_be_tried_again(tmp_path):
+    path = write_config(tmp_path)
+    with pytest.raises(ValueError, match=r"fewer than training.train_batch_size=8,192"):
+        start(path, "training.train_batch_size=8192")
+    start(path, "training.max_steps=1")
+
+
+def test_a_run_is_not_continued_on_other_data(tmp_path):
+    path = write_config(tmp_path)
+    start(path, "training.max_steps=1")
+    with pytest.raises(ValueError, match="other data, another sequence length or another seed"):
+        start(path, "data.max_seq_length=48", resume=True)
+
+
+def test_a_checkpoint_of_another_model_is_refused_with_the_differing_keys(tmp_path):
+    start(write_config(tmp_path, name="first"), "training.max_steps=1")
+    path = write_config(tmp_path, name="second", load__path=str(tmp_path / "runs" / "first"))
+    with pytest.raises(ValueError, match=r"another model: num_hidden_layers is 2 there and 3 here"):
+        start(path, "model.num_hidden_layers=3")
+
+
+def test_a_wrong_id_lists_the_ids_there_are(tmp_path):
+    start(write_config(tmp_path, name="first"), "training.max_steps=1")
+    path = write_config(tmp_path, name="second", load__path=str(tmp_path / "runs" / "first"), load__id="step9")
+    with pytest.raises(ValueError, match=r"load.id=step9 fits no checkpoint.*step00000001"):
+        start(path)
+    assert not (tmp_path / "runs" / "second" / "checkpoints").exists()
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"model.vocab_size=100 is smaller than the tokenizer's 2\d\d symbols"):
+        start(write_config(tmp_path, model__vocab_size=100))
+
+
+def test_accumulation_does_not_change_the_loss(tmp_path):
+    """Masked tokens differ in number from one micro-batch to the next, yet every token weighs the same."""
+    path = write_config(
+        tmp_path, model__hidden_dropout_prob=0.0, model__attention_probs_dropout_prob=0.0, optimizer__lr=0.01
+    )
+    start(path, "name=whole", "training.micro_batch_size=8")
+    start(path, "name=parts", "training.micro_batch_size=2")
+    whole, parts = losses(tmp_path / "runs" / "whole"), losses(tmp_path / "runs" / "parts")
+    # fp32 sums in another order, fed back through 12 Adam steps
+    assert whole.values() == pytest.approx(parts.values(), rel=2e-5)
