@@ -1,0 +1,78 @@
+"""The table of test_aot.py: launches that between them pick every kernel variant of the sizes that people train.
+
+A row calls a launch function with CPU tensors, as training would with CUDA tensors; test_aot.py compiles what it launches.
+Number of rows of a tensor do not select a variant, so they are small here.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from xformer_train.kernels import residual_norm_triton
+from xformer_train.kernels.residual_norm import Options, Saved
+
+HIDDEN_SIZES = (768, 1024, 1600, 2048)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_ROWS = 64
+_SEED = torch.tensor(1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch.
+
+    launch: calls one launch function. dot_kernels: names of its kernels that must use the tensor cores.
+    narrow_kernels: names of its kernels that need no 128-bit loads.
+    """
+
+    name: str
+    launch: Callable[[], object]
+    dot_kernels: frozenset[str] = frozenset()
+    narrow_kernels: frozenset[str] = frozenset()
+
+
+def cases() -> Iterator[Case]:
+    """All rows."""
+    yield from _residual_norm_cases()
+
+
+def _sizes() -> Iterator[tuple[str, int, torch.dtype]]:
+    """Every hidden size in bf16, one in the other types."""
+    for H in HIDDEN_SIZES:
+        yield f"H{H} bf16", H, torch.bfloat16
+    for name in ("fp16", "fp32"):
+        yield f"H1024 {name}", 1024, DTYPES[name]
+
+
+def _residual_norm_cases() -> Iterator[Case]:
+    module = residual_norm_triton
+    for size, H, dtype in _sizes():
+        x, vector, row = torch.empty(_ROWS, H, dtype=dtype), torch.empty(H, dtype=dtype), torch.empty(_ROWS)
+        for p in (0.1, 0.0):
+            seed = _SEED if p else None
+            name, options = f"{size} p={p}", Options(1e-12, p, 2, False, "auto")
+            yield Case(
+                f"residual_norm_forward {name}",
+                partial(module.residual_norm_forward, x, vector, x, vector, vector, seed, options),
+            )
+            yield Case(f"residual_add_forward {name}", partial(module.residual_add_forward, x, vector, x, seed, options))
+            yield Case(f"residual_add_backward {name}", partial(module.residual_add_backward, x, vector, seed, options))
+            for inverted in (False, True):
+                saved = Saved(x, None if inverted else row, row, vector, vector, vector, seed)
+                for dz in (x, None):
+                    yield Case(
+                        f"residual_norm_backward {name} inverted={inverted} dz={dz is not None}",
+                        partial(module.residual_norm_backward, dz, x, saved, Options(1e-12, p, 2, inverted, "auto")),
+                    )
+        yield Case(
+            f"norm_forward {size}",
+            partial(module.residual_norm_forward, None, None, x, vector, vector, None, options),
+        )
+        for inverted in (False, True):
+            saved = Saved(x, None if inverted else row, row, vector, vector, None, None)
+            yield Case(
+                f"norm_backward {size} inverted={inverted}",
+                partial(module.residual_norm_backward, None, x, saved, Options(1e-12, 0.0, 2, inverted, "auto")),
+            )

@@ -1,0 +1,146 @@
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from xformer_train.recipes.config import SourceConfig
+from xformer_train.recipes.sources import is_held_out, open_source
+
+
+@pytest.fixture
+def documents(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def read(kind, path, **keys):
+        source = open_source(SourceConfig(kind=kind, path=str(path), **keys), tmp_path / "cache")
+        found = list(source.documents())
+        assert list(source.documents()) == found
+        return found
+
+    return read
+
+
+def test_text_documents_end_at_blank_lines(tmp_path, documents):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\r\n\r\n \t\r\nthree\n")
+    assert documents("text", "a.txt") == ["one\ntwo", "three"]
+
+
+def test_text_documents_of_wikitext_begin_at_titles(tmp_path, documents):
+    text = " \n = First = \n \n One . \n \n = = Part = = \n \n Two . \n = no title =\n \n = Second one = \n \n Three . \n"
+    (tmp_path / "w.txt").write_text(text)
+    found = documents("text", "w.txt")
+    assert [document.split()[1] for document in found] == ["First", "Second"]
+    assert "= = Part = =" in found[0]
+    assert "= no title =" in found[0]
+
+
+def test_files_come_in_the_order_of_their_names_from_folders_and_globs(tmp_path, documents):
+    for name in ("b.txt", "a.txt", "sub/c.txt", "skipped.csv"):
+        (tmp_path / "d" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "d" / name).write_text(name)
+    assert documents("text", "d") == ["a.txt", "b.txt", "sub/c.txt"]
+    assert documents("text", "d/*.csv") == ["skipped.csv"]
+    assert documents("text", tmp_path / "d" / "**" / "*.txt") == ["a.txt", "b.txt", "sub/c.txt"]
+
+
+def test_jsonl_and_parquet_give_the_named_field_and_skip_empty_rows(tmp_path, documents):
+    rows = [{"body": "eins", "n": 1}, {"body": ""}, {"body": None}, {"body": "zwei\n\ndrei"}]
+    lines = "\n\n".join(map(json.dumps, rows))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(lines.encode()))
+    table = pyarrow.table({"body": [row["body"] for row in rows], "n": [1, 2, 3, 4]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    for kind, path in (("jsonl", "a.jsonl"), ("jsonl", "a.json.gz"), ("parquet", "a.parquet")):
+        assert documents(kind, path, text_field="body") == ["eins", "zwei\n\ndrei"]
+
+
+def test_local_datasets_of_both_kinds_are_read(tmp_path, documents, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    datasets.Dataset.from_dict({"text": ["a", "b"], "n": [1, 2]}).save_to_disk(str(tmp_path / "saved"))
+    assert documents("hf", "saved") == ["a", "b"]
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.jsonl").write_text('{"text": "c"}\n{"text": "d"}\n')
+    assert documents("hf", tmp_path / "folder") == ["c", "d"]
+    assert documents("hf", tmp_path / "folder", streaming=True) == ["c", "d"]
+    with pytest.raises(ValueError, match=r"there is no body, only text"):
+        documents("hf", tmp_path / "folder", text_field="body")
+    with pytest.raises(ValueError, match=r"hf .*folder: Unknown split .*correct data.sources"):
+        documents("hf", tmp_path / "folder", split="test")
+
+
+def test_a_hub_dataset_that_cannot_be_reached_is_named(documents, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'some/set' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match=r"^data source hf some/set: Couldn't reach .*; .*check the network$"):
+        documents("hf", "some/set")
+
+
+@pytest.mark.parametrize(
+    "kind,name,content,message",
+    [
+        ("text", "missing.txt", None, r"text missing\.txt: there is no such file or folder"),
+        ("text", "*.txt", None, r"text \*\.txt: no file matches"),
+        ("text", "latin.txt", b"gut\nsch\xf6n\n", r"latin\.txt, line 2: byte 7 of the file, 0xf6, is not UTF-8; .*iconv"),
+        ("jsonl", "a.jsonl", b'{"text": "x"}\n{"text": \n', r"a\.jsonl, line 2: not JSON"),
+        ("jsonl", "a.jsonl", b'{"text": "x"}\n\n[1]\n', r"a\.jsonl, line 3: holds a list"),
+        ("jsonl", "a.jsonl", b'{"body": "x", "id": 1}\n', r"a\.jsonl, line 1: there is no text, only body, id; set text_field"),
+        ("jsonl", "a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: text holds a int"),
+        ("jsonl", "a.json.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], r"a\.json\.gz: damaged gzip"),
+        ("jsonl", "a.json.gz", b"not gzip", r"a\.json\.gz: damaged gzip"),
+        ("parquet", "a.parquet", b"PAR0", r"a\.parquet: not a parquet file"),
+    ],
+)
+def test_bad_files_are_named_with_the_place_and_the_remedy(tmp_path, documents, kind, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        documents(kind, name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_a_fitting_file_is_an_error(tmp_path, documents):
+    (tmp_path / "d").mkdir()
+    with pytest.raises(ValueError, match=r"the folder holds no \.parquet file"):
+        documents("parquet", "d")
+
+
+def test_a_parquet_file_without_the_field_names_its_columns(tmp_path, documents):
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["x"], "b": ["y"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: there is no text, only a, b"):
+        documents("parquet", "a.parquet")
+
+
+def test_identity_follows_the_bytes_and_not_the_name_or_the_time(tmp_path):
+    def identity(name):
+        return open_source(SourceConfig(kind="text", path=str(tmp_path / name)), tmp_path / "cache").identity
+
+    (tmp_path / "a.txt").write_text("same")
+    (tmp_path / "b.txt").write_text("same")
+    first = identity("a.txt")
+    assert identity("b.txt") == first
+    (tmp_path / "a.txt").write_text("diff")
+    assert identity("a.txt") != first
+
+
+def test_a_file_is_hashed_once_while_it_does_not_change(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    source = SourceConfig(kind="text", path=str(path))
+    first = open_source(source, tmp_path / "cache").identity
+    monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+    assert open_source(source, tmp_path / "cache").identity == first
+
+
+def test_held_out_documents_are_chosen_by_content_in_the_given_share():
+    texts = [f"document {number}" for number in range(4000)]
+    out = {text for text in texts if is_held_out(text, 0.1)}
+    assert abs(len(out) - 400) < 4 * (4000 * 0.1 * 0.9) ** 0.5
+    assert out < {text for text in texts if is_held_out(text, 0.2)}
+    assert not any(is_held_out(text, 0.0) for text in texts)
