@@ -105,9 +105,11 @@ def open_tokenizer(
     def build() -> None:
         if source is not None:
             tokenizer = load_tokenizer(source / "tokenizer")
-            if config.tokenizer.path is not None and not tokenizer.equals(load_tokenizer(config.tokenizer.path)):
+            given = config.tokenizer.path
+            lowercase = config.tokenizer.do_lower_case
+            if given is not None and not tokenizer.equals(load_tokenizer(given, lowercase=lowercase)):
                 raise ValueError(
-                    f"tokenizer.path={config.tokenizer.path} is another tokenizer than that of checkpoint {source}; remove "
+                    f"tokenizer.path={given} is another tokenizer than that of checkpoint {source}; remove "
                     f"the key to use the checkpoint's"
                 )
         else:

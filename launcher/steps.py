@@ -1,6 +1,6 @@
 """One optimizer step and one evaluation: what is done with the samples of a step."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from .topology import Topology
 class StepData:
     """This process's share of one step."""
 
-    micro_batches: list[Batch]
+    micro_batches: Sequence[Batch]
     counts: dict[str, int]
     """Terms of each part of the loss."""
     real_tokens: int

@@ -1,6 +1,7 @@
 import sys
 
 import pytest
+
 from xformer_train.recipes import corpus
 from xformer_train.recipes.corpus import builtin_documents
 

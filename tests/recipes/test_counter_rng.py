@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+
 from xformer_train.recipes.counter_rng import below, hash64, permute, uniform
 
 

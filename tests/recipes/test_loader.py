@@ -1,6 +1,7 @@
 import threading
 
 import pytest
+
 from xformer_train.recipes.loader import prefetch
 
 

@@ -2,6 +2,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+
 from xformer_train.recipes.counter_rng import hash64
 from xformer_train.recipes.masking import MaskingRule, mask_rows
 
@@ -68,7 +69,9 @@ def test_a_row_does_not_depend_on_the_others(unit):
         assert np.array_equal(alone.positions, by_row(together, 8, 40)[row])
 
 
-@pytest.mark.parametrize("length,most,expected", [(4, 99, 1), (10, 99, 2), (30, 99, 4), (128, 99, 19), (128, 7, 7), (5, 1, 1)])
+@pytest.mark.parametrize(
+    "length,most,expected", [(4, 99, 1), (10, 99, 2), (30, 99, 4), (128, 99, 19), (128, 7, 7), (5, 1, 1)]
+)
 def test_subwords_are_counted_as_in_bert(length, most, expected):
     ids, lengths = rows(5, 128, [length] * 5)
     masked = mask_rows(ids, lengths, hash64(np.arange(5)), rule(most=most))

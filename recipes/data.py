@@ -1,0 +1,249 @@
+"""From `data.sources` to batches: prepared once, then every batch is a pure function of the positions asked for.
+
+A *position* counts samples from the start of training, over all epochs: position p is sample p mod N of epoch p div N.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .bert_samples import BertSamples, open_table
+from .config import DataConfig, ObjectiveConfig, SourceConfig
+from .counter_rng import hash64, permute
+from .gpt_samples import GptSamples, with_document_borders
+from .masking import MaskingRule, mask_rows
+from .prepared_cache import cache_folder
+from .sources import open_source
+from .token_store import TokenStore, tokenise
+from .tokenizer import RunTokenizer, check_suits
+
+ORDER_VERSION = 1  # raise it when the same settings would give another sequence of samples
+
+ModelType = Literal["bert", "gpt"]
+Report = Callable[[str], None]
+_ORDER, _ORDER_IN_SOURCE, _CONTENT = range(3)
+
+
+@dataclass(frozen=True)
+class DataSizes:
+    """What there is to train on, held-out documents not counted."""
+
+    documents: int
+    tokens: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """fingerprint: equal if and only if the sequence of training samples is."""
+
+    train: "SampleStream"
+    validation: "SampleStream | None"
+    fingerprint: str
+    sizes: DataSizes
+
+
+def prepare_data(
+    model_type: ModelType,
+    tokenizer: RunTokenizer,
+    data: DataConfig,
+    objective: ObjectiveConfig,
+    seed: int,
+    report: Report,
+) -> PreparedData:
+    """Training and held-out samples; what the cache does not have is prepared now, which can take long.
+
+    Raises ValueError for every fault of the sources (see `sources.py`), text too short for one sample, a tokenizer without
+    the special tokens needed, a damaged cache.
+    """
+    check_suits(model_type, tokenizer)
+    cache = cache_folder(data.cache_dir)
+    layout: Literal["sentences", "stream"] = "sentences" if model_type == "bert" else "stream"
+
+    def open_stores(sources: Sequence[SourceConfig], held_out: float) -> list[tuple[TokenStore, TokenStore]]:
+        return [tokenise(open_source(one, cache), tokenizer, layout, held_out, cache, report) for one in sources]
+
+    def stream(stores: list[TokenStore], sources: Sequence[SourceConfig], stream_seed: int) -> "SampleStream":
+        parts: Sequence[BertSamples | GptSamples]
+        if model_type == "gpt":
+            parts = [GptSamples(store, data.max_seq_length) for store in stores]
+            collate = _collate_gpt(tokenizer)
+        else:
+            task = objective.sentence_task
+            tables = [
+                open_table(store, data.max_seq_length, data.short_seq_prob, task, cache, report) for store in stores
+            ]
+            parts = [
+                BertSamples(store, table, data.max_seq_length, task, tokenizer)
+                for store, table in zip(stores, tables, strict=True)
+            ]
+            collate = _collate_bert(tokenizer, data, objective)
+        return SampleStream(parts, draws_per_epoch(list(map(len, parts)), sources), collate, stream_seed)
+
+    stores = open_stores(data.sources, data.validation_fraction)
+    train = stream([first for first, _ in stores], data.sources, seed)
+    validation = None
+    if data.validation:
+        held_out = open_stores(data.validation, 0.0)
+        validation = stream([first for first, _ in held_out], data.validation, seed)
+    elif data.validation_fraction > 0:
+        validation = stream([second for _, second in stores], data.sources, seed)
+    sizes = DataSizes(
+        documents=sum(first.num_documents for first, _ in stores),
+        tokens=sum(len(first.tokens) for first, _ in stores),
+        samples=sum(len(part) for part in train.parts),
+    )
+    digests = [first.digest for first, _ in stores]
+    facts = [
+        model_type,
+        digests,
+        train.draws,
+        _sample_settings(model_type, data, objective),
+        tokenizer.fingerprint,
+        seed,
+    ]
+    return PreparedData(train, validation, _fingerprint(facts), sizes)
+
+
+def _fingerprint(facts: list[Any]) -> str:
+    return hashlib.blake2b(json.dumps([ORDER_VERSION, *facts]).encode(), digest_size=16).hexdigest()
+
+
+def _sample_settings(model_type: ModelType, data: DataConfig, objective: ObjectiveConfig) -> list[Any]:
+    if model_type == "gpt":
+        return [data.max_seq_length]
+    return [
+        data.max_seq_length,
+        data.short_seq_prob,
+        objective.mlm_probability,
+        objective.masking,
+        objective.sentence_task,
+        _max_predictions(data, objective),
+    ]
+
+
+def _max_predictions(data: DataConfig, objective: ObjectiveConfig) -> int:
+    given = objective.max_predictions_per_seq
+    return given if given is not None else math.ceil(objective.mlm_probability * data.max_seq_length)
+
+
+def draws_per_epoch(sizes: list[int], sources: Sequence[SourceConfig]) -> list[int]:
+    """How many samples one epoch takes from each source.
+
+    Without weights every sample once. With weights as many samples in all, shared out in proportion to the weights (largest
+    remainders rounded up), so that a heavy source repeats within an epoch and a light one goes on in the next.
+    """
+    weights = [source.weight for source in sources if source.weight is not None]
+    if not weights:
+        return sizes
+    exact = np.array(weights) / sum(weights) * sum(sizes)
+    draws = np.floor(exact).astype(np.int64)
+    largest = np.argsort(draws - exact, kind="stable")[: sum(sizes) - int(draws.sum())]
+    draws[largest] += 1
+    return [int(count) for count in draws]
+
+
+Rows = tuple[np.ndarray, ...]
+Collate = Callable[[Rows, np.ndarray], dict[str, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class SampleStream:
+    """The endless sequence of samples: pass after pass over the sources, each in another order.
+
+    draws: samples that one epoch takes from each source.
+    """
+
+    parts: Sequence[BertSamples | GptSamples]
+    draws: list[int]
+    collate: Collate
+    seed: int
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of one epoch."""
+        return sum(self.draws)
+
+    def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
+        """The samples at these positions, (B,) integers >= 0 in any order, as the tensors that the model takes.
+
+        BERT: input_ids, token_type_ids (B, S) int64; attention_mask (B, S) bool, True = a token; masked_positions (M,)
+        int64, flat indices into B * S, ascending; masked_labels (M,) int64; for nsp and sop sentence_labels (B,) int64, 1 =
+        random partner or swapped order. GPT: input_ids, labels, position_ids (B, S) int64; segment_ids (B, S) int32.
+        """
+        positions = np.asarray(positions, dtype=np.int64)
+        source, index = self.locate(positions)
+        keys = hash64(self.seed, _CONTENT, positions)
+        if len(self.parts) == 1:
+            rows = self.parts[0].rows(index, keys)
+        else:
+            order = np.argsort(source, kind="stable")
+            found = [
+                part.rows(index[source == number], keys[source == number])
+                for number, part in enumerate(self.parts)
+                if (source == number).any()
+            ]
+            back = np.argsort(order)
+            rows = tuple(np.concatenate(arrays)[back] for arrays in zip(*found, strict=True))
+        return {name: torch.from_numpy(array) for name, array in self.collate(rows, keys).items()}
+
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The source of each position and the sample in it, (B,) int64 each; O(1) memory, whatever the number of samples."""
+        draws = np.array(self.draws, dtype=np.int64)
+        epoch, index = np.divmod(positions, self.num_samples)
+        slot = permute(index, self.num_samples, self.seed, _ORDER, epoch)
+        bounds = np.cumsum(draws)
+        source = np.searchsorted(bounds, slot, side="right")
+        drawn = epoch * draws[source] + slot - (bounds - draws)[source]  # counts what was drawn from this source so far
+        sample = np.empty_like(drawn)
+        for number, part in enumerate(self.parts):
+            mine = source == number
+            turn, index = np.divmod(drawn[mine], len(part))
+            if self.draws[number] == len(part):  # an epoch is one turn, which `slot` has in random order already
+                sample[mine] = index
+            else:
+                sample[mine] = permute(index, len(part), self.seed, _ORDER_IN_SOURCE, number, turn)
+        return source, sample
+
+
+def _collate_bert(tokenizer: RunTokenizer, data: DataConfig, objective: ObjectiveConfig) -> Collate:
+    is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
+    is_special[tokenizer.special_ids] = True
+    rule = MaskingRule(
+        unit=objective.masking,
+        probability=objective.mlm_probability,
+        max_predictions=_max_predictions(data, objective),
+        mask_id=tokenizer.special_id("mask"),
+        is_special=is_special,
+        word_start=tokenizer.word_start,
+        plain_ids=np.flatnonzero(~is_special),
+    )
+
+    def collate(rows: Rows, keys: np.ndarray) -> dict[str, np.ndarray]:
+        ids, token_types, lengths, labels = rows
+        masked = mask_rows(ids, lengths, keys, rule)
+        batch = {
+            "input_ids": masked.input_ids,
+            "token_type_ids": token_types,
+            "attention_mask": np.arange(ids.shape[1]) < lengths[:, None],
+            "masked_positions": masked.positions,
+            "masked_labels": masked.labels,
+        }
+        return batch if objective.sentence_task == "none" else {**batch, "sentence_labels": labels}
+
+    return collate
+
+
+def _collate_gpt(tokenizer: RunTokenizer) -> Collate:
+    eos_id = tokenizer.special_id("eos")
+
+    def collate(rows: Rows, _: np.ndarray) -> dict[str, np.ndarray]:
+        return with_document_borders(rows[0], eos_id)
+
+    return collate

@@ -1,0 +1,55 @@
+"""GPT samples: windows of the stream of all documents, each document followed by the end-of-document token."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..kernels.cross_entropy import IGNORED
+from .token_store import TokenStore
+
+
+@dataclass(frozen=True)
+class GptSamples:
+    """Rows of one source; the last tokens, too few for a window, are left out.
+
+    Raises ValueError if there are too few tokens for one window.
+    """
+
+    store: TokenStore
+    seq_length: int
+
+    def __post_init__(self) -> None:
+        if len(self) == 0:
+            raise ValueError(
+                f"data source {self.store.name}: holds {len(self.store.tokens):,} tokens, fewer than one sample of "
+                f"data.max_seq_length={self.seq_length}; add text or make it shorter"
+            )
+
+    def __len__(self) -> int:
+        return len(self.store.tokens) // self.seq_length
+
+    def rows(self, index: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Windows and the token after each, (B, S + 1) int64; behind the last token of all comes that token again.
+
+        index: (B,) int64 in [0, len).
+        """
+        source = index[:, None] * self.seq_length + np.arange(self.seq_length + 1)
+        return (np.take(self.store.tokens, source, mode="clip").astype(np.int64),)
+
+
+def with_document_borders(windows: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:
+    """The batch of these windows.
+
+    windows: (B, S + 1) int64. input_ids: (B, S) int64; labels: (B, S) int64, the next token, IGNORED behind the end of a
+    document; segment_ids: (B, S) int32, documents counted from 0 in each row; position_ids: (B, S) int64, from 0 in each
+    document (a document that goes on from the window before starts at 0 too).
+    """
+    input_ids = np.ascontiguousarray(windows[:, :-1])
+    ends = input_ids == eos_id
+    labels = np.where(ends, IGNORED, windows[:, 1:])
+    begins = np.zeros_like(ends)
+    begins[:, 1:] = ends[:, :-1]
+    columns = np.arange(input_ids.shape[1])
+    starts = np.maximum.accumulate(np.where(begins, columns, 0), axis=1)
+    segments = np.cumsum(begins, axis=1, dtype=np.int32)
+    return {"input_ids": input_ids, "labels": labels, "segment_ids": segments, "position_ids": columns - starts}

@@ -1,0 +1,107 @@
+"""Folders of prepared data: built once, found by name afterwards, whole or not there at all."""
+
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+_MANIFEST = "manifest.json"
+
+
+def cache_folder(given: str | None) -> Path:
+    """data.cache_dir, or the user's cache folder for this program."""
+    if given is not None:
+        return Path(given).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xformer-train"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that a reader finds all of it or the one before; creates its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def open_or_build(
+    folder: Path, build: Callable[[Path], dict[str, Any]], report: Callable[[str], None]
+) -> dict[str, Any]:
+    """The facts of a prepared folder, built first if it is not there.
+
+    build: writes its files into the empty folder it is given and returns the facts (JSON values). It works in a temporary
+    folder, renamed when all is written, so a process killed half-way leaves nothing that could be taken for prepared data.
+    Processes of one machine that want the same folder wait for the first; machines that share the cache may both build, and
+    the first to finish wins.
+    Raises ValueError if the folder is damaged, there is no space for it, or its file system has no locks.
+    """
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            report("waiting for another process that prepares the same data")
+            lock.acquire()
+        except NotImplementedError as error:
+            raise ValueError(
+                f"data.cache_dir={folder.parents[1]}: its file system has no file locks; name a folder on another"
+            ) from error
+        try:
+            if not folder.exists():
+                _build(folder, build)
+        finally:
+            lock.release()
+    return _checked_facts(folder)
+
+
+def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
+    # Whatever lies there is of a process of this machine that was killed: the lock is ours.
+    partial = folder.with_name(f"{folder.name}.{socket.gethostname()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        facts = build(partial)
+        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        (partial / _MANIFEST).write_text(json.dumps({"facts": facts, "bytes": sizes}, indent=1))
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another machine was faster
+                raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ValueError(
+            f"data.cache_dir={folder.parents[1]}: no space left for prepared data; make room or name another folder"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _checked_facts(folder: Path) -> dict[str, Any]:
+    remedy = f"remove {folder} to have it prepared again"
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        raise ValueError(f"prepared data: {folder / _MANIFEST} is missing or damaged; {remedy}") from None
+    for name, size in manifest["bytes"].items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else 0
+        if found != size:
+            raise ValueError(f"prepared data: {path} has {found:,} bytes, must have {size:,}; {remedy}")
+    facts: dict[str, Any] = manifest["facts"]
+    return facts
+
+
+def read_array(path: Path, dtype: str) -> np.ndarray:
+    """The numbers of a raw file, (N,), mapped into memory and read-only."""
+    if path.stat().st_size == 0:  # nothing to map
+        return np.empty(0, dtype=dtype)
+    return np.asarray(np.memmap(path, dtype=dtype, mode="r"))

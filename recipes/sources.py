@@ -1,0 +1,252 @@
+"""Documents of one `data.sources` entry, as strings, and what they depend on."""
+
+import glob
+import gzip
+import hashlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from .config import SourceConfig
+from .corpus import builtin_documents, builtin_identity
+from .prepared_cache import write_atomically
+
+READER_VERSION = 1  # raise it when the same files would give other documents
+
+_SUFFIXES = {
+    "text": (".txt", ".text", ".txt.gz"),
+    "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
+    "parquet": (".parquet",),
+}
+_TITLE = re.compile(r"\s*= ?[^=\s](.*[^=\s])? ?=\s*")  # `= Title =`, not `== Section ==` or `= = Section = =`
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Source:
+    """An opened source.
+
+    name: for messages; documents: starts a new pass over them, always in the same order; identity: equal if and only if the
+    documents are; total: number of documents where it is known without reading them.
+    """
+
+    name: str
+    documents: Callable[[], Iterator[str]]
+    identity: str
+    total: int | None = None
+
+
+def open_source(source: SourceConfig, cache: Path) -> Source:
+    """The documents of one source; files are found and hashed now, and read when the documents are.
+
+    cache: folder where the hashes of files are remembered. Raises ValueError, here or while documents are read, for a
+    missing file, a pattern that matches none, text that is not UTF-8, a broken JSON line, a missing column or an
+    unreachable dataset.
+    """
+    name = f"{source.kind} {source.path}" if source.path else source.kind
+    if source.kind == "builtin":
+        return Source(name, builtin_documents, builtin_identity())
+    if source.kind == "hf":
+        return _open_dataset(source, name)
+    paths = _find_files(source, name)
+    hashes = [_content_hash(path, cache / "file_hashes") for path in paths]
+    field = source.text_field
+    identity = json.dumps([READER_VERSION, source.kind, field, *hashes])
+    if source.kind == "parquet":
+        total = sum(_open_parquet(path, field).metadata.num_rows for path in paths)
+        return Source(name, lambda: _each(paths, lambda path: _parquet_documents(path, field)), identity, total)
+    if source.kind == "jsonl":
+        return Source(name, lambda: _each(paths, lambda path: _jsonl_documents(path, field)), identity)
+    return Source(name, lambda: _each(paths, _text_documents), identity)
+
+
+def is_held_out(document: str, fraction: float) -> bool:
+    """Whether a document is in the held-out `fraction`: a matter of its text alone, so copies are on one side."""
+    digest = hashlib.blake2b(document.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+def _each(paths: list[Path], read: Callable[[Path], Iterator[str]]) -> Iterator[str]:
+    for path in paths:
+        yield from read(path)
+
+
+def _find_files(source: SourceConfig, name: str) -> list[Path]:
+    given = str(Path(cast(str, source.path)).expanduser())
+    suffixes = _SUFFIXES[source.kind]
+    path = Path(given)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(inner for inner in path.rglob("*") if inner.name.endswith(suffixes) and inner.is_file())
+        if not found:
+            raise ValueError(
+                f"data source {name}: the folder holds no {' or '.join(suffixes)} file; name another, or a glob"
+            )
+        return found
+    if glob.has_magic(given):
+        found = sorted(inner for inner in map(Path, glob.glob(given, recursive=True)) if inner.is_file())  # noqa: PTH207 - may be absolute
+        if not found:
+            raise ValueError(
+                f"data source {name}: no file matches this pattern below {Path.cwd()}; correct data.sources"
+            )
+        return found
+    raise ValueError(f"data source {name}: there is no such file or folder below {Path.cwd()}; correct data.sources")
+
+
+def _content_hash(path: Path, memory: Path) -> str:
+    """Hash of the bytes of a file; not read again while its path, size and time of change stay the same."""
+    status = path.stat()
+    known = json.dumps([str(path.resolve()), status.st_size, status.st_mtime_ns])
+    remembered = memory / hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
+    if remembered.is_file() and len(digest := remembered.read_text()) == 64:
+        return digest
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
+    write_atomically(remembered, digest)
+    return digest
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Line numbers from 1 and lines without their end, of a UTF-8 file, gzip-compressed if its name ends so."""
+    offset = 0
+    with cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb") as file:
+        for number, line in enumerate(_sound(file, path), start=1):
+            try:
+                text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: byte {offset + error.start:,} of the file, 0x{line[error.start]:02x}, is not "
+                    f"UTF-8; convert the file, for example with iconv"
+                ) from None
+            offset += len(line)
+            yield number, text.rstrip("\r\n")
+
+
+def _sound(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from None
+
+
+def _text_documents(path: Path) -> Iterator[str]:
+    """Documents end at a blank line; in a file with title lines (`= Title =`, as in WikiText) they end before a title."""
+    document: list[str] = []
+    titled, blank_before = False, True
+    for _, line in _lines(path):
+        is_title = blank_before and _TITLE.fullmatch(line) is not None
+        blank_before = not line.strip()
+        if is_title or (blank_before and not titled):
+            yield from _joined(document)
+            document = []
+        titled = titled or is_title
+        document.append(line)
+    yield from _joined(document)
+
+
+def _joined(lines: list[str]) -> Iterator[str]:
+    text = "\n".join(lines).strip()
+    if text:
+        yield text
+
+
+def _jsonl_documents(path: Path, field: str) -> Iterator[str]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
+            ) from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: holds a {type(row).__name__}; each line must be one JSON object")
+        if field not in row:
+            raise _no_field(f"{path}, line {number}", field, list(row))
+        yield from _checked(row[field], f"{path}, line {number}", field)
+
+
+def _checked(value: Any, place: str, field: str) -> Iterator[str]:
+    """The document `value`, or nothing if it is null or blank."""
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {field} holds a {type(value).__name__}; data.sources text_field must name text")
+    if value.strip():
+        yield value
+
+
+def _no_field(place: str, field: str, columns: list[str]) -> ValueError:
+    there = ", ".join(columns) or "nothing"
+    return ValueError(
+        f"{place}: there is no {field}, only {there}; set text_field in data.sources to the one with the text"
+    )
+
+
+def _open_parquet(path: Path, field: str) -> Any:
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a parquet file ({error}); correct data.sources") from None
+    if field not in file.schema_arrow.names:
+        raise _no_field(str(path), field, file.schema_arrow.names)
+    return file
+
+
+def _parquet_documents(path: Path, field: str) -> Iterator[str]:
+    with _open_parquet(path, field) as file:
+        for batch in file.iter_batches(batch_size=1024, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                yield from _checked(value, str(path), field)
+
+
+def _open_dataset(source: SourceConfig, name: str) -> Source:
+    import datasets
+
+    path = str(Path(cast(str, source.path)).expanduser())
+    saved = Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file()
+    try:
+        if saved:
+            dataset = datasets.load_from_disk(path)
+            if isinstance(dataset, dict):
+                if source.split not in dataset:
+                    raise ValueError(f'Unknown split "{source.split}". Should be one of {list(dataset)}.')
+                dataset = dataset[source.split]
+        else:
+            dataset = datasets.load_dataset(path, source.subset, split=source.split, streaming=source.streaming)
+        if isinstance(dataset, datasets.IterableDataset):
+            builder = datasets.load_dataset_builder(path, source.subset)
+            version, total = f"{builder.hash} {builder.config_id} {source.split}", None
+        else:
+            version, total = dataset._fingerprint, len(dataset)
+    # Not found, unreachable, unknown split or subset; files that cannot be read; a dataset that is a program.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError, RuntimeError) as error:
+        raise ValueError(
+            f"data source {name}: {_one_line(error)}; correct data.sources, or check the network"
+        ) from error
+    columns = dataset.column_names
+    if columns is not None and source.text_field not in columns:
+        raise _no_field(f"data source {name}", source.text_field, columns)
+    if not isinstance(dataset, datasets.IterableDataset):
+        dataset = dataset.select_columns([source.text_field])
+
+    def documents() -> Iterator[str]:
+        for row in dataset:
+            if source.text_field not in row:
+                raise _no_field(f"data source {name}", source.text_field, list(row))
+            yield from _checked(row[source.text_field], f"data source {name}", source.text_field)
+
+    return Source(name, documents, json.dumps([READER_VERSION, name, source.text_field, version]), total)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")

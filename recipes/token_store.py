@@ -1,0 +1,208 @@
+"""Tokenised documents on disk: written once, document by document, then mapped into memory."""
+
+import hashlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from .prepared_cache import open_or_build, read_array
+from .sources import Source, is_held_out
+from .tokenizer import RunTokenizer
+
+FORMAT_VERSION = 1  # raise it when the same documents would give other files
+
+Layout = Literal["sentences", "stream"]
+Report = Callable[[str], None]
+
+_BATCH_DOCUMENTS = 1024
+_BATCH_CHARACTERS = 2**22
+_LONGEST_TEXT = 100_000  # characters tokenised as one text: a whole book as one would need gigabytes
+_REPORT_EVERY_S = 60.0
+_SENTENCE_END = re.compile(
+    r"""(?<!\b[A-Z])[.!?…]+["'”’)\]]*(?=\s+["'“‘(\[]*([^\s"'“‘(\[])) | [。！？]+[”’」』]* | \n[^\S\n]*\n""", re.VERBOSE
+)
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """The documents of one source as tokens.
+
+    name: of the source; tokens: (T,) uint16 or uint32; documents: (D + 1,) int64, where each document starts, then T;
+    sentences: (N + 1,) int64 alike, empty in layout stream; digest: equal for equal contents.
+    """
+
+    name: str
+    tokens: np.ndarray
+    documents: np.ndarray
+    sentences: np.ndarray
+    digest: str
+
+    @property
+    def num_documents(self) -> int:
+        return len(self.documents) - 1
+
+
+def tokenise(
+    source: Source, tokenizer: RunTokenizer, layout: Layout, held_out: float, cache: Path, report: Report
+) -> tuple[TokenStore, TokenStore]:
+    """The training and the held-out documents of a source, tokenised now unless the cache has them.
+
+    layout: `sentences` keeps where sentences start (BERT), `stream` puts the end-of-document token after each document (GPT).
+    held_out: share of the documents to hold out. Raises ValueError if the source holds no text, or either part is empty
+    though it should not be.
+    """
+    known = json.dumps([FORMAT_VERSION, source.identity, tokenizer.fingerprint, layout, held_out])
+    folder = cache / "tokens" / hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
+    dtype = "<u2" if tokenizer.vocab_size <= 2**16 else "<u4"
+
+    def build(partial: Path) -> dict[str, Any]:
+        report(f"tokenising {source.name}")
+        with _Writer(partial, "train", dtype) as train, _Writer(partial, "held_out", dtype) as rest:
+            for batch in _batches(_with_progress(source, train, rest, report)):
+                chosen = [is_held_out(text, held_out) for text in batch]
+                encoded = _encode(batch, tokenizer, layout)
+                for writer, wanted in ((train, False), (rest, True)):
+                    writer.add([ids for ids, is_out in zip(encoded, chosen, strict=True) if is_out == wanted])
+        _check_parts(source.name, train.num_documents, rest.num_documents, held_out)
+        report(f"tokenised {source.name}: {train.num_tokens + rest.num_tokens:,} tokens")
+        return {"digests": {"train": train.digest, "held_out": rest.digest}}
+
+    digests = open_or_build(folder, build, report)["digests"]
+    first, second = (
+        TokenStore(
+            source.name if part == "train" else f"{source.name} (held-out part)",
+            read_array(folder / f"{part}.tokens", dtype),
+            read_array(folder / f"{part}.documents", "<i8"),
+            read_array(folder / f"{part}.sentences", "<i8"),
+            digests[part],
+        )
+        for part in ("train", "held_out")
+    )
+    return first, second
+
+
+def _check_parts(name: str, num_train: int, num_held_out: int, held_out: float) -> None:
+    if num_train + num_held_out == 0:
+        raise ValueError(f"data source {name}: there is no text in it; add text or name another source")
+    if held_out > 0 and 0 in (num_train, num_held_out):
+        which = "none" if num_held_out == 0 else "all"
+        raise ValueError(
+            f"data.validation_fraction={held_out} holds out {which} of the {num_train + num_held_out:,} documents of {name}; "
+            f"change it, or give held-out text as data.validation"
+        )
+
+
+class _Writer:
+    """Appends documents to the three files of one part."""
+
+    def __init__(self, folder: Path, part: str, dtype: str) -> None:
+        self._files = {name: (folder / f"{part}.{name}").open("wb") for name in ("tokens", "documents", "sentences")}
+        self._dtype = dtype
+        self._hash = hashlib.blake2b(dtype.encode(), digest_size=16)
+        self.num_tokens = self.num_documents = 0
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for name in ("documents", "sentences"):
+            self._write(name, np.array([self.num_tokens], dtype="<i8"))
+        for file in self._files.values():
+            file.close()
+
+    @property
+    def digest(self) -> str:
+        return self._hash.hexdigest()
+
+    def add(self, documents: list[list[np.ndarray]]) -> None:
+        """documents: the token ids of the sentences of each. Those without a token are left out."""
+        documents = [kept for sentences in documents if (kept := [ids for ids in sentences if len(ids)])]
+        if not documents:
+            return
+        sentences = [ids for document in documents for ids in document]
+        ends = self.num_tokens + np.cumsum([len(ids) for ids in sentences])
+        starts = np.concatenate([[self.num_tokens], ends[:-1]]).astype("<i8")
+        firsts = np.concatenate([[0], np.cumsum([len(document) for document in documents])[:-1]]).astype(np.int64)
+        self._write("tokens", np.concatenate(sentences).astype(self._dtype))
+        self._write("sentences", starts)
+        self._write("documents", starts[firsts])
+        self.num_tokens = int(ends[-1])
+        self.num_documents += len(documents)
+
+    def _write(self, name: str, numbers: np.ndarray) -> None:
+        content = numbers.tobytes()
+        self._hash.update(name.encode() + content)
+        self._files[name].write(content)
+
+
+def _encode(texts: list[str], tokenizer: RunTokenizer, layout: Layout) -> list[list[np.ndarray]]:
+    """The token ids of each document, cut at sentences (layout sentences) or only where it is very long."""
+    split = split_sentences if layout == "sentences" else _cut
+    parts = [list(split(text)) for text in texts]
+    encoded = iter(tokenizer.encode_batch([part for document in parts for part in document]))
+    documents = [[next(encoded) for _ in document] for document in parts]
+    if layout == "sentences":
+        return documents
+    end = np.array([tokenizer.special_id("eos")], dtype=np.uint32)
+    return [[np.concatenate([*ids, end])] if sum(map(len, ids)) else [] for ids in documents]
+
+
+def split_sentences(text: str) -> Iterator[str]:
+    """The sentences of a text; put together they are the text again.
+
+    A sentence ends at a blank line; after . ! ? or … and closing quotes or brackets, if white space follows and then no
+    lower-case letter, unless a single capital stands before the mark (an initial); and after 。！？. White space goes to the
+    sentence behind it, where byte-level BPE wants it.
+    """
+    start = 0
+    for match in _SENTENCE_END.finditer(text):
+        follower = match.group(1)
+        if follower is None or not follower.islower():
+            yield from _cut(text[start : match.end()])
+            start = match.end()
+    yield from _cut(text[start:])
+
+
+def _cut(text: str) -> Iterator[str]:
+    """The text in pieces of at most _LONGEST_TEXT characters, cut before white space if there is any."""
+    while len(text) > _LONGEST_TEXT:
+        at = max(text.rfind(" ", 1, _LONGEST_TEXT), text.rfind("\n", 1, _LONGEST_TEXT))
+        at = at if at > 0 else _LONGEST_TEXT
+        yield text[:at]
+        text = text[at:]
+    if text:
+        yield text
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _with_progress(source: Source, train: _Writer, rest: _Writer, report: Report) -> Iterator[str]:
+    """The documents; on a terminal a bar shows how far they are, elsewhere a line a minute."""
+    on_terminal = sys.stderr.isatty()
+    told_s = time.monotonic()
+    bar = tqdm(source.documents(), source.name, source.total, unit=" documents", disable=not on_terminal, leave=False)
+    for number, document in enumerate(bar):
+        if not on_terminal and time.monotonic() - told_s > _REPORT_EVERY_S:
+            told_s = time.monotonic()
+            of = f" of {source.total:,}" if source.total else ""
+            report(f"tokenising {source.name}: {number:,}{of} documents, {train.num_tokens + rest.num_tokens:,} tokens")
+        yield document

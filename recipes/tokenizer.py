@@ -1,0 +1,328 @@
+"""Tokenizers: loaded from a file or trained on the sources; WordPiece, byte-level BPE and plain bytes."""
+
+import functools
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from .config import DataConfig, TokenizerConfig
+from .prepared_cache import cache_folder
+from .sources import is_held_out, open_source
+
+TRAINING_BYTES = 200 * 2**20  # of text, shared equally among the sources: vocabularies hardly change beyond it
+_NUM_BYTES = 256
+
+_TOKENIZER_FILE = "tokenizer.json"
+_SPECIALS_FILE = "tokenizer_config.json"  # names and place as in `transformers`, which can read the folder
+_BERT_SPECIALS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+_GPT_SPECIALS = {"eos": "<|endoftext|>"}
+_NEEDED = {"bert": ("pad", "cls", "sep", "mask"), "gpt": ("eos",)}
+# Tried in this order on a tokenizer without a specials file.
+_USUAL_NAMES = {
+    "pad": ("[PAD]", "<pad>", "<|padding|>"),
+    "unk": ("[UNK]", "<unk>"),
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "mask": ("[MASK]", "<mask>"),
+    "eos": ("<|endoftext|>", "</s>", "<eos>"),
+}
+_SPACE_MARKERS = ("Ġ", "Ċ", "ĉ", "▁")  # how byte-level BPE writes space, newline and tab; SentencePiece's space
+
+
+@dataclass(frozen=True)
+class RunTokenizer:
+    """A tokenizer and the special tokens the recipes use.
+
+    kind: wordpiece, bpe, bytes, or what else a loaded file holds; specials: the tokens called pad, unk, cls, sep, mask and
+    eos, those it has. Special tokens written out in a text are read as plain text.
+    """
+
+    tokenizer: Tokenizer
+    kind: str
+    specials: dict[str, str]
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    def special_id(self, name: Literal["pad", "unk", "cls", "sep", "mask", "eos"]) -> int:
+        """The id of a special token. Raises KeyError if the tokenizer does not have it."""
+        return self._id(self.specials[name])
+
+    def _id(self, token: str) -> int:
+        index = self.tokenizer.token_to_id(token)
+        assert index is not None, f"special token {token} is not in the vocabulary"
+        return int(index)
+
+    @functools.cached_property
+    def special_ids(self) -> np.ndarray:
+        """Ids of all tokens that stand for no text, ascending, int64."""
+        ids = {index for index, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
+        return np.array(sorted(ids | {self._id(token) for token in self.specials.values()}), np.int64)
+
+    @functools.cached_property
+    def word_start(self) -> np.ndarray:
+        """Whether a word starts with each token, (vocab_size,) bool.
+
+        WordPiece: tokens without the ## of a continuation. Otherwise tokens that begin with white space (which BPE and
+        SentencePiece keep in front of a word), so that punctuation belongs to the word before it.
+        """
+        starts = np.zeros(self.vocab_size, dtype=bool)
+        continuation = json.loads(self.tokenizer.to_str())["model"].get("continuing_subword_prefix")
+        for token, index in self.tokenizer.get_vocab(with_added_tokens=True).items():
+            starts[index] = not token.startswith(continuation) if continuation else token.startswith(_SPACE_MARKERS)
+        starts[self.special_ids] = True
+        return starts
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Equal for tokenizers that turn every text into the same ids."""
+        content = json.dumps([json.loads(self.tokenizer.to_str()), self.specials], sort_keys=True)
+        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
+
+    def equals(self, other: "RunTokenizer") -> bool:
+        return self.fingerprint == other.fingerprint
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of each text without special tokens, uint32; on several threads unless TOKENIZERS_PARALLELISM=false."""
+        if self.kind == "bytes":
+            return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
+        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these ids, special tokens included."""
+        text: str = self.tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
+        return text
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json; `folder` comes into being whole or not at all."""
+        folder = Path(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        partial.chmod(0o755)  # others may read a run, which mkdtemp forbids
+        try:
+            (partial / _TOKENIZER_FILE).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+            names = {f"{name}_token": token for name, token in self.specials.items()}
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+            (partial / _SPECIALS_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+            if folder.exists():
+                for path in partial.iterdir():
+                    path.replace(folder / path.name)
+            else:
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def build_tokenizer(
+    model_type: Literal["bert", "gpt"], config: TokenizerConfig, data: DataConfig, report: Callable[[str], None]
+) -> RunTokenizer:
+    """The tokenizer of a new run: loaded if tokenizer.path is given, else trained on the sources without held-out documents.
+
+    Raises ValueError if it lacks a special token the model needs, or there is no text to train on.
+    """
+    if config.path is not None:
+        tokenizer = load_tokenizer(config.path, lowercase=config.do_lower_case)
+    else:
+        kind = config.type
+        if kind == "auto":
+            kind = "wordpiece" if model_type == "bert" else "bpe"
+        tokenizer = train_tokenizer(kind, config, _training_text(data), report, model_type=model_type)
+    check_suits(model_type, tokenizer, config.path)
+    return tokenizer
+
+
+def check_suits(model_type: Literal["bert", "gpt"], tokenizer: RunTokenizer, path: str | None = None) -> None:
+    """Raise ValueError if the tokenizer lacks a special token that the model's samples are built with."""
+    missing = [name for name in _NEEDED[model_type] if name not in tokenizer.specials]
+    if missing:
+        names = " and ".join(f'"{name}_token"' for name in missing)
+        raise ValueError(
+            f"tokenizer.path={path}: a {model_type} needs {', '.join(missing)} among the special tokens, and this tokenizer "
+            f"has {', '.join(tokenizer.specials) or 'none'}; name {names} in a tokenizer_config.json beside tokenizer.json, or "
+            f"remove tokenizer.path to train one"
+        )
+
+
+def load_tokenizer(path: str | Path, *, lowercase: bool = True) -> RunTokenizer:
+    """The tokenizer in a tokenizer.json, a folder that holds one, or a WordPiece vocab.txt.
+
+    lowercase: for vocab.txt only, unless a tokenizer_config.json beside it says do_lower_case.
+
+    Raises ValueError if there is no such file or it does not hold a tokenizer.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        found = [path / name for name in (_TOKENIZER_FILE, "vocab.txt") if (path / name).is_file()]
+        if not found:
+            raise ValueError(
+                f"tokenizer.path={path}: it holds neither tokenizer.json nor vocab.txt; name a folder that does"
+            )
+        path = found[0]
+    if not path.is_file():
+        raise ValueError(
+            f"tokenizer.path={path}: there is no such file or folder; correct it, or remove it to train one"
+        )
+    settings = _read_settings(path.with_name(_SPECIALS_FILE))
+    if path.suffix == ".txt":
+        tokenizer = _from_vocabulary(path, lowercase=settings.get("do_lower_case", lowercase))
+    else:
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the only type that `tokenizers` raises
+            raise ValueError(f"tokenizer.path={path}: not a tokenizer file ({error})") from error
+    return _prepared(tokenizer, settings)
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"tokenizer.path: {path} is not JSON ({error}); correct or remove it") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"tokenizer.path: {path} must be one JSON object, not a {type(settings).__name__}; correct it")
+    return settings
+
+
+def _prepared(tokenizer: Tokenizer, settings: dict[str, Any]) -> RunTokenizer:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    kind = _kind(tokenizer)
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    specials = {}
+    for name, usual in _USUAL_NAMES.items():
+        given = settings.get(f"{name}_token")
+        given = given["content"] if isinstance(given, dict) else given
+        # A learned token may read "</s>" too; only in WordPiece, which parts brackets from words, no text can give one.
+        candidates = [given] if given else [token for token in usual if token in known or kind == "wordpiece"]
+        found = [token for token in candidates if tokenizer.token_to_id(token) is not None]
+        if found:
+            specials[name] = found[0]
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in specials.values() if token not in known])
+    # A text that contains "[MASK]" or "<|endoftext|>" must not put special tokens into the samples.
+    tokenizer.encode_special_tokens = True
+    return RunTokenizer(tokenizer, kind, specials)
+
+
+def _kind(tokenizer: Tokenizer) -> str:
+    model = json.loads(tokenizer.to_str())["model"]
+    kind: str = model["type"].lower()
+    is_bytes = kind == "bpe" and not model["merges"] and len(model["vocab"]) == _NUM_BYTES
+    return "bytes" if is_bytes else kind
+
+
+def _from_vocabulary(path: Path, *, lowercase: bool) -> Tokenizer:
+    try:
+        tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"tokenizer.path={path}: byte {error.start:,} is not UTF-8; convert the file") from None
+    if "[UNK]" not in tokens:
+        raise ValueError(f"tokenizer.path={path}: the vocabulary has no [UNK]; it must be BERT's, one token per line")
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return _wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]"), lowercase=lowercase)
+
+
+def _wordpiece(model: models.WordPiece, *, lowercase: bool) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    return tokenizer
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train_tokenizer(
+    kind: Literal["wordpiece", "bpe", "bytes"],
+    config: TokenizerConfig,
+    documents: Iterable[str],
+    report: Callable[[str], None],
+    *,
+    model_type: Literal["bert", "gpt"],
+) -> RunTokenizer:
+    """A new tokenizer of config.vocab_size symbols, or of 256 bytes and the special tokens, which reads no documents.
+
+    WordPiece training gives another vocabulary each time, even on the same text: train once, then save and load.
+    Raises ValueError if the text is empty or has too few different symbols for the size asked for.
+    """
+    specials = _BERT_SPECIALS if model_type == "bert" else _GPT_SPECIALS
+    if kind == "bytes":
+        tokenizer = _byte_level(models.BPE(vocab=_byte_symbols(), merges=[]))
+        tokenizer.add_special_tokens(list(specials.values()))
+        return _prepared(tokenizer, _settings(specials))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bpe" else []
+    smallest = len(alphabet) + len(specials)
+    if config.vocab_size <= smallest:
+        raise ValueError(
+            f"tokenizer.vocab_size={config.vocab_size}: a new {kind} tokenizer needs more than {smallest} symbols"
+        )
+    report(f"training a {kind} tokenizer of {config.vocab_size:,} symbols")
+    settings: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "special_tokens": list(specials.values()),
+        "show_progress": False,
+    }
+    if kind == "wordpiece":
+        tokenizer = _wordpiece(models.WordPiece(unk_token=_BERT_SPECIALS["unk"]), lowercase=config.do_lower_case)
+        trainer: Any = trainers.WordPieceTrainer(**settings)
+    else:
+        tokenizer = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
+    tokenizer.train_from_iterator(_counted(documents), trainer)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ValueError(
+            f"tokenizer.vocab_size={config.vocab_size}: too few for the characters of the text; set at least "
+            f"{tokenizer.get_vocab_size()}"
+        )
+    return _prepared(tokenizer, _settings(specials))
+
+
+def _settings(specials: dict[str, str]) -> dict[str, str]:
+    return {f"{name}_token": token for name, token in specials.items()}
+
+
+def _counted(documents: Iterable[str]) -> Iterator[str]:
+    empty = True
+    for document in documents:
+        empty = False
+        yield document
+    if empty:
+        raise ValueError("data.sources hold no text to train a tokenizer on; add text")
+
+
+def _byte_symbols() -> dict[str, int]:
+    """The symbol that byte-level BPE writes for each byte: printable Latin-1 for itself, then U+0100 and on for the rest."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(_NUM_BYTES) if byte not in printable]
+    return {chr(byte if byte in printable else 0x100 + others.index(byte)): byte for byte in range(_NUM_BYTES)}
+
+
+def _training_text(data: DataConfig) -> Iterator[str]:
+    """The first documents of each source, up to its share of TRAINING_BYTES, without held-out ones."""
+    share = TRAINING_BYTES // len(data.sources)
+    cache = cache_folder(data.cache_dir)
+    for source in data.sources:
+        left = share
+        for document in open_source(source, cache).documents():
+            if is_held_out(document, data.validation_fraction):
+                continue
+            yield document[:left]
+            left -= len(document.encode())
+            if left <= 0:
+                break

@@ -1,0 +1,72 @@
+import threading
+
+import pytest
+
+from xformer_train.recipes.prepared_cache import cache_folder, open_or_build, read_array, write_atomically
+
+
+def build_one(partial):
+    (partial / "numbers").write_bytes(b"\x01\x00\x02\x00")
+    return {"count": 2}
+
+
+def test_what_was_built_is_found_again(tmp_path):
+    folder = tmp_path / "cache" / "tokens" / "key"
+    assert open_or_build(folder, build_one, pytest.fail) == {"count": 2}
+    assert open_or_build(folder, lambda _: pytest.fail("built again"), pytest.fail) == {"count": 2}
+    assert read_array(folder / "numbers", "<u2").tolist() == [1, 2]
+
+
+def test_a_second_process_waits_for_the_first_and_says_so(tmp_path):
+    folder, told, results = tmp_path / "key", [], []
+    building, go_on = threading.Event(), threading.Event()
+
+    def slow(partial):
+        building.set()
+        assert go_on.wait(timeout=10)
+        return build_one(partial)
+
+    first = threading.Thread(target=lambda: results.append(open_or_build(folder, slow, pytest.fail)))
+    first.start()
+    assert building.wait(timeout=10)
+
+    def tell(text):
+        told.append(text)
+        go_on.set()
+
+    results.append(open_or_build(folder, lambda _: pytest.fail("built twice"), tell))
+    first.join()
+    assert results == [{"count": 2}, {"count": 2}]
+    assert told == ["waiting for another process that prepares the same data"]
+
+
+def test_the_first_of_two_machines_to_finish_wins(tmp_path):
+    folder = tmp_path / "key"
+
+    def overtaken(partial):
+        folder.mkdir()
+        (folder / "manifest.json").write_text('{"facts": {"by": "the other"}, "bytes": {}}')
+        return build_one(partial)
+
+    assert open_or_build(folder, overtaken, pytest.fail) == {"by": "the other"}
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["key"]
+
+
+def test_an_empty_array_can_be_read(tmp_path):
+    (tmp_path / "none").touch()
+    assert read_array(tmp_path / "none", "<i8").tolist() == []
+
+
+def test_the_cache_is_where_the_user_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_folder(None) == tmp_path / ".cache" / "xformer-train"
+    assert cache_folder("~/mine") == tmp_path / "mine"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
+    assert cache_folder(None) == tmp_path / "x" / "xformer-train"
+
+
+def test_small_files_are_replaced_whole(tmp_path):
+    write_atomically(tmp_path / "new" / "file", "one")
+    write_atomically(tmp_path / "new" / "file", "two")
+    assert [path.read_text() for path in (tmp_path / "new").iterdir()] == ["two"]

@@ -1,0 +1,179 @@
+import json
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from xformer_train.recipes.config import DataConfig, SourceConfig, TokenizerConfig
+from xformer_train.recipes.sources import is_held_out
+from xformer_train.recipes.tokenizer import build_tokenizer, load_tokenizer, train_tokenizer
+
+TEXTS = [
+    "The quick brown foxes jumped over the lazy dogs.",
+    "Unbelievably, foxes don't jump: they leap!",
+    "naïve café 東京",
+] * 20
+KINDS = [("wordpiece", "bert"), ("bpe", "bert"), ("bpe", "gpt"), ("bytes", "bert"), ("bytes", "gpt")]
+
+
+def quiet(_):
+    pass
+
+
+def train(kind, model_type="bert", texts=TEXTS, **config):
+    return train_tokenizer(kind, TokenizerConfig(**{"vocab_size": 320, **config}), texts, quiet, model_type=model_type)
+
+
+@pytest.mark.parametrize("kind,model_type", KINDS)
+def test_a_saved_tokenizer_comes_back_the_same(tmp_path, kind, model_type):
+    tokenizer = train(kind, model_type)
+    tokenizer.save(tmp_path / "new" / "tokenizer")
+    loaded = load_tokenizer(tmp_path / "new" / "tokenizer")
+    assert loaded.equals(tokenizer)
+    assert (loaded.kind, loaded.vocab_size, loaded.specials) == (kind, tokenizer.vocab_size, tokenizer.specials)
+    assert np.array_equal(loaded.word_start, tokenizer.word_start)
+    for first, second in zip(loaded.encode_batch(TEXTS), tokenizer.encode_batch(TEXTS), strict=True):
+        assert np.array_equal(first, second)
+    assert load_tokenizer(tmp_path / "new" / "tokenizer" / "tokenizer.json").equals(tokenizer)
+    loaded.save(tmp_path / "new" / "tokenizer")  # on top of itself
+    assert load_tokenizer(tmp_path / "new" / "tokenizer").equals(tokenizer)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["tokenizer"]
+
+
+def test_transformers_reads_the_folder(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = train("wordpiece")
+    tokenizer.save(tmp_path / "t")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "t"))
+    assert theirs.mask_token_id == tokenizer.special_id("mask")
+    assert theirs(TEXTS[0], add_special_tokens=False)["input_ids"] == tokenizer.encode_batch([TEXTS[0]])[0].tolist()
+
+
+@pytest.mark.parametrize("kind,model_type", KINDS)
+def test_specials_are_those_the_model_needs_and_text_cannot_contain_them(kind, model_type):
+    tokenizer = train(kind, model_type)
+    needed = ["pad", "cls", "sep", "mask"] if model_type == "bert" else ["eos"]
+    ids = [tokenizer.special_id(name) for name in needed]
+    assert len(set(ids)) == len(ids)
+    assert set(ids) <= set(tokenizer.special_ids.tolist())
+    assert max(ids) < tokenizer.vocab_size
+    encoded = tokenizer.encode_batch(["a [MASK] b [SEP] c <|endoftext|> d"])[0]
+    assert not set(ids) & set(encoded.tolist())
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes"])
+def test_byte_level_kinds_give_any_text_back(kind):
+    tokenizer = train(kind, "gpt")
+    text = "tab\there, \x00 zero, ümlaut, 漢字, 🦊 and  two spaces\n"
+    assert tokenizer.decode(tokenizer.encode_batch([text])[0]) == text
+
+
+def test_bytes_are_the_256_byte_values_and_the_specials_behind_them():
+    tokenizer = train("bytes", "gpt", texts=[])
+    assert tokenizer.vocab_size == 257
+    assert tokenizer.special_id("eos") == 256
+    text = "".join(map(chr, range(0x180)))
+    assert tokenizer.encode_batch([text, ""])[0].tolist() == list(text.encode())
+    # The fast path agrees with the tokenizer that is saved.
+    assert tokenizer.tokenizer.encode(text).ids == list(text.encode())
+
+
+def test_wordpiece_lower_cases_if_asked():
+    assert np.array_equal(*train("wordpiece").encode_batch(["The Quick", "the quick"]))
+    assert not np.array_equal(*train("wordpiece", do_lower_case=False).encode_batch(["The Quick", "the quick"]))
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "bytes"])
+def test_words_start_where_white_space_was(kind):
+    tokenizer = train(kind)
+    ids = tokenizer.encode_batch([" quick unbelievable dogs"])[0]
+    starts = np.flatnonzero(tokenizer.word_start[ids])
+    words = ["".join(tokenizer.decode(part).split()) for part in np.split(ids, starts)[1:]]
+    if kind == "wordpiece":
+        words = [word.replace("#", "") for word in words]
+    assert words == ["quick", "unbelievable", "dogs"]
+
+
+def test_a_vocab_txt_is_a_wordpiece_tokenizer(tmp_path):
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "fox", "##es", "Fox"]) + "\n")
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.kind, tokenizer.vocab_size) == ("wordpiece", 8)
+    assert tokenizer.encode_batch(["Foxes", "dog"])[0].tolist() == [5, 6]
+    assert tokenizer.special_ids.tolist() == [0, 1, 2, 3, 4]
+    assert load_tokenizer(path, lowercase=False).encode_batch(["Foxes"])[0].tolist() == [7, 6]
+    (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 512}')
+    assert load_tokenizer(tmp_path).encode_batch(["Foxes"])[0].tolist() == [7, 6]
+
+
+def test_names_of_specials_are_read_from_the_file_beside_the_tokenizer(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"<m>": 0, "<end>": 1, "a": 2, "</s>": 3, "<unk>": 4}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.enable_truncation(2)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        ValueError, match=r"a gpt needs eos .* has none; name \"eos_token\" in a tokenizer_config\.json"
+    ):
+        build_tokenizer("gpt", TokenizerConfig(path=str(tmp_path)), DataConfig(), quiet)
+    names = {"eos_token": "<end>", "mask_token": {"content": "<m>", "lstrip": True}, "pad_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    loaded = build_tokenizer("gpt", TokenizerConfig(path=str(tmp_path)), DataConfig(), quiet)
+    assert loaded.specials == {"mask": "<m>", "eos": "<end>"}
+    assert loaded.encode_batch(["a a a a"])[0].tolist() == [2, 2, 2, 2]  # not truncated
+    with pytest.raises(ValueError, match="a bert needs pad, cls, sep among"):
+        build_tokenizer("bert", TokenizerConfig(path=str(tmp_path)), DataConfig(), quiet)
+
+
+def test_a_new_tokenizer_is_trained_on_the_sources_without_held_out_text(tmp_path):
+    words = [a + b + c for a in "klmnp" for b in "aeiou" for c in "rstvwz"]
+    lines = [f"{word} {word} {word}" for word in words]
+    (tmp_path / "a.txt").write_text("\n\n".join(lines))
+    source = SourceConfig(kind="text", path=str(tmp_path / "a.txt"))
+    data = DataConfig(sources=[source], validation_fraction=0.5, cache_dir=str(tmp_path / "cache"))
+    told = []
+    tokenizer = build_tokenizer("gpt", TokenizerConfig(vocab_size=8000), data, told.append)
+    assert told == ["training a bpe tokenizer of 8,000 symbols"]
+    vocabulary = tokenizer.tokenizer.get_vocab()
+    seen = {line for line in lines if not is_held_out(line, 0.5)}
+    assert 20 < len(seen) < 130
+    # With room for everything, each word that was seen is one symbol, and no other is.
+    assert {word for word in words if f"Ġ{word}" in vocabulary} == {line.split()[0] for line in seen}
+    again = build_tokenizer("gpt", TokenizerConfig(vocab_size=8000), data, quiet)
+    assert again.equals(tokenizer)
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        (None, "there is no such file or folder"),
+        ({}, "it holds neither tokenizer.json nor vocab.txt"),
+        ({"tokenizer.json": "{"}, "not a tokenizer file"),
+        ({"tokenizer.json": '{"a": 1}'}, "not a tokenizer file"),
+        ({"vocab.txt": "a\nb\n"}, r"the vocabulary has no \[UNK\]"),
+        ({"vocab.txt": "[UNK]\n", "tokenizer_config.json": "{"}, r"tokenizer_config\.json is not JSON"),
+    ],
+)
+def test_a_bad_path_is_one_clear_sentence(tmp_path, content, message):
+    path = tmp_path / "t"
+    if content is not None:
+        path.mkdir()
+        for name, text in content.items():
+            (path / name).write_text(text)
+    with pytest.raises(ValueError, match=rf"^tokenizer\.path.*{message}"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind,size", [("bpe", 257), ("wordpiece", 5)])
+def test_a_vocabulary_too_small_for_its_alphabet_is_refused(kind, size):
+    with pytest.raises(ValueError, match=f"vocab_size={size}: a new {kind} tokenizer needs more than"):
+        train(kind, "gpt" if kind == "bpe" else "bert", vocab_size=size)
+
+
+def test_a_vocabulary_too_small_for_the_characters_of_the_text_is_refused():
+    with pytest.raises(ValueError, match=r"vocab_size=20: too few for the characters of the text; set at least \d+"):
+        train("wordpiece", vocab_size=20)
+
+
+def test_training_on_nothing_is_an_error():
+    with pytest.raises(ValueError, match="hold no text to train a tokenizer on"):
+        train("wordpiece", texts=[])
