@@ -4,6 +4,7 @@ Shape letters, here and in every docstring: B batch, S sequence, H hidden, N hea
 V vocabulary, T tokens (B * S).
 """
 
+from .deepspeed_layer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 from .layer import LayerConfig, TransformerLayer
 
-__all__ = ["LayerConfig", "TransformerLayer"]
+__all__ = ["DeepSpeedTransformerConfig", "DeepSpeedTransformerLayer", "LayerConfig", "TransformerLayer"]

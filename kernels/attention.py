@@ -18,7 +18,7 @@ from .dropout import keep_mask, keep_scale
 def attention_bias(
     key_mask: Tensor | None, causal: bool, segment_ids: Tensor | None, size: int, like: Tensor
 ) -> Tensor | None:
-    """What to add to the scores: 0 where a query may see a key, the most negative finite value elsewhere.
+    """What to add to the scores: 0 where a query may see a key, a huge negative but finite value elsewhere.
 
     key_mask: (B, S) bool, True = a token; segment_ids: (B, S) int, queries see only keys of their own segment;
     size: S; like: gives dtype and device. Returns (B or 1, 1, S or 1, S), or None when every query sees every key.
@@ -34,7 +34,7 @@ def attention_bias(
         allowed = same if allowed is None else allowed & same
     if allowed is None:
         return None
-    lowest = torch.finfo(like.dtype).min
+    lowest = torch.finfo(like.dtype).min / 2  # half of it, or a negative score would take fp16 to -inf
     return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, lowest)
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -27,8 +28,8 @@ class LayerConfig:
         initializer_range / sqrt(2 * num_hidden_layers), so that its variance does not grow with depth (GPT-2, DeepSpeed).
     kernels: `auto` runs Triton kernels on CUDA tensors where this version has them and PyTorch elsewhere; `reference` runs
         PyTorch everywhere.
-    normalize_invertible: keep the output of a LayerNorm instead of its input. Only post-LN layers keep that output anyway,
-        so only they save memory by it.
+    normalize_invertible: keep the output of a LayerNorm instead of its input. The output is kept in any case, as the input
+        of the projection behind it, so the input's (B, S, H) is saved, twice per layer.
     gelu_checkpoint: drop GELU's output (B, S, F), compute it again in backward.
     attn_dropout_checkpoint: drop the attention probabilities after dropout (B, N, S, S), compute them again in backward.
         Without dropout they are never kept.
@@ -122,7 +123,7 @@ class TransformerLayer(nn.Module):
         if config.causal and attention_bias is None:
             raise ValueError("attention_bias=None lets a causal layer see the future; build it with causal=True")
         drops = self.training and (config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0)
-        seed = draw_seed(hidden_states.device) if drops else None
+        seed = self._draw_seed(hidden_states.device) if drops else None
         p = config.hidden_dropout_prob
         if config.pre_layer_norm:
             context = self._attend(self._norm(self.attention_norm, hidden_states), attention_bias, seed)
@@ -133,6 +134,10 @@ class TransformerLayer(nn.Module):
             self.attention_norm, dropout_residual(context, hidden_states, p, seed, _ATTENTION_OUTPUT_SITE)
         )
         return self._norm(self.mlp_norm, dropout_residual(self._mlp(residual), residual, p, seed, _OUTPUT_SITE))
+
+    def _draw_seed(self, device: torch.device) -> Tensor:
+        """The seed of this pass's dropouts, int64 of shape ()."""
+        return draw_seed(device)
 
     def _norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
         return layer_norm(x, norm.weight, norm.bias, norm.eps, invertible=self.config.normalize_invertible)

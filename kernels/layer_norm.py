@@ -17,7 +17,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, invertibl
 
     x: (..., H), any float dtype; weight, bias: (H,). Statistics are fp32 or wider; the variance is the biased one.
     invertible: save the output and the reciprocal deviation instead of the input, where the weight is far enough from zero
-    for the inversion to be accurate (else save the input as usual). Saves memory only where the output is kept anyway.
+    for the inversion to be accurate (else save the input as usual). It saves memory where the output is kept anyway, as it is
+    by a projection behind it.
     Source: Ba et al., Layer Normalization, arXiv 1607.06450.
     """
     if invertible and torch.is_grad_enabled() and is_invertible(weight, bias, x.dtype):

@@ -75,7 +75,10 @@ def open_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
     previous = None
     if holds_run and directory.config.exists():
         previous = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot make {root}: {error.strerror}; choose another --output_dir") from error
     text = dump_config(config)
     changed = () if previous is None else tuple(_differences(previous, yaml.safe_load(text)))
     _write(directory.config, text)

@@ -44,6 +44,7 @@ from .steps import StepData, evaluate, mean_losses, read_step, step_positions, t
 from .topology import Topology, precision, start_processes, stop_processes
 
 _LOG = logging.getLogger(__name__)
+_LOG.addHandler(logging.NullHandler())  # before there is a log file, the command line alone tells of an error
 
 
 def run(loaded: LoadedConfig, *, resume: bool) -> None:

@@ -1,0 +1,386 @@
+"""DeepSpeed's transformer layer by its published names, computed by `TransformerLayer`.
+
+`DeepSpeedTransformerConfig` and `DeepSpeedTransformerLayer` take the arguments of DeepSpeed's classes of those names
+(deepspeed.readthedocs.io, Transformer Kernels), and a layer's state dict has DeepSpeed's parameter names and shapes.
+"""
+
+import copy
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from pathlib import Path
+from typing import Any, NamedTuple, Self, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .dropout import draw_seed
+from .layer import LayerConfig, TransformerLayer
+
+
+class _IntermediateSize:
+    """The attribute `intermediate_size`: what was given if positive, else four times the hidden_size of the moment."""
+
+    def __get__(self, config: "DeepSpeedTransformerConfig | None", owner: type) -> int:
+        if config is None:
+            return -1  # the class attribute, which `dataclass` takes for the default
+        given: int = config.__dict__["intermediate_size"]
+        sizes = (given, config.hidden_size)
+        derives = all(isinstance(size, Integral) for size in sizes) and given <= 0 < config.hidden_size
+        return 4 * config.hidden_size if derives else given
+
+    def __set__(self, config: "DeepSpeedTransformerConfig", value: int) -> None:
+        config.__dict__["intermediate_size"] = value
+
+
+@dataclass
+class DeepSpeedTransformerConfig:
+    """Geometry, environment and flags of a `DeepSpeedTransformerLayer`, with DeepSpeed's names, order and defaults.
+
+    -1 means not set. A config may be filled attribute by attribute; values are checked where a layer is built from it, and
+    an attribute that does not exist is refused with AttributeError.
+
+    batch_size: most sequences a layer accepts in one call; not set for any number.
+    hidden_size: H. Needed.
+    intermediate_size: F, width of the feed-forward part; 4 * hidden_size where not positive.
+    heads: N, has to divide hidden_size. Needed.
+    attn_dropout_ratio: dropout of the attention probabilities, in [0, 1). Needed.
+    hidden_dropout_ratio: dropout of what each half of the layer adds to the residual stream, in [0, 1). Needed.
+    num_hidden_layers: layers in the model. Needed with adjust_init_range, and read by nothing else.
+    initializer_range: standard deviation of the normal distribution that weights start from. Needed.
+    layer_norm_eps: added to the variance in LayerNorm.
+    local_rank: number of the GPU the layer runs on. When set, and PyTorch has CUDA, building a layer makes that GPU the
+        current one; leave it if the program chose its device already.
+    seed: random seed of dropout, mixed into the seed that each training call draws from torch's default generator. So
+        layers, or ranks, with different seeds drop different elements though torch was seeded alike; the same
+        `torch.manual_seed` and the same seed drop the same elements again; and restoring torch's generator state is all it
+        takes to resume, or to recompute a layer under `torch.utils.checkpoint`. Not set, torch's generator decides alone.
+        Initial weights never depend on it.
+    fp16: build the parameters in half precision. `.half()` and `.to(torch.bfloat16)` do so later.
+    pre_layer_norm: LayerNorm before each half of the layer (pre-LN) instead of after it (post-LN, the original BERT).
+    normalize_invertible, gelu_checkpoint, attn_dropout_checkpoint, stochastic_mode: see `LayerConfig`.
+    adjust_init_range: start attn_ow and output_w at initializer_range / sqrt(2 * num_hidden_layers), on every rank.
+    return_tuple: `forward` returns the 1-tuple (output,) instead of the output.
+    training: whether a new layer starts in training mode; `module.train()` and `module.eval()` decide afterwards.
+    max_seq_length: longest sequence a layer accepts; not set for any length. From DeepSpeed's tutorial.
+    """
+
+    batch_size: int = -1
+    hidden_size: int = -1
+    intermediate_size: int = _IntermediateSize()  # type: ignore[assignment]
+    heads: int = -1
+    attn_dropout_ratio: float = -1
+    hidden_dropout_ratio: float = -1
+    num_hidden_layers: int = -1
+    initializer_range: float = -1
+    layer_norm_eps: float = 1e-12
+    local_rank: int = -1
+    seed: int = -1
+    fp16: bool = False
+    pre_layer_norm: bool = True
+    normalize_invertible: bool = False
+    gelu_checkpoint: bool = False
+    adjust_init_range: bool = True
+    attn_dropout_checkpoint: bool = False
+    stochastic_mode: bool = False
+    return_tuple: bool = False
+    training: bool = True
+    max_seq_length: int = field(default=-1, kw_only=True)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__:
+            raise AttributeError(_unknown(name, value))
+        super().__setattr__(name, value)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """A config with the given values and defaults elsewhere; raises ValueError for a key that is no parameter."""
+        for name, value in values.items():
+            if name not in cls.__dataclass_fields__:
+                raise ValueError(_unknown(name, value))
+        return cls(**values)
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> Self:
+        """The config in a UTF-8 JSON file that holds one object; raises ValueError as `from_dict` does."""
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds a JSON {type(values).__name__}; it must hold one object of parameters")
+        return cls.from_dict(values)
+
+    def layer_config(self) -> LayerConfig:
+        """What `TransformerLayer` calls this; raises ValueError for a value that is missing, of a wrong type or impossible."""
+        self._check_types()
+        self._check_values()
+        return LayerConfig(
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.heads,
+            intermediate_size=self.intermediate_size,
+            hidden_act="gelu_tanh",
+            hidden_dropout_prob=self.hidden_dropout_ratio,
+            attention_probs_dropout_prob=self.attn_dropout_ratio,
+            pre_layer_norm=self.pre_layer_norm,
+            layer_norm_eps=self.layer_norm_eps,
+            initializer_range=self.initializer_range,
+            num_hidden_layers=self.num_hidden_layers if self.adjust_init_range else 1,
+            adjust_init_range=self.adjust_init_range,
+            normalize_invertible=self.normalize_invertible,
+            gelu_checkpoint=self.gelu_checkpoint,
+            attn_dropout_checkpoint=self.attn_dropout_checkpoint,
+            stochastic_mode=self.stochastic_mode,
+        )
+
+    def _check_types(self) -> None:
+        for entry in dataclasses.fields(self):
+            value = getattr(self, entry.name)
+            kind = {int: Integral, float: Real, bool: bool}[entry.type]  # type: ignore[index]
+            if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
+                raise ValueError(
+                    f"{entry.name}={value!r} is of type {type(value).__name__}; give it as {entry.type.__name__}"  # type: ignore[union-attr]
+                )
+
+    def _check_values(self) -> None:
+        positive = ["hidden_size", "heads"] + (["num_hidden_layers"] if self.adjust_init_range else [])
+        for name in positive:
+            if getattr(self, name) <= 0:
+                why = " when adjust_init_range is on" if name == "num_hidden_layers" else ""
+                raise ValueError(f"{name}={getattr(self, name)} is not positive; set the model's {name}{why}")
+        if self.hidden_size % self.heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not divisible by heads={self.heads}; "
+                f"choose a number of heads that divides it"
+            )
+        for name in ("attn_dropout_ratio", "hidden_dropout_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is not a dropout probability; set it in [0, 1), 0 for no dropout"
+                )
+        for name, usual in (("initializer_range", 0.02), ("layer_norm_eps", 1e-12)):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)} is negative or not finite; set it, usually to {usual}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed={self.seed} does not fit 63 bits; set it below 2**63")
+
+
+def _unknown(name: str, value: Any) -> str:
+    near = difflib.get_close_matches(name, DeepSpeedTransformerConfig.__dataclass_fields__, 1)
+    remedy = f"did you mean {near[0]}?" if near else "remove it"
+    return f"{name}={value!r}: DeepSpeedTransformerConfig has no parameter {name}; {remedy}"
+
+
+class _Linear(NamedTuple):
+    """Parameters as `TransformerLayer` uses those of an nn.Linear."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class _LayerNorm(NamedTuple):
+    """Parameters as `TransformerLayer` uses those of an nn.LayerNorm."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class DeepSpeedTransformerLayer(TransformerLayer):
+    """One BERT layer with DeepSpeed's constructor, parameters and `forward`.
+
+    The rows of attn_qkvw and attn_qkvb are all queries, then all keys, then all values. attn_nw and attn_nb belong to the
+    LayerNorm between attention and feed-forward part; norm_w and norm_b to the first LayerNorm of a pre-LN layer, but to
+    the last one of a post-LN layer. A stack of pre-LN layers needs one more LayerNorm at its end. GELU is the tanh
+    approximation, as in DeepSpeed's kernel. `config` is the `LayerConfig` the layer computes with, `deepspeed_config` a
+    copy of what it was built from.
+
+    layer_id: on the class, the number of layers built so far; on a layer, how many were built before it, or the index it
+    was given. Nothing is shared between layers through it.
+    """
+
+    layer_id = 0
+    norm_w: nn.Parameter
+    norm_b: nn.Parameter
+    attn_nw: nn.Parameter
+    attn_nb: nn.Parameter
+
+    # What TransformerLayer computes with, looked up in the flat parameters at each use, so that there is one copy of them
+    # and replacing one (functional_call, parametrize, a data-parallel replica) reaches the computation.
+    qkv: Any = property(lambda layer: _Linear(layer.attn_qkvw, layer.attn_qkvb))
+    attention_output: Any = property(lambda layer: _Linear(layer.attn_ow, layer.attn_ob))
+    intermediate: Any = property(lambda layer: _Linear(layer.inter_w, layer.inter_b))
+    output: Any = property(lambda layer: _Linear(layer.output_w, layer.output_b))
+    attention_norm: Any = property(lambda layer: layer._layer_norm(first=True))
+    mlp_norm: Any = property(lambda layer: layer._layer_norm(first=False))
+
+    @overload
+    def __init__(
+        self,
+        config: DeepSpeedTransformerConfig,
+        initial_weights: Sequence[Tensor] | None = None,
+        initial_biases: Sequence[Tensor] | None = None,
+    ) -> None: ...
+
+    @overload
+    def __init__(
+        self,
+        layer_id: int,
+        config: DeepSpeedTransformerConfig,
+        initial_weights: Sequence[Tensor] | None = None,
+        initial_biases: Sequence[Tensor] | None = None,
+    ) -> None: ...
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        """A layer from `(config)` or, as in DeepSpeed's tutorial, `(layer_id, config)`.
+
+        initial_weights: values of Wq, Wk, Wv, attn_ow, attn_nw, inter_w, output_w, norm_w in this order, the first three
+        (H, H); initial_biases: those of bq, bk, bv, attn_ob, attn_nb, inter_b, output_b, norm_b. They are copied. What is
+        not given starts as `reset_parameters` says. Raises ValueError for a config no layer can have.
+        """
+        nn.Module.__init__(self)  # TransformerLayer's own would create the parameters a second time
+        if arguments and isinstance(arguments[0], int):
+            named["layer_id"], *arguments = arguments  # type: ignore[assignment]
+        self._build(*arguments, **named)
+
+    def _build(
+        self,
+        config: DeepSpeedTransformerConfig,
+        initial_weights: Sequence[Tensor] | None = None,
+        initial_biases: Sequence[Tensor] | None = None,
+        layer_id: int | None = None,
+    ) -> None:
+        self.config, self.deepspeed_config = config.layer_config(), copy.copy(config)
+        if config.local_rank >= 0 and torch.cuda.is_available():
+            torch.cuda.set_device(config.local_rank)
+        H, F_ = self.config.hidden_size, self.config.intermediate_size
+        shapes = {
+            "attn_qkvw": (3 * H, H),
+            "attn_qkvb": (3 * H,),
+            "attn_ow": (H, H),
+            "attn_ob": (H,),
+            "attn_nw": (H,),
+            "attn_nb": (H,),
+            "inter_w": (F_, H),
+            "inter_b": (F_,),
+            "output_w": (H, F_),
+            "output_b": (H,),
+            "norm_w": (H,),
+            "norm_b": (H,),
+        }
+        dtype = torch.half if config.fp16 else torch.get_default_dtype()
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
+        self.reset_parameters()
+        if initial_weights is not None:
+            self._copy_initial("initial_weights", initial_weights, "w")
+        if initial_biases is not None:
+            self._copy_initial("initial_biases", initial_biases, "b")
+        self.train(config.training)
+        self.layer_id = DeepSpeedTransformerLayer.layer_id if layer_id is None else layer_id
+        DeepSpeedTransformerLayer.layer_id += 1
+
+    @torch.no_grad()
+    def _copy_initial(self, argument: str, values: Sequence[Tensor], kind: str) -> None:
+        names = [part + kind for part in ("attn_o", "attn_n", "inter_", "output_", "norm_")]
+        targets = [*getattr(self, "attn_qkv" + kind).chunk(3), *(getattr(self, name) for name in names)]
+        if len(values) != len(targets):
+            raise ValueError(f"{argument} has {len(values)} tensors; give 8: query, key, value, {', '.join(names)}")
+        for index, (target, value) in enumerate(zip(targets, values, strict=True)):
+            if value.shape != target.shape:
+                raise ValueError(
+                    f"{argument}[{index}] has shape {tuple(value.shape)}; its place in this layer has {tuple(target.shape)}"
+                )
+            target.copy_(value)
+
+    def _layer_norm(self, *, first: bool) -> _LayerNorm:
+        if first is self.config.pre_layer_norm:
+            return _LayerNorm(self.norm_w, self.norm_b, self.config.layer_norm_eps)
+        return _LayerNorm(self.attn_nw, self.attn_nb, self.config.layer_norm_eps)
+
+    def _draw_seed(self, device: torch.device) -> Tensor:
+        drawn = draw_seed(device)
+        return drawn if self.deepspeed_config.seed < 0 else drawn ^ self.deepspeed_config.seed
+
+    def forward(  # type: ignore[override]  # noqa: PLR0913, PLR0917 - DeepSpeed's signature
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        head_mask: None = None,
+        layer_head_mask: None = None,
+        encoder_hidden_states: None = None,
+        encoder_attention_mask: None = None,
+        past_key_value: None = None,
+        output_attentions: bool = False,
+        grads: None = None,
+    ) -> Tensor | tuple[Tensor]:
+        """The layer's output, (B, S, H) in the dtype of hidden_states; in a 1-tuple with return_tuple.
+
+        hidden_states: (B, S, H), contiguous or not, any S. attention_mask: what to add to the scores of each key before
+        the softmax, (B, 1, 1, S) or (B, S), any float dtype, usually 0 for tokens and -10000 for padding; None for no
+        padding. -inf, or what hidden_states' dtype cannot hold, counts as half the lowest value that it can, so that a
+        sequence of padding alone stays finite. No gradient flows into it.
+        The other arguments are there for callers that pass their defaults. Raises ValueError if one of them has another
+        value, for a mask of another shape or kind, and for an input larger than batch_size or max_seq_length allow.
+        """
+        refused = {
+            "head_mask": head_mask,
+            "layer_head_mask": layer_head_mask,
+            "encoder_hidden_states": encoder_hidden_states,
+            "encoder_attention_mask": encoder_attention_mask,
+            "past_key_value": past_key_value,
+            "output_attentions": output_attentions or None,
+            "grads": grads,
+        }
+        for name, value in refused.items():
+            if value is not None:
+                raise ValueError(f"{name} was given, but the layer cannot honour it; call the layer without it")
+        self._check_input(hidden_states)
+        bias = None if attention_mask is None else _key_bias(attention_mask, hidden_states)
+        output = super().forward(hidden_states, bias)
+        return (output,) if self.deepspeed_config.return_tuple else output
+
+    def _check_input(self, hidden_states: Tensor) -> None:
+        if hidden_states.dim() != 3:
+            raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; give it as (B, S, H)")
+        limits = {
+            "batch_size": self.deepspeed_config.batch_size,
+            "max_seq_length": self.deepspeed_config.max_seq_length,
+        }
+        for (name, limit), size in zip(limits.items(), hidden_states.shape, strict=False):
+            if 0 < limit < size:
+                raise ValueError(
+                    f"hidden_states has shape {tuple(hidden_states.shape)}, above {name}={limit}; "
+                    f"raise {name}, or leave it at -1 for no limit"
+                )
+
+    def extra_repr(self) -> str:
+        return (
+            f"layer_id={self.layer_id}, hidden_size={self.config.hidden_size}, heads={self.config.num_attention_heads}"
+        )
+
+
+def _key_bias(mask: Tensor, hidden_states: Tensor) -> Tensor:
+    B, S = hidden_states.shape[:2]
+    if not mask.is_floating_point():
+        raise ValueError(
+            f"attention_mask is of {mask.dtype}, but it is added to the scores; give (1 - mask) * -10000.0, where mask is 1 "
+            f"for tokens and 0 for padding"
+        )
+    if mask.shape not in ((B, 1, 1, S), (B, S)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; give one value per key, {(B, 1, 1, S)} or {(B, S)} (for masks "
+            f"per query, as causal ones are, use TransformerLayer)"
+        )
+    wide = torch.promote_types(mask.dtype, hidden_states.dtype)
+    lowest = torch.finfo(hidden_states.dtype).min / 2  # half, because adding a score must not overflow
+    return mask.detach().to(wide).clamp(min=lowest).to(hidden_states.dtype).view(B, 1, 1, S)
