@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from .attention import attention
 from .dropout import draw_seed
-from .gelu import Activation, gelu_linear
-from .layer_norm import layer_norm
-from .residual import dropout_residual
+from .gelu import Activation
+from .mlp import mlp
+from .residual_norm import norm, residual_add, residual_norm
 
 # The dropouts of one layer draw from one seed; the site keeps their masks apart.
 _ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE = 1, 2, 3
@@ -125,24 +125,59 @@ class TransformerLayer(nn.Module):
         drops = self.training and (config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0)
         seed = self._draw_seed(hidden_states.device) if drops else None
         p = config.hidden_dropout_prob
+        first, second = self.attention_norm, self.mlp_norm
         if config.pre_layer_norm:
-            context = self._attend(self._norm(self.attention_norm, hidden_states), attention_bias, seed)
-            residual = dropout_residual(context, hidden_states, p, seed, _ATTENTION_OUTPUT_SITE)
-            return dropout_residual(self._mlp(self._norm(self.mlp_norm, residual)), residual, p, seed, _OUTPUT_SITE)
+            normalized = norm(
+                hidden_states,
+                first.weight,
+                first.bias,
+                eps=first.eps,
+                invertible=config.normalize_invertible,
+                kernels=config.kernels,
+            )
+            context = self._attend(normalized, attention_bias, seed)
+            residual, normalized = self._join(
+                context, self.attention_output, hidden_states, second, seed, _ATTENTION_OUTPUT_SITE
+            )
+            return residual_add(
+                self._mlp(normalized),
+                self.output.bias,
+                residual,
+                p=p,
+                seed=seed,
+                site=_OUTPUT_SITE,
+                kernels=config.kernels,
+            )
         context = self._attend(hidden_states, attention_bias, seed)
-        residual = self._norm(
-            self.attention_norm, dropout_residual(context, hidden_states, p, seed, _ATTENTION_OUTPUT_SITE)
-        )
-        return self._norm(self.mlp_norm, dropout_residual(self._mlp(residual), residual, p, seed, _OUTPUT_SITE))
+        _, residual = self._join(context, self.attention_output, hidden_states, first, seed, _ATTENTION_OUTPUT_SITE)
+        _, hidden_states = self._join(self._mlp(residual), self.output, residual, second, seed, _OUTPUT_SITE)
+        return hidden_states
 
     def _draw_seed(self, device: torch.device) -> Tensor:
         """The seed of this pass's dropouts, int64 of shape ()."""
         return draw_seed(device)
 
-    def _norm(self, norm: nn.LayerNorm, x: Tensor) -> Tensor:
-        return layer_norm(x, norm.weight, norm.bias, norm.eps, invertible=self.config.normalize_invertible)
+    def _join(
+        self, x: Tensor, projection: nn.Linear, residual: Tensor, after: nn.LayerNorm, seed: Tensor | None, site: int
+    ) -> tuple[Tensor, Tensor]:
+        """(residual + dropout(x + bias of the projection that made x), its LayerNorm)."""
+        config = self.config
+        return residual_norm(
+            x,
+            projection.bias,
+            residual,
+            after.weight,
+            after.bias,
+            eps=after.eps,
+            p=config.hidden_dropout_prob,
+            seed=seed,
+            site=site,
+            invertible=config.normalize_invertible,
+            kernels=config.kernels,
+        )
 
     def _attend(self, x: Tensor, attention_bias: Tensor | None, seed: Tensor | None) -> Tensor:
+        """The attention half up to its projection, without the projection's bias."""
         config = self.config
         heads = config.num_attention_heads
         qkv = self.qkv(x).view(*x.shape[:-1], 3, heads, config.hidden_size // heads)  # (B, S, 3, N, D)
@@ -154,14 +189,17 @@ class TransformerLayer(nn.Module):
             _ATTENTION_SITE,
             dropout_checkpoint=config.attn_dropout_checkpoint,
         )
-        return F.linear(context, self.attention_output.weight, self.attention_output.bias)
+        return F.linear(context, self.attention_output.weight)
 
     def _mlp(self, x: Tensor) -> Tensor:
+        """The feed-forward half, without the bias of its second projection."""
         config = self.config
-        return gelu_linear(
-            self.intermediate(x),
+        return mlp(
+            x,
+            self.intermediate.weight,
+            self.intermediate.bias,
             self.output.weight,
-            self.output.bias,
             config.hidden_act,
-            checkpoint=config.gelu_checkpoint,
+            gelu_checkpoint=config.gelu_checkpoint,
+            kernels=config.kernels,
         )

@@ -10,10 +10,11 @@ from functools import partial
 
 import torch
 
-from xformer_train.kernels import residual_norm_triton
+from xformer_train.kernels import cross_entropy_triton, mlp_triton, residual_norm_triton
 from xformer_train.kernels.residual_norm import Options, Saved
 
 HIDDEN_SIZES = (768, 1024, 1600, 2048)
+VOCAB_SIZES = (30522, 30528, 50257, 50304)  # as BERT and GPT-2 were published, and padded for the tensor cores
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROWS = 64
 _SEED = torch.tensor(1)
@@ -36,6 +37,8 @@ class Case:
 def cases() -> Iterator[Case]:
     """All rows."""
     yield from _residual_norm_cases()
+    yield from _mlp_cases()
+    yield from _cross_entropy_cases()
 
 
 def _sizes() -> Iterator[tuple[str, int, torch.dtype]]:
@@ -50,14 +53,16 @@ def _residual_norm_cases() -> Iterator[Case]:
     module = residual_norm_triton
     for size, H, dtype in _sizes():
         x, vector, row = torch.empty(_ROWS, H, dtype=dtype), torch.empty(H, dtype=dtype), torch.empty(_ROWS)
-        for p in (0.1, 0.0):
+        for p in (0.1, 0.0) if dtype == torch.bfloat16 else (0.1,):
             seed = _SEED if p else None
             name, options = f"{size} p={p}", Options(1e-12, p, 2, False, "auto")
             yield Case(
                 f"residual_norm_forward {name}",
                 partial(module.residual_norm_forward, x, vector, x, vector, vector, seed, options),
             )
-            yield Case(f"residual_add_forward {name}", partial(module.residual_add_forward, x, vector, x, seed, options))
+            yield Case(
+                f"residual_add_forward {name}", partial(module.residual_add_forward, x, vector, x, seed, options)
+            )
             yield Case(f"residual_add_backward {name}", partial(module.residual_add_backward, x, vector, seed, options))
             for inverted in (False, True):
                 saved = Saved(x, None if inverted else row, row, vector, vector, vector, seed)
@@ -75,4 +80,30 @@ def _residual_norm_cases() -> Iterator[Case]:
             yield Case(
                 f"norm_backward {size} inverted={inverted}",
                 partial(module.residual_norm_backward, None, x, saved, Options(1e-12, 0.0, 2, inverted, "auto")),
+            )
+
+
+def _mlp_cases() -> Iterator[Case]:
+    for size, H, dtype in _sizes():
+        f = torch.empty(_ROWS, 4 * H, dtype=dtype)
+        for activation in ("gelu", "gelu_tanh"):
+            yield Case(f"gelu_forward {size} {activation}", partial(mlp_triton.gelu_forward, f, activation))
+            for recompute in (False, True):
+                yield Case(
+                    f"gelu_backward {size} {activation} recompute={recompute}",
+                    partial(mlp_triton.gelu_backward, f, f, activation, recompute),
+                )
+
+
+def _cross_entropy_cases() -> Iterator[Case]:
+    labels = torch.zeros(_ROWS, dtype=torch.int64)
+    for V in VOCAB_SIZES:
+        for name, dtype in DTYPES.items():
+            logits = torch.empty(_ROWS, V, dtype=dtype)
+            # Rows of an odd length start at odd addresses, where no load can be wide.
+            narrow = frozenset({"_softmax_loss_kernel"}) if V % 8 else frozenset()
+            yield Case(
+                f"softmax_loss_ V{V} {name}",
+                partial(cross_entropy_triton.softmax_loss_, logits, labels),
+                narrow_kernels=narrow,
             )

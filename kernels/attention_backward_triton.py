@@ -1,0 +1,229 @@
+"""GPU kernels of the backward pass of attention; the maths stands in attention_triton.py.
+
+Sequences that fit one tile (up to 128 tokens, heads of up to 64) take one kernel that needs neither O nor a second look at
+P. Longer ones take two, one per tile of queries and one per tile of keys, so that nothing is added atomically and every
+run gives the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_triton import LN_2, _hide, _key_range, _load, _offset, _sequence, _store, drop, drop_transposed, sequence_grid, shared_arguments
+
+
+@triton.jit
+def attention_backward_queries(
+    dout_ptr,
+    dout_stride_batch,
+    dout_stride_row,
+    qkv_ptr,
+    out_ptr,  # like dout, contiguous
+    lse_ptr,
+    delta_ptr,  # like lse, out: rowsum(dO O) / r
+    dqkv_ptr,
+    lengths_ptr,
+    cu_seqlens_ptr,
+    key_mask_ptr,
+    segment_ids_ptr,
+    seed_ptr,
+    size,
+    num_rows,
+    stride_batch,
+    stride_row,
+    stride_part,
+    stride_head,
+    score_scale,
+    site,
+    threshold,
+    scale,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+):
+    """dQ and delta of Q queries; arguments as in `attention_backward_tile`; grid (query tiles, N, B)."""
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    stream = tl.program_id(2) * tl.num_programs(1) + head
+    first, num_queries, num_keys = _sequence(size, lengths_ptr, cu_seqlens_ptr)
+    query_start = tile * Q
+    if query_start >= num_queries:
+        return
+    q_ptr = qkv_ptr + _offset(first, stride_batch, stride_row, cu_seqlens_ptr) + head.to(tl.int64) * stride_head
+    k_ptr = q_ptr + stride_part
+    v_ptr = k_ptr + stride_part
+    dout_ptr += _offset(first, dout_stride_batch, dout_stride_row, cu_seqlens_ptr) + head * D
+    query = query_start + tl.arange(0, Q)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+    hidden = tl.num_programs(1) * D
+    row = head.to(tl.int64) * num_rows + first + query
+
+    q = _load(q_ptr, stride_row, query_start, num_queries, Q, D, D_PADDED)
+    dout = _load(dout_ptr, dout_stride_row, query_start, num_queries, Q, D, D_PADDED)
+    out = _load(out_ptr + first * hidden + head * D, hidden, query_start, num_queries, Q, D, D_PADDED)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) / scale
+    tl.store(delta_ptr + row, delta, mask=query < num_queries)
+    lse = tl.load(lse_ptr + row, mask=query < num_queries, other=float("inf"))
+
+    full, end = _key_range(query_start, num_keys, key_mask_ptr, segment_ids_ptr, CAUSAL, Q, K)
+    dq = tl.zeros((Q, D_PADDED), tl.float32)
+    for masked in tl.static_range(2):
+        for key_start in range(full if masked else 0, end if masked else full, K):
+            k = _load(k_ptr, stride_row, key_start, num_keys, K, D, D_PADDED)
+            v = _load(v_ptr, stride_row, key_start, num_keys, K, D, D_PADDED)
+            scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+            if masked:
+                key = key_start + tl.arange(0, K)[None, :]
+                scores = _hide(
+                    scores, query[:, None], key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL
+                )
+            p = tl.math.exp2(scores * score_scale - lse[:, None])
+            dp = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
+            if seed_ptr is not None:
+                dp = tl.where(drop(p, seed, site, stream, query_start, key_start, threshold) > 0, dp, 0.0)
+            ds = p * (dp - delta[:, None])
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="tf32x3")
+    dq = dq * (score_scale * scale * LN_2)
+    _store(dqkv_ptr + first * (3 * hidden) + head * D, 3 * hidden, query_start, num_queries, dq, D)
+
+
+@triton.jit
+def attention_backward_keys(
+    dout_ptr,
+    dout_stride_batch,
+    dout_stride_row,
+    qkv_ptr,
+    out_ptr,  # read when WHOLE
+    lse_ptr,
+    delta_ptr,  # from attention_backward_queries; not read when WHOLE
+    dqkv_ptr,
+    lengths_ptr,
+    cu_seqlens_ptr,
+    key_mask_ptr,
+    segment_ids_ptr,
+    seed_ptr,
+    size,
+    num_rows,
+    stride_batch,
+    stride_row,
+    stride_part,
+    stride_head,
+    score_scale,
+    site,
+    threshold,
+    scale,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """dK and dV of K keys; when these are all keys of their sequence (WHOLE), dQ too; grid (key tiles, N, B).
+
+    Scores are held as (K, Q), so that P and dS go from the registers of one product straight into the next.
+    """
+    head = tl.program_id(1)
+    stream = tl.program_id(2) * tl.num_programs(1) + head
+    first, num_queries, num_keys = _sequence(size, lengths_ptr, cu_seqlens_ptr)
+    key_start = tl.program_id(0) * K
+    if key_start >= num_queries:
+        return
+    hidden = tl.num_programs(1) * D
+    q_ptr = qkv_ptr + _offset(first, stride_batch, stride_row, cu_seqlens_ptr) + head.to(tl.int64) * stride_head
+    k_ptr = q_ptr + stride_part
+    dout_ptr += _offset(first, dout_stride_batch, dout_stride_row, cu_seqlens_ptr) + head * D
+    dq_ptr = dqkv_ptr + first * (3 * hidden) + head * D
+    lse_row = head.to(tl.int64) * num_rows + first
+    key = key_start + tl.arange(0, K)[:, None]
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+    gradient_scale = score_scale * scale * LN_2
+
+    begin = key_start // Q * Q if CAUSAL else 0
+    # without keys dQ is still to be written, as zeros
+    end = num_queries if WHOLE or key_start < num_keys else begin
+    k = _load(k_ptr, stride_row, key_start, num_keys, K, D, D_PADDED)
+    v = _load(k_ptr + stride_part, stride_row, key_start, num_keys, K, D, D_PADDED)
+    dk = tl.zeros((K, D_PADDED), tl.float32)
+    dv = tl.zeros((K, D_PADDED), tl.float32)
+    for query_start in range(begin, end, Q):
+        query = query_start + tl.arange(0, Q)
+        q = _load(q_ptr, stride_row, query_start, num_queries, Q, D, D_PADDED)
+        dout = _load(dout_ptr, dout_stride_row, query_start, num_queries, Q, D, D_PADDED)
+        lse = tl.load(lse_ptr + lse_row + query, mask=query < num_queries, other=float("inf"))
+        if WHOLE:
+            out = _load(out_ptr + first * hidden + head * D, hidden, query_start, num_queries, Q, D, D_PADDED)
+            delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) / scale
+        else:
+            delta = tl.load(delta_ptr + lse_row + query, mask=query < num_queries, other=0.0)
+        scores = tl.dot(k, tl.trans(q), input_precision="tf32x3")
+        # A mask of keys alone is needed for dQ only: a key that nobody sees spoils but its own dK and dV, set to 0 below.
+        if WHOLE or CAUSAL or segment_ids_ptr is not None:
+            scores = _hide(
+                scores, query[None, :], key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL
+            )
+        p = tl.math.exp2(scores * score_scale - lse[None, :])
+        kept = p
+        if seed_ptr is not None:
+            kept = drop_transposed(p, seed, site, stream, query_start, key_start, threshold)
+        dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
+        dp = tl.dot(v, tl.trans(dout), input_precision="tf32x3")
+        if seed_ptr is not None:
+            # a kept P that underflowed to 0 counts as dropped; its dS is 0 either way
+            dp = tl.where(kept > 0, dp, 0.0)
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision="tf32x3")
+        if WHOLE:
+            # (D, Q), because wgmma takes no fewer than 64 rows
+            dq = tl.dot(tl.trans(k), ds, input_precision="tf32x3") * gradient_scale
+            _store(dq_ptr, 3 * hidden, query_start, num_queries, tl.trans(dq), D)
+
+    seen = key < num_keys
+    if key_mask_ptr is not None:
+        seen = seen & (tl.load(key_mask_ptr + first + key, mask=seen, other=0) != 0)
+    dk_ptr = dq_ptr + hidden
+    _store(dk_ptr, 3 * hidden, key_start, num_queries, tl.where(seen, dk * gradient_scale, 0.0), D)
+    _store(dk_ptr + hidden, 3 * hidden, key_start, num_queries, tl.where(seen, dv * scale, 0.0), D)
+
+
+def backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+    causal: bool = False,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> Tensor:
+    """dqkv, contiguous with the shape of qkv, from what `forward` took and gave."""
+    length, num_heads, num_sequences = sequence_grid(qkv, cu_seqlens, max_length)
+    shared = shared_arguments(qkv, lengths, key_mask, segment_ids, cu_seqlens, causal, p, seed, site)
+    if dout.stride(-1) != 1:
+        dout = dout.contiguous()
+    dqkv = qkv.new_empty(qkv.shape)
+    dout_strides = (0 if cu_seqlens is not None else dout.stride(0), dout.stride(-2))
+    if length <= 128 and qkv.shape[-1] <= 64:
+        K=64 if length<=64 else 128
+        attention_backward_keys[(1, num_heads, num_sequences)](
+            dout, *dout_strides, qkv, out, lse, None, dqkv, *shared, 64, K, True, num_warps=K//16, num_stages=1
+        )
+        return dqkv
+    delta = torch.empty_like(lse)
+    Q=K=64
+    attention_backward_queries[(triton.cdiv(length, Q), num_heads, num_sequences)](
+        dout, *dout_strides, qkv, out, lse, delta, dqkv, *shared, Q, K, num_warps=4, num_stages=2
+    )
+    attention_backward_keys[(triton.cdiv(length, K), num_heads, num_sequences)](
+        dout, *dout_strides, qkv, out, lse, delta, dqkv, *shared, Q, K, False, num_warps=4, num_stages=2
+    )
+    return dqkv

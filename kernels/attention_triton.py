@@ -1,0 +1,320 @@
+"""GPU kernels of multi-head attention over a packed QKV projection, forward and backward.
+
+Online softmax over key tiles (FlashAttention-2, Dao 2023), in powers of two: with c = log2(e) / sqrt(D) the forward keeps
+L = log2(sum over keys of 2**(c q k')) per row, from which backward forms P = 2**(c q k' - L) again. With M the kept
+decisions of dropout and r the factor of the kept elements,
+
+    O = r (M P) V          dV = r (M P)' dO        dP = r M (dO V')
+    dS = P (dP - rowsum(dO O))          dQ = dS K / sqrt(D)          dK = dS' Q / sqrt(D)
+
+and r leaves every inner loop: it multiplies the sums at their end. Forward and what it shares with backward stand here,
+backward in attention_backward_triton.py.
+
+All sequences lie in rows of tokens: sequence b of a padded batch starts at row b * S, of a packed one at cu_seqlens[b].
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import keep_scale
+
+LN_2 = tl.constexpr(math.log(2))
+
+
+@triton.jit
+def drop(p, seed, site, stream, query_start, key_start, threshold):
+    """p (Q, K) with the dropped elements 0; query_start and Q multiples of 16, key_start and K multiples of 32.
+
+    One Philox call decides on eight places: a = query // 16 * 8 + query % 8 and b = key // 32 * 8 + key % 8 make the counter
+    (b, a, stream, site), bit 3 of the key and bit 3 of the query choose the word, bit 4 of the key its half. Places eight
+    apart, because one thread holds those in the result layout of a matrix product, so that nothing moves between threads.
+    Decisions depend on neither tile shape nor memory layout.
+    """
+    Q: tl.constexpr = p.shape[0]
+    K: tl.constexpr = p.shape[1]
+    a = query_start // 2 + tl.arange(0, Q // 2)[:, None]
+    b = key_start // 4 + tl.arange(0, K // 4)[None, :]
+    r0, r1, r2, r3 = _draw(seed, site, stream, a, b, Q // 2, K // 4)
+    p = tl.permute(tl.reshape(p, (Q // 16, 2, 8, K // 32, 2, 2, 8)), (0, 2, 3, 6, 1, 5, 4))
+    low, high = tl.split(tl.reshape(p, (Q // 2, K // 4, 2, 2, 2)))
+    low = _keep(low, r0 & 0xFFFF, r1 & 0xFFFF, r2 & 0xFFFF, r3 & 0xFFFF, threshold)
+    high = _keep(high, r0 >> 16, r1 >> 16, r2 >> 16, r3 >> 16, threshold)
+    p = tl.reshape(tl.join(low, high), (Q // 16, 8, K // 32, 8, 2, 2, 2))
+    return tl.reshape(tl.permute(p, (0, 4, 1, 2, 6, 5, 3)), (Q, K))
+
+
+@triton.jit
+def drop_transposed(p, seed, site, stream, query_start, key_start, threshold):
+    """`drop` of p (K, Q). Here a thread holds no two keys 16 apart, so it can use but four of eight decisions."""
+    K: tl.constexpr = p.shape[0]
+    Q: tl.constexpr = p.shape[1]
+    key = tl.arange(0, K // 2)[:, None]
+    b = key_start // 4 + key // 16 * 8 + key % 8
+    a = query_start // 2 + tl.arange(0, Q // 2)[None, :]
+    half = key // 8 % 2 * 16
+    r0, r1, r2, r3 = _draw(seed, site, stream, a, b, K // 2, Q // 2)
+    p = tl.permute(tl.reshape(p, (K // 16, 2, 8, Q // 16, 2, 8)), (0, 2, 3, 5, 4, 1))
+    p = tl.reshape(p, (K // 2, Q // 2, 2, 2))
+    p = _keep(
+        p, r0 >> half & 0xFFFF, r1 >> half & 0xFFFF, r2 >> half & 0xFFFF, r3 >> half & 0xFFFF, threshold
+    )
+    p = tl.reshape(p, (K // 16, 8, Q // 16, 8, 2, 2))
+    return tl.reshape(tl.permute(p, (0, 5, 1, 2, 4, 3)), (K, Q))
+
+
+@triton.jit
+def _draw(seed, site, stream, a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Four random words, uint32 (ROWS, COLUMNS), for each pair of a and b."""
+    c0 = tl.broadcast_to(b.to(tl.uint32), (ROWS, COLUMNS))
+    c1 = tl.broadcast_to(a.to(tl.uint32), (ROWS, COLUMNS))
+    return tl.philox(seed, c0, c1, tl.zeros_like(c0) + stream, tl.zeros_like(c0) + site, 7)
+
+
+@triton.jit
+def _keep(p, r0, r1, r2, r3, threshold):
+    """p (..., 2, 2), by the query's bit and the key's, with zeros where the draw of a place falls below the threshold."""
+    p02, p13 = tl.split(p)
+    p0, p2 = tl.split(p02)
+    p1, p3 = tl.split(p13)
+    p0 = tl.where(r0.to(tl.int32) >= threshold, p0, 0.0)
+    p1 = tl.where(r1.to(tl.int32) >= threshold, p1, 0.0)
+    p2 = tl.where(r2.to(tl.int32) >= threshold, p2, 0.0)
+    p3 = tl.where(r3.to(tl.int32) >= threshold, p3, 0.0)
+    return tl.join(tl.join(p0, p2), tl.join(p1, p3))
+
+
+@triton.jit
+def _sequence(size, lengths_ptr, cu_seqlens_ptr):
+    """The first row of this program's sequence, its number of queries and its number of keys."""
+    index = tl.program_id(2)
+    if cu_seqlens_ptr is not None:
+        first = tl.load(cu_seqlens_ptr + index)
+        num_queries = tl.load(cu_seqlens_ptr + index + 1) - first
+        num_keys = num_queries
+        first = first.to(tl.int64)
+    else:
+        first = index.to(tl.int64) * size
+        num_queries = size
+        num_keys = size
+        if lengths_ptr is not None:
+            num_keys = tl.minimum(tl.load(lengths_ptr + index), size)
+    return first, num_queries, num_keys
+
+
+@triton.jit
+def _offset(first, stride_batch, stride_row, cu_seqlens_ptr):
+    """Where this program's sequence starts in a tensor (B, S, ...) or, packed, (T, ...) with these strides."""
+    if cu_seqlens_ptr is not None:
+        offset = first * stride_row
+    else:
+        offset = tl.program_id(2).to(tl.int64) * stride_batch
+    return offset
+
+
+@triton.jit
+def _load(ptr, stride, start, end, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
+    """Rows start .. start + ROWS of a matrix with D columns, (ROWS, D_PADDED), zeros from row `end` and column D on."""
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, D_PADDED)
+    inside = (row < end - start)[:, None]
+    if D < D_PADDED:
+        inside = inside & (column < D)[None, :]
+    tile = ptr + tl.cast(start, tl.int64) * stride
+    return tl.load(tile + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _store(ptr, stride, start, end, x, D: tl.constexpr):
+    """Writes x (ROWS, D_PADDED) where `_load` would read it."""
+    row = tl.arange(0, x.shape[0])
+    column = tl.arange(0, x.shape[1])
+    inside = (row < end - start)[:, None] & (column < D)[None, :]
+    tile = ptr + tl.cast(start, tl.int64) * stride
+    tl.store(tile + row[:, None] * stride + column[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _hide(
+    scores, query, key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL: tl.constexpr
+):
+    """scores with -inf where the query must not see the key; query (Q, 1), key (1, K), or (1, Q) and (K, 1)."""
+    visible = key < num_keys
+    if key_mask_ptr is not None:
+        visible = visible & (tl.load(key_mask_ptr + first + key, mask=visible, other=0) != 0)
+    if segment_ids_ptr is not None:
+        key_segment = tl.load(segment_ids_ptr + first + key, mask=visible, other=0)
+        query_segment = tl.load(segment_ids_ptr + first + query, mask=query < num_queries, other=0)
+        visible = visible & (key_segment == query_segment)
+    if CAUSAL:
+        visible = visible & (key <= query)
+    return tl.where(visible, scores, float("-inf"))
+
+
+@triton.jit
+def _key_range(
+    query_start, num_keys, key_mask_ptr, segment_ids_ptr, CAUSAL: tl.constexpr, Q: tl.constexpr, K: tl.constexpr
+):
+    """(full, end): keys 0 .. full lie in tiles that every query of the tile sees whole, keys full .. end need the mask."""
+    end = num_keys
+    full = num_keys // K * K
+    if CAUSAL:
+        end = tl.minimum(end, query_start + Q)
+        full = tl.minimum(full, query_start // K * K)
+    if key_mask_ptr is not None or segment_ids_ptr is not None:
+        full = full * 0
+    return full, end
+
+
+@triton.jit
+def attention_forward(
+    qkv_ptr,  # (B, S, 3, N, D), or (T, 3, N, D) packed
+    out_ptr,  # (B, S, N * D) or (T, N * D)
+    lse_ptr,  # (N, B * S) or (N, T) fp32
+    lengths_ptr,  # (B,) int32 or None
+    cu_seqlens_ptr,  # (B + 1,) int32 or None
+    key_mask_ptr,  # (B, S) bool or None
+    segment_ids_ptr,  # (B, S) int or None
+    seed_ptr,  # () int64 or None
+    size,  # S of a padded batch
+    num_rows,  # B * S or T
+    stride_batch,
+    stride_row,
+    stride_part,
+    stride_head,
+    score_scale,  # log2(e) / sqrt(D)
+    site,
+    threshold,
+    scale,
+    CAUSAL: tl.constexpr,
+    D: tl.constexpr,
+    D_PADDED: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
+):
+    """One tile of Q queries of one head of one sequence; grid (query tiles, N, B)."""
+    # the last tile sees most keys when causal: start it first
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    stream = tl.program_id(2) * tl.num_programs(1) + head
+    first, num_queries, num_keys = _sequence(size, lengths_ptr, cu_seqlens_ptr)
+    query_start = tile * Q
+    if query_start >= num_queries:
+        return
+    q_ptr = qkv_ptr + _offset(first, stride_batch, stride_row, cu_seqlens_ptr) + head.to(tl.int64) * stride_head
+    k_ptr = q_ptr + stride_part
+    v_ptr = k_ptr + stride_part
+    query = query_start + tl.arange(0, Q)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+
+    full, end = _key_range(query_start, num_keys, key_mask_ptr, segment_ids_ptr, CAUSAL, Q, K)
+    q = _load(q_ptr, stride_row, query_start, num_queries, Q, D, D_PADDED)
+    highest = tl.full((Q,), float("-inf"), tl.float32)
+    total = tl.zeros((Q,), tl.float32)
+    acc = tl.zeros((Q, D_PADDED), tl.float32)
+    for masked in tl.static_range(2):
+        for key_start in range(full if masked else 0, end if masked else full, K):
+            k = _load(k_ptr, stride_row, key_start, num_keys, K, D, D_PADDED)
+            scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+            if masked:
+                key = key_start + tl.arange(0, K)[None, :]
+                scores = _hide(
+                    scores, query[:, None], key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL
+                )
+            new_highest = tl.maximum(highest, tl.max(scores, 1) * score_scale)
+            # a row that has seen no key yet has -inf here, and -inf - -inf would be NaN
+            pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest) if masked else new_highest
+            p = tl.math.exp2(scores * score_scale - pivot[:, None])
+            decay = tl.math.exp2(highest - pivot)
+            highest = new_highest
+            total = total * decay + tl.sum(p, 1)
+            if seed_ptr is not None:
+                p = drop(p, seed, site, stream, query_start, key_start, threshold)
+            v = _load(v_ptr, stride_row, key_start, num_keys, K, D, D_PADDED)
+            acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="tf32x3")
+
+    # without a visible key the output is 0, and L = inf makes P of backward 0
+    empty = total == 0
+    out = acc * (scale / tl.where(empty, 1.0, total))[:, None]
+    lse = tl.where(empty, float("inf"), highest + tl.math.log2(total))
+    hidden = tl.num_programs(1) * D
+    _store(out_ptr + first * hidden + head * D, hidden, query_start, num_queries, out, D)
+    lse_rows = lse_ptr + head.to(tl.int64) * num_rows + first
+    tl.store(lse_rows + query, lse, mask=query < num_queries)
+
+
+def shared_arguments(
+    qkv: Tensor,
+    lengths: Tensor | None,
+    key_mask: Tensor | None,
+    segment_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+) -> tuple[Any, ...]:
+    """The arguments that every kernel takes after its tensors, from lengths_ptr to D_PADDED."""
+    packed = cu_seqlens is not None
+    stride_batch, stride_row, stride_part, stride_head, stride_column = (0,) * packed + qkv.stride()
+    assert stride_column == 1, "the columns of a head lie side by side in the output of the QKV projection"
+    size = qkv.shape[-1]
+    drops = seed is not None and p > 0
+    return (
+        lengths,
+        cu_seqlens,
+        key_mask,
+        segment_ids,
+        seed if drops else None,
+        0 if packed else qkv.shape[1],
+        math.prod(qkv.shape[:-3]),
+        stride_batch,
+        stride_row,
+        stride_part,
+        stride_head,
+        math.log2(math.e) / math.sqrt(size),
+        site,
+        round(p * 65536),
+        keep_scale(p) if drops else 1.0,
+        causal,
+        size,
+        max(16, triton.next_power_of_2(size)),
+    )
+
+
+def sequence_grid(qkv: Tensor, cu_seqlens: Tensor | None, max_length: int | None) -> tuple[int, int, int]:
+    """(tokens of the longest sequence, N, number of sequences)."""
+    num_heads = qkv.shape[-2]
+    if cu_seqlens is None:
+        return qkv.shape[1], num_heads, qkv.shape[0]
+    assert max_length is not None, "the host does not know how long the longest sequence of a packed batch is"
+    return max_length, num_heads, cu_seqlens.numel() - 1
+
+
+def forward(
+    qkv: Tensor,
+    lengths: Tensor | None = None,
+    *,
+    key_mask: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_length: int | None = None,
+    causal: bool = False,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    site: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """(out, lse): out is (B, S, N * D), or (T, N * D) packed; lse is (N, B * S) or (N, T) fp32, for `backward` only."""
+    length, num_heads, num_sequences = sequence_grid(qkv, cu_seqlens, max_length)
+    shared = shared_arguments(qkv, lengths, key_mask, segment_ids, cu_seqlens, causal, p, seed, site)
+    out = qkv.new_empty((*qkv.shape[:-3], num_heads * qkv.shape[-1]))
+    lse = qkv.new_empty((num_heads, math.prod(qkv.shape[:-3])), dtype=torch.float32)
+    queries, keys, num_warps, num_stages = 64,64,4,2
+    attention_forward[(triton.cdiv(length, queries), num_heads, num_sequences)](
+        qkv, out, lse, *shared, queries, keys, num_warps=num_warps, num_stages=num_stages
+    )
+    return out, lse

@@ -1,0 +1,119 @@
+"""The feed-forward half of a layer, GELU(x @ w1.T + b1) @ w2.T, as one op that may drop GELU's output.
+
+The second bias is not added here: `residual_norm` and `residual_add` add it for free.
+Backward: da = dy @ w2;  df = da * GELU'(f);  db1 = sum_T df;  dw2 = dy.T @ a;  dw1 = df.T @ x;  dx = df @ w1.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .gelu import Activation, gelu
+from .residual_norm import Kernels, uses_triton
+
+_TANH_LINEAR = 2 * math.sqrt(2 / math.pi)
+_TANH_CUBIC = 0.044715 * _TANH_LINEAR
+
+
+def mlp(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    activation: Activation,
+    *,
+    gelu_checkpoint: bool,
+    kernels: Kernels = "auto",
+) -> Tensor:
+    """GELU(x @ w1.T + b1) @ w2.T, (..., H) in the dtype of x.
+
+    x: (..., H); w1: (F, H); b1: (F,); w2: (H, F); one float dtype. GELU is computed in fp32 or wider on a GPU.
+    Kept for backward: x, GELU's input (..., F) and, unless gelu_checkpoint, its output (..., F).
+    Raises ValueError for shapes that do not fit, and for float64 on a GPU.
+    """
+    F, H = w1.shape
+    if x.shape[-1] != H or w2.shape[1] != F or b1.shape != (F,):
+        raise ValueError(
+            f"x {tuple(x.shape)}, w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)} and w2 {tuple(w2.shape)} do not fit; "
+            f"they must be (..., H), (F, H), (F,) and (H, F)"
+        )
+    return _Mlp.apply(x, w1, b1, w2, _Options(activation, gelu_checkpoint, kernels))  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class _Options:
+    activation: Activation
+    gelu_checkpoint: bool
+    kernels: Kernels
+
+
+def gelu_forward_reference(f: Tensor, activation: Activation) -> Tensor:
+    """a = GELU(f), (T, F)."""
+    if activation == "gelu_tanh" and f.device.type == "cpu":
+        return _tanh_gate(f).mul_(f).to(f.dtype)
+    return gelu(f, activation)
+
+
+def gelu_backward_reference(
+    da: Tensor, f: Tensor, activation: Activation, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """df (T, F), db1 (F,), and GELU(f) if recompute.
+
+    da, f: (T, F). The GPU kernel overwrites da.
+    """
+    if activation == "gelu_tanh" and f.device.type == "cpu":
+        gate = _tanh_gate(f)
+        inner = f.to(gate.dtype).square().mul_(3 * _TANH_CUBIC).add_(_TANH_LINEAR).mul_(f)
+        slope = inner.mul_(1 - gate).add_(1).mul_(gate)  # gate + f gate' = gate (1 + (1 - gate) f (2 u)')
+        df = slope.mul_(da).to(f.dtype)
+        return df, df.sum(0), gate.mul_(f).to(f.dtype) if recompute else None
+    approximation = "tanh" if activation == "gelu_tanh" else "none"
+    df = torch.ops.aten.gelu_backward(da, f, approximate=approximation)
+    return df, df.sum(0), gelu(f, activation) if recompute else None
+
+
+def _tanh_gate(f: Tensor) -> Tensor:
+    """sigmoid(2 u) = (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (f + 0.044715 f**3), fp32 or wider.
+
+    On a CPU torch's own tanh GELU takes three times as long as this.
+    """
+    wide = f.to(torch.promote_types(f.dtype, torch.float32))
+    return (wide * wide).mul_(_TANH_CUBIC).add_(_TANH_LINEAR).mul_(wide).sigmoid_()
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, options: _Options) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        f = torch.addmm(b1, rows, w1.t())
+        if uses_triton(f, options.kernels):
+            from .mlp_triton import gelu_forward
+
+            a = gelu_forward(f, options.activation)
+        else:
+            a = gelu_forward_reference(f, options.activation)
+        ctx.save_for_backward(rows, f, None if options.gelu_checkpoint else a, w1, w2)
+        ctx.options = options
+        return a.mm(w2.t()).view(*x.shape[:-1], w2.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, f, a, w1, w2 = ctx.saved_tensors
+        options: _Options = ctx.options
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        da = dy_rows.mm(w2)
+        if uses_triton(f, options.kernels):
+            from .mlp_triton import gelu_backward
+
+            df, db1, recomputed = gelu_backward(da, f, options.activation, a is None)
+        else:
+            df, db1, recomputed = gelu_backward_reference(da, f, options.activation, a is None)
+        activated: Any = recomputed if a is None else a
+        dw2 = dy_rows.t().mm(activated)
+        del da, activated, recomputed  # (T, F) each, gone before the last two products ask for memory
+        return df.mm(w1).view(*dy.shape[:-1], w1.shape[1]), df.t().mm(rows), db1, dw2, None

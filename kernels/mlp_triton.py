@@ -1,0 +1,130 @@
+"""GPU kernels of mlp.py: GELU, and its gradient together with the gradient of the bias before it."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .gelu import Activation
+from .residual_norm_triton import sum_partials
+
+_BLOCK = 2048
+_TILE_ROWS, _TILE_COLUMNS = 8, 256
+_ROW_PARTS = 64  # programs per strip of columns, the same on every GPU
+
+
+@triton.jit
+def _normal_cdf(x):
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
+
+
+@triton.jit
+def _tanh_gelu_gate(x):
+    """sigmoid(2 u) = (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x**3)."""
+    return tl.sigmoid(x * (1.5957691216057308 + 0.07135481282553204 * x * x))
+
+
+@triton.jit
+def _gelu(x, TANH: tl.constexpr):
+    if TANH:
+        gate = _tanh_gelu_gate(x)
+    else:
+        gate = _normal_cdf(x)
+    return x * gate
+
+
+@triton.jit
+def _gelu_and_slope(x, TANH: tl.constexpr):
+    """GELU(x) and its derivative."""
+    if TANH:
+        gate = _tanh_gelu_gate(x)
+        slope = gate + x * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406443847659614 * x * x)
+    else:
+        gate = _normal_cdf(x)
+        slope = gate + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return x * gate, slope
+
+
+@triton.jit
+def _gelu_forward_kernel(
+    f_ptr,  # (elements,)
+    a_ptr,  # (elements,) out
+    elements,
+    BLOCK: tl.constexpr,
+    TANH: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(f_ptr + offsets, mask=offsets < elements, other=0.0).to(tl.float32)
+    tl.store(a_ptr + offsets, _gelu(x, TANH).to(a_ptr.dtype.element_ty), mask=offsets < elements)
+
+
+@triton.jit(do_not_specialize=["num_rows", "tiles"])
+def _gelu_backward_kernel(
+    da_ptr,  # (T, F)
+    f_ptr,  # (T, F)
+    df_ptr,  # (T, F) out; may be da_ptr
+    a_ptr,  # (T, F) out: GELU(f); unused without RECOMPUTE
+    partial_ptr,  # (row parts, F) fp32 out: sums of df over the rows of each part
+    num_rows,
+    tiles,  # tiles per program
+    F,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TANH: tl.constexpr,
+    RECOMPUTE: tl.constexpr,
+):
+    part = tl.program_id(1)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    first = part * tiles
+    for tile in range(first, first + tiles):
+        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        valid = (rows < num_rows)[:, None] & (columns < F)[None, :]
+        offsets = rows[:, None] * F + columns[None, :]
+        x = tl.load(f_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+        da = tl.load(da_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+        a, slope = _gelu_and_slope(x, TANH)
+        df = da * slope
+        tl.store(df_ptr + offsets, df.to(df_ptr.dtype.element_ty), mask=valid)
+        if RECOMPUTE:
+            tl.store(a_ptr + offsets, a.to(a_ptr.dtype.element_ty), mask=valid)
+        total += df
+    tl.store(partial_ptr + part.to(tl.int64) * F + columns, tl.sum(total, 0), mask=columns < F)
+
+
+def gelu_forward(f: Tensor, activation: Activation) -> Tensor:
+    """As `gelu_forward_reference`."""
+    f = f.contiguous()
+    a = torch.empty_like(f)
+    _gelu_forward_kernel[(triton.cdiv(f.numel(), _BLOCK),)](
+        f, a, f.numel(), BLOCK=_BLOCK, TANH=activation == "gelu_tanh", num_warps=8
+    )
+    return a
+
+
+def gelu_backward(
+    da: Tensor, f: Tensor, activation: Activation, recompute: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As `gelu_backward_reference`; df is da, overwritten."""
+    num_rows, F = f.shape
+    tiles = max(1, triton.cdiv(triton.cdiv(num_rows, _TILE_ROWS), _ROW_PARTS))
+    parts = triton.cdiv(num_rows, _TILE_ROWS * tiles)
+    df = da.contiguous()
+    a = torch.empty_like(f) if recompute else None
+    partial = torch.empty(parts, F, dtype=torch.float32, device=f.device)
+    _gelu_backward_kernel[(triton.cdiv(F, _TILE_COLUMNS), parts)](
+        df,
+        f,
+        df,
+        a,
+        partial,
+        num_rows,
+        tiles,
+        F,
+        ROWS=_TILE_ROWS,
+        COLUMNS=_TILE_COLUMNS,
+        TANH=activation == "gelu_tanh",
+        RECOMPUTE=recompute,
+        num_warps=8,
+    )
+    return df, sum_partials(partial, f.dtype), a

@@ -1,0 +1,305 @@
+"""residual + dropout(x + bias) and the LayerNorm that follows it, as one op; each also on its own.
+
+Forward, rows of T, sums over H: z = residual + keep * (x + bias) / (1 - p);  x_hat = (z - mean) * rstd;
+y = x_hat * weight + norm_bias. Backward: w = dy * weight;
+dresidual = dz + rstd * (w - mean(w) - x_hat * mean(w * x_hat));  dx = dresidual * keep / (1 - p);
+dbias = sum_T dx;  dweight = sum_T dy * x_hat;  dnorm_bias = sum_T dy.
+Source of the norm: Ba et al., Layer Normalization, arXiv 1607.06450.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .dropout import keep_mask, keep_scale
+from .layer_norm import is_invertible
+
+Kernels = Literal["auto", "reference"]
+Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
+_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def residual_norm(  # noqa: PLR0913 - the tensors of two ops
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    invertible: bool = False,
+    kernels: Kernels = "auto",
+) -> tuple[Tensor, Tensor]:
+    """z = residual + dropout(x + bias) and y = LayerNorm(z) * weight + norm_bias, both with shape and dtype of residual.
+
+    x, residual: (..., H), equal shapes and dtypes; bias: (H,) or None; weight, norm_bias: (H,).
+    p, seed, site: dropout, see `kernels.dropout`; seed None means no dropout (evaluation).
+    Kept for backward, besides parameters: z, and mean and reciprocal deviation per row in fp32. No mask: it is drawn again.
+    invertible: keep y instead of z and mean, where `is_invertible` allows it. y is the input of the next projection, which
+    keeps it anyway, so z is then kept by nobody.
+    Raises ValueError for shapes that do not fit, and on a GPU for float64 or H over 8192.
+    """
+    _check_shapes(x, bias, residual, weight, norm_bias)
+    options = _options(eps, p, seed, site, invertible and _may_invert(weight, norm_bias, residual), kernels)
+    return _ResidualNorm.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x, bias, residual, weight, norm_bias, seed if options.p > 0 else None, options
+    )
+
+
+def norm(
+    z: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float, invertible: bool = False, kernels: Kernels = "auto"
+) -> Tensor:
+    """LayerNorm(z) * weight + norm_bias, with the shape and dtype of z: `residual_norm` without anything to add."""
+    _check_shapes(None, None, z, weight, norm_bias)
+    options = _options(eps, 0.0, None, 0, invertible and _may_invert(weight, norm_bias, z), kernels)
+    return _Norm.apply(z, weight, norm_bias, options)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def residual_add(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    *,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    kernels: Kernels = "auto",
+) -> Tensor:
+    """z = residual + dropout(x + bias), the end of a pre-LN layer; arguments as in `residual_norm`. Keeps no activation."""
+    _check_shapes(x, bias, residual, None, None)
+    options = _options(0.0, p, seed, site, False, kernels)
+    return _ResidualAdd.apply(  # type: ignore[no-any-return, no-untyped-call]
+        x, bias, residual, seed if options.p > 0 else None, options
+    )
+
+
+def uses_triton(tensor: Tensor, kernels: Kernels) -> bool:
+    """Whether Triton computes an op on this tensor: on CUDA, unless kernels is `reference`.
+
+    Raises ValueError if it should and its dtype has no GPU kernel.
+    """
+    if kernels == "reference" or not tensor.is_cuda:
+        return False
+    if tensor.dtype not in _GPU_DTYPES:
+        raise ValueError(
+            f"dtype {tensor.dtype} has no GPU kernel; use float32, float16 or bfloat16, or kernels='reference'"
+        )
+    return True
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the ops below are asked for besides tensors.
+
+    p: 0 means no dropout, and then seed is None. inverted: the backward pass gets y instead of z and mean.
+    """
+
+    eps: float
+    p: float
+    site: int
+    inverted: bool
+    kernels: Kernels
+
+
+class Saved(NamedTuple):
+    """What the backward of the norm gets from its forward.
+
+    kept: (T, H), z or, if inverted, y; mean: (T,) or None if inverted; rstd: (T,); weight, norm_bias: (H,);
+    bias: (H,) or None; seed: int64 scalar or None. mean and rstd are fp32, fp64 for fp64 input.
+    """
+
+    kept: Tensor
+    mean: Tensor | None
+    rstd: Tensor
+    weight: Tensor
+    norm_bias: Tensor
+    bias: Tensor | None
+    seed: Tensor | None
+
+
+def _options(eps: float, p: float, seed: Tensor | None, site: int, inverted: bool, kernels: Kernels) -> Options:
+    if not 0 <= p < 1:
+        raise ValueError(f"p={p} is not a dropout probability; it must be in [0, 1)")
+    return Options(eps, 0.0 if seed is None else p, site, inverted, kernels)
+
+
+def _may_invert(weight: Tensor, norm_bias: Tensor, z: Tensor) -> bool:
+    return torch.is_grad_enabled() and is_invertible(weight, norm_bias, z.dtype)
+
+
+def _check_shapes(
+    x: Tensor | None, bias: Tensor | None, residual: Tensor, weight: Tensor | None, norm_bias: Tensor | None
+) -> None:
+    if x is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
+        raise ValueError(
+            f"x is {tuple(x.shape)} {x.dtype}, residual is {tuple(residual.shape)} {residual.dtype}; they must be alike"
+        )
+    for name, vector in (("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
+        if vector is not None and vector.shape != residual.shape[-1:]:
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}, the last dim of the input is {residual.shape[-1]}"
+            )
+
+
+def residual_add_forward_reference(
+    x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, options: Options
+) -> Tensor:
+    """z (T, H) from x and residual (T, H)."""
+    if seed is None:
+        return residual + x if bias is None else (x + bias).add_(residual)
+    mask = keep_mask(x.shape, options.p, seed, options.site)
+    kept = x * mask if bias is None else (x + bias).mul_(mask)
+    return torch.add(residual, kept, alpha=keep_scale(options.p), out=kept)
+
+
+def residual_add_backward_reference(
+    dz: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    """dx (T, H), which is dz itself without dropout, and dbias (H,), None if bias is None."""
+    dx = dz
+    if seed is not None:
+        dx = (dz * keep_mask(dz.shape, options.p, seed, options.site)).mul_(keep_scale(options.p))
+    return dx, None if bias is None else dx.sum(0).to(bias.dtype)
+
+
+def residual_norm_forward_reference(
+    x: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """z and y (T, H), mean and rstd (T,), from x and residual (T, H); without x, z is residual."""
+    z = residual if x is None else residual_add_forward_reference(x, bias, residual, seed, options)
+    wide = torch.promote_types(z.dtype, torch.float32)
+    y, mean, rstd = torch.native_layer_norm(z.to(wide), weight.shape, weight.to(wide), norm_bias.to(wide), options.eps)
+    return z, y.to(z.dtype), mean.flatten(), rstd.flatten()
+
+
+def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved, options: Options) -> Gradients:
+    """dx (T, H), dbias (H,), dresidual (T, H), dweight (H,), dnorm_bias (H,); dbias None if there is no bias.
+
+    dz: (T, H) or None for zero; dy: (T, H). Without dropout dx is the same tensor as dresidual.
+    """
+    kept, mean, rstd, weight, norm_bias, bias, seed = saved
+    wide = torch.promote_types(kept.dtype, torch.float32)  # sums over H in half precision would lose the gradient
+    z, scale = kept.to(wide), weight.to(wide)
+    if options.inverted:
+        # With x_hat for z, mean 0 and deviation 1, the norm's gradient lacks nothing but the factor rstd.
+        z = (z - norm_bias).div_(scale)
+        mean, unit = torch.zeros_like(rstd), torch.ones_like(rstd)
+    else:
+        assert mean is not None, "a norm that is not inverted saves its means"
+        unit = rstd
+    dresidual, dweight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
+        dy.to(wide), z, weight.shape, mean[:, None], unit[:, None], scale, norm_bias.to(wide), [True, True, True]
+    )
+    if options.inverted:
+        dresidual.mul_(rstd[:, None])
+    if dz is not None:
+        dresidual.add_(dz)
+    dx, dbias = residual_add_backward_reference(dresidual, bias, seed, options)
+    dresidual_out = dresidual.to(kept.dtype)
+    dx_out = dresidual_out if dx is dresidual else dx.to(kept.dtype)
+    return dx_out, dbias, dresidual_out, dweight.to(weight.dtype), dnorm_bias.to(norm_bias.dtype)
+
+
+def _norm_forward(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """`residual_norm_forward` of tensors (..., H) on the path that options.kernels and the device choose."""
+    rows = residual.reshape(-1, residual.shape[-1])
+    x_rows = None if x is None else x.reshape(rows.shape)
+    options: Options = rest[-1]
+    if uses_triton(residual, options.kernels):
+        from .residual_norm_triton import residual_norm_forward
+
+        return residual_norm_forward(x_rows, bias, rows, *rest)
+    return residual_norm_forward_reference(x_rows, bias, rows, *rest)
+
+
+def _norm_backward(ctx: Any, dz: Tensor | None, dy: Tensor | None) -> Gradients:
+    saved, options = Saved(*ctx.saved_tensors), ctx.options
+    shape = saved.kept.shape
+    dz_rows = None if dz is None else dz.reshape(shape)
+    dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(shape)
+    if uses_triton(saved.kept, options.kernels):
+        from .residual_norm_triton import residual_norm_backward
+
+        return residual_norm_backward(dz_rows, dy_rows, saved, options)
+    return residual_norm_backward_reference(dz_rows, dy_rows, saved, options)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        weight, norm_bias, seed, options = rest
+        z, y, mean, rstd = _norm_forward(x, bias, residual, weight, norm_bias, seed, options)
+        kept = y if options.inverted else z
+        ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
+        ctx.options = options
+        ctx.set_materialize_grads(False)
+        return z.view(residual.shape), y.view(residual.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        given = dy if dz is None else dz
+        if given is None:
+            return (None,) * 7
+        dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(ctx, dz, dy)
+        same = dx is dresidual  # then return one object, so that autograd sees that it is shared
+        dresidual = dresidual.view(given.shape)
+        return dresidual if same else dx.view(given.shape), dbias, dresidual, dweight, dnorm_bias, None, None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, weight: Tensor, norm_bias: Tensor, options: Options) -> Tensor:
+        rows, y, mean, rstd = _norm_forward(None, None, z, weight, norm_bias, None, options)
+        kept = y if options.inverted else rows
+        ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, None, None))
+        ctx.options = options
+        return y.view(z.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        _, _, dz, dweight, dnorm_bias = _norm_backward(ctx, None, dy)
+        return dz.view(dy.shape), dweight, dnorm_bias, None
+
+
+class _ResidualAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, options: Options
+    ) -> Tensor:
+        ctx.save_for_backward(bias, seed)
+        ctx.options = options
+        rows = residual.reshape(-1, residual.shape[-1])
+        if uses_triton(residual, options.kernels):
+            from .residual_norm_triton import residual_add_forward
+
+            z = residual_add_forward(x.reshape(rows.shape), bias, rows, seed, options)
+        else:
+            z = residual_add_forward_reference(x.reshape(rows.shape), bias, rows, seed, options)
+        return z.view(residual.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        bias, seed = ctx.saved_tensors
+        rows = dz.reshape(-1, dz.shape[-1])
+        if uses_triton(dz, ctx.options.kernels):
+            from .residual_norm_triton import residual_add_backward
+
+            dx, dbias = residual_add_backward(rows, bias, seed, ctx.options)
+        else:
+            dx, dbias = residual_add_backward_reference(rows, bias, seed, ctx.options)
+        return dz if dx is rows else dx.view(dz.shape), dbias, dz, None, None

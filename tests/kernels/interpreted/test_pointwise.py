@@ -1,0 +1,337 @@
+"""The pointwise GPU kernels against the references of their contract files, with the same dropout mask."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from xformer_train.kernels import residual_norm as contract
+from xformer_train.kernels.cross_entropy import IGNORED
+from xformer_train.kernels.cross_entropy_triton import softmax_loss_
+from xformer_train.kernels.dropout_triton import drop_threshold, keep_rows
+from xformer_train.kernels.mlp import gelu_backward_reference, gelu_forward_reference, mlp
+from xformer_train.kernels.mlp_triton import gelu_backward, gelu_forward
+from xformer_train.kernels.residual_norm import Options, Saved
+from xformer_train.kernels.residual_norm_triton import (
+    residual_add_backward,
+    residual_add_forward,
+    residual_norm_backward,
+    residual_norm_forward,
+    sum_partials,
+)
+
+SEED = torch.tensor(2**62 + 987654321)
+OPTIONS = Options(eps=1e-5, p=0.1, site=2, inverted=False, kernels="auto")
+
+
+@triton.jit
+def _mask_kernel(
+    mask_ptr, seed_ptr, site, threshold, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # mask: (ROWS, COLUMNS) int8 out
+    rows = tl.arange(0, ROWS)
+    keep = keep_rows(tl.load(seed_ptr), site, first_row + rows.to(tl.int64), ROWS, COLUMNS, threshold)
+    tl.store(mask_ptr + rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], keep.to(tl.int8))
+
+
+def gpu_mask(num_rows, columns, p, site=2, first_row=0, seed=SEED):
+    """The mask that the kernels draw, int8 (num_rows, columns)."""
+    shape = triton.next_power_of_2(num_rows), max(8, triton.next_power_of_2(columns))
+    mask = torch.empty(shape, dtype=torch.int8)
+    _mask_kernel[(1,)](mask, seed, site, drop_threshold(p), first_row, ROWS=shape[0], COLUMNS=shape[1])
+    return mask[:num_rows, :columns].contiguous()
+
+
+def philox_words(key, counters, rounds=7):
+    """Philox 4x32 of counters (n, 4) uint64-held 32-bit words."""
+    c = counters.astype(np.uint64).T
+    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    low = np.uint64(0xFFFFFFFF)
+    for _ in range(rounds):
+        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(k0), b & low, (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k1), a & low]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(c, 1)
+
+
+def relative_error(actual, expected):
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+
+
+def assert_close(actual, exact, same_dtype):
+    """At most twice the error that torch makes in the same type, against fp64; 1e-6 is what fp32 sums in any order reach."""
+    assert actual.shape == exact.shape
+    assert actual.isfinite().all()
+    assert (actual.double() - exact).norm() <= 2 * (same_dtype.double() - exact).norm() + 1e-6 * exact.norm() + 1e-6
+
+
+def test_eight_decisions_come_from_one_philox_call_in_the_documented_order():
+    first_row, site, p = 2**33 + 5, 3, 0.3
+    mask = gpu_mask(4, 64, p, site, first_row).numpy()
+    for row in range(4):
+        number = first_row + row
+        counters = np.array([[group, number & 0xFFFFFFFF, number >> 32, site] for group in range(8)])
+        words = philox_words(SEED.item(), counters)  # (8, 4)
+        halves = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], 2).reshape(-1)
+        assert (mask[row] == (halves >= drop_threshold(p))).all()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_the_promised_share_stays_in_all_and_in_every_eighth_column(p):
+    keep = gpu_mask(1024, 1024, p).double()
+    deviation = math.sqrt(p * (1 - p) / keep.numel())
+    assert abs(keep.mean().item() - (1 - p)) < 4 * deviation + 2**-17
+    for half in range(8):
+        assert abs(keep[:, half::8].mean().item() - (1 - p)) < 4 * math.sqrt(8) * deviation + 2**-17
+    # Row and column counts are as scattered as those of independent draws: chi square of 1024 - 1 degrees of freedom.
+    for dim in (0, 1):
+        chi_square = ((keep.sum(dim) - 1024 * (1 - p)) ** 2 / (1024 * p * (1 - p))).sum().item()
+        assert abs(chi_square - 1024) < 5 * math.sqrt(2 * 1024)
+
+
+def test_masks_of_other_sites_seeds_rows_and_neighbouring_columns_are_independent():
+    first = gpu_mask(256, 512, 0.3)
+    others = {
+        "site": gpu_mask(256, 512, 0.3, site=3),
+        "seed": gpu_mask(256, 512, 0.3, seed=SEED + 1),
+        "high word of the seed": gpu_mask(256, 512, 0.3, seed=SEED + 2**32),
+        "row": gpu_mask(256, 512, 0.3, first_row=1),
+        "high word of the row": gpu_mask(256, 512, 0.3, first_row=2**32),
+        "column": first.roll(1, 1),
+        "group": first.roll(8, 1),
+    }
+    for name, other in others.items():
+        correlation = torch.corrcoef(torch.stack([first.double().flatten(), other.double().flatten()]))[0, 1]
+        assert abs(correlation) < 4 / math.sqrt(first.numel()), name
+    assert torch.equal(first[1:], others["row"][:-1])
+
+
+def test_a_mask_does_not_depend_on_the_width_of_the_tile():
+    assert torch.equal(gpu_mask(3, 2048, 0.2)[:, :63], gpu_mask(3, 63, 0.2))
+
+
+@dataclasses.dataclass
+class Inputs:
+    x: torch.Tensor
+    bias: torch.Tensor
+    residual: torch.Tensor
+    weight: torch.Tensor
+    norm_bias: torch.Tensor
+    dz: torch.Tensor
+    dy: torch.Tensor
+
+    def to(self, dtype):
+        return Inputs(**{field.name: getattr(self, field.name).to(dtype) for field in dataclasses.fields(self)})
+
+
+def draw_inputs(num_rows, H, dtype):
+    torch.manual_seed(num_rows + H)
+    x, residual, dz = torch.randn(3, num_rows, H).unbind()
+    dy = torch.randn(H, num_rows).t()  # not contiguous
+    bias, norm_bias = torch.randn(2, H).unbind()
+    # Weights of both signs, far enough from zero to be inverted in half precision.
+    weight = torch.where(torch.arange(H) % 3 == 0, -1.0, 1.0) * (0.5 + torch.rand(H))
+    return Inputs(x, bias, residual, weight, norm_bias, dz, dy).to(dtype)
+
+
+def all_results(forward, backward, inputs, seed, options, with_dz):
+    """z, y and every gradient. The forward with its own results kept for backward."""
+    i = inputs
+    z, y, mean, rstd = forward(i.x, i.bias, i.residual, i.weight, i.norm_bias, seed, options)
+    kept, mean = (y, None) if options.inverted else (z, mean)
+    saved = Saved(kept, mean, rstd, i.weight, i.norm_bias, i.bias, seed)
+    return z, y, *backward(i.dz if with_dz else None, i.dy, saved, options)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "p", "inverted", "with_dz"),
+    [
+        ((1, 1), torch.float32, 0.0, False, True),
+        ((63, 1000), torch.float32, 0.1, False, True),
+        ((63, 1000), torch.float16, 0.5, True, False),
+        ((1000, 63), torch.float32, 0.5, True, True),
+        ((1000, 63), torch.float16, 0.0, False, False),
+        ((7, 1600), torch.float16, 0.1, False, True),
+        ((63, 1000), torch.bfloat16, 0.1, False, True),
+    ],
+)
+def test_residual_norm_kernels_equal_the_reference(size, dtype, p, inverted, with_dz, monkeypatch):
+    inputs = draw_inputs(*size, dtype)
+    options = dataclasses.replace(OPTIONS, p=p, inverted=inverted)
+    seed = SEED if p else None
+    if p:
+        mask = gpu_mask(*size, p)
+        monkeypatch.setattr(contract, "keep_mask", lambda *_: mask)
+    ours = all_results(residual_norm_forward, residual_norm_backward, inputs, seed, options, with_dz)
+    reference = contract.residual_norm_forward_reference, contract.residual_norm_backward_reference
+    same_dtype = all_results(*reference, inputs, seed, options, with_dz)
+    exact = all_results(*reference, inputs.to(torch.float64), seed, options, with_dz)
+    for name, a, b, c in zip(
+        ("z", "y", "dx", "dbias", "dresidual", "dweight", "dnorm_bias"), ours, exact, same_dtype, strict=True
+    ):
+        assert a.dtype == dtype, name
+        if dtype == torch.bfloat16:  # the interpreter cuts bf16 off where a GPU rounds
+            assert relative_error(a, b) < 2**-7, name
+        else:
+            assert_close(a, b, c)
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_the_norm_alone_equals_the_reference(inverted):
+    inputs = draw_inputs(9, 100, torch.float32)
+    options = dataclasses.replace(OPTIONS, p=0.0, inverted=inverted)
+    z, y, mean, rstd = residual_norm_forward(
+        None, None, inputs.residual, inputs.weight, inputs.norm_bias, None, options
+    )
+    assert z is inputs.residual
+    wide = inputs.to(torch.float64)
+    expected = contract.residual_norm_forward_reference(
+        None, None, wide.residual, wide.weight, wide.norm_bias, None, options
+    )
+    for a, b in zip((y, mean, rstd), expected[1:], strict=True):
+        assert relative_error(a, b) < 1e-6
+    saved = Saved(y if inverted else z, None if inverted else mean, rstd, inputs.weight, inputs.norm_bias, None, None)
+    dx, dbias, *gradients = residual_norm_backward(None, inputs.dy, saved, options)
+    assert dbias is None
+    assert dx is gradients[0]
+    exact = Saved(*(None if t is None else t.double() for t in saved))
+    for a, b in zip(
+        gradients, contract.residual_norm_backward_reference(None, wide.dy, exact, options)[2:], strict=True
+    ):
+        assert relative_error(a, b) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("size", "p", "with_bias"),
+    [
+        ((1, 1), 0.5, True),
+        ((63, 1000), 0.5, True),
+        ((1000, 63), 0.0, True),
+        ((9, 100), 0.1, False),
+        ((9, 100), 0.0, False),
+    ],
+)
+def test_residual_add_kernels_equal_the_reference(size, p, with_bias, monkeypatch):
+    inputs = draw_inputs(*size, torch.float32)
+    options, seed = dataclasses.replace(OPTIONS, p=p), SEED if p else None
+    bias = inputs.bias if with_bias else None
+    mask = gpu_mask(*size, p)
+    monkeypatch.setattr(contract, "keep_mask", lambda *_: mask)
+    z = residual_add_forward(inputs.x, bias, inputs.residual, seed, options)
+    expected = contract.residual_add_forward_reference(inputs.x, bias, inputs.residual, seed, options)
+    torch.testing.assert_close(z, expected)
+    dx, dbias = residual_add_backward(inputs.dy, bias, seed, options)
+    expected_dx, expected_dbias = contract.residual_add_backward_reference(inputs.dy, bias, seed, options)
+    torch.testing.assert_close(dx, expected_dx)
+    if with_bias:
+        torch.testing.assert_close(dbias, expected_dbias, rtol=1e-5, atol=1e-4)  # sums of 1000 values of order 1
+    else:
+        assert dbias is None
+
+
+@pytest.mark.parametrize("op", ["residual_norm", "inverted", "norm", "residual_add", "mlp"])
+def test_the_public_ops_reach_the_kernels_with_the_right_arguments(op, monkeypatch):
+    """Outputs and gradients with the kernels in place of the reference, as on a GPU."""
+    inputs = draw_inputs(6, 20, torch.float32)
+    leaves = [t.view(2, 3, 20) if t.dim() == 2 else t for t in vars(inputs).values()][:5]
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    x, bias, residual, weight, norm_bias = leaves
+    projections = torch.randn(2, 20, 20, requires_grad=True).unbind()
+
+    def run():
+        no_dropout = {"p": 0.0, "seed": None, "site": 1}
+        outputs = {
+            "residual_norm": lambda: contract.residual_norm(*leaves, eps=1e-5, **no_dropout),
+            "inverted": lambda: contract.residual_norm(*leaves, eps=1e-5, invertible=True, **no_dropout),
+            "norm": lambda: (contract.norm(residual, weight, norm_bias, eps=1e-5),),
+            "residual_add": lambda: (contract.residual_add(x, bias, residual, **no_dropout),),
+            "mlp": lambda: (mlp(x, projections[0], bias, projections[1], "gelu", gelu_checkpoint=True),),
+        }[op]()
+        torch.manual_seed(1)
+        gradients = torch.randn(2, 20, 2, 3).permute(0, 2, 3, 1)[: len(outputs)].unbind()
+        return *outputs, *torch.autograd.grad(outputs, [*leaves, *projections], gradients, allow_unused=True)
+
+    expected = run()
+    calls = []
+    for module in ("residual_norm", "mlp"):
+        name = f"xformer_train.kernels.{module}.uses_triton"
+        monkeypatch.setattr(name, lambda *_: calls.append(1) or True)
+    for a, b in zip(run(), expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert len(calls) == 2  # forward and backward
+
+
+def test_backward_kernels_repeat_bit_for_bit():
+    inputs = draw_inputs(63, 100, torch.float32)
+    runs = [all_results(residual_norm_forward, residual_norm_backward, inputs, SEED, OPTIONS, True) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (33, 2, 63), (264, 1000)])
+def test_sum_partials_sums_the_first_dim(shape):
+    partial = torch.randn(shape)
+    total = sum_partials(partial, torch.float32)
+    assert total.shape == shape[1:]
+    torch.testing.assert_close(total, partial.sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize(
+    ("size", "dtype", "recompute"),
+    [((1, 1), torch.float32, True), ((63, 1000), torch.float32, False), ((1000, 63), torch.float16, True)],
+)
+def test_gelu_kernels_equal_the_reference(activation, size, dtype, recompute):
+    torch.manual_seed(0)
+    f = (3 * torch.randn(size)).to(dtype)
+    f.view(-1)[0] = -30.0
+    da = torch.randn(size[::-1]).to(dtype).t()
+    a = gelu_forward(f, activation)
+    results = gelu_backward(da.clone(), f, activation, recompute)
+    same_dtype = gelu_backward_reference(da.clone(), f, activation, recompute)
+    exact = gelu_backward_reference(da.double(), f.double(), activation, recompute)
+    assert_close(a, gelu_forward_reference(f.double(), activation), gelu_forward_reference(f, activation))
+    for ours, expected, torchs in zip(results, exact, same_dtype, strict=True):
+        if expected is None:
+            assert ours is None
+        else:
+            assert_close(ours, expected, torchs)
+    if recompute:
+        assert torch.equal(results[2], a)
+
+
+@pytest.mark.parametrize(
+    ("V", "dtype"), [(1, torch.float32), (63, torch.float16), (1000, torch.float32), (9001, torch.float32)]
+)
+def test_softmax_loss_overwrites_logits_with_their_gradient(V, dtype):
+    torch.manual_seed(0)
+    padded = (5 * torch.randn(6, V + 3)).to(dtype)
+    logits = padded[:, :V]
+    labels = torch.randint(0, V, (6,))
+    labels[[1, 4]] = IGNORED
+    exact = logits.double().requires_grad_()
+    losses = F.cross_entropy(exact, labels, reduction="none", ignore_index=IGNORED)
+    losses.sum().backward()
+    untouched = padded[:, V:].clone()
+    ours = softmax_loss_(logits, labels)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), losses.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits.double(), exact.grad, rtol=1e-3 if dtype == torch.float16 else 1e-5, atol=1e-6)
+    assert logits[[1, 4]].abs().max() == 0
+    assert torch.equal(padded[:, V:], untouched)
+
+
+def test_softmax_loss_survives_large_and_minus_infinite_logits():
+    logits = torch.full((3, 100), -1e4)
+    logits[0, 7] = 1e4
+    logits[1] = float("-inf")
+    logits[1, 3] = 2.0
+    losses = softmax_loss_(logits, torch.tensor([7, 3, 5]))
+    torch.testing.assert_close(losses, torch.tensor([0.0, 0.0, math.log(100)]))
+    assert logits.isfinite().all()
