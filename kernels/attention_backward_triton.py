@@ -1,8 +1,9 @@
 """GPU kernels of the backward pass of attention; the maths stands in attention_triton.py.
 
-Sequences that fit one tile (up to 128 tokens, heads of up to 64) take one kernel that needs neither O nor a second look at
-P. Longer ones take two, one per tile of queries and one per tile of keys, so that nothing is added atomically and every
-run gives the same bits.
+Sequences of up to 128 tokens with heads of up to 64 columns take one kernel with all keys of a sequence in one program,
+which then has dQ as well (five products). Longer ones take two, one per tile of queries and one per tile of keys, and form
+P and dS twice (seven products), so that nothing is added atomically and every run gives the same bits; or, `stochastic`,
+again five in one kernel, with dQ added atomically.
 """
 
 import torch
@@ -10,19 +11,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_triton import LN_2, _hide, _key_range, _load, _offset, _sequence, _store, drop, drop_transposed, sequence_grid, shared_arguments
+from .attention_triton import (
+    LN_2,
+    _hide,
+    _key_range,
+    _load,
+    _offset,
+    _sequence,
+    _store,
+    drop,
+    drop_transposed,
+    sequence_grid,
+    shared_arguments,
+)
 
 
 @triton.jit
 def attention_backward_queries(
-    dout_ptr,
+    dout_ptr,  # (B, S, N * D) or (T, N * D)
     dout_stride_batch,
     dout_stride_row,
-    qkv_ptr,
+    qkv_ptr,  # (B, S, 3, N, D) or (T, 3, N, D)
     out_ptr,  # like dout, contiguous
-    lse_ptr,
+    lse_ptr,  # (N, B * S) or (N, T) fp32
     delta_ptr,  # like lse, out: rowsum(dO O) / r
-    dqkv_ptr,
+    dqkv_ptr,  # like qkv, contiguous
     lengths_ptr,
     cu_seqlens_ptr,
     key_mask_ptr,
@@ -44,7 +57,7 @@ def attention_backward_queries(
     Q: tl.constexpr,
     K: tl.constexpr,
 ):
-    """dQ and delta of Q queries; arguments as in `attention_backward_tile`; grid (query tiles, N, B)."""
+    """dQ and delta of Q queries; the other arguments as in `attention_forward`; grid (query tiles, N, B)."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     stream = tl.program_id(2) * tl.num_programs(1) + head
@@ -96,9 +109,10 @@ def attention_backward_keys(
     dout_stride_batch,
     dout_stride_row,
     qkv_ptr,
-    out_ptr,  # read when WHOLE
+    out_ptr,  # read with dQ
     lse_ptr,
-    delta_ptr,  # from attention_backward_queries; not read when WHOLE
+    delta_ptr,  # from attention_backward_queries, read without dQ
+    dq_sum_ptr,  # (B * S, N, D) or (T, N, D) fp32, zeros, out: dQ; None: dQ goes to dqkv
     dqkv_ptr,
     lengths_ptr,
     cu_seqlens_ptr,
@@ -120,10 +134,11 @@ def attention_backward_keys(
     D_PADDED: tl.constexpr,
     Q: tl.constexpr,
     K: tl.constexpr,
-    WHOLE: tl.constexpr,
+    WITH_DQ: tl.constexpr,
 ):
-    """dK and dV of K keys; when these are all keys of their sequence (WHOLE), dQ too; grid (key tiles, N, B).
+    """dK and dV of K keys; arguments as in `attention_backward_queries`; grid (key tiles, N, B).
 
+    WITH_DQ: dQ too, written when these are all keys of their sequence, else added to that of the other programs.
     Scores are held as (K, Q), so that P and dS go from the registers of one product straight into the next.
     """
     head = tl.program_id(1)
@@ -143,8 +158,8 @@ def attention_backward_keys(
     gradient_scale = score_scale * scale * LN_2
 
     begin = key_start // Q * Q if CAUSAL else 0
-    # without keys dQ is still to be written, as zeros
-    end = num_queries if WHOLE or key_start < num_keys else begin
+    # a sequence without keys has a dQ too, zeros
+    end = num_queries if WITH_DQ or key_start < num_keys else begin
     k = _load(k_ptr, stride_row, key_start, num_keys, K, D, D_PADDED)
     v = _load(k_ptr + stride_part, stride_row, key_start, num_keys, K, D, D_PADDED)
     dk = tl.zeros((K, D_PADDED), tl.float32)
@@ -154,14 +169,14 @@ def attention_backward_keys(
         q = _load(q_ptr, stride_row, query_start, num_queries, Q, D, D_PADDED)
         dout = _load(dout_ptr, dout_stride_row, query_start, num_queries, Q, D, D_PADDED)
         lse = tl.load(lse_ptr + lse_row + query, mask=query < num_queries, other=float("inf"))
-        if WHOLE:
+        if WITH_DQ:
             out = _load(out_ptr + first * hidden + head * D, hidden, query_start, num_queries, Q, D, D_PADDED)
             delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) / scale
         else:
             delta = tl.load(delta_ptr + lse_row + query, mask=query < num_queries, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="tf32x3")
         # A mask of keys alone is needed for dQ only: a key that nobody sees spoils but its own dK and dV, set to 0 below.
-        if WHOLE or CAUSAL or segment_ids_ptr is not None:
+        if WITH_DQ or CAUSAL or segment_ids_ptr is not None:
             scores = _hide(
                 scores, query[None, :], key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL
             )
@@ -176,10 +191,15 @@ def attention_backward_keys(
             dp = tl.where(kept > 0, dp, 0.0)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="tf32x3")
-        if WHOLE:
+        if WITH_DQ:
             # (D, Q), because wgmma takes no fewer than 64 rows
             dq = tl.dot(tl.trans(k), ds, input_precision="tf32x3") * gradient_scale
-            _store(dq_ptr, 3 * hidden, query_start, num_queries, tl.trans(dq), D)
+            if dq_sum_ptr is not None:
+                column = tl.arange(0, D_PADDED)[:, None]
+                place = dq_sum_ptr + (first + query)[None, :] * hidden + head * D + column
+                tl.atomic_add(place, dq, mask=(query < num_queries)[None, :] & (column < D), sem="relaxed")
+            else:
+                _store(dq_ptr, 3 * hidden, query_start, num_queries, tl.trans(dq), D)
 
     seen = key < num_keys
     if key_mask_ptr is not None:
@@ -187,6 +207,22 @@ def attention_backward_keys(
     dk_ptr = dq_ptr + hidden
     _store(dk_ptr, 3 * hidden, key_start, num_queries, tl.where(seen, dk * gradient_scale, 0.0), D)
     _store(dk_ptr + hidden, 3 * hidden, key_start, num_queries, tl.where(seen, dv * scale, 0.0), D)
+
+
+def _query_tile(qkv: Tensor) -> tuple[int, int, int, int]:
+    """(queries, keys, warps, pipeline stages) of the dQ kernel: tiles that spill no registers on sm_80 and sm_90."""
+    large = qkv.shape[-1] > 64
+    if qkv.dtype == torch.float32:
+        return (16, 32, 4, 1) if large else (32, 32, 4, 2)
+    return (128, 32, 8, 2) if large else (64, 32, 4, 2)
+
+
+def _key_tile(qkv: Tensor) -> tuple[int, int, int, int]:
+    """The same of the dK and dV kernel; fp32 with D > 64 does spill, at any tile."""
+    large = qkv.shape[-1] > 64
+    if qkv.dtype == torch.float32:
+        return (16, 32, 4, 1) if large else (16, 32, 4, 2)
+    return (32, 64, 8, 2) if large else (32, 64, 4, 2)
 
 
 def backward(
@@ -204,26 +240,44 @@ def backward(
     p: float = 0.0,
     seed: Tensor | None = None,
     site: int = 0,
+    stochastic: bool = False,
 ) -> Tensor:
-    """dqkv, contiguous with the shape of qkv, from what `forward` took and gave."""
+    """dqkv, contiguous, in shape and dtype of qkv; 0 for keys that no query sees and queries that see no key.
+
+    dout: (B, S, N * D) or (T, N * D), any strides; out, lse: from `forward`; the others as there.
+    stochastic: add dQ atomically, in an order that changes from run to run and with it the last bits of dQ. It makes no
+        difference for up to 128 tokens, for heads of more than 64 columns and for fp32.
+    """
     length, num_heads, num_sequences = sequence_grid(qkv, cu_seqlens, max_length)
     shared = shared_arguments(qkv, lengths, key_mask, segment_ids, cu_seqlens, causal, p, seed, site)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
+    douts = (dout, 0 if cu_seqlens is not None else dout.stride(0), dout.stride(-2))
     dqkv = qkv.new_empty(qkv.shape)
-    dout_strides = (0 if cu_seqlens is not None else dout.stride(0), dout.stride(-2))
-    if length <= 128 and qkv.shape[-1] <= 64:
-        K=64 if length<=64 else 128
+    narrow = qkv.shape[-1] <= 64 and qkv.dtype != torch.float32
+    if narrow and length <= 128:
+        keys = 64 if length <= 64 else 128
         attention_backward_keys[(1, num_heads, num_sequences)](
-            dout, *dout_strides, qkv, out, lse, None, dqkv, *shared, 64, K, True, num_warps=K//16, num_stages=1
+            *douts,
+            *(qkv, out, lse, None, None, dqkv),
+            *shared,
+            *(keys // 4, keys, True),
+            num_warps=keys // 16,
+            num_stages=1,
         )
         return dqkv
+    queries, keys, num_warps, num_stages = _key_tile(qkv)
+    grid = (triton.cdiv(length, keys), num_heads, num_sequences)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    if stochastic and narrow:
+        dq = torch.zeros_like(out, dtype=torch.float32)
+        attention_backward_keys[grid](*douts, qkv, out, lse, None, dq, dqkv, *shared, queries, keys, True, **options)
+        dqkv.select(-3, 0).copy_(dq.unflatten(-1, qkv.shape[-2:]))
+        return dqkv
     delta = torch.empty_like(lse)
-    Q=K=64
-    attention_backward_queries[(triton.cdiv(length, Q), num_heads, num_sequences)](
-        dout, *dout_strides, qkv, out, lse, delta, dqkv, *shared, Q, K, num_warps=4, num_stages=2
+    rows, columns, num_warps, num_stages = _query_tile(qkv)
+    attention_backward_queries[(triton.cdiv(length, rows), num_heads, num_sequences)](
+        *douts, qkv, out, lse, delta, dqkv, *shared, rows, columns, num_warps=num_warps, num_stages=num_stages
     )
-    attention_backward_keys[(triton.cdiv(length, K), num_heads, num_sequences)](
-        dout, *dout_strides, qkv, out, lse, delta, dqkv, *shared, Q, K, False, num_warps=4, num_stages=2
-    )
+    attention_backward_keys[grid](*douts, qkv, None, lse, delta, None, dqkv, *shared, queries, keys, False, **options)
     return dqkv

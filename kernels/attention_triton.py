@@ -8,7 +8,8 @@ decisions of dropout and r the factor of the kept elements,
     dS = P (dP - rowsum(dO O))          dQ = dS K / sqrt(D)          dK = dS' Q / sqrt(D)
 
 and r leaves every inner loop: it multiplies the sums at their end. Forward and what it shares with backward stand here,
-backward in attention_backward_triton.py.
+backward in attention_backward_triton.py. Products of fp32 tensors take three tf32 products each ("tf32x3"), which is fp32
+precision on the tensor cores.
 
 All sequences lie in rows of tokens: sequence b of a padded batch starts at row b * S, of a packed one at cu_seqlens[b].
 """
@@ -22,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import keep_scale
+from .dropout_triton import drop_threshold
 
 LN_2 = tl.constexpr(math.log(2))
 
@@ -60,9 +62,7 @@ def drop_transposed(p, seed, site, stream, query_start, key_start, threshold):
     r0, r1, r2, r3 = _draw(seed, site, stream, a, b, K // 2, Q // 2)
     p = tl.permute(tl.reshape(p, (K // 16, 2, 8, Q // 16, 2, 8)), (0, 2, 3, 5, 4, 1))
     p = tl.reshape(p, (K // 2, Q // 2, 2, 2))
-    p = _keep(
-        p, r0 >> half & 0xFFFF, r1 >> half & 0xFFFF, r2 >> half & 0xFFFF, r3 >> half & 0xFFFF, threshold
-    )
+    p = _keep(p, r0 >> half & 0xFFFF, r1 >> half & 0xFFFF, r2 >> half & 0xFFFF, r3 >> half & 0xFFFF, threshold)
     p = tl.reshape(p, (K // 16, 8, Q // 16, 8, 2, 2))
     return tl.reshape(tl.permute(p, (0, 5, 1, 2, 4, 3)), (K, Q))
 
@@ -139,9 +139,7 @@ def _store(ptr, stride, start, end, x, D: tl.constexpr):
 
 
 @triton.jit
-def _hide(
-    scores, query, key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL: tl.constexpr
-):
+def _hide(scores, query, key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL: tl.constexpr):
     """scores with -inf where the query must not see the key; query (Q, 1), key (1, K), or (1, Q) and (K, 1)."""
     visible = key < num_keys
     if key_mask_ptr is not None:
@@ -258,11 +256,12 @@ def shared_arguments(
     seed: Tensor | None,
     site: int,
 ) -> tuple[Any, ...]:
-    """The arguments that every kernel takes after its tensors, from lengths_ptr to D_PADDED."""
+    """The arguments that every kernel takes after its own tensors, from lengths_ptr to D_PADDED."""
     packed = cu_seqlens is not None
     stride_batch, stride_row, stride_part, stride_head, stride_column = (0,) * packed + qkv.stride()
-    assert stride_column == 1, "the columns of a head lie side by side in the output of the QKV projection"
     size = qkv.shape[-1]
+    assert stride_column == 1, "a head's columns lie side by side in the output of the QKV projection"
+    assert size <= 128, "no tile for such heads"
     drops = seed is not None and p > 0
     return (
         lengths,
@@ -278,7 +277,7 @@ def shared_arguments(
         stride_head,
         math.log2(math.e) / math.sqrt(size),
         site,
-        round(p * 65536),
+        drop_threshold(p),
         keep_scale(p) if drops else 1.0,
         causal,
         size,
@@ -295,6 +294,16 @@ def sequence_grid(qkv: Tensor, cu_seqlens: Tensor | None, max_length: int | None
     return max_length, num_heads, cu_seqlens.numel() - 1
 
 
+def _tile(qkv: Tensor, length: int) -> tuple[int, int, int, int]:
+    """(queries, keys, warps, pipeline stages) of a program: the largest that spill no registers on sm_80 and sm_90."""
+    large = qkv.shape[-1] > 64
+    if qkv.dtype == torch.float32:
+        return (32, 32, 4, 1) if large else (64, 32, 4, 2)
+    if large:
+        return 128, 32, 8, 3
+    return (64, 64, 4, 3) if length <= 64 else (128, 64, 8, 3)
+
+
 def forward(
     qkv: Tensor,
     lengths: Tensor | None = None,
@@ -308,12 +317,25 @@ def forward(
     seed: Tensor | None = None,
     site: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse): out is (B, S, N * D), or (T, N * D) packed; lse is (N, B * S) or (N, T) fp32, for `backward` only."""
+    """(out, lse): the attention output before its projection, and what `backward` needs besides.
+
+    qkv: (B, S, 3, N, D) padded, or (T, 3, N, D) packed; fp16, bf16 or fp32, D at most 128, any strides with the columns of a
+        head side by side. Which keys a query sees: the first lengths[b] of its sequence, lengths (B,) int32, default all;
+        those with key_mask (B, S) bool True, default all; those of its own segment, segment_ids (B, S) int, default one;
+        none behind it when causal. What several of these allow must hold together. Queries at padding attend too.
+    cu_seqlens: (B + 1,) int32, borders of the packed sequences, starting at 0 and ending at T, empty sequences allowed;
+        max_length: no fewer than the tokens of the longest one. lengths is for padded batches only; key_mask and segment_ids
+        are (T,) when packed.
+    p, seed, site: dropout of the probabilities as in `kernels.dropout`, seed an int64 scalar on the device; None: no dropout.
+        Decisions depend on seed, site, sequence number, head, and places of query and key within their sequence.
+    out: (B, S, N * D) or (T, N * D), contiguous, in the dtype of qkv; 0 for a query without a visible key.
+    lse: (N, B * S) or (N, T) fp32, log2 of the sum of exp of the scaled scores; inf for a query without a visible key.
+    """
     length, num_heads, num_sequences = sequence_grid(qkv, cu_seqlens, max_length)
     shared = shared_arguments(qkv, lengths, key_mask, segment_ids, cu_seqlens, causal, p, seed, site)
     out = qkv.new_empty((*qkv.shape[:-3], num_heads * qkv.shape[-1]))
     lse = qkv.new_empty((num_heads, math.prod(qkv.shape[:-3])), dtype=torch.float32)
-    queries, keys, num_warps, num_stages = 64,64,4,2
+    queries, keys, num_warps, num_stages = _tile(qkv, length)
     attention_forward[(triton.cdiv(length, queries), num_heads, num_sequences)](
         qkv, out, lse, *shared, queries, keys, num_warps=num_warps, num_stages=num_stages
     )

@@ -4,8 +4,11 @@ Each decision takes 16 random bits: an element is dropped when its bits fall bel
 scaled by 65536 / (65536 - round(p * 65536)), so that the expected value is exact and the rate is off by at most 2**-17.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _LEVELS = 65536  # 16 bits a decision: a 64-bit draw feeds four elements, which is most of why this beats aten's dropout
 _SITE_STRIDE = 0x9E3779B97F4A7C15  # odd, so that sites of one seed start generators from well-separated states
@@ -39,3 +42,24 @@ def keep_mask(shape: torch.Size, p: float, seed: Tensor, site: int) -> Tensor:
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
     threshold = round(p * _LEVELS) - _LEVELS // 2
     return (bits >= threshold).view(torch.int8).view(shape)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.p, ctx.site = p, site
+        return (x * keep_mask(x.shape, p, seed, site)).mul_(keep_scale(p))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (seed,) = ctx.saved_tensors
+        return (dy * keep_mask(dy.shape, ctx.p, seed, ctx.site)).mul_(keep_scale(ctx.p)), None, None, None
+
+
+def dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
+    """dropout(x), with the mask drawn from (seed, site); x itself when seed is None or p = 0."""
+    if seed is None or p == 0:
+        return x
+    return _Dropout.apply(x, p, seed, site)  # type: ignore[no-any-return, no-untyped-call]

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from .attention import attention
 from .dropout import draw_seed
-from .gelu import Activation
-from .mlp import mlp
+from .mlp import Activation, mlp
 from .residual_norm import norm, residual_add, residual_norm
 
 # The dropouts of one layer draw from one seed; the site keeps their masks apart.
@@ -105,8 +104,8 @@ class TransformerLayer(nn.Module):
             nn.init.normal_(linear.weight, std=output_std)
         for linear in (self.qkv, self.attention_output, self.intermediate, self.output):
             nn.init.zeros_(linear.bias)
-        for norm in (self.attention_norm, self.mlp_norm):
-            norm.reset_parameters()
+        for layer_norm in (self.attention_norm, self.mlp_norm):
+            layer_norm.reset_parameters()
 
     def forward(self, hidden_states: Tensor, attention_bias: Tensor | None = None) -> Tensor:
         """The layer's output, (B, S, H) in the dtype of hidden_states.

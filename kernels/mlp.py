@@ -6,17 +6,24 @@ Backward: da = dy @ w2;  df = da * GELU'(f);  db1 = sum_T df;  dw2 = dy.T @ a;  
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .gelu import Activation, gelu
 from .residual_norm import Kernels, uses_triton
 
+Activation = Literal["gelu", "gelu_tanh"]
+_APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 _TANH_LINEAR = 2 * math.sqrt(2 / math.pi)
 _TANH_CUBIC = 0.044715 * _TANH_LINEAR
+
+
+def gelu(x: Tensor, activation: Activation) -> Tensor:
+    """GELU(x): x * Phi(x) for `gelu`, its tanh approximation for `gelu_tanh`. Source: arXiv 1606.08415."""
+    return F.gelu(x, approximate=_APPROXIMATION[activation])
 
 
 def mlp(
@@ -35,8 +42,8 @@ def mlp(
     Kept for backward: x, GELU's input (..., F) and, unless gelu_checkpoint, its output (..., F).
     Raises ValueError for shapes that do not fit, and for float64 on a GPU.
     """
-    F, H = w1.shape
-    if x.shape[-1] != H or w2.shape[1] != F or b1.shape != (F,):
+    width, size = w1.shape
+    if x.shape[-1] != size or w2.shape[1] != width or b1.shape != (width,):
         raise ValueError(
             f"x {tuple(x.shape)}, w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)} and w2 {tuple(w2.shape)} do not fit; "
             f"they must be (..., H), (F, H), (F,) and (H, F)"
@@ -71,8 +78,7 @@ def gelu_backward_reference(
         slope = inner.mul_(1 - gate).add_(1).mul_(gate)  # gate + f gate' = gate (1 + (1 - gate) f (2 u)')
         df = slope.mul_(da).to(f.dtype)
         return df, df.sum(0), gate.mul_(f).to(f.dtype) if recompute else None
-    approximation = "tanh" if activation == "gelu_tanh" else "none"
-    df = torch.ops.aten.gelu_backward(da, f, approximate=approximation)
+    df = torch.ops.aten.gelu_backward(da, f, approximate=_APPROXIMATION[activation])
     return df, df.sum(0), gelu(f, activation) if recompute else None
 
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .gelu import Activation
+from .mlp import Activation
 from .residual_norm_triton import sum_partials
 
 _BLOCK = 2048

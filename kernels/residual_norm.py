@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import keep_mask, keep_scale
-from .layer_norm import is_invertible
 
 Kernels = Literal["auto", "reference"]
 Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
+# Recovering x_hat = (y - bias) / weight multiplies the rounding error of y by about (|bias| + |weight|) / |weight|. Above
+# these bounds the gradient of a column's weight is off by more than about a percent, so that column's call keeps the input.
+_LARGEST_AMPLIFICATION = {torch.float64: 1e12, torch.float32: 1e4, torch.float16: 32.0, torch.bfloat16: 8.0}
 _GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -91,6 +93,14 @@ def uses_triton(tensor: Tensor, kernels: Kernels) -> bool:
             f"dtype {tensor.dtype} has no GPU kernel; use float32, float16 or bfloat16, or kernels='reference'"
         )
     return True
+
+
+def is_invertible(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> bool:
+    """Whether every column's input can be recovered from an output of `dtype` to about one percent of its gradient."""
+    with torch.no_grad():
+        magnitude = weight.abs().float()
+        worst = ((bias.abs().float() + magnitude) / magnitude).max()
+    return bool(worst <= _LARGEST_AMPLIFICATION[dtype])  # inf and nan (weight = 0) compare false
 
 
 @dataclass(frozen=True)

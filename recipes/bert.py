@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from ..kernels.attention import attention_bias
 from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
-from ..kernels.dropout import draw_seed
-from ..kernels.gelu import gelu
-from ..kernels.layer_norm import layer_norm
-from ..kernels.residual import dropout
+from ..kernels.dropout import draw_seed, dropout
+from ..kernels.mlp import gelu
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
-from .layers import build_layers, check_positions, initialize
+from .layers import build_layers, check_positions, initialize, normalized
 from .recipe import Batch, Recipe, head_flops, layer_flops
 
 NUM_TOKEN_TYPES = 2  # sentence A and sentence B
@@ -34,7 +32,7 @@ class BertForPretraining(nn.Module):
         self, model: ModelConfig, layer: LayerFlags, sentence_task: Literal["nsp", "sop", "none"], vocab_size: int
     ) -> None:
         super().__init__()
-        self.config, self.sentence_task = model, sentence_task
+        self.config, self.kernels, self.sentence_task = model, layer.kernels, sentence_task
         size, eps = model.hidden_size, model.layer_norm_eps
         self.word_embeddings = nn.Embedding(vocab_size, size)
         self.position_embeddings = nn.Embedding(model.max_position_embeddings, size)
@@ -70,8 +68,7 @@ class BertForPretraining(nn.Module):
             token_type_ids = torch.zeros_like(input_ids)
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
         hidden = hidden + self.position_embeddings.weight[: input_ids.shape[1]]
-        norm = self.embedding_norm
-        hidden = layer_norm(hidden, norm.weight, norm.bias, norm.eps)
+        hidden = normalized(hidden, self.embedding_norm, self.kernels)
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
         hidden = dropout(hidden, p, seed, _EMBEDDING_SITE)
@@ -79,12 +76,12 @@ class BertForPretraining(nn.Module):
         for layer in self.layers:
             hidden = layer(hidden, bias)
         if self.final_norm is not None:
-            hidden = layer_norm(hidden, self.final_norm.weight, self.final_norm.bias, self.final_norm.eps)
+            hidden = normalized(hidden, self.final_norm, self.kernels)
         return hidden
 
     def _mlm_features(self, hidden: Tensor) -> Tensor:
         features = gelu(self.mlm_transform(hidden), self.config.hidden_act)
-        return layer_norm(features, self.mlm_norm.weight, self.mlm_norm.bias, self.mlm_norm.eps)
+        return normalized(features, self.mlm_norm, self.kernels)
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry, (..., V), for hidden states (..., H)."""

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from ..kernels.attention import attention_bias
 from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
-from ..kernels.dropout import draw_seed
-from ..kernels.layer_norm import layer_norm
-from ..kernels.residual import dropout
+from ..kernels.dropout import draw_seed, dropout
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
-from .layers import build_layers, check_positions, initialize
+from .layers import build_layers, check_positions, initialize, normalized
 from .recipe import Batch, Recipe, head_flops, layer_flops
 
 _EMBEDDING_SITE = 1
@@ -26,7 +24,7 @@ class GptForPretraining(nn.Module):
         super().__init__()
         if not model.pre_layer_norm:
             raise ValueError("model.pre_layer_norm=false: GPT is a pre-LN model; set it to true")
-        self.config = model
+        self.config, self.kernels = model, layer.kernels
         self.word_embeddings = nn.Embedding(vocab_size, model.hidden_size)
         self.position_embeddings = nn.Embedding(model.max_position_embeddings, model.hidden_size)
         self.layers = build_layers(model, layer, causal=True)
@@ -56,7 +54,7 @@ class GptForPretraining(nn.Module):
         bias = attention_bias(attention_mask, True, segment_ids, input_ids.shape[1], hidden)
         for layer in self.layers:
             hidden = layer(hidden, bias)
-        return layer_norm(hidden, self.final_norm.weight, self.final_norm.bias, self.final_norm.eps)
+        return normalized(hidden, self.final_norm, self.kernels)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry as the next token, (..., V), for hidden states (..., H)."""

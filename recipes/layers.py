@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ..kernels import LayerConfig, TransformerLayer
+from ..kernels.residual_norm import Kernels, norm
 from .config import LayerFlags, ModelConfig
 
 
@@ -39,6 +40,11 @@ def initialize(modules: list[nn.Module], std: float) -> None:
         nn.init.normal_(module.weight, std=std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def normalized(hidden: Tensor, by: nn.LayerNorm, kernels: Kernels) -> Tensor:
+    """LayerNorm of hidden (..., H) with the parameters of a module, on the same path as the layers' own norms."""
+    return norm(hidden, by.weight, by.bias, eps=by.eps, kernels=kernels)
 
 
 def check_positions(input_ids: Tensor, limit: int) -> None:
