@@ -237,7 +237,8 @@ def attention_forward(
 
     # without a visible key the output is 0, and L = inf makes P of backward 0
     empty = total == 0
-    out = acc * (scale / tl.where(empty, 1.0, total))[:, None]
+    total = tl.where(empty, 1.0, total)
+    out = acc * (scale / total)[:, None]
     lse = tl.where(empty, float("inf"), highest + tl.math.log2(total))
     hidden = tl.num_programs(1) * D
     _store(out_ptr + first * hidden + head * D, hidden, query_start, num_queries, out, D)

@@ -132,7 +132,7 @@ def startup_facts(
         max_seq_length=config.data.max_seq_length,
         precision=setup.precision,
         precision_reason=precision_reason,
-        kernels="PyTorch (this version has no Triton kernels)",
+        kernels=_kernels_text(setup),
         devices=", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
         num_documents=data.sizes.documents,
         num_tokens=data.sizes.tokens,
@@ -147,3 +147,11 @@ def startup_facts(
         schedule=config.schedule,
         resumed_from=loaded,
     )
+
+
+def _kernels_text(setup: Setup) -> str:
+    if setup.topology.device.type != "cuda":
+        return "PyTorch (no GPU)"
+    if setup.config.layer.kernels == "reference":
+        return "PyTorch (layer.kernels: reference)"
+    return "Triton for attention, LayerNorm, GELU, dropout and the loss; cuBLAS for matrix products"

@@ -47,7 +47,7 @@ def compare(run: Path) -> bool:
     return bool(loss < wanted)
 
 
-def unmasked(stream: SampleStream):  # noqa: ANN201 - a generator of batches
+def unmasked(stream: SampleStream):
     """The batches of one epoch with the masked tokens put back."""
     for first in range(0, stream.num_samples, ROWS):
         batch = stream.batch(np.arange(first, min(first + ROWS, stream.num_samples)))

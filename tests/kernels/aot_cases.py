@@ -10,7 +10,13 @@ from functools import partial
 
 import torch
 
-from xformer_train.kernels import cross_entropy_triton, mlp_triton, residual_norm_triton
+from xformer_train.kernels import (
+    attention_backward_triton,
+    attention_triton,
+    cross_entropy_triton,
+    mlp_triton,
+    residual_norm_triton,
+)
 from xformer_train.kernels.residual_norm import Options, Saved
 
 HIDDEN_SIZES = (768, 1024, 1600, 2048)
@@ -39,6 +45,7 @@ def cases() -> Iterator[Case]:
     yield from _residual_norm_cases()
     yield from _mlp_cases()
     yield from _cross_entropy_cases()
+    yield from _attention_cases()
 
 
 def _sizes() -> Iterator[tuple[str, int, torch.dtype]]:
@@ -107,3 +114,47 @@ def _cross_entropy_cases() -> Iterator[Case]:
                 partial(cross_entropy_triton.softmax_loss_, logits, labels),
                 narrow_kernels=narrow,
             )
+
+
+# Which keys a query sees. Number of heads and of sequences select no variant, nor do 512 and 1024 tokens differ.
+_ATTENTION_MASKS = {
+    "lengths": {"lengths": torch.ones(2, dtype=torch.int32)},
+    "causal": {"causal": True},
+    "packed": {"cu_seqlens": torch.zeros(3, dtype=torch.int32)},
+    "causal packed": {"cu_seqlens": torch.zeros(3, dtype=torch.int32), "causal": True},
+    "key_mask": {"key_mask": torch.ones(2, 512, dtype=torch.bool)},
+    "causal segments": {"segment_ids": torch.zeros(2, 512, dtype=torch.int32), "causal": True},
+}
+_ATTENTION_DOTS = frozenset({"attention_forward", "attention_backward_queries", "attention_backward_keys"})
+
+
+def _attention_cases() -> Iterator[Case]:
+    for S, D, names, probabilities in (
+        (64, 64, ("lengths", "causal segments"), (0.1,)),
+        (128, 64, tuple(_ATTENTION_MASKS), (0.1,)),
+        (128, 64, ("lengths", "causal"), (0.0,)),
+        (512, 64, tuple(_ATTENTION_MASKS), (0.1,)),
+        (512, 64, ("lengths", "causal"), (0.0,)),
+        (512, 128, ("lengths", "causal"), (0.1, 0.0)),
+    ):
+        for name in names:
+            for p in probabilities:
+                yield _attention_case(S, D, name, p, torch.bfloat16)
+    yield _attention_case(512, 64, "lengths", 0.1, torch.bfloat16, stochastic=True)
+    yield _attention_case(512, 64, "causal", 0.1, torch.float16)
+    yield _attention_case(512, 64, "causal", 0.1, torch.float32)
+
+
+def _attention_case(S: int, D: int, mask: str, p: float, dtype: torch.dtype, stochastic: bool = False) -> Case:
+    N = 1024 // D
+    packed = "cu_seqlens" in _ATTENTION_MASKS[mask]
+    qkv = torch.empty(2 * S, 3, N, D, dtype=dtype) if packed else torch.empty(2, S, 3, N, D, dtype=dtype)
+    arguments = {**_ATTENTION_MASKS[mask], "max_length": S, "p": p, "seed": _SEED, "site": 1}
+
+    def launch() -> None:
+        out, lse = attention_triton.forward(qkv, **arguments)
+        attention_backward_triton.backward(out, qkv, out, lse, **arguments, stochastic=stochastic)
+
+    # wgmma takes at least 64 rows, for which fp32 products have too few registers
+    dots = frozenset() if dtype == torch.float32 else _ATTENTION_DOTS
+    return Case(f"attention S{S} D{D} {mask} p={p} {dtype} stochastic={stochastic}", launch, dot_kernels=dots)
