@@ -4,7 +4,14 @@ Shape letters, here and in every docstring: B batch, S sequence, H hidden, N hea
 V vocabulary, T tokens (B * S).
 """
 
+from .attention import AttentionMask
 from .deepspeed_layer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 from .layer import LayerConfig, TransformerLayer
 
-__all__ = ["DeepSpeedTransformerConfig", "DeepSpeedTransformerLayer", "LayerConfig", "TransformerLayer"]
+__all__ = [
+    "AttentionMask",
+    "DeepSpeedTransformerConfig",
+    "DeepSpeedTransformerLayer",
+    "LayerConfig",
+    "TransformerLayer",
+]

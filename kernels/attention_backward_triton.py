@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import target_info
 
 from .attention_triton import (
     LN_2,
@@ -225,6 +226,12 @@ def _key_tile(qkv: Tensor) -> tuple[int, int, int, int]:
     return (32, 64, 8, 2) if large else (32, 64, 4, 2)
 
 
+def _has_wgmma() -> bool:
+    """Whether this is a Hopper GPU, which multiplies from shared memory and so has registers left for larger tiles."""
+    target = target_info.current_target()  # None in triton's interpreter
+    return target is not None and target.arch == 90
+
+
 def backward(
     dout: Tensor,
     qkv: Tensor,
@@ -246,7 +253,8 @@ def backward(
 
     dout: (B, S, N * D) or (T, N * D), any strides; out, lse: from `forward`; the others as there.
     stochastic: add dQ atomically, in an order that changes from run to run and with it the last bits of dQ. It makes no
-        difference for up to 128 tokens, for heads of more than 64 columns and for fp32.
+        difference for up to 128 tokens, for heads of more than 64 columns and for fp32; nor without dropout, where the
+        additions take more instructions than forming P twice.
     """
     length, num_heads, num_sequences = sequence_grid(qkv, cu_seqlens, max_length)
     shared = shared_arguments(qkv, lengths, key_mask, segment_ids, cu_seqlens, causal, p, seed, site)
@@ -257,19 +265,20 @@ def backward(
     narrow = qkv.shape[-1] <= 64 and qkv.dtype != torch.float32
     if narrow and length <= 128:
         keys = 64 if length <= 64 else 128
+        queries, num_stages = (32, 1) if _has_wgmma() else (16, 2)
         attention_backward_keys[(1, num_heads, num_sequences)](
             *douts,
             *(qkv, out, lse, None, None, dqkv),
             *shared,
-            *(keys // 4, keys, True),
+            *(queries, keys, True),
             num_warps=keys // 16,
-            num_stages=1,
+            num_stages=num_stages,
         )
         return dqkv
     queries, keys, num_warps, num_stages = _key_tile(qkv)
     grid = (triton.cdiv(length, keys), num_heads, num_sequences)
     options = {"num_warps": num_warps, "num_stages": num_stages}
-    if stochastic and narrow:
+    if stochastic and narrow and seed is not None and p > 0:
         dq = torch.zeros_like(out, dtype=torch.float32)
         attention_backward_keys[grid](*douts, qkv, out, lse, None, dq, dqkv, *shared, queries, keys, True, **options)
         dqkv.select(-3, 0).copy_(dq.unflatten(-1, qkv.shape[-2:]))

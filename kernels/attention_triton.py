@@ -264,11 +264,10 @@ def shared_arguments(
     assert stride_column == 1, "a head's columns lie side by side in the output of the QKV projection"
     assert size <= 128, "no tile for such heads"
     drops = seed is not None and p > 0
+    # the kernels index these without strides, and one row of a mask may have been expanded to the whole batch
+    masks = (lengths, cu_seqlens, key_mask, segment_ids)
     return (
-        lengths,
-        cu_seqlens,
-        key_mask,
-        segment_ids,
+        *(None if mask is None else mask.contiguous() for mask in masks),
         seed if drops else None,
         0 if packed else qkv.shape[1],
         math.prod(qkv.shape[:-3]),
@@ -299,7 +298,7 @@ def _tile(qkv: Tensor, length: int) -> tuple[int, int, int, int]:
     """(queries, keys, warps, pipeline stages) of a program: the largest that spill no registers on sm_80 and sm_90."""
     large = qkv.shape[-1] > 64
     if qkv.dtype == torch.float32:
-        return (32, 32, 4, 1) if large else (64, 32, 4, 2)
+        return (32, 32, 4, 1) if large else (32, 32, 4, 2)
     if large:
         return 128, 32, 8, 3
     return (64, 64, 4, 3) if length <= 64 else (128, 64, 8, 3)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .attention import AttentionMask
 from .dropout import draw_seed
 from .layer import LayerConfig, TransformerLayer
 
@@ -346,7 +347,7 @@ class DeepSpeedTransformerLayer(TransformerLayer):
                 raise ValueError(f"{name} was given, but the layer cannot honour it; call the layer without it")
         self._check_input(hidden_states)
         bias = None if attention_mask is None else _key_bias(attention_mask, hidden_states)
-        output = super().forward(hidden_states, bias)
+        output = super().forward(hidden_states, AttentionMask(bias=bias))
         return (output,) if self.deepspeed_config.return_tuple else output
 
     def _check_input(self, hidden_states: Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attention import attention
+from .attention import AttentionMask, attention
 from .dropout import draw_seed
 from .mlp import Activation, mlp
 from .residual_norm import norm, residual_add, residual_norm
@@ -21,7 +21,6 @@ _ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE = 1, 2, 3
 class LayerConfig:
     """Geometry and flags of a `TransformerLayer`; raises ValueError for a combination no layer can have.
 
-    causal: a token sees itself and what stands before it.
     num_hidden_layers: depth of the model the layer is part of, for adjust_init_range.
     adjust_init_range: start the two projections that write to the residual stream at
         initializer_range / sqrt(2 * num_hidden_layers), so that its variance does not grow with depth (GPT-2, DeepSpeed).
@@ -31,8 +30,10 @@ class LayerConfig:
         of the projection behind it, so the input's (B, S, H) is saved, twice per layer.
     gelu_checkpoint: drop GELU's output (B, S, F), compute it again in backward.
     attn_dropout_checkpoint: drop the attention probabilities after dropout (B, N, S, S), compute them again in backward.
-        Without dropout they are never kept.
-    stochastic_mode: results may differ from run to run where that is faster. No kernel of this version has such a path.
+        Without dropout, and on the Triton path, they are never kept.
+    stochastic_mode: results may differ from run to run where that is faster. It changes one thing: the Triton backward of
+        attention adds the queries' gradient atomically, for sequences over 128 tokens in half precision. Off, the same
+        seed gives the same bits.
     """
 
     hidden_size: int
@@ -43,7 +44,6 @@ class LayerConfig:
     attention_probs_dropout_prob: float = 0.1
     pre_layer_norm: bool = True
     layer_norm_eps: float = 1e-12
-    causal: bool = False
     initializer_range: float = 0.02
     num_hidden_layers: int = 1
     adjust_init_range: bool = True
@@ -107,20 +107,18 @@ class TransformerLayer(nn.Module):
         for layer_norm in (self.attention_norm, self.mlp_norm):
             layer_norm.reset_parameters()
 
-    def forward(self, hidden_states: Tensor, attention_bias: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: AttentionMask | None = None) -> Tensor:
         """The layer's output, (B, S, H) in the dtype of hidden_states.
 
-        hidden_states: (B, S, H). attention_bias: what `kernels.attention.attention_bias` made of padding, order and
-        document borders, once for all layers; a causal layer needs one.
-        Raises ValueError if the last dim is not hidden_size, or a causal layer gets no bias.
+        hidden_states: (B, S, H). mask: which tokens see which, one object for all layers; None: all see all.
+        Raises ValueError if the last dim is not hidden_size.
         """
         config = self.config
+        mask = AttentionMask() if mask is None else mask
         if hidden_states.shape[-1] != config.hidden_size:
             raise ValueError(
                 f"hidden_states has last dim {hidden_states.shape[-1]}, the layer has hidden_size={config.hidden_size}"
             )
-        if config.causal and attention_bias is None:
-            raise ValueError("attention_bias=None lets a causal layer see the future; build it with causal=True")
         drops = self.training and (config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0)
         seed = self._draw_seed(hidden_states.device) if drops else None
         p = config.hidden_dropout_prob
@@ -134,7 +132,7 @@ class TransformerLayer(nn.Module):
                 invertible=config.normalize_invertible,
                 kernels=config.kernels,
             )
-            context = self._attend(normalized, attention_bias, seed)
+            context = self._attend(normalized, mask, seed)
             residual, normalized = self._join(
                 context, self.attention_output, hidden_states, second, seed, _ATTENTION_OUTPUT_SITE
             )
@@ -147,7 +145,7 @@ class TransformerLayer(nn.Module):
                 site=_OUTPUT_SITE,
                 kernels=config.kernels,
             )
-        context = self._attend(hidden_states, attention_bias, seed)
+        context = self._attend(hidden_states, mask, seed)
         _, residual = self._join(context, self.attention_output, hidden_states, first, seed, _ATTENTION_OUTPUT_SITE)
         _, hidden_states = self._join(self._mlp(residual), self.output, residual, second, seed, _OUTPUT_SITE)
         return hidden_states
@@ -175,18 +173,20 @@ class TransformerLayer(nn.Module):
             kernels=config.kernels,
         )
 
-    def _attend(self, x: Tensor, attention_bias: Tensor | None, seed: Tensor | None) -> Tensor:
+    def _attend(self, x: Tensor, mask: AttentionMask, seed: Tensor | None) -> Tensor:
         """The attention half up to its projection, without the projection's bias."""
         config = self.config
         heads = config.num_attention_heads
         qkv = self.qkv(x).view(*x.shape[:-1], 3, heads, config.hidden_size // heads)  # (B, S, 3, N, D)
         context = attention(
             qkv,
-            attention_bias,
+            mask,
             config.attention_probs_dropout_prob,
             seed,
             _ATTENTION_SITE,
             dropout_checkpoint=config.attn_dropout_checkpoint,
+            stochastic=config.stochastic_mode,
+            kernels=config.kernels,
         )
         return F.linear(context, self.attention_output.weight)
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.attention import attention_bias
+from ..kernels.attention import AttentionMask
 from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
 from ..kernels.dropout import draw_seed, dropout
 from ..kernels.mlp import gelu
@@ -38,7 +38,7 @@ class BertForPretraining(nn.Module):
         self.position_embeddings = nn.Embedding(model.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(NUM_TOKEN_TYPES, size)
         self.embedding_norm = nn.LayerNorm(size, eps=eps)
-        self.layers = build_layers(model, layer, causal=False)
+        self.layers = build_layers(model, layer)
         self.final_norm = nn.LayerNorm(size, eps=eps) if model.pre_layer_norm else None
         self.mlm_transform = nn.Linear(size, size)
         self.mlm_norm = nn.LayerNorm(size, eps=eps)
@@ -72,9 +72,9 @@ class BertForPretraining(nn.Module):
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
         hidden = dropout(hidden, p, seed, _EMBEDDING_SITE)
-        bias = attention_bias(attention_mask, False, None, input_ids.shape[1], hidden)
+        mask = AttentionMask(key_mask=attention_mask)
         for layer in self.layers:
-            hidden = layer(hidden, bias)
+            hidden = layer(hidden, mask)
         if self.final_norm is not None:
             hidden = normalized(hidden, self.final_norm, self.kernels)
         return hidden
@@ -108,7 +108,11 @@ class BertForPretraining(nn.Module):
         """
         hidden = self.encode(input_ids, token_type_ids, attention_mask)
         masked = self._mlm_features(hidden.flatten(0, 1).index_select(0, masked_positions))
-        sums = {"mlm": linear_cross_entropy(masked, self.word_embeddings.weight, self.mlm_bias, masked_labels)}
+        sums = {
+            "mlm": linear_cross_entropy(
+                masked, self.word_embeddings.weight, self.mlm_bias, masked_labels, kernels=self.kernels
+            )
+        }
         if self.sentence_task != "none":
             assert sentence_labels is not None, "a batch without sentence labels for a model with a sentence task"
             scores = self.sentence_logits(hidden).float()

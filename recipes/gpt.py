@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.attention import attention_bias
+from ..kernels.attention import AttentionMask
 from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
 from ..kernels.dropout import draw_seed, dropout
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
@@ -27,7 +27,7 @@ class GptForPretraining(nn.Module):
         self.config, self.kernels = model, layer.kernels
         self.word_embeddings = nn.Embedding(vocab_size, model.hidden_size)
         self.position_embeddings = nn.Embedding(model.max_position_embeddings, model.hidden_size)
-        self.layers = build_layers(model, layer, causal=True)
+        self.layers = build_layers(model, layer)
         self.final_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
         initialize([self.word_embeddings, self.position_embeddings], model.initializer_range)
 
@@ -51,9 +51,9 @@ class GptForPretraining(nn.Module):
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
         hidden = dropout(hidden, p, seed, _EMBEDDING_SITE)
-        bias = attention_bias(attention_mask, True, segment_ids, input_ids.shape[1], hidden)
+        mask = AttentionMask(causal=True, key_mask=attention_mask, segment_ids=segment_ids)
         for layer in self.layers:
-            hidden = layer(hidden, bias)
+            hidden = layer(hidden, mask)
         return normalized(hidden, self.final_norm, self.kernels)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -68,7 +68,9 @@ class GptForPretraining(nn.Module):
         labels: (B, S) int64, the token that follows each position, IGNORED where there is none to predict.
         """
         hidden = self.encode(input_ids, position_ids, segment_ids)
-        loss = linear_cross_entropy(hidden.flatten(0, 1), self.word_embeddings.weight, None, labels.flatten())
+        loss = linear_cross_entropy(
+            hidden.flatten(0, 1), self.word_embeddings.weight, None, labels.flatten(), kernels=self.kernels
+        )
         return {"clm": loss}
 
 

@@ -7,7 +7,7 @@ from ..kernels.residual_norm import Kernels, norm
 from .config import LayerFlags, ModelConfig
 
 
-def build_layers(model: ModelConfig, flags: LayerFlags, *, causal: bool) -> nn.ModuleList:
+def build_layers(model: ModelConfig, flags: LayerFlags) -> nn.ModuleList:
     """num_hidden_layers fresh layers with the model's geometry and the run's flags."""
     config = LayerConfig(
         hidden_size=model.hidden_size,
@@ -18,7 +18,6 @@ def build_layers(model: ModelConfig, flags: LayerFlags, *, causal: bool) -> nn.M
         attention_probs_dropout_prob=model.attention_probs_dropout_prob,
         pre_layer_norm=model.pre_layer_norm,
         layer_norm_eps=model.layer_norm_eps,
-        causal=causal,
         initializer_range=model.initializer_range,
         num_hidden_layers=model.num_hidden_layers,
         # The original BERT is post-LN, whose LayerNorms rescale the residual stream themselves.

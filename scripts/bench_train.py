@@ -85,7 +85,7 @@ def bench_config(arguments: argparse.Namespace, folder: Path, name: str = "bench
     """The given run config on the built-in corpus, at the benchmark's batch, a few steps long."""
     sets = [
         "data.sources=[{kind: builtin}]",
-        "data.validation=null",
+        "data.validation_fraction=0.0",
         f"data.cache_dir={folder / 'cache'}",
         "tokenizer={vocab_size: 8192}",
         "model.vocab_size=30528",
@@ -94,7 +94,9 @@ def bench_config(arguments: argparse.Namespace, folder: Path, name: str = "bench
         f"training.micro_batch_size={arguments.micro_batch_size}",
         "training.gradient_accumulation_steps=null",
         f"training.max_steps={arguments.steps}",
-        "logging.every_steps=1",
+        "schedule={type: constant}",
+        "eval.every_steps=null",
+        "logging={every_steps: 1}",
         f"output_dir={folder}",
         f"name={name}",
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xformer_train.kernels.attention import attention, attention_bias
+from xformer_train.kernels.attention import AttentionMask, attention
 from xformer_train.kernels.cross_entropy import IGNORED, linear_cross_entropy
 from xformer_train.kernels.dropout import dropout, keep_mask, keep_scale
 from xformer_train.kernels.residual_norm import is_invertible
@@ -66,42 +66,44 @@ def explicit_attention(qkv, bias, mask):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("drop_product", [False, True])
-@pytest.mark.parametrize("kind", ["full", "padding", "causal", "segments"])
+@pytest.mark.parametrize("kind", ["full", "padding", "causal", "segments", "bias"])
 def test_attention_equals_the_explicit_formula(p, drop_product, kind):
     batch, size, heads, dim = 2, 7, 3, 5
     qkv = randn(batch, size, 3, heads, dim)
     key_mask = torch.ones(batch, size, dtype=torch.bool)
     key_mask[1, 4:] = False
     segments = torch.tensor([[0, 0, 0, 1, 1, 2, 2]]).expand(batch, size)
-    bias = {
-        "full": None,
-        "padding": attention_bias(key_mask, False, None, size, qkv),
-        "causal": attention_bias(None, True, None, size, qkv),
-        "segments": attention_bias(None, True, segments, size, qkv),
+    allowed = {
+        "full": AttentionMask(),
+        "padding": AttentionMask(key_mask=key_mask),
+        "causal": AttentionMask(causal=True),
+        "segments": AttentionMask(causal=True, segment_ids=segments),
+        "bias": AttentionMask(bias=torch.randn(batch, 1, 1, size, dtype=torch.float64)),
     }[kind]
     seed = SEED if p else None
     mask = keep_mask(torch.Size([batch, heads, size, size]), p, SEED, 1) * keep_scale(p) if p else 1.0
     torch.testing.assert_close(
-        attention(qkv, bias, p, seed, 1, dropout_checkpoint=drop_product), explicit_attention(qkv, bias, mask)
+        attention(qkv, allowed, p, seed, 1, dropout_checkpoint=drop_product),
+        explicit_attention(qkv, allowed.additive(size, qkv), mask),
     )
     if p:
         assert torch.autograd.gradcheck(
-            lambda a: attention(a, bias, p, seed, 1, dropout_checkpoint=drop_product), (qkv,)
+            lambda a: attention(a, allowed, p, seed, 1, dropout_checkpoint=drop_product), (qkv,)
         )
 
 
 def test_a_query_sees_only_what_the_bias_allows():
     segments = torch.tensor([[0, 0, 1, 1]])
-    bias = attention_bias(torch.tensor([[True, True, True, False]]), True, segments, 4, torch.empty(0))
+    mask = AttentionMask(causal=True, key_mask=torch.tensor([[True, True, True, False]]), segment_ids=segments)
+    bias = mask.additive(4, torch.empty(0))
     seen = (bias[0, 0] == 0).int().tolist()
     assert seen == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0]]
-    assert attention_bias(None, False, None, 4, torch.empty(0)) is None
+    assert AttentionMask().additive(4, torch.empty(0)) is None
 
 
 def test_a_row_without_visible_keys_is_finite():
     qkv = randn(1, 3, 3, 1, 4)
-    bias = attention_bias(torch.zeros(1, 3, dtype=torch.bool), False, None, 3, qkv)
-    out = attention(qkv, bias, 0.0, None, 1)
+    out = attention(qkv, AttentionMask(key_mask=torch.zeros(1, 3, dtype=torch.bool)), 0.0, None, 1)
     out.sum().backward()
     assert out.isfinite().all()
     assert qkv.grad.isfinite().all()

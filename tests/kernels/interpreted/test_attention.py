@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from xformer_train.kernels import attention_backward_triton
 from xformer_train.kernels.attention_backward_triton import backward
 from xformer_train.kernels.attention_triton import drop, drop_transposed, forward
 from xformer_train.kernels.dropout import keep_scale
@@ -29,10 +30,14 @@ def _mask_kernel(
 ):  # mask: (streams, size, size) fp32 out, size a multiple of Q and K; grid (query tiles, key tiles, streams)
     seed = tl.load(seed_ptr)
     query_start, key_start, stream = tl.program_id(0) * Q, tl.program_id(1) * K, tl.program_id(2)
-    place = stream * size * size + (query_start + tl.arange(0, Q))[:, None] * size + key_start + tl.arange(0, K)[None, :]
+    place = (
+        stream * size * size + (query_start + tl.arange(0, Q))[:, None] * size + key_start + tl.arange(0, K)[None, :]
+    )
     if TRANSPOSED:
         ones = tl.full((K, Q), 1.0, tl.float32)
-        tl.store(mask_ptr + tl.trans(place), drop_transposed(ones, seed, site, stream, query_start, key_start, threshold))
+        tl.store(
+            mask_ptr + tl.trans(place), drop_transposed(ones, seed, site, stream, query_start, key_start, threshold)
+        )
     else:
         ones = tl.full((Q, K), 1.0, tl.float32)
         tl.store(mask_ptr + place, drop(ones, seed, site, stream, query_start, key_start, threshold))
@@ -62,10 +67,13 @@ def with_gradient(qkv, dout, *arguments):
     return out.detach(), torch.autograd.grad(out, qkv, dout)[0]
 
 
-def assert_as_exact_as_torch(ours, same_dtype, exact, dtype):
-    """At most twice torch's own error at that dtype, with a floor of half a rounding step of every element."""
+def assert_as_exact_as_torch(ours, same_dtype, exact):
+    """At most twice torch's own error at that dtype; with one key torch makes none, and fp32 may still round once."""
     error, torchs = (ours.double() - exact).norm(), (same_dtype.double() - exact).norm()
-    assert error <= 2 * torchs + torch.finfo(dtype).eps / 2 * exact.norm(), (error / exact.norm(), torchs / exact.norm())
+    assert error <= 2 * torchs + torch.finfo(torch.float32).eps * exact.norm(), (
+        error / exact.norm(),
+        torchs / exact.norm(),
+    )
 
 
 def visible_keys(batch, size, lengths=None, key_mask=None, segment_ids=None, causal=False):
@@ -137,8 +145,8 @@ def test_output_and_gradient_are_as_exact_as_torchs(kind, shape, dtype, p):
     assert out.dtype == dqkv.dtype == dtype
     assert dqkv.is_contiguous()
     assert dqkv.shape == qkv.shape
-    assert_as_exact_as_torch(out, same_dtype[0], exact[0], dtype)
-    assert_as_exact_as_torch(dqkv, same_dtype[1], exact[1], dtype)
+    assert_as_exact_as_torch(out, same_dtype[0], exact[0])
+    assert_as_exact_as_torch(dqkv, same_dtype[1], exact[1])
 
 
 @pytest.mark.parametrize("size", [100, 150])
@@ -189,12 +197,23 @@ def test_strided_inputs_equal_contiguous_ones(size):
     wide = torch.randn(2, size + 3, 3, 2, 32).half()
     qkv = wide[:, 1 : size + 1, :, :, 8:24]
     dout = torch.randn(size, 32, 2).half().permute(2, 0, 1)
-    strided = run(dout, qkv, causal=True)
-    contiguous = run(dout.contiguous(), qkv.contiguous(), causal=True)
+    key_mask = (torch.arange(size) % 3 > 0)[None].expand(2, size)
+    strided = run(dout, qkv, causal=True, key_mask=key_mask)
+    contiguous = run(dout.contiguous(), qkv.contiguous(), causal=True, key_mask=key_mask.contiguous())
     expanded = run(torch.ones(()).half().expand(2, size, 32), qkv, causal=True)
     ones = run(torch.ones(2, size, 32).half(), qkv, causal=True)
     for one, other in zip((*strided, expanded[1]), (*contiguous, ones[1]), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_the_tiles_of_hopper_give_the_same_gradient_up_to_rounding(monkeypatch, size):
+    qkv, dout = torch.randn(1, size, 3, 2, 64).half(), torch.randn(1, size, 128).half()
+    gradients = []
+    for hopper in (False, True):
+        monkeypatch.setattr(attention_backward_triton, "_has_wgmma", lambda hopper=hopper: hopper)
+        gradients.append(run(dout, qkv, p=0.1, seed=SEED, site=SITE, causal=True)[1])
+    torch.testing.assert_close(*gradients, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("size", [128, 130])
