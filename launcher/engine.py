@@ -31,6 +31,9 @@ def build_engine(
         engine, *_ = deepspeed.initialize(model=model.to(topology.device), optimizer=optimizer, config=ds_config)
     if stage == 0:
         _clip_before_step(engine, optimizer, clipping)
+        if topology.world_size == 1:
+            # Its all-reduce among one copies every gradient into a buffer and back: 4 % of a BERT-base step on a CPU.
+            engine.enable_backward_allreduce = False
     return engine
 
 
