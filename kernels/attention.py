@@ -103,7 +103,7 @@ class _TritonAttention(torch.autograd.Function):
         from .attention_triton import forward
 
         seed = seed if p > 0 else None
-        shared = {"causal": mask.causal, "p": p, "site": site}
+        shared: dict[str, Any] = {"causal": mask.causal, "p": p, "site": site}
         out, lse = forward(qkv, key_mask=mask.key_mask, segment_ids=mask.segment_ids, seed=seed, **shared)
         ctx.save_for_backward(qkv, out, lse, mask.key_mask, mask.segment_ids, seed)
         ctx.shared, ctx.stochastic = shared, stochastic
@@ -115,7 +115,7 @@ class _TritonAttention(torch.autograd.Function):
         from .attention_backward_triton import backward
 
         qkv, out, lse, key_mask, segment_ids, seed = ctx.saved_tensors
-        masks = {"key_mask": key_mask, "segment_ids": segment_ids, "seed": seed}
+        masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids, "seed": seed}
         dqkv = backward(dy, qkv, out, lse, stochastic=ctx.stochastic, **masks, **ctx.shared)
         return dqkv, None, None, None, None, None
 
