@@ -4,6 +4,8 @@ Each decision takes 16 random bits: an element is dropped when its bits fall bel
 scaled by 65536 / (65536 - round(p * 65536)), so that the expected value is exact and the rate is off by at most 2**-17.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,14 +36,33 @@ def keep_mask(shape: torch.Size, p: float, seed: Tensor, site: int) -> Tensor:
     seed: int64 scalar tensor; site: small int that tells the dropouts of one layer apart. Equal arguments give equal masks.
     int8 and not bool because multiplying by it is three times as fast on a CPU.
     """
+    if torch.compiler.is_compiling():
+        # A traced graph cannot hold a generator, so there the mask is an operator; eager calls save the dispatch.
+        mask: Tensor = torch.ops.xformer_train.keep_mask(list(shape), p, seed, site)
+        return mask
+    return _keep_mask(shape, p, seed, site)
+
+
+def _keep_mask(shape: Sequence[int], p: float, seed: Tensor, site: int) -> Tensor:
     generator = torch.Generator(device=seed.device)
     generator.manual_seed((int(seed) + site * _SITE_STRIDE) % 2**63)
-    count = shape.numel()
+    count = math.prod(shape)
     # `random_(-2**63, None)` covers all 64 bits; the plain form never sets the top one.
     words = torch.empty((count + 3) // 4, dtype=torch.int64, device=seed.device)
     bits = words.random_(-(2**63), None, generator=generator).view(torch.int16)[:count]
     threshold = round(p * _LEVELS) - _LEVELS // 2
     return (bits >= threshold).view(torch.int8).view(shape)
+
+
+if not hasattr(torch.ops.xformer_train, "keep_mask"):  # another program may import this file under another name as well
+    _LIBRARY = torch.library.Library("xformer_train", "FRAGMENT")
+    _LIBRARY.define("keep_mask(SymInt[] shape, float p, Tensor seed, int site) -> Tensor")
+    _LIBRARY.impl("keep_mask", _keep_mask, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        "xformer_train::keep_mask",
+        lambda shape, p, seed, site: torch.empty(shape, dtype=torch.int8, device=seed.device),
+        lib=_LIBRARY,
+    )
 
 
 class _Dropout(torch.autograd.Function):

@@ -26,10 +26,10 @@ def layer_of(config, dtype=torch.float32):
     return TransformerLayer(config).to(dtype)
 
 
-def run(layer, x, bias=None, seed=11):
+def run(layer, x, mask=None, seed=11):
     torch.manual_seed(seed)
     x = x.detach().clone().requires_grad_()
-    y = layer(x, bias)
+    y = layer(x, mask)
     torch.manual_seed(5)
     gradients = torch.autograd.grad(y, [x, *layer.parameters()], torch.randn_like(y))
     return y.detach(), gradients
@@ -193,3 +193,17 @@ def test_projections_to_the_residual_stream_start_smaller_with_depth():
     layer = layer_of(config)
     assert layer.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert layer.output.weight.std().item() == pytest.approx(0.02 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("pre_layer_norm", [True, False])
+def test_the_layer_compiles_into_one_graph_that_computes_the_same(pre_layer_norm):
+    """aot_eager runs the traced graph with the same kernels, so the bits agree, masks of dropout included."""
+    config = dataclasses.replace(
+        CONFIG, pre_layer_norm=pre_layer_norm, gelu_checkpoint=True, attn_dropout_checkpoint=True
+    )
+    layer, x, mask = layer_of(config), torch.randn(2, 9, 24), AttentionMask(causal=True)
+    y, gradients = run(layer, x, mask)
+    compiled_y, compiled_gradients = run(torch.compile(layer, fullgraph=True, backend="aot_eager"), x, mask)
+    assert torch.equal(y, compiled_y)
+    for a, b in zip(gradients, compiled_gradients, strict=True):
+        torch.testing.assert_close(a, b)
