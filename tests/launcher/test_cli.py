@@ -18,10 +18,12 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
 
 @pytest.fixture
 def runs(monkeypatch, tmp_path):
-    """The calls of train.run, which is replaced, in a folder that holds run.yaml."""
+    """The calls of train.run, which is replaced like topology.quiet before it, in a folder that holds run.yaml."""
     calls = []
+    debugs = []
+    monkeypatch.setattr("xformer_train.launcher.topology.quiet", debugs.append)
     module = types.ModuleType("xformer_train.launcher.train")
-    module.run = lambda loaded, *, resume, debug: calls.append((loaded, resume, debug))
+    module.run = lambda loaded, *, resume: calls.append((loaded, resume, debugs[-1]))
     monkeypatch.setitem(sys.modules, "xformer_train.launcher.train", module)
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "TORCH_CPP_LOG_LEVEL"):
@@ -37,7 +39,7 @@ def invoke(*arguments):
 
 
 def failing_run(error):
-    def run(loaded, *, resume, debug):
+    def run(loaded, *, resume):
         raise error
 
     return run
