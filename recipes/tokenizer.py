@@ -14,10 +14,11 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from .config import DataConfig, TokenizerConfig
-from .prepared_cache import cache_folder
-from .sources import is_held_out, open_source
+from .prepared_cache import cache_folder, open_or_build
+from .sources import Source, is_held_out, open_source
 
 TRAINING_BYTES = 200 * 2**20  # of text, shared equally among the sources: vocabularies hardly change beyond it
+_TRAINING_VERSION = 1  # raise it when the same sources and settings would give another tokenizer
 _NUM_BYTES = 256
 
 _TOKENIZER_FILE = "tokenizer.json"
@@ -128,6 +129,8 @@ def build_tokenizer(
 ) -> RunTokenizer:
     """The tokenizer of a new run: loaded if tokenizer.path is given, else trained on the sources without held-out documents.
 
+    A trained one is kept in the cache under a hash of its sources and settings, so that equal run configs give equal runs
+    although WordPiece training does not repeat itself.
     Raises ValueError if it lacks a special token the model needs, or there is no text to train on.
     """
     if config.path is not None:
@@ -136,7 +139,7 @@ def build_tokenizer(
         kind = config.type
         if kind == "auto":
             kind = "wordpiece" if model_type == "bert" else "bpe"
-        tokenizer = train_tokenizer(kind, config, _training_text(data), report, model_type=model_type)
+        tokenizer = _trained_once(kind, config, data, report, model_type)
     check_suits(model_type, tokenizer, config.path)
     return tokenizer
 
@@ -313,14 +316,37 @@ def _byte_symbols() -> dict[str, int]:
     return {chr(byte if byte in printable else 0x100 + others.index(byte)): byte for byte in range(_NUM_BYTES)}
 
 
-def _training_text(data: DataConfig) -> Iterator[str]:
-    """The first documents of each source, up to its share of TRAINING_BYTES, without held-out ones."""
-    share = TRAINING_BYTES // len(data.sources)
+def _trained_once(
+    kind: Literal["wordpiece", "bpe", "bytes"],
+    config: TokenizerConfig,
+    data: DataConfig,
+    report: Callable[[str], None],
+    model_type: Literal["bert", "gpt"],
+) -> RunTokenizer:
+    if kind == "bytes":
+        return train_tokenizer(kind, config, (), report, model_type=model_type)
     cache = cache_folder(data.cache_dir)
-    for source in data.sources:
+    sources = [open_source(source, cache) for source in data.sources]
+    facts: list[Any] = [_TRAINING_VERSION, kind, model_type, config.vocab_size, config.do_lower_case, data.validation_fraction]
+    facts.append([source.identity for source in sources])
+    name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+
+    def build(partial: Path) -> dict[str, Any]:
+        text = _training_text(sources, data.validation_fraction)
+        train_tokenizer(kind, config, text, report, model_type=model_type).save(partial)
+        return {}
+
+    open_or_build(cache / "tokenizers" / name, build, report)
+    return load_tokenizer(cache / "tokenizers" / name)
+
+
+def _training_text(sources: list[Source], validation_fraction: float) -> Iterator[str]:
+    """The first documents of each source, up to its share of TRAINING_BYTES, without held-out ones."""
+    share = TRAINING_BYTES // len(sources)
+    for source in sources:
         left = share
-        for document in open_source(source, cache).documents():
-            if is_held_out(document, data.validation_fraction):
+        for document in source.documents():
+            if is_held_out(document, validation_fraction):
                 continue
             yield document[:left]
             left -= len(document.encode())

@@ -177,3 +177,18 @@ def test_a_vocabulary_too_small_for_the_characters_of_the_text_is_refused():
 def test_training_on_nothing_is_an_error():
     with pytest.raises(ValueError, match="hold no text to train a tokenizer on"):
         train("wordpiece", texts=[])
+
+
+def test_equal_configs_get_the_same_wordpiece_although_its_training_does_not_repeat_itself(tmp_path):
+    text = tmp_path / "text.txt"
+    words = [f"{a}{b}{c}" for a in "aeiou" for b in "bcdfghklmnprst" for c in ("an", "or", "ist", "ung")]
+    text.write_text("\n\n".join(" ".join(words[i:] + words[:i]) for i in range(50)))
+    data = DataConfig(sources=[SourceConfig(kind="text", path=str(text))], cache_dir=str(tmp_path / "cache"))
+    told = []
+    config = TokenizerConfig(vocab_size=200)
+    first = build_tokenizer("bert", config, data, told.append)
+    again = build_tokenizer("bert", config, data, told.append)
+    assert first.equals(again)
+    assert len(told) == 1  # trained once
+    other = build_tokenizer("bert", TokenizerConfig(vocab_size=190), data, told.append)
+    assert other.vocab_size == 190
