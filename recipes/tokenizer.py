@@ -327,7 +327,14 @@ def _trained_once(
         return train_tokenizer(kind, config, (), report, model_type=model_type)
     cache = cache_folder(data.cache_dir)
     sources = [open_source(source, cache) for source in data.sources]
-    facts: list[Any] = [_TRAINING_VERSION, kind, model_type, config.vocab_size, config.do_lower_case, data.validation_fraction]
+    facts: list[Any] = [
+        _TRAINING_VERSION,
+        kind,
+        model_type,
+        config.vocab_size,
+        config.do_lower_case,
+        data.validation_fraction,
+    ]
     facts.append([source.identity for source in sources])
     name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
