@@ -77,6 +77,8 @@ def rows_of(config: LayerConfig, key_mask: Tensor, dtype: torch.dtype) -> list[R
                 hidden_size=config.hidden_size,
                 num_attention_heads=config.num_attention_heads,
                 intermediate_size=config.intermediate_size,
+                hidden_dropout_prob=config.hidden_dropout_prob,
+                attention_probs_dropout_prob=config.attention_probs_dropout_prob,
                 attn_implementation="sdpa",
             )
         )

@@ -1,4 +1,4 @@
-"""What the training loop costs, and what it gains over `transformers`, in one run on one machine.
+"""What the training loop costs, and what it gains over `transformers`, in one run on one CPU.
 
 Three ways to train the same BERT on the same batches, in turns within one process:
   loop          xformer-train itself, from config to last step (time in steps, as metrics.jsonl has it)
@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     arguments = parser.parse_args()
+    if torch.cuda.is_available():
+        raise SystemExit("this benchmark compares fp32 on a CPU; hide the GPUs with CUDA_VISIBLE_DEVICES=")
     quiet(debug=False)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(arguments, Path(folder))
