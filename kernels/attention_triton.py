@@ -22,8 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import keep_scale
-from .dropout_triton import drop_threshold
+from .dropout import drop_threshold, keep_scale
 
 LN_2 = tl.constexpr(math.log(2))
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .linear import product
 from .residual_norm import Kernels, uses_triton
 
 IGNORED = -100
@@ -51,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
         for start in range(0, hidden.shape[0], rows):
             part, label = hidden[start : start + rows], labels[start : start + rows]
-            logits = torch.nn.functional.linear(part, weight, bias)
+            logits = product(part, weight, bias)
             if on_triton:
                 from .cross_entropy_triton import softmax_loss_
 
@@ -63,8 +64,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dlogits = dlogits.to(hidden.dtype)
             if dhidden is None or dweight is None:
                 continue
-            dhidden[start : start + rows] = dlogits.mm(weight)
-            dweight += dlogits.t().mm(part)
+            dhidden[start : start + rows] = product(dlogits, weight.t())
+            dweight += product(dlogits.t(), part.t())
             if dbias is not None:
                 dbias += dlogits.sum(0)
         if needs_grad:

@@ -8,11 +8,6 @@ import triton
 import triton.language as tl
 
 
-def drop_threshold(p: float) -> int:
-    """The number of 65536 equally likely 16-bit values that drop an element at dropout probability p."""
-    return round(p * 65536)
-
-
 @triton.jit
 def keep_rows(seed, site, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr, threshold):
     """Which elements of the given rows stay, bool (ROWS, COLUMNS).

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionMask, attention
 from .dropout import draw_seed
+from .linear import linear
 from .mlp import Activation, mlp
 from .residual_norm import norm, residual_add, residual_norm
 
@@ -98,12 +98,12 @@ class TransformerLayer(nn.Module):
         output_std = config.initializer_range
         if config.adjust_init_range:
             output_std /= math.sqrt(2.0 * config.num_hidden_layers)
-        for linear in (self.qkv, self.intermediate):
-            nn.init.normal_(linear.weight, std=config.initializer_range)
-        for linear in (self.attention_output, self.output):
-            nn.init.normal_(linear.weight, std=output_std)
-        for linear in (self.qkv, self.attention_output, self.intermediate, self.output):
-            nn.init.zeros_(linear.bias)
+        for inner in (self.qkv, self.intermediate):
+            nn.init.normal_(inner.weight, std=config.initializer_range)
+        for outer in (self.attention_output, self.output):
+            nn.init.normal_(outer.weight, std=output_std)
+        for projection in (self.qkv, self.attention_output, self.intermediate, self.output):
+            nn.init.zeros_(projection.bias)
         for layer_norm in (self.attention_norm, self.mlp_norm):
             layer_norm.reset_parameters()
 
@@ -177,7 +177,8 @@ class TransformerLayer(nn.Module):
         """The attention half up to its projection, without the projection's bias."""
         config = self.config
         heads = config.num_attention_heads
-        qkv = self.qkv(x).view(*x.shape[:-1], 3, heads, config.hidden_size // heads)  # (B, S, 3, N, D)
+        qkv = linear(x, self.qkv.weight, self.qkv.bias)
+        qkv = qkv.view(*x.shape[:-1], 3, heads, config.hidden_size // heads)  # (B, S, 3, N, D)
         context = attention(
             qkv,
             mask,
@@ -188,7 +189,7 @@ class TransformerLayer(nn.Module):
             stochastic=config.stochastic_mode,
             kernels=config.kernels,
         )
-        return F.linear(context, self.attention_output.weight)
+        return linear(context, self.attention_output.weight)
 
     def _mlp(self, x: Tensor) -> Tensor:
         """The feed-forward half, without the bias of its second projection."""

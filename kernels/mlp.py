@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .linear import product
 from .residual_norm import Kernels, uses_triton
 
 Activation = Literal["gelu", "gelu_tanh"]
@@ -95,7 +96,7 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, options: _Options) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        f = torch.addmm(b1, rows, w1.t())
+        f = product(rows, w1, b1)
         if uses_triton(f, options.kernels):
             from .mlp_triton import gelu_forward
 
@@ -104,7 +105,7 @@ class _Mlp(torch.autograd.Function):
             a = gelu_forward_reference(f, options.activation)
         ctx.save_for_backward(rows, f, None if options.gelu_checkpoint else a, w1, w2)
         ctx.options = options
-        return a.mm(w2.t()).view(*x.shape[:-1], w2.shape[0])
+        return product(a, w2).view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -112,7 +113,7 @@ class _Mlp(torch.autograd.Function):
         rows, f, a, w1, w2 = ctx.saved_tensors
         options: _Options = ctx.options
         dy_rows = dy.reshape(-1, dy.shape[-1])
-        da = dy_rows.mm(w2)
+        da = product(dy_rows, w2.t())
         if uses_triton(f, options.kernels):
             from .mlp_triton import gelu_backward
 
@@ -120,6 +121,7 @@ class _Mlp(torch.autograd.Function):
         else:
             df, db1, recomputed = gelu_backward_reference(da, f, options.activation, a is None)
         activated: Any = recomputed if a is None else a
-        dw2 = dy_rows.t().mm(activated)
+        dw2 = product(dy_rows.t(), activated.t())
         del da, activated, recomputed  # (T, F) each, gone before the last two products ask for memory
-        return df.mm(w1).view(*dy.shape[:-1], w1.shape[1]), df.t().mm(rows), db1, dw2, None
+        dx = product(df, w1.t()).view(*dy.shape[:-1], w1.shape[1])
+        return dx, product(df.t(), rows.t()), db1, dw2, None

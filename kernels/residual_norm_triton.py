@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import keep_scale
-from .dropout_triton import drop_threshold, keep_rows
+from .dropout import drop_threshold, keep_scale
+from .dropout_triton import keep_rows
 from .residual_norm import Gradients, Options, Saved
 
 _LARGEST_H = 8192

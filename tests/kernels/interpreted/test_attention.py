@@ -10,8 +10,7 @@ import triton.language as tl
 from xformer_train.kernels import attention_backward_triton
 from xformer_train.kernels.attention_backward_triton import backward
 from xformer_train.kernels.attention_triton import drop, drop_transposed, forward
-from xformer_train.kernels.dropout import keep_scale
-from xformer_train.kernels.dropout_triton import drop_threshold
+from xformer_train.kernels.dropout import drop_threshold, keep_scale
 
 SEED = torch.tensor(2**62 + 987654321)
 SITE = 1

@@ -13,7 +13,8 @@ import triton.language as tl
 from xformer_train.kernels import residual_norm as contract
 from xformer_train.kernels.cross_entropy import IGNORED
 from xformer_train.kernels.cross_entropy_triton import softmax_loss_
-from xformer_train.kernels.dropout_triton import drop_threshold, keep_rows
+from xformer_train.kernels.dropout import drop_threshold
+from xformer_train.kernels.dropout_triton import keep_rows
 from xformer_train.kernels.mlp import gelu_backward_reference, gelu_forward_reference, mlp
 from xformer_train.kernels.mlp_triton import gelu_backward, gelu_forward
 from xformer_train.kernels.residual_norm import Options, Saved

@@ -1,0 +1,79 @@
+"""The linear layer and its three matrix products, on the fastest library of the machine.
+
+Forward y = x @ weight.T + bias; backward dx = dy @ weight, dweight = dy.T @ x, dbias = sum_T dy.
+
+Which library computes a product, by this rule:
+  fp32 on an AMD CPU with AVX-512   oneDNN; MKL, torch's own choice, keeps to AVX2 on CPUs that are not Intel's
+  everything else                   torch's choice: cuBLAS on CUDA, MKL or oneDNN on a CPU
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, (..., N) in the dtype of x; x: (..., K), weight: (N, K), bias: (N,) or None, one float dtype.
+
+    Kept for backward, besides the weight: x. Raises ValueError if the last dim of x is not K.
+    """
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x has last dim {x.shape[-1]}, weight is {tuple(weight.shape)}; the last dims must be equal")
+    if not _takes_onednn(x):
+        return F.linear(x, weight, bias)
+    return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a @ b.T + bias, (M, N), without autograd; a: (M, K), b: (N, K), either may be a transposed view; bias: (N,)."""
+    if _takes_onednn(a) and a.numel() > 0:
+        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+        return result
+    return a.mm(b.t()) if bias is None else torch.addmm(bias, a, b.t())
+
+
+def linear_library() -> str:
+    """The library that computes fp32 products on this machine's CPU, for reports: `oneDNN` or torch's choice."""
+    if _PREFERS_ONEDNN:
+        return "oneDNN"
+    return "MKL" if torch.backends.mkl.is_available() else "torch's BLAS"
+
+
+def _takes_onednn(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == torch.float32 and _PREFERS_ONEDNN
+
+
+def _is_amd_with_avx512() -> bool:
+    cpuinfo = Path("/proc/cpuinfo")
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not cpuinfo.exists():
+        return False
+    with cpuinfo.open(encoding="utf-8") as lines:
+        return any("AuthenticAMD" in line for line in itertools.islice(lines, 8))  # the vendor of the first core
+
+
+# Once, at import, so that a trace of torch.compile sees a constant.
+_PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _is_amd_with_avx512()
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(rows, weight)
+        ctx.has_bias = bias is not None
+        return product(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        needs_dx, needs_dweight, _ = ctx.needs_input_grad
+        dx = product(dy_rows, weight.t()).view(*dy.shape[:-1], weight.shape[1]) if needs_dx else None
+        dweight = product(dy_rows.t(), rows.t()) if needs_dweight else None
+        return dx, dweight, dy_rows.sum(0) if ctx.has_bias else None
