@@ -1,12 +1,15 @@
 """The language-model head and its loss in one op, so that the logits of all tokens never exist at once."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import product
+from .linear import product, weight_gradient
+from .operator import operator
 from .residual_norm import Kernels, uses_triton
 
 IGNORED = -100
@@ -19,21 +22,53 @@ def linear_cross_entropy(
     """The sum over rows of -log softmax(hidden @ weight.T + bias)[label], fp32 (fp64 for fp64 input), shape ().
 
     hidden: (T, H), weight: (V, H), bias: (V,) or None, one float dtype; labels: (T,) int64, IGNORED rows add nothing.
-    Divide by the number of labels outside, where the whole batch is known. The gradient is computed along with the loss.
+    Divide by the number of labels outside, where the whole batch is known. The gradient is computed along with the loss,
+    unless gradients are off.
     """
-    return _LinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
-        hidden, weight, bias, labels, kernels
-    )
+    if torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
+            hidden, weight, bias, labels, kernels
+        )
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    for part, label in _chunks(hidden, labels, weight.shape[0]):
+        logits = product(part, weight, bias).to(wide)
+        loss += F.cross_entropy(logits, label, reduction="sum", ignore_index=IGNORED)
+    return loss
 
 
-def _softmax_loss_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The summed loss, (), and its gradient, (rows, V), which overwrites logits (rows, V)."""
+def _chunks(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
+    rows = max(1, _CHUNK_ELEMENTS // vocabulary)
+    return zip(hidden.split(rows), labels.split(rows), strict=True)
+
+
+def softmax_loss_reference_(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log softmax(logits)[label] per row, fp32 or wider (rows,), 0 for IGNORED; logits become the gradient of the sum.
+
+    logits: (rows, V), labels: (rows,) int64.
+    """
     kept, target = labels != IGNORED, labels.clamp(min=0)[:, None]
-    normalizer = logits.logsumexp(-1, keepdim=True)
-    loss = (normalizer - logits.gather(1, target)).squeeze(1).masked_fill(~kept, 0.0).sum()
-    dlogits = logits.sub_(normalizer).exp_()
-    dlogits.scatter_add_(1, target, torch.full_like(target, -1, dtype=logits.dtype))
-    return loss, dlogits.mul_(kept[:, None])
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    normalizer = wide.logsumexp(-1, keepdim=True)
+    loss = (normalizer - wide.gather(1, target)).squeeze(1).masked_fill_(~kept, 0.0)
+    wide.sub_(normalizer).exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=wide.dtype))
+    wide.mul_(kept[:, None])
+    if wide is not logits:
+        logits.copy_(wide)
+    return loss
+
+
+@operator(
+    "softmax_loss_(Tensor(a!) logits, Tensor labels, str kernels) -> Tensor",
+    lambda logits, labels, _: logits.new_empty(len(labels), dtype=torch.promote_types(logits.dtype, torch.float32)),
+)
+def _softmax_loss_(logits: Tensor, labels: Tensor, kernels: Kernels) -> Tensor:
+    """As `softmax_loss_reference_`, on the path that `kernels` and the device choose."""
+    if uses_triton(logits, kernels):
+        from .cross_entropy_triton import softmax_loss_
+
+        return softmax_loss_(logits, labels)
+    return softmax_loss_reference_(logits, labels)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -43,34 +78,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         loss = torch.zeros((), dtype=wide, device=hidden.device)
-        needs_grad = any(ctx.needs_input_grad)
-        on_triton = uses_triton(hidden, kernels)
-        dhidden = torch.empty_like(hidden) if needs_grad else None
+        dhidden = []
         # fp32, because a half-precision running sum over chunks stops growing
-        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs_grad else None
-        dbias = None if bias is None or not needs_grad else torch.zeros(bias.shape, dtype=wide, device=bias.device)
-        rows = max(1, _CHUNK_ELEMENTS // weight.shape[0])
-        for start in range(0, hidden.shape[0], rows):
-            part, label = hidden[start : start + rows], labels[start : start + rows]
-            logits = product(part, weight, bias)
-            if on_triton:
-                from .cross_entropy_triton import softmax_loss_
-
-                loss += softmax_loss_(logits, label).sum()
-                dlogits = logits  # overwritten by the kernel
-            else:
-                part_loss, dlogits = _softmax_loss_reference(logits.to(wide), label)
-                loss += part_loss
-                dlogits = dlogits.to(hidden.dtype)
-            if dhidden is None or dweight is None:
-                continue
-            dhidden[start : start + rows] = product(dlogits, weight.t())
-            dweight += product(dlogits.t(), part.t())
+        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
+        dbias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
+        for part, label in _chunks(hidden, labels, weight.shape[0]):
+            dlogits = product(part, weight, bias)  # the logits until the next line
+            loss += _softmax_loss_(dlogits, label, kernels).sum()
+            dhidden.append(product(dlogits, weight.t()))
+            dweight += weight_gradient(dlogits, part)
             if dbias is not None:
                 dbias += dlogits.sum(0)
-        if needs_grad:
-            ctx.save_for_backward(dhidden, dweight, dbias)
-            ctx.dtype = weight.dtype
+        ctx.save_for_backward(torch.cat(dhidden), dweight, dbias)
+        ctx.dtype = weight.dtype
         return loss
 
     @staticmethod

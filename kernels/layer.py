@@ -1,6 +1,8 @@
 """The transformer layer: attention and feed-forward halves around one residual stream, pre-LN or post-LN."""
 
 import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,7 +13,7 @@ from .attention import AttentionMask, attention
 from .dropout import draw_seed
 from .linear import linear
 from .mlp import Activation, mlp
-from .residual_norm import norm, residual_add, residual_norm
+from .residual_norm import are_invertible, norm, residual_add, residual_norm
 
 # The dropouts of one layer draw from one seed; the site keeps their masks apart.
 _ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE = 1, 2, 3
@@ -27,7 +29,8 @@ class LayerConfig:
     kernels: `auto` runs Triton kernels on CUDA tensors where this version has them and PyTorch elsewhere; `reference` runs
         PyTorch everywhere.
     normalize_invertible: keep the output of a LayerNorm instead of its input. The output is kept in any case, as the input
-        of the projection behind it, so the input's (B, S, H) is saved, twice per layer.
+        of the projection behind it, so the input's (B, S, H) is saved, twice per layer. A LayerNorm with a weight so small
+        that its gradient would be off by more than a percent keeps its input; a warning says so once.
     gelu_checkpoint: drop GELU's output (B, S, F), compute it again in backward.
     attn_dropout_checkpoint: drop the attention probabilities after dropout (B, N, S, S), compute them again in backward.
         Without dropout, and on the Triton path, they are never kept.
@@ -69,6 +72,16 @@ class LayerConfig:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; use 'gelu' or 'gelu_tanh'")
 
 
+@dataclass(frozen=True)
+class _Join:
+    """Where a half's projection meets the residual stream, and the LayerNorm behind it."""
+
+    projection: nn.Linear
+    after: nn.LayerNorm
+    site: int
+    invertible: bool
+
+
 class TransformerLayer(nn.Module):
     """One layer of BERT or GPT.
 
@@ -107,14 +120,20 @@ class TransformerLayer(nn.Module):
         for layer_norm in (self.attention_norm, self.mlp_norm):
             layer_norm.reset_parameters()
 
-    def forward(self, hidden_states: Tensor, mask: AttentionMask | None = None) -> Tensor:
-        """The layer's output, (B, S, H) in the dtype of hidden_states.
+    def forward(
+        self, hidden_states: Tensor, mask: AttentionMask | None = None, invertible: tuple[bool, bool] | None = None
+    ) -> Tensor:
+        """The layer's output, (B, S, H) in the dtype of hidden_states, or (T, H) for a packed batch.
 
-        hidden_states: (B, S, H). mask: which tokens see which, one object for all layers; None: all see all.
-        Raises ValueError if the last dim is not hidden_size.
+        hidden_states: (B, S, H), or (T, H) where the mask has cu_seqlens. mask: which tokens see which, one object for all
+        layers; None: all see all. invertible: this layer's answer of `invertible_norms`, for stacks, which ask for all their
+        layers at once; None: the layer asks for itself.
+        Raises ValueError if the last dim is not hidden_size, and under torch.compile for normalize_invertible without
+        `invertible`.
         """
         config = self.config
         mask = AttentionMask() if mask is None else mask
+        (invertible,) = invertible_norms([self]) if invertible is None else (invertible,)
         if hidden_states.shape[-1] != config.hidden_size:
             raise ValueError(
                 f"hidden_states has last dim {hidden_states.shape[-1]}, the layer has hidden_size={config.hidden_size}"
@@ -129,12 +148,15 @@ class TransformerLayer(nn.Module):
                 first.weight,
                 first.bias,
                 eps=first.eps,
-                invertible=config.normalize_invertible,
+                invertible=invertible[0],
                 kernels=config.kernels,
             )
             context = self._attend(normalized, mask, seed)
             residual, normalized = self._join(
-                context, self.attention_output, hidden_states, second, seed, _ATTENTION_OUTPUT_SITE
+                context,
+                hidden_states,
+                _Join(self.attention_output, second, _ATTENTION_OUTPUT_SITE, invertible[1]),
+                seed,
             )
             return residual_add(
                 self._mlp(normalized),
@@ -146,31 +168,32 @@ class TransformerLayer(nn.Module):
                 kernels=config.kernels,
             )
         context = self._attend(hidden_states, mask, seed)
-        _, residual = self._join(context, self.attention_output, hidden_states, first, seed, _ATTENTION_OUTPUT_SITE)
-        _, hidden_states = self._join(self._mlp(residual), self.output, residual, second, seed, _OUTPUT_SITE)
+        _, residual = self._join(
+            context, hidden_states, _Join(self.attention_output, first, _ATTENTION_OUTPUT_SITE, invertible[0]), seed
+        )
+        _, hidden_states = self._join(
+            self._mlp(residual), residual, _Join(self.output, second, _OUTPUT_SITE, invertible[1]), seed
+        )
         return hidden_states
 
     def _draw_seed(self, device: torch.device) -> Tensor:
         """The seed of this pass's dropouts, int64 of shape ()."""
         return draw_seed(device)
 
-    def _join(
-        self, x: Tensor, projection: nn.Linear, residual: Tensor, after: nn.LayerNorm, seed: Tensor | None, site: int
-    ) -> tuple[Tensor, Tensor]:
+    def _join(self, x: Tensor, residual: Tensor, join: "_Join", seed: Tensor | None) -> tuple[Tensor, Tensor]:
         """(residual + dropout(x + bias of the projection that made x), its LayerNorm)."""
-        config = self.config
         return residual_norm(
             x,
-            projection.bias,
+            join.projection.bias,
             residual,
-            after.weight,
-            after.bias,
-            eps=after.eps,
-            p=config.hidden_dropout_prob,
+            join.after.weight,
+            join.after.bias,
+            eps=join.after.eps,
+            p=self.config.hidden_dropout_prob,
             seed=seed,
-            site=site,
-            invertible=config.normalize_invertible,
-            kernels=config.kernels,
+            site=join.site,
+            invertible=join.invertible,
+            kernels=self.config.kernels,
         )
 
     def _attend(self, x: Tensor, mask: AttentionMask, seed: Tensor | None) -> Tensor:
@@ -203,3 +226,29 @@ class TransformerLayer(nn.Module):
             gelu_checkpoint=config.gelu_checkpoint,
             kernels=config.kernels,
         )
+
+
+def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, bool]]:
+    """For each layer whether backward may invert (attention_norm, mlp_norm): its flag is on and the weights allow it.
+
+    The layers share one dtype. The host waits for a GPU once, not at all where no flag is on or gradients are off.
+    """
+    asked = [layer for layer in layers if layer.config.normalize_invertible]
+    if not asked or not torch.is_grad_enabled():
+        return [(False, False)] * len(layers)
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "normalize_invertible looks at the weights, which a trace of torch.compile cannot; call "
+            "invertible_norms(layers) outside and pass each layer its answer as `invertible`"
+        )
+    asked_norms = [layer_norm for layer in asked for layer_norm in (layer.attention_norm, layer.mlp_norm)]
+    weights, biases = [n.weight for n in asked_norms], [n.bias for n in asked_norms]
+    allowed = are_invertible(weights, biases, weights[0].dtype)
+    if not all(allowed):
+        warnings.warn(
+            "normalize_invertible: a LayerNorm has a weight too small to recover its input from its output; such LayerNorms "
+            "keep their input",
+            stacklevel=2,
+        )
+    answers = iter(zip(allowed[::2], allowed[1::2], strict=True))
+    return [next(answers) if layer.config.normalize_invertible else (False, False) for layer in layers]

@@ -37,6 +37,14 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a.mm(b.t()) if bias is None else torch.addmm(bias, a, b.t())
 
 
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """dy.T @ x, (N, K), without autograd; dy: (T, N), x: (T, K)."""
+    if _takes_onednn(x) and dy.numel() > x.numel() + dy.shape[1] * x.shape[1]:
+        # oneDNN copies its first operand if that is transposed; here it is cheaper to copy x and to transpose the result
+        return product(x.t(), dy.t()).t().contiguous()
+    return product(dy.t(), x.t())
+
+
 def linear_library() -> str:
     """The library that computes fp32 products on this machine's CPU, for reports: `oneDNN` or torch's choice."""
     if _PREFERS_ONEDNN:
@@ -75,5 +83,5 @@ class _Linear(torch.autograd.Function):
         dy_rows = dy.reshape(-1, dy.shape[-1])
         needs_dx, needs_dweight, _ = ctx.needs_input_grad
         dx = product(dy_rows, weight.t()).view(*dy.shape[:-1], weight.shape[1]) if needs_dx else None
-        dweight = product(dy_rows.t(), rows.t()) if needs_dweight else None
+        dweight = weight_gradient(dy_rows, rows) if needs_dweight else None
         return dx, dweight, dy_rows.sum(0) if ctx.has_bias else None

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import product
+from .linear import product, weight_gradient
+from .operator import operator
 from .residual_norm import Kernels, uses_triton
 
 Activation = Literal["gelu", "gelu_tanh"]
@@ -69,17 +70,14 @@ def gelu_forward_reference(f: Tensor, activation: Activation) -> Tensor:
 def gelu_backward_reference(
     da: Tensor, f: Tensor, activation: Activation, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """df (T, F), db1 (F,), and GELU(f) if recompute.
-
-    da, f: (T, F). The GPU kernel overwrites da.
-    """
+    """df (T, F) in the place of da, db1 (F,), and GELU(f) if recompute; da, f: (T, F), contiguous."""
     if activation == "gelu_tanh" and f.device.type == "cpu":
         gate = _tanh_gate(f)
         inner = f.to(gate.dtype).square().mul_(3 * _TANH_CUBIC).add_(_TANH_LINEAR).mul_(f)
         slope = inner.mul_(1 - gate).add_(1).mul_(gate)  # gate + f gate' = gate (1 + (1 - gate) f (2 u)')
-        df = slope.mul_(da).to(f.dtype)
+        df = da.copy_(slope.mul_(da))
         return df, df.sum(0), gate.mul_(f).to(f.dtype) if recompute else None
-    df = torch.ops.aten.gelu_backward(da, f, approximate=_APPROXIMATION[activation])
+    df = torch.ops.aten.gelu_backward.grad_input(da, f, approximate=_APPROXIMATION[activation], grad_input=da)
     return df, df.sum(0), gelu(f, activation) if recompute else None
 
 
@@ -92,17 +90,38 @@ def _tanh_gate(f: Tensor) -> Tensor:
     return (wide * wide).mul_(_TANH_CUBIC).add_(_TANH_LINEAR).mul_(wide).sigmoid_()
 
 
+@operator("gelu_forward(Tensor f, str activation, str kernels) -> Tensor", lambda f, *_: torch.empty_like(f))
+def _gelu_forward(f: Tensor, activation: Activation, kernels: Kernels) -> Tensor:
+    """GELU(f), (T, F)."""
+    if uses_triton(f, kernels):
+        from .mlp_triton import gelu_forward
+
+        return gelu_forward(f, activation)
+    return gelu_forward_reference(f, activation)
+
+
+@operator(
+    "gelu_backward_(Tensor(a!) da, Tensor f, str activation, bool recompute, str kernels) -> (Tensor, Tensor)",
+    lambda da, f, activation, recompute, kernels: (f.new_empty(f.shape[1]), f.new_empty(f.shape if recompute else 0)),
+)
+def _gelu_backward_(
+    da: Tensor, f: Tensor, activation: Activation, recompute: bool, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """db1 (F,), and GELU(f) (T, F), empty without recompute; da (T, F) becomes df."""
+    if uses_triton(f, kernels):
+        from .mlp_triton import gelu_backward as backward
+    else:
+        backward = gelu_backward_reference
+    _, db1, a = backward(da, f, activation, recompute)
+    return db1, f.new_empty(0) if a is None else a
+
+
 class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, options: _Options) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         f = product(rows, w1, b1)
-        if uses_triton(f, options.kernels):
-            from .mlp_triton import gelu_forward
-
-            a = gelu_forward(f, options.activation)
-        else:
-            a = gelu_forward_reference(f, options.activation)
+        a = _gelu_forward(f, options.activation, options.kernels)
         ctx.save_for_backward(rows, f, None if options.gelu_checkpoint else a, w1, w2)
         ctx.options = options
         return product(a, w2).view(*x.shape[:-1], w2.shape[0])
@@ -113,15 +132,9 @@ class _Mlp(torch.autograd.Function):
         rows, f, a, w1, w2 = ctx.saved_tensors
         options: _Options = ctx.options
         dy_rows = dy.reshape(-1, dy.shape[-1])
-        da = product(dy_rows, w2.t())
-        if uses_triton(f, options.kernels):
-            from .mlp_triton import gelu_backward
-
-            df, db1, recomputed = gelu_backward(da, f, options.activation, a is None)
-        else:
-            df, db1, recomputed = gelu_backward_reference(da, f, options.activation, a is None)
-        activated: Any = recomputed if a is None else a
-        dw2 = product(dy_rows.t(), activated.t())
-        del da, activated, recomputed  # (T, F) each, gone before the last two products ask for memory
+        df = product(dy_rows, w2.t())  # the gradient of GELU's output until the next line
+        db1, recomputed = _gelu_backward_(df, f, options.activation, a is None, options.kernels)
+        dw2 = weight_gradient(dy_rows, recomputed if a is None else a)
+        del a, recomputed  # (T, F), gone before the last two products ask for memory
         dx = product(df, w1.t()).view(*dy.shape[:-1], w1.shape[1])
-        return dx, product(df.t(), rows.t()), db1, dw2, None
+        return dx, weight_gradient(df, rows), db1, dw2, None

@@ -105,17 +105,16 @@ def gelu_forward(f: Tensor, activation: Activation) -> Tensor:
 def gelu_backward(
     da: Tensor, f: Tensor, activation: Activation, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `gelu_backward_reference`; df is da, overwritten."""
+    """As `gelu_backward_reference`."""
     num_rows, F = f.shape
     tiles = max(1, triton.cdiv(triton.cdiv(num_rows, _TILE_ROWS), _ROW_PARTS))
     parts = triton.cdiv(num_rows, _TILE_ROWS * tiles)
-    df = da.contiguous()
     a = torch.empty_like(f) if recompute else None
-    partial = torch.empty(parts, F, dtype=torch.float32, device=f.device)
+    partial = torch.empty(parts, 1, F, dtype=torch.float32, device=f.device)
     _gelu_backward_kernel[(triton.cdiv(F, _TILE_COLUMNS), parts)](
-        df,
+        da,
         f,
-        df,
+        da,
         a,
         partial,
         num_rows,
@@ -127,4 +126,4 @@ def gelu_backward(
         RECOMPUTE=recompute,
         num_warps=8,
     )
-    return df, sum_partials(partial, f.dtype), a
+    return da, sum_partials(partial, [f])[0], a

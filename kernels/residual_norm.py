@@ -7,7 +7,8 @@ dbias = sum_T dx;  dweight = sum_T dy * x_hat;  dnorm_bias = sum_T dy.
 Source of the norm: Ba et al., Layer Normalization, arXiv 1607.06450.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import keep_mask, keep_scale
+from .operator import operator
 
 Kernels = Literal["auto", "reference"]
 Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
@@ -43,12 +45,12 @@ def residual_norm(  # noqa: PLR0913 - the tensors of two ops
     x, residual: (..., H), equal shapes and dtypes; bias: (H,) or None; weight, norm_bias: (H,).
     p, seed, site: dropout, see `kernels.dropout`; seed None means no dropout (evaluation).
     Kept for backward, besides parameters: z, and mean and reciprocal deviation per row in fp32. No mask: it is drawn again.
-    invertible: keep y instead of z and mean, where `is_invertible` allows it. y is the input of the next projection, which
-    keeps it anyway, so z is then kept by nobody.
+    invertible: keep y instead of z and mean. y is the input of the next projection, which keeps it anyway, so z is then kept
+    by nobody. Only for parameters that `are_invertible` allows; with others their gradients are wrong.
     Raises ValueError for shapes that do not fit, and on a GPU for float64 or H over 8192.
     """
     _check_shapes(x, bias, residual, weight, norm_bias)
-    options = _options(eps, p, seed, site, invertible and _may_invert(weight, norm_bias, residual), kernels)
+    options = _options(eps, p, seed, site, invertible, kernels)
     return _ResidualNorm.apply(  # type: ignore[no-any-return, no-untyped-call]
         x, bias, residual, weight, norm_bias, seed if options.p > 0 else None, options
     )
@@ -59,7 +61,7 @@ def norm(
 ) -> Tensor:
     """LayerNorm(z) * weight + norm_bias, with the shape and dtype of z: `residual_norm` without anything to add."""
     _check_shapes(None, None, z, weight, norm_bias)
-    options = _options(eps, 0.0, None, 0, invertible and _may_invert(weight, norm_bias, z), kernels)
+    options = _options(eps, 0.0, None, 0, invertible, kernels)
     return _Norm.apply(z, weight, norm_bias, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -95,12 +97,16 @@ def uses_triton(tensor: Tensor, kernels: Kernels) -> bool:
     return True
 
 
-def is_invertible(weight: Tensor, bias: Tensor, dtype: torch.dtype) -> bool:
-    """Whether every column's input can be recovered from an output of `dtype` to about one percent of its gradient."""
-    with torch.no_grad():
-        magnitude = weight.abs().float()
-        worst = ((bias.abs().float() + magnitude) / magnitude).max()
-    return bool(worst <= _LARGEST_AMPLIFICATION[dtype])  # inf and nan (weight = 0) compare false
+@torch.no_grad()
+def are_invertible(weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> list[bool]:
+    """For each norm, whether its input can be recovered from an output of `dtype` to about one percent of the gradients.
+
+    weights, biases: (H,) each. All norms are looked up at once, because the answer makes the host wait for a GPU.
+    """
+    magnitudes = torch.stack(list(weights)).abs().float()
+    amplifications = (torch.stack(list(biases)).abs().float() + magnitudes) / magnitudes
+    worst: list[float] = amplifications.amax(1).tolist()
+    return [w <= _LARGEST_AMPLIFICATION[dtype] for w in worst]  # inf and nan (weight = 0) compare false
 
 
 @dataclass(frozen=True)
@@ -137,10 +143,6 @@ def _options(eps: float, p: float, seed: Tensor | None, site: int, inverted: boo
     if not 0 <= p < 1:
         raise ValueError(f"p={p} is not a dropout probability; it must be in [0, 1)")
     return Options(eps, 0.0 if seed is None else p, site, inverted, kernels)
-
-
-def _may_invert(weight: Tensor, norm_bias: Tensor, z: Tensor) -> bool:
-    return torch.is_grad_enabled() and is_invertible(weight, norm_bias, z.dtype)
 
 
 def _check_shapes(
@@ -222,35 +224,97 @@ def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved
     return dx_out, dbias, dresidual_out, dweight.to(weight.dtype), dnorm_bias.to(norm_bias.dtype)
 
 
+_OPTIONS = "float eps, float p, int site, bool inverted, str kernels"
+
+
+def _fake_norm_forward(x: Tensor | None, _: Tensor | None, residual: Tensor, *__: Any) -> tuple[Tensor, ...]:
+    wide = torch.promote_types(residual.dtype, torch.float32)
+    z = residual.new_empty(0 if x is None else residual.shape)
+    mean, rstd = (residual.new_empty(len(residual), dtype=wide) for _ in range(2))
+    return z, residual.new_empty(residual.shape), mean, rstd
+
+
+@operator(
+    "residual_norm_forward(Tensor? x, Tensor? bias, Tensor residual, Tensor weight, Tensor norm_bias, Tensor? seed, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_norm_forward,
+)
 def _norm_forward(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """`residual_norm_forward` of tensors (..., H) on the path that options.kernels and the device choose."""
-    rows = residual.reshape(-1, residual.shape[-1])
-    x_rows = None if x is None else x.reshape(rows.shape)
-    options: Options = rest[-1]
+    """z, y (T, H), mean and rstd (T,) on the path that the options and the device choose; without x, z is empty."""
+    weight, norm_bias, seed, *values = rest
+    options = Options(*values)
     if uses_triton(residual, options.kernels):
-        from .residual_norm_triton import residual_norm_forward
+        from .residual_norm_triton import residual_norm_forward as forward
+    else:
+        forward = residual_norm_forward_reference
+    z, y, mean, rstd = forward(x, bias, residual, weight, norm_bias, seed, options)
+    return residual.new_empty(0) if x is None else z, y, mean, rstd
 
-        return residual_norm_forward(x_rows, bias, rows, *rest)
-    return residual_norm_forward_reference(x_rows, bias, rows, *rest)
+
+def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    saved = Saved(*rest[: len(Saved._fields)])
+    dx = torch.empty_like(saved.kept) if saved.seed is not None else dy.new_empty(0)
+    dbias = torch.empty_like(saved.bias) if saved.bias is not None else dy.new_empty(0)
+    return dx, dbias, torch.empty_like(saved.kept), torch.empty_like(saved.weight), torch.empty_like(saved.norm_bias)
 
 
-def _norm_backward(ctx: Any, dz: Tensor | None, dy: Tensor | None) -> Gradients:
-    saved, options = Saved(*ctx.saved_tensors), ctx.options
-    shape = saved.kept.shape
-    dz_rows = None if dz is None else dz.reshape(shape)
-    dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(shape)
+@operator(
+    "residual_norm_backward(Tensor? dz, Tensor dy, Tensor kept, Tensor? mean, Tensor rstd, Tensor weight, "
+    f"Tensor norm_bias, Tensor? bias, Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_norm_backward,
+)
+def _norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """dx, dbias, dresidual, dweight, dnorm_bias; dx is empty where it equals dresidual, dbias where there is no bias."""
+    saved, options = Saved(*rest[: len(Saved._fields)]), Options(*rest[len(Saved._fields) :])
     if uses_triton(saved.kept, options.kernels):
-        from .residual_norm_triton import residual_norm_backward
+        from .residual_norm_triton import residual_norm_backward as backward
+    else:
+        backward = residual_norm_backward_reference
+    dx, dbias, dresidual, dweight, dnorm_bias = backward(dz, dy, saved, options)
+    dx = dy.new_empty(0) if dx is dresidual else dx
+    return dx, dy.new_empty(0) if dbias is None else dbias, dresidual, dweight, dnorm_bias
 
-        return residual_norm_backward(dz_rows, dy_rows, saved, options)
-    return residual_norm_backward_reference(dz_rows, dy_rows, saved, options)
+
+@operator(
+    "residual_add_forward(Tensor x, Tensor? bias, Tensor residual, Tensor? seed, " + _OPTIONS + ") -> Tensor",
+    lambda x, *_: x.new_empty(x.shape),
+)
+def _add_forward(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, *values: Any) -> Tensor:
+    """z (T, H)."""
+    options = Options(*values)
+    if uses_triton(residual, options.kernels):
+        from .residual_norm_triton import residual_add_forward as forward
+    else:
+        forward = residual_add_forward_reference
+    return forward(x, bias, residual, seed, options)
+
+
+def _fake_add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    dx = dz.new_empty(0 if seed is None else dz.shape)
+    return dx, dz.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+@operator(
+    f"residual_add_backward(Tensor dz, Tensor? bias, Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor)", _fake_add_backward
+)
+def _add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *values: Any) -> tuple[Tensor, Tensor]:
+    """dx and dbias; dx is empty where it equals dz, dbias where there is no bias."""
+    options = Options(*values)
+    if uses_triton(dz, options.kernels):
+        from .residual_norm_triton import residual_add_backward as backward
+    else:
+        backward = residual_add_backward_reference
+    dx, dbias = backward(dz, bias, seed, options)
+    return dz.new_empty(0) if dx is dz else dx, dz.new_empty(0) if dbias is None else dbias
 
 
 class _ResidualNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         weight, norm_bias, seed, options = rest
-        z, y, mean, rstd = _norm_forward(x, bias, residual, weight, norm_bias, seed, options)
+        rows = residual.reshape(-1, residual.shape[-1])
+        x_rows = x.reshape(rows.shape)
+        z, y, mean, rstd = _norm_forward(x_rows, bias, rows, weight, norm_bias, seed, *astuple(options))
         kept = y if options.inverted else z
         ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
         ctx.options = options
@@ -263,16 +327,22 @@ class _ResidualNorm(torch.autograd.Function):
         given = dy if dz is None else dz
         if given is None:
             return (None,) * 7
-        dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(ctx, dz, dy)
-        same = dx is dresidual  # then return one object, so that autograd sees that it is shared
+        saved, options = Saved(*ctx.saved_tensors), ctx.options
+        shape = saved.kept.shape
+        dz_rows = None if dz is None else dz.reshape(shape)
+        dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(shape)
+        dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(dz_rows, dy_rows, *saved, *astuple(options))
         dresidual = dresidual.view(given.shape)
-        return dresidual if same else dx.view(given.shape), dbias, dresidual, dweight, dnorm_bias, None, None
+        # without dropout one object for both, so that autograd sees that it is shared
+        dx_out = dresidual if saved.seed is None else dx.view(given.shape)
+        return dx_out, None if saved.bias is None else dbias, dresidual, dweight, dnorm_bias, None, None
 
 
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, weight: Tensor, norm_bias: Tensor, options: Options) -> Tensor:
-        rows, y, mean, rstd = _norm_forward(None, None, z, weight, norm_bias, None, options)
+        rows = z.reshape(-1, z.shape[-1])
+        _, y, mean, rstd = _norm_forward(None, None, rows, weight, norm_bias, None, *astuple(options))
         kept = y if options.inverted else rows
         ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, None, None))
         ctx.options = options
@@ -281,7 +351,9 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _, _, dz, dweight, dnorm_bias = _norm_backward(ctx, None, dy)
+        saved = Saved(*ctx.saved_tensors)
+        gradients = _norm_backward(None, dy.reshape(saved.kept.shape), *saved, *astuple(ctx.options))
+        _, _, dz, dweight, dnorm_bias = gradients
         return dz.view(dy.shape), dweight, dnorm_bias, None
 
 
@@ -293,23 +365,14 @@ class _ResidualAdd(torch.autograd.Function):
         ctx.save_for_backward(bias, seed)
         ctx.options = options
         rows = residual.reshape(-1, residual.shape[-1])
-        if uses_triton(residual, options.kernels):
-            from .residual_norm_triton import residual_add_forward
-
-            z = residual_add_forward(x.reshape(rows.shape), bias, rows, seed, options)
-        else:
-            z = residual_add_forward_reference(x.reshape(rows.shape), bias, rows, seed, options)
+        z = _add_forward(x.reshape(rows.shape), bias, rows, seed, *astuple(options))
         return z.view(residual.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
         bias, seed = ctx.saved_tensors
-        rows = dz.reshape(-1, dz.shape[-1])
-        if uses_triton(dz, ctx.options.kernels):
-            from .residual_norm_triton import residual_add_backward
-
-            dx, dbias = residual_add_backward(rows, bias, seed, ctx.options)
-        else:
-            dx, dbias = residual_add_backward_reference(rows, bias, seed, ctx.options)
-        return dz if dx is rows else dx.view(dz.shape), dbias, dz, None, None
+        if bias is None and seed is None:
+            return dz, None, dz, None, None
+        dx, dbias = _add_backward(dz.reshape(-1, dz.shape[-1]), bias, seed, *astuple(ctx.options))
+        return dz if seed is None else dx.view(dz.shape), None if bias is None else dbias, dz, None, None

@@ -230,32 +230,45 @@ def _add_backward_kernel(
 
 @triton.jit(do_not_specialize=["programs"])
 def _sum_partials_kernel(
-    partial_ptr,  # (programs, width) fp32
-    sum_ptr,  # (width,) out
+    partial_ptr,  # (programs, sums, width) fp32
+    first_ptr,  # (width,) out, as the next two; those beyond the number of sums are unused
+    second_ptr,
+    third_ptr,
     programs,
+    sums,
     width,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    which = tl.program_id(1)
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    partial_ptr += which * width + columns
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, programs, ROWS):
-        rows = first + tl.arange(0, ROWS)
-        valid = (rows < programs)[:, None] & (columns < width)[None, :]
-        total += tl.load(partial_ptr + rows.to(tl.int64)[:, None] * width + columns[None, :], mask=valid, other=0.0)
-    tl.store(sum_ptr + columns, tl.sum(total, 0).to(sum_ptr.dtype.element_ty), mask=columns < width)
+        rows = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        valid = (rows < programs) & (columns < width)[None, :]
+        total += tl.load(partial_ptr[None, :] + rows * (sums * width), mask=valid, other=0.0)
+    result = tl.sum(total, 0)
+    if which == 0:
+        tl.store(first_ptr + columns, result.to(first_ptr.dtype.element_ty), mask=columns < width)
+    elif which == 1:
+        tl.store(second_ptr + columns, result.to(second_ptr.dtype.element_ty), mask=columns < width)
+    else:
+        tl.store(third_ptr + columns, result.to(third_ptr.dtype.element_ty), mask=columns < width)
 
 
-def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over the first dim in an order that only the shape decides, contiguous, in the given dtype.
+def sum_partials(partial: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """The sums over the first dim, each (width,), in an order that only the shape decides, with the dtypes of `like`.
 
-    partial: (programs, ...) fp32, contiguous.
+    partial: (programs, len(like), width) fp32, contiguous; up to three sums. They do not share memory, as results of an
+    operator must not.
     """
-    out = torch.empty(partial.shape[1:], dtype=dtype, device=partial.device)
-    width = out.numel()
-    grid = (triton.cdiv(width, _SUM_COLUMNS),)
-    _sum_partials_kernel[grid](partial, out, partial.shape[0], width, ROWS=32, COLUMNS=_SUM_COLUMNS, num_warps=8)
-    return out
+    programs, sums, width = partial.shape
+    results = [torch.empty(width, dtype=tensor.dtype, device=partial.device) for tensor in like]
+    grid = (triton.cdiv(width, _SUM_COLUMNS), sums)
+    pointers = [*results, *results[:1] * (3 - sums)]
+    _sum_partials_kernel[grid](partial, *pointers, programs, sums, width, ROWS=32, COLUMNS=_SUM_COLUMNS, num_warps=8)
+    return results
 
 
 def _tile(H: int) -> dict[str, int]:
@@ -347,9 +360,8 @@ def residual_norm_backward(dz: Tensor | None, dy: Tensor, saved: Saved, options:
         INVERTED=options.inverted,
         **tile,
     )
-    dweight, dnorm_bias, *rest = sum_partials(partial, weight.dtype).unbind()
-    dbias = None if bias is None else rest[0].to(bias.dtype)
-    return dx, dbias, dresidual, dweight, dnorm_bias.to(norm_bias.dtype)
+    dweight, dnorm_bias, *rest = sum_partials(partial, [t for t in (weight, norm_bias, bias) if t is not None])
+    return dx, rest[0] if rest else None, dresidual, dweight, dnorm_bias
 
 
 def residual_add_forward(
@@ -387,7 +399,7 @@ def residual_add_backward(
     programs, tiles = _backward_grid(num_rows, tile["ROWS"])
     contiguous = dz.contiguous()
     dx = dz if seed is None else torch.empty_like(contiguous)
-    partial = torch.empty(programs, H, dtype=torch.float32, device=dz.device)
+    partial = torch.empty(programs, 1, H, dtype=torch.float32, device=dz.device)
     _add_backward_kernel[(programs,)](
         contiguous,
         seed,
@@ -400,4 +412,4 @@ def residual_add_backward(
         DROPS=seed is not None,
         **tile,
     )
-    return dx, None if bias is None else sum_partials(partial, bias.dtype)
+    return dx, None if bias is None else sum_partials(partial, [bias])[0]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from xformer_train.kernels.attention import AttentionMask, attention
 from xformer_train.kernels.cross_entropy import IGNORED, linear_cross_entropy
 from xformer_train.kernels.dropout import dropout, keep_mask, keep_scale
-from xformer_train.kernels.residual_norm import is_invertible
+from xformer_train.kernels.residual_norm import are_invertible
 
 SEED = torch.tensor(1234)
 
@@ -51,9 +51,10 @@ def test_no_seed_means_no_dropout():
 
 @pytest.mark.parametrize(("scale", "dtype", "allowed"), [(0.01, torch.bfloat16, False), (0.01, torch.float32, True)])
 def test_the_inversion_guard_depends_on_the_precision(scale, dtype, allowed):
-    weight = torch.ones(16)
-    weight[5] = scale
-    assert is_invertible(weight, torch.full((16,), 0.1), dtype) is allowed
+    weight, bias = torch.ones(16), torch.full((16,), 0.1)
+    small = weight.clone()
+    small[5] = scale
+    assert are_invertible([weight, small], [bias, bias], dtype) == [True, allowed]
 
 
 def explicit_attention(qkv, bias, mask):
