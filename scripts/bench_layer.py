@@ -1,197 +1,306 @@
-"""One training step of one BERT layer: ours against the stock layers, side by side in one process.
+"""One training step of one transformer layer: ours against the others, side by side in one process.
 
-Rows take turns, round by round, so that a busy machine slows all of them alike; figures are medians over the rounds. Every
-row has the same shape, padding mask and dropout. Prints a table last, and writes JSON.
+Rows take turns, round by round, so that a busy or hot machine slows all of them alike; figures are medians over the rounds.
+Every row of a shape has the same sequences and dropout. Before anything is timed, each of our rows is compared without
+dropout with the written-out layer in higher precision; a wrong one is not timed, and the exit status is then 1. A row that
+cannot be run is listed with the reason.
+
+--out gets JSON lines, the machine first, then the rows of each shape as soon as they are measured. Last comes the table:
+  fwd, bwd, both   ms, medians
+  peak MiB         what a step takes from a GPU's memory besides parameters and input
+  saved MiB        what forward keeps for backward, without parameters and output
+  TFLOP/s          matrix products and attention, of padding too except unpadded, over the time of both
+  roofline         the least time at the matrix and copy rates measured in this process, over the time of both
+  vs compile       how many times as fast as torch.compile's row the row is
+  ours is          how many times as fast as the row our first one is
+  error            of our rows without dropout, relative, in the output or the input gradient, whichever is larger
 """
 
 import argparse
+import gc
 import json
-import platform
-import shutil
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import traceback
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from bench_device import Ceilings, default_device, machine_line, measure_ceilings
+from bench_rows import (
+    BASELINE,
+    CPU_SHAPES,
+    GPU_SHAPES,
+    OURS,
+    SHAPES,
+    Row,
+    Shape,
+    Task,
+    UnavailableError,
+    make_task,
+    plain,
+    plain_layer,
+    rows_of,
+)
+from bench_steps import (
+    GPU_INPUT_SETS,
+    Inputs,
+    Step,
+    draw_inputs,
+    make_step,
+    peak_bytes,
+    run_once,
+    saved_bytes,
+    time_steps,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer
-
-SHAPES = {  # hidden, heads, feed-forward, batch, sequence
-    "bert-tiny": (128, 2, 512, 16, 128),
-    "bert-base": (768, 12, 3072, 8, 128),
-    "bert-large-128": (1024, 16, 4096, 64, 128),
-    "bert-large-512": (1024, 16, 4096, 16, 512),
-}
+WARMUP_ROUNDS = 2  # the first compiles, the second finds everything in place
 
 
 @dataclass(frozen=True)
-class Row:
-    """A way to compute the layer: forward takes (B, S, H) and gives the same."""
+class Settings:
+    """What holds for all shapes of one call."""
 
-    name: str
-    forward: Callable[[Tensor], Tensor]
-
-
-class PlainLayer(nn.Module):
-    """The post-LN layer as one would write it with torch's own functions."""
-
-    def __init__(self, config: LayerConfig) -> None:
-        super().__init__()
-        size, self.heads, self.p = config.hidden_size, config.num_attention_heads, config.hidden_dropout_prob
-        self.qkv, self.project = nn.Linear(size, 3 * size), nn.Linear(size, size)
-        self.up, self.down = nn.Linear(size, config.intermediate_size), nn.Linear(config.intermediate_size, size)
-        self.norm1, self.norm2 = nn.LayerNorm(size), nn.LayerNorm(size)
-
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """(B, S, H) from (B, S, H) and an additive mask (B, 1, 1, S)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        context = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=self.p).transpose(1, 2).flatten(2)
-        x = self.norm1(x + F.dropout(self.project(context), self.p))
-        return self.norm2(x + F.dropout(self.down(F.gelu(self.up(x))), self.p))
+    device: torch.device
+    dtype: torch.dtype
+    dropout: float
+    rounds: int
 
 
-def rows_of(config: LayerConfig, key_mask: Tensor, dtype: torch.dtype) -> list[Row]:
-    """Every row that this machine can run."""
-    from transformers import BertConfig
-    from transformers.models.bert.modeling_bert import BertLayer
+@dataclass(frozen=True)
+class Work:
+    """What one step of a layer has to do at least."""
 
-    device, mask = key_mask.device, AttentionMask(key_mask=key_mask)
-    bias = mask.additive(key_mask.shape[1], torch.empty((), dtype=dtype, device=device))
-    assert bias is not None, "there is a mask"
-    flags = {"normalize_invertible": True, "gelu_checkpoint": True, "attn_dropout_checkpoint": True}
+    matmul_flop: float
+    attention_flop: float
+    activation_bytes: float
+    """One tensor (T, H)."""
 
-    def on_device(module: nn.Module) -> nn.Module:
-        return module.to(device, dtype).train()
+    @property
+    def flop(self) -> float:
+        return self.matmul_flop + self.attention_flop
 
-    ours, saving = (on_device(TransformerLayer(c)) for c in (config, replace(config, **flags)))  # type: ignore[arg-type]
-    plain = on_device(PlainLayer(config))
-    compiled = torch.compile(plain)
-    stock = on_device(
-        BertLayer(
-            BertConfig(
-                hidden_size=config.hidden_size,
-                num_attention_heads=config.num_attention_heads,
-                intermediate_size=config.intermediate_size,
-                hidden_dropout_prob=config.hidden_dropout_prob,
-                attention_probs_dropout_prob=config.attention_probs_dropout_prob,
-                attn_implementation="sdpa",
-            )
-        )
-    )
-    encoder = on_device(
-        nn.TransformerEncoderLayer(
-            config.hidden_size,
-            config.num_attention_heads,
-            config.intermediate_size,
-            config.hidden_dropout_prob,
-            "gelu",
-            batch_first=True,
-        )
-    )
-    return [
-        Row("ours", lambda x: ours(x, mask)),
-        Row("ours, all memory flags", lambda x: saving(x, mask)),
-        Row("torch, written out", lambda x: plain(x, bias)),
-        # on a CPU, torch.compile needs a compiler
-        *(
-            [Row("torch.compile of it", lambda x: compiled(x, bias))]
-            if device.type == "cuda" or shutil.which("c++")
-            else []
-        ),
-        Row("transformers BertLayer", lambda x: _first(stock(x, bias))),
-        Row("nn.TransformerEncoderLayer", lambda x: encoder(x, src_key_padding_mask=~key_mask)),
-    ]
+    def floor_s(self, ceilings: Ceilings) -> float:
+        """The least time at these rates.
+
+        On a GPU pointwise work and attention move 26 and 12 activations when everything that can be fused is; attention
+        takes as long as the slower of its products and its memory. On a CPU the products alone count.
+        """
+        if ceilings.copy_bytes_per_s is None:
+            return self.flop / ceilings.matmul_flop_per_s
+        activation_s = self.activation_bytes / ceilings.copy_bytes_per_s
+        attention_s = max(self.attention_flop / ceilings.matmul_flop_per_s, 12 * activation_s)
+        return self.matmul_flop / ceilings.matmul_flop_per_s + attention_s + 26 * activation_s
 
 
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+def work_of(shape: Shape, dtype: torch.dtype, packed: bool) -> Work:
+    """Forward and backward of the layer on all positions, or on the real tokens alone.
+
+    Products: 24 T H^2 forward, twice that backward. Attention: 4 S^2 H for each sequence forward, 2.5 times that backward,
+    which forms the scores again; half of it when causal.
+    """
+    size = shape.hidden_size
+    lengths = shape.lengths().double() if packed else torch.full((shape.batch,), float(shape.length)).double()
+    tokens, squares = lengths.sum().item(), lengths.square().sum().item()
+    attention = 3.5 * 4 * squares * size / (2 if shape.causal else 1)
+    return Work(3 * 24 * tokens * size**2, attention, dtype.itemsize * tokens * size)
 
 
-def saved_bytes(row: Row, x: Tensor) -> int:
-    """Bytes kept for backward by one forward pass: distinct storages, parameters included alike in every row."""
-    seen: dict[int, int] = {}
+class Reference:
+    """Output and input gradient of the written-out layer without dropout, in fp32, or fp64 for fp32 rows."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+    def __init__(self, task: Task) -> None:
+        self._task = task.without_dropout()
+        self._inputs = draw_inputs(task, 1)
+        wider = torch.float64 if task.dtype == torch.float32 else torch.float32
+        layer, bias = plain_layer(self._task).to(wider), task.additive_mask()
+        x = self._inputs.x[0].to(wider).requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # the others may round to tf32 on a GPU
+            y = layer(x, None if bias is None else bias.to(wider))
+            (dx,) = torch.autograd.grad(y, x, self._inputs.dy[0].to(wider))
+        self._exact = [result.detach()[task.key_mask].double() for result in (y, dx)]
+        self._torchs = self._errors(plain(self._task))
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        row.forward(x)
-    return sum(seen.values())
+    def _errors(self, row: Row) -> list[float]:
+        results = run_once(make_step(row, self._inputs.of(row, self._task.key_mask)))
+        real = (result if row.packed else result[self._task.key_mask] for result in results)
+        return [
+            ((ours.double() - exact).norm() / exact.norm()).item()
+            for ours, exact in zip(real, self._exact, strict=True)
+        ]
+
+    def check(self, name: str) -> float:
+        """The error of our row of this name. Raises ValueError if it is over twice torch's own and fp32 rounding."""
+        errors = self._errors(rows_of(self._task)[name]())
+        for error, torchs, what in zip(errors, self._torchs, ("output", "input gradient"), strict=True):
+            if not error <= 2 * torchs + torch.finfo(torch.float32).eps:
+                raise ValueError(f"wrong: its {what} is off by {error:.1e}, and torch's by {torchs:.1e}")
+        return max(errors)
 
 
-def time_once(row: Row, x: Tensor, dy: Tensor) -> tuple[float, float]:
-    """Seconds of (forward, backward)."""
+@dataclass(frozen=True)
+class Contender:
+    """A row that is timed."""
 
-    def now() -> float:
-        if x.is_cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    started_s = now()
-    y = row.forward(x)
-    middle_s = now()
-    y.backward(dy)
-    return middle_s - started_s, now() - middle_s
+    row: Row
+    inputs: Inputs
+    step: Step
+    error: float | None
 
 
-def measure(shape: str, dtype: torch.dtype, rounds: int, p: float) -> list[dict[str, Any]]:
-    """One record per row."""
-    size, heads, width, batch, length = SHAPES[shape]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = LayerConfig(
-        size, heads, width, hidden_dropout_prob=p, attention_probs_dropout_prob=p, pre_layer_norm=False
-    )
-    key_mask = torch.ones(batch, length, dtype=torch.bool, device=device)
-    key_mask[:: max(2, batch // 4), length - length // 8 :] = False
-    x = torch.randn(batch, length, size, device=device, dtype=dtype, requires_grad=True)
-    dy = torch.randn_like(x)
-    rows = rows_of(config, key_mask, dtype)
-    times: dict[str, list[tuple[float, float]]] = {row.name: [] for row in rows}
-    for turn in range(rounds + 2):
-        for row in rows:
-            pair = time_once(row, x, dy)
-            if turn >= 2:  # the first two warm up, and torch.compile compiles
-                times[row.name].append(pair)
-    records = []
-    for row in rows:
-        forward, backward = (statistics.median(pair[i] for pair in times[row.name]) for i in (0, 1))
-        both = statistics.median(sum(pair) for pair in times[row.name])
-        saved = saved_bytes(row, x)
-        records.append({"shape": shape, "row": row.name, "forward_s": forward, "backward_s": backward, "both_s": both})
-        records[-1] |= {"saved_bytes": saved}
-    for record in records:
-        record["speedup_of_ours"] = record["both_s"] / records[0]["both_s"]
+@dataclass(frozen=True)
+class Absent:
+    """Why a row is not timed. failed: it should have run here."""
+
+    reason: str
+    failed: bool
+
+
+def contenders(task: Task) -> Iterator[tuple[str, Contender | Absent]]:
+    """Every row by name, ready to be timed or not."""
+    reference = Reference(task)
+    inputs = draw_inputs(task, GPU_INPUT_SETS if task.device.type == "cuda" else 1)
+    for name, make_row in rows_of(task).items():
+        try:
+            error = reference.check(name) if name.startswith(OURS) else None
+            row = make_row()
+            own = inputs.of(row, task.key_mask)
+            step = make_step(row, own)
+            run_once(step)  # what fails at its first use fails here
+            yield name, Contender(row, own, step, error)
+        except UnavailableError as reason:
+            yield name, Absent(str(reason), failed=False)
+        except Exception as failure:  # of whatever kind: the other rows go on
+            traceback.print_exc()
+            yield name, Absent(" ".join(f"{type(failure).__name__}: {failure}".split())[:200], failed=True)
+
+
+def measure(name: str, settings: Settings, ceilings: Ceilings) -> list[dict[str, Any]]:
+    """One record per row of the shape."""
+    shape = SHAPES[name]
+    found = dict(contenders(make_task(shape, settings.dtype, settings.device, settings.dropout)))
+    timed = {row: one for row, one in found.items() if isinstance(one, Contender)}
+    times: dict[str, list[tuple[float, float]]] = {row: [] for row in timed}
+    for turn in range(WARMUP_ROUNDS + settings.rounds):
+        for row, one in timed.items():
+            pairs = time_steps(one.step, one.inputs)
+            if turn >= WARMUP_ROUNDS:
+                times[row] += pairs
+    records: list[dict[str, Any]] = []
+    for row, result in found.items():
+        if isinstance(result, Absent):
+            records.append({"shape": name, "row": row, "not_run": result.reason, "failed": result.failed})
+        else:
+            work = work_of(shape, settings.dtype, result.row.packed)
+            records.append({"shape": name, "row": row, **_figures(result, times[row], work, ceilings)})
+    _add_ratios(records)
     return records
 
 
+def _figures(one: Contender, times: list[tuple[float, float]], work: Work, ceilings: Ceilings) -> dict[str, Any]:
+    forward_s, backward_s = (statistics.median(pair[i] for pair in times) for i in (0, 1))
+    both_s = statistics.median(sum(pair) for pair in times)
+    on_gpu, counted = one.inputs.dy[0].is_cuda, one.row.counts_memory
+    return {
+        "forward_s": forward_s,
+        "backward_s": backward_s,
+        "both_s": both_s,
+        "peak_bytes": peak_bytes(one.step) if on_gpu and counted else None,
+        "saved_bytes": saved_bytes(one.row, one.inputs.x[0]) if counted else None,
+        "flop_per_s": work.flop / both_s,
+        "share_of_roofline": work.floor_s(ceilings) / both_s,
+        "error": one.error,
+    }
+
+
+def _add_ratios(records: list[dict[str, Any]]) -> None:
+    both_s = {record["row"]: record["both_s"] for record in records if "both_s" in record}
+    for record in records:
+        if "both_s" in record:
+            compiled_s, ours_s = both_s.get(BASELINE), both_s.get(OURS)
+            record["speed_over_compile"] = compiled_s / record["both_s"] if compiled_s else None
+            record["speedup_of_ours"] = record["both_s"] / ours_s if ours_s else None
+
+
+COLUMNS = {  # title: key, factor, format
+    "fwd ms": ("forward_s", 1e3, ".2f"),
+    "bwd ms": ("backward_s", 1e3, ".2f"),
+    "both ms": ("both_s", 1e3, ".2f"),
+    "peak MiB": ("peak_bytes", 2**-20, ".1f"),
+    "saved MiB": ("saved_bytes", 2**-20, ".1f"),
+    "TFLOP/s": ("flop_per_s", 1e-12, ".3g"),
+    "roofline": ("share_of_roofline", 1, ".0%"),
+    "vs compile": ("speed_over_compile", 1, ".2f"),
+    "ours is": ("speedup_of_ours", 1, ".2f"),
+    "error": ("error", 1, ".0e"),
+}
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """The figures for a person, and under them what was not run."""
+    lines = [f"{'shape':23} {'row':26}" + "".join(f"{title:>11}" for title in COLUMNS)]
+    absent: dict[str, list[str]] = {}
+    for record in records:
+        if "not_run" in record:
+            absent.setdefault(f"{record['row']}: {record['not_run']}", []).append(record["shape"])
+            continue
+        cells = (
+            "-" if record[key] is None else f"{record[key] * factor:{format_}}"
+            for key, factor, format_ in COLUMNS.values()
+        )
+        lines.append(f"{record['shape']:23} {record['row']:26}" + "".join(f"{cell:>11}" for cell in cells))
+    lines += [f"not run: {what} ({', '.join(shapes)})" for what, shapes in absent.items()]
+    return "\n".join(lines)
+
+
 def main() -> None:
+    device = default_device()
+    on_gpu = device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["bert-tiny", "bert-base"])
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=GPU_SHAPES if on_gpu else CPU_SHAPES)
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16" if on_gpu else "float32"
+    )
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON lines go here; the file is written anew")
     arguments = parser.parse_args()
-    records = []
-    for shape in arguments.shapes:
-        records += measure(shape, getattr(torch, arguments.dtype), arguments.rounds, arguments.dropout)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    machine = f"{device}, {platform.machine()}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    settings = Settings(device, getattr(torch, arguments.dtype), arguments.dropout, arguments.rounds)
+    machine, ceilings = machine_line(), measure_ceilings(device, settings.dtype)
+    head = {"machine": machine, "dtype": arguments.dtype, "dropout": settings.dropout, "rounds": settings.rounds}
     if arguments.out is not None:
-        arguments.out.write_text(
-            json.dumps({"machine": machine, **vars(arguments), "out": None, "rows": records}, indent=2)
-        )
-    print(f"{machine}; {arguments.dtype}, dropout {arguments.dropout}, medians of {arguments.rounds} rounds")
-    print(f"{'shape':15} {'row':28}{'fwd ms':>9}{'bwd ms':>9}{'both ms':>9}{'ours is':>9}{'saved MiB':>11}")
-    for r in records:
-        times = "".join(f"{1e3 * r[key]:9.2f}" for key in ("forward_s", "backward_s", "both_s"))
-        print(f"{r['shape']:15} {r['row']:28}{times}{r['speedup_of_ours']:8.2f}x{r['saved_bytes'] / 2**20:11.1f}")
+        arguments.out.write_text(json.dumps(head | asdict(ceilings)) + "\n")
+    records: list[dict[str, Any]] = []
+    for name in arguments.shapes:
+        started_s = time.monotonic()
+        measured = measure(name, settings, ceilings)
+        records += measured
+        if arguments.out is not None:
+            with arguments.out.open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in measured)
+        print(f"{name}: {time.monotonic() - started_s:.0f} s", file=sys.stderr)
+        _forget_shape()
+    print(f"{machine}; {arguments.dtype}, dropout {settings.dropout}, medians of {settings.rounds} rounds")
+    copy = ceilings.copy_bytes_per_s
+    print(
+        f"roofline: {ceilings.matmul_flop_per_s / 1e12:.2f} TFLOP/s in a matrix product"
+        + (f", {copy / 1e12:.2f} TB/s in a copy" if copy else "")
+    )
+    print(table(records))
+    if any(record.get("failed") and record["row"].startswith(OURS) for record in records):
+        sys.exit("one of our rows failed or is wrong")
+
+
+def _forget_shape() -> None:
+    """Frees the memory of a shape's rows and what was compiled for it."""
+    torch.compiler.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
