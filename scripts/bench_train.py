@@ -1,16 +1,22 @@
-"""What the training loop costs, and what it gains over `transformers`, in one run on one CPU.
+"""What whole training steps cost, against `transformers`; one form for a CPU and one for a GPU.
 
-Three ways to train the same BERT on the same batches, in turns within one process:
+On a CPU, three ways to train the same BERT on the same batches, in turns within one process:
   loop          xformer-train itself, from config to last step (time in steps, as metrics.jsonl has it)
   bare          forward, backward, clipping and optimizer step of the same model, nothing around it
   transformers  BertForPreTraining as it comes, with the labels of every position, and the same optimizer
 
-Prints a table and writes JSON. Figures are medians over the steps of all turns but each turn's first two.
+On a GPU, two models in engines alike (the precision, optimizer and clipping of the run config), in turns within one process,
+at each config's micro-batch without accumulation, on random tokens of full length:
+  xformer-train  the model and step of a run
+  transformers   BertForPreTraining as it comes, without a mask, with the labels of every position
+
+Prints a table and writes JSON. Figures are medians over the steps of all turns but each turn's first two; on a GPU, over the
+turns.
 """
 
 import argparse
 import json
-import platform
+import math
 import statistics
 import tempfile
 import time
@@ -20,77 +26,97 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench_device import machine_line, synchronize
+from torch import Tensor, nn
 
+from xformer_train.launcher.batch import solve_batch
 from xformer_train.launcher.config import RunConfig
 from xformer_train.launcher.config_loading import LoadedConfig, load_config
+from xformer_train.launcher.deepspeed_config import Precision, deepspeed_config
+from xformer_train.launcher.engine import build_engine
+from xformer_train.launcher.metrics import peak_flops
 from xformer_train.launcher.optim import build_optimizer
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.recording import device_name
+from xformer_train.launcher.steps import StepData, train_step
+from xformer_train.launcher.topology import Topology, precision, quiet, start_processes, stop_processes
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.data import prepare_data
 from xformer_train.recipes.tokenizer import load_tokenizer
 
+CPU_CONFIGS = ["configs/bert_base.yaml"]
+GPU_CONFIGS = ["configs/bert_large_seq128.yaml", "configs/bert_large_seq512.yaml"]
+VOCAB_SIZE = 30528  # BERT's 30,522 and the rows that a run adds to them
 WARMUP_STEPS = 2
+Tensors = dict[str, Tensor]
 
 
 def main() -> None:
+    on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/bert_base.yaml")
+    parser.add_argument("--config", nargs="+", default=GPU_CONFIGS if on_gpu else CPU_CONFIGS)
     parser.add_argument("--layers", type=int, help="fewer layers than the config has, to be done sooner")
-    parser.add_argument("--micro-batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=6, help="steps of one turn, the first two not counted")
+    parser.add_argument(
+        "--micro-batch-size", type=int, default=None if on_gpu else 8, help="default on a GPU: the config's"
+    )
+    parser.add_argument("--steps", type=int, default=22 if on_gpu else 6, help="of one turn, the first two not counted")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     arguments = parser.parse_args()
-    if torch.cuda.is_available():
-        raise SystemExit("this benchmark compares fp32 on a CPU; hide the GPUs with CUDA_VISIBLE_DEVICES=")
     quiet(debug=False)
-    with tempfile.TemporaryDirectory() as folder:
-        result = measure(arguments, Path(folder))
-    print(table(result))
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    results = []
+    for config in arguments.config:
+        results.append(measure_on_gpu(arguments, config) if on_gpu else measure_on_cpu(arguments, config))
+        if arguments.out is not None:  # after each, so that a call cut short leaves what it measured
+            arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    print("\n".join(table(result) for result in results))
 
 
-def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure_on_cpu(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
     """Median step times in seconds, sequences per second and ratios."""
-    loaded = bench_config(arguments, folder)
-    config = loaded.config
-    times: dict[str, list[float]] = {"loop": [], "bare": [], "transformers": []}
-    # The first turn of the loop makes tokenizer and data, which the others then read.
-    times["loop"] += loop_turn(bench_config(arguments, folder, name="turn0"))
-    batches, vocab_size = read_batches(config, folder / "turn0" / "tokenizer", arguments.steps)
-    turns = {
-        "bare": bare_turn(config, vocab_size),
-        "transformers": transformers_turn(config, vocab_size),
-    }
-    for turn in range(arguments.turns):
-        for name, take in turns.items():
-            times[name] += timed(take, batches)
-        if turn:
-            times["loop"] += loop_turn(bench_config(arguments, folder, name=f"turn{turn}"))
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    size = arguments.micro_batch_size
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        config = cpu_config(arguments, path, folder).config
+        times: dict[str, list[float]] = {"loop": [], "bare": [], "transformers": []}
+        # The first turn of the loop makes tokenizer and data, which the others then read.
+        times["loop"] += loop_turn(cpu_config(arguments, path, folder, name="turn0"))
+        batches = read_batches(config, folder / "turn0" / "tokenizer", arguments.steps)
+        bare, stock = bare_step(config), stock_step(config)
+        stock_batches = [stock_inputs(batch) | {"attention_mask": batch["attention_mask"].long()} for batch in batches]
+        for turn in range(arguments.turns):
+            times["bare"] += timed(bare, batches)
+            times["transformers"] += timed(stock, stock_batches)
+            if turn:
+                times["loop"] += loop_turn(cpu_config(arguments, path, folder, name=f"turn{turn}"))
+    medians = {row: statistics.median(values) for row, values in times.items()}
     return {
-        "date": time.strftime("%Y-%m-%d"),
-        "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "shape": f"{config.model.num_hidden_layers} layers, hidden {config.model.hidden_size}, vocabulary {vocab_size}, "
-        f"{size} sequences of {config.data.max_seq_length}",
+        "machine": machine_line(),
+        "shape": shape_line(config, arguments.micro_batch_size),
         "step_time_s": medians,
-        "sequences_per_s": {name: size / value for name, value in medians.items()},
-        "loop_overhead": medians["loop"] / medians["bare"] - 1,
-        "speedup_over_transformers": medians["transformers"] / medians["loop"],
+        "sequences_per_s": {row: arguments.micro_batch_size / value for row, value in medians.items()},
+        "notes": [
+            f"loop over bare model: {medians['loop'] / medians['bare'] - 1:+.1%}",
+            f"loop against transformers: {medians['transformers'] / medians['loop']:.2f}x",
+        ],
     }
 
 
-def bench_config(arguments: argparse.Namespace, folder: Path, name: str = "bench") -> LoadedConfig:
+def shape_line(config: RunConfig, micro_batch_size: int) -> str:
+    """What was trained."""
+    model = config.model
+    return (
+        f"{model.num_hidden_layers} layers, hidden {model.hidden_size}, vocabulary {VOCAB_SIZE:,}, "
+        f"{micro_batch_size} sequences of {config.data.max_seq_length}, {config.optimizer.type}"
+    )
+
+
+def cpu_config(arguments: argparse.Namespace, path: str, folder: Path, name: str = "bench") -> LoadedConfig:
     """The given run config on the built-in corpus, at the benchmark's batch, a few steps long."""
     sets = [
         "data.sources=[{kind: builtin}]",
         "data.validation_fraction=0.0",
         f"data.cache_dir={folder / 'cache'}",
         "tokenizer={vocab_size: 8192}",
-        "model.vocab_size=30528",
+        f"model.vocab_size={VOCAB_SIZE}",
         "model.pre_layer_norm=false",
         f"training.train_batch_size={arguments.micro_batch_size}",
         f"training.micro_batch_size={arguments.micro_batch_size}",
@@ -104,7 +130,7 @@ def bench_config(arguments: argparse.Namespace, folder: Path, name: str = "bench
     ]
     if arguments.layers is not None:
         sets.append(f"model.num_hidden_layers={arguments.layers}")
-    return load_config(arguments.config, sets)
+    return load_config(path, sets)
 
 
 def loop_turn(loaded: LoadedConfig) -> list[float]:
@@ -119,17 +145,15 @@ def loop_turn(loaded: LoadedConfig) -> list[float]:
     return [size / row["seq_per_s"] for row in rows if "seq_per_s" in row][WARMUP_STEPS:]
 
 
-def read_batches(config: RunConfig, tokenizer: Path, steps: int) -> tuple[list[dict[str, torch.Tensor]], int]:
-    """The batches that the loop trains on, and the rows of the embedding."""
+def read_batches(config: RunConfig, tokenizer: Path, steps: int) -> list[Tensors]:
+    """The batches that the loop trains on."""
     data = prepare_data("bert", load_tokenizer(tokenizer), config.data, config.objective, config.seed, lambda _: None)
     size = config.training.train_batch_size
     assert size is not None
-    assert isinstance(config.model.vocab_size, int)
-    positions = np.arange(steps * size).reshape(steps, size)
-    return [data.train.batch(row) for row in positions], config.model.vocab_size
+    return [dict(data.train.batch(row)) for row in np.arange(steps * size).reshape(steps, size)]
 
 
-def timed(take: Callable[[dict[str, torch.Tensor]], None], batches: list[dict[str, torch.Tensor]]) -> list[float]:
+def timed(take: Callable[[Tensors], None], batches: list[Tensors]) -> list[float]:
     """Seconds of each counted step."""
     seconds = []
     for batch in batches:
@@ -139,20 +163,42 @@ def timed(take: Callable[[dict[str, torch.Tensor]], None], batches: list[dict[st
     return seconds[WARMUP_STEPS:]
 
 
-def bare_turn(config: RunConfig, vocab_size: int) -> Callable[[dict[str, torch.Tensor]], None]:
+def bare_step(config: RunConfig) -> Callable[[Tensors], None]:
     """A step of our model with nothing around it."""
-    recipe = RECIPES["bert"]
-    model = recipe.build_model(config.model, config.layer, config.objective, vocab_size)
+    recipe, model = RECIPES["bert"], our_model(config)
 
-    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    def loss_of(batch: Tensors) -> Tensor:
         sums, counts = model(**batch), recipe.loss_counts(batch, config.objective)
         return sum((sums[part] / counts[part] for part in sums), torch.zeros(()))
 
     return _step(model, config, loss_of)
 
 
-def transformers_turn(config: RunConfig, vocab_size: int) -> Callable[[dict[str, torch.Tensor]], None]:
-    """A step of the stock model on the same batch."""
+def stock_step(config: RunConfig) -> Callable[[Tensors], None]:
+    """A step of the stock model."""
+    model = stock_model(config)
+    return _step(model, config, lambda inputs: model(**inputs).loss)
+
+
+def _step(model: nn.Module, config: RunConfig, loss_of: Callable[[Tensors], Tensor]) -> Callable[[Tensors], None]:
+    optimizer = build_optimizer(model, config.optimizer)
+
+    def take(batch: Tensors) -> None:
+        loss_of(batch).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return take
+
+
+def our_model(config: RunConfig) -> nn.Module:
+    """The model of a run."""
+    return RECIPES["bert"].build_model(config.model, config.layer, config.objective, VOCAB_SIZE)
+
+
+def stock_model(config: RunConfig) -> nn.Module:
+    """`transformers`' model of the same size."""
     from transformers import BertConfig, BertForPreTraining  # seconds to import
 
     shared = config.model.model_dump(
@@ -167,48 +213,132 @@ def transformers_turn(config: RunConfig, vocab_size: int) -> Callable[[dict[str,
             "max_position_embeddings",
         }
     )
-    model = BertForPreTraining(BertConfig(vocab_size=vocab_size, **shared)).train()
-
-    def loss_of(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        labels = torch.full(batch["input_ids"].shape, -100).flatten()
-        labels[batch["masked_positions"]] = batch["masked_labels"]
-        loss: torch.Tensor = model(
-            input_ids=batch["input_ids"],
-            token_type_ids=batch["token_type_ids"],
-            attention_mask=batch["attention_mask"].long(),
-            labels=labels.view_as(batch["input_ids"]),
-            next_sentence_label=batch["sentence_labels"],
-        ).loss
-        return loss
-
-    return _step(model, config, loss_of)
+    model: nn.Module = BertForPreTraining(BertConfig(vocab_size=VOCAB_SIZE, **shared)).train()
+    return model
 
 
-def _step(
-    model: torch.nn.Module, config: RunConfig, loss_of: Callable[[dict[str, torch.Tensor]], torch.Tensor]
-) -> Callable[[dict[str, torch.Tensor]], None]:
-    optimizer = build_optimizer(model, config.optimizer)
+def stock_inputs(batch: Tensors) -> Tensors:
+    """A batch of ours as the stock model takes it, without a mask."""
+    labels = torch.full(batch["input_ids"].shape, -100).flatten()
+    labels[batch["masked_positions"]] = batch["masked_labels"]
+    return {
+        "input_ids": batch["input_ids"],
+        "token_type_ids": batch["token_type_ids"],
+        "labels": labels.view_as(batch["input_ids"]),
+        "next_sentence_label": batch["sentence_labels"],
+    }
 
-    def take(batch: dict[str, torch.Tensor]) -> None:
-        loss_of(batch).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.training.gradient_clipping)
-        optimizer.step()
-        optimizer.zero_grad()
 
-    return take
+def measure_on_gpu(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
+    """Median step times in seconds, sequences per second and shares of the peak, in the number format of a run here."""
+    config = gpu_config(arguments, path)
+    size, model = config.training.micro_batch_size, config.model
+    assert size is not None
+    topology = start_processes(config.reliability.hang_timeout_s)
+    try:
+        number_format, _ = precision(config.training.precision, topology.device)
+        medians = engine_times(config, topology, number_format, arguments.steps, arguments.turns)
+    finally:
+        stop_processes()
+    flop = RECIPES["bert"].flops_per_sample(model, VOCAB_SIZE, config.data.max_seq_length, predictions(config))
+    peak = peak_flops(device_name(topology.device), number_format)
+    return {
+        "machine": machine_line(),
+        "shape": f"{shape_line(config, size)}, {number_format}",
+        "step_time_s": medians,
+        "sequences_per_s": {row: size / value for row, value in medians.items()},
+        "mfu": {row: size * flop / value / peak if peak else None for row, value in medians.items()},
+        "notes": [f"against transformers: {medians['transformers'] / medians['xformer-train']:.2f}x"],
+    }
+
+
+def gpu_config(arguments: argparse.Namespace, path: str) -> RunConfig:
+    """The given run config with one micro-batch per step."""
+    size = arguments.micro_batch_size or load_config(path).config.training.micro_batch_size
+    sets = [
+        f"training.train_batch_size={size}",
+        f"training.micro_batch_size={size}",
+        "training.gradient_accumulation_steps=null",
+        "optimizer.lr=1e-4",  # that of a batch of 65,536 would take random tokens to infinity
+        "load={}",
+    ]
+    if arguments.layers is not None:
+        sets.append(f"model.num_hidden_layers={arguments.layers}")
+    return load_config(path, sets).config
+
+
+def engine_times(
+    config: RunConfig, topology: Topology, number_format: Precision, steps: int, turns: int
+) -> dict[str, float]:
+    """Median seconds per step of both models, each over all steps of a turn but the first two."""
+    ds_config = deepspeed_config(config, solve_batch(config.training, topology.world_size), number_format)
+    ours, theirs = (
+        build_engine(model, build_optimizer(model, config.optimizer), ds_config, topology)
+        for model in (our_model(config), stock_model(config))
+    )
+    data = [random_step(config, seed) for seed in range(min(4, steps))]
+    inputs = [
+        {name: tensor.to(topology.device) for name, tensor in stock_inputs(dict(one.micro_batches[0])).items()}
+        for one in data
+    ]
+
+    def take_ours(index: int) -> None:
+        train_step(ours, data[index], topology)
+
+    def take_theirs(index: int) -> None:
+        theirs.backward(theirs(**inputs[index]).loss)
+        theirs.step()
+
+    rows = {"xformer-train": take_ours, "transformers": take_theirs}
+    times: dict[str, list[float]] = {row: [] for row in rows}
+    for _ in range(turns):
+        for row, take in rows.items():
+            for step in range(steps):
+                if step == WARMUP_STEPS:
+                    synchronize(topology.device)
+                    started_s = time.perf_counter()
+                take(step % len(data))
+            synchronize(topology.device)
+            times[row].append((time.perf_counter() - started_s) / (steps - WARMUP_STEPS))
+    return {row: statistics.median(values) for row, values in times.items()}
+
+
+def predictions(config: RunConfig) -> int:
+    """Masked positions of one sequence of full length."""
+    length, most = config.data.max_seq_length, config.objective.max_predictions_per_seq
+    return most or math.ceil(config.objective.mlm_probability * length)
+
+
+def random_step(config: RunConfig, seed: int) -> StepData:
+    """One micro-batch of random tokens without padding, as the loader hands it to a step."""
+    recipe, length, size = RECIPES["bert"], config.data.max_seq_length, config.training.micro_batch_size
+    assert size is not None
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(VOCAB_SIZE, (size, length), generator=generator)
+    places = torch.rand(size, length, generator=generator).argsort(1)[:, : predictions(config)].sort(1).values
+    masked = (places + length * torch.arange(size)[:, None]).flatten()
+    batch = {
+        "input_ids": input_ids,
+        "token_type_ids": (torch.arange(length) >= length // 2).long().repeat(size, 1),
+        "attention_mask": torch.ones(size, length, dtype=torch.bool),
+        "masked_positions": masked,
+        "masked_labels": input_ids.flatten()[masked],
+        "sentence_labels": torch.randint(2, (size,), generator=generator),
+    }
+    counts, real_tokens = recipe.loss_counts(batch, config.objective), recipe.real_tokens(batch)
+    if torch.cuda.is_available():
+        batch = {name: tensor.pin_memory() for name, tensor in batch.items()}
+    return StepData([batch], counts, real_tokens)
 
 
 def table(result: dict[str, Any]) -> str:
     """The figures for a person."""
-    lines = [
-        f"{result['shape']}; {result['machine']}, torch {result['torch']}, {result['date']}",
-        f"{'':14}{'s/step':>9}{'seq/s':>9}",
-    ]
+    mfu = result.get("mfu", {})
+    lines = [f"{result['shape']}; {result['machine']}", f"{'':14}{'s/step':>9}{'seq/s':>9}" + f"{'MFU':>9}" * bool(mfu)]
     for name, seconds in result["step_time_s"].items():
-        lines.append(f"{name:14}{seconds:9.3f}{result['sequences_per_s'][name]:9.2f}")
-    lines.append(f"loop over bare model: {result['loop_overhead']:+.1%}")
-    lines.append(f"loop against transformers: {result['speedup_over_transformers']:.2f}x")
-    return "\n".join(lines)
+        share = f"{mfu[name]:9.1%}" if mfu.get(name) else ""
+        lines.append(f"{name:14}{seconds:9.4f}{result['sequences_per_s'][name]:9.2f}{share}")
+    return "\n".join([*lines, *result["notes"]])
 
 
 if __name__ == "__main__":
