@@ -1,10 +1,101 @@
 #!/bin/sh
-# Everything that needs a GPU, in one call: the tests marked gpu, then the layer benchmark. JSON goes to $1 (default: gpu_check).
-# The package and its test tools must be installed in the python that is first on PATH.
+# Everything that needs a GPU, in one call of at most ten minutes: the tests marked gpu, then the benchmarks.
+#
+#   scripts/gpu_check.sh [tests] [layer] [memory] [train]     those steps, all by default
+#   OUT=DIR     where the results go (gpu_check_results): each benchmark's JSON, summary.txt with the tables, log.txt
+#   WHEELS=DIR  wheels of packages that are missing here; they are unpacked into a temporary folder, nothing is installed
+#
+# Needs torch with CUDA and triton in the python3 on PATH, and for its steps pytest, transformers, deepspeed and pydantic; no
+# network. A step that fails or takes too long does not stop the others; the exit status is 1 if there was one.
 set -eu
 cd "$(dirname "$0")/.."
-out=${1:-gpu_check}
+steps=${*:-tests layer memory train}
+for step in $steps; do
+    case $step in
+        tests | layer | memory | train) ;;
+        *) echo "unknown step $step; give tests, layer, memory or train" >&2 && exit 1 ;;
+    esac
+done
+python=$(command -v python3 || command -v python) || {
+    echo "no python3 on PATH" >&2
+    exit 1
+}
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
+    echo "gpu_check.sh needs a CUDA device, and $python sees none" >&2
+    exit 1
+}
+
+out=${OUT:-gpu_check_results}
 mkdir -p "$out"
-python -c 'import torch; assert torch.cuda.is_available(), "no CUDA device"; print(torch.cuda.get_device_name(), torch.__version__)'
-pytest -m gpu -q 2>&1 | tee "$out/tests.txt"
-python scripts/bench_layer.py --dtype bfloat16 --shapes bert-large-128 bert-large-512 --out "$out/layer.json"
+: >"$out/summary.txt" >"$out/log.txt"
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+# The packages under their real names, so that the code of this folder runs, installed or not.
+mkdir -p "$work/path/xformer_train"
+for room in launcher recipes kernels; do ln -s "$PWD/$room" "$work/path/xformer_train/$room"; done
+if [ -n "${WHEELS:-}" ]; then
+    "$python" -m pip install --quiet --no-index --no-deps --target "$work/path" "$WHEELS"/*.whl
+fi
+export PYTHONPATH="$work/path${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+wanted() { case " $steps " in *" $1 "*) ;; *) return 1 ;; esac }
+
+# run NAME SECONDS COMMAND...: output, log and exit status go to files of that name.
+run() {
+    name=$1 seconds=$2
+    shift 2
+    echo "$name: at most $seconds s" >&2
+    status=0
+    timeout -k 10 "$seconds" "$@" >"$work/$name.out" 2>"$work/$name.log" || status=$?
+    echo "$status" >"$work/$name.status"
+}
+
+failed=
+# report NAME: what `run` left, its verdict first.
+report() {
+    status=$(cat "$work/$1.status")
+    case $status in
+        0) verdict=passed ;;
+        124 | 137) verdict="FAILED: ran out of its time" ;;
+        *) verdict="FAILED: exit status $status" ;;
+    esac
+    {
+        echo "== $1: $verdict"
+        tail -n 150 "$work/$1.out"
+        if [ "$status" -ne 0 ]; then tail -n 20 "$work/$1.log"; fi
+    } | tee -a "$out/summary.txt"
+    for kind in out log; do sed "s/^/$1 $kind: /" "$work/$1.$kind" >>"$out/log.txt"; done
+    if [ "$status" -ne 0 ]; then failed="$failed $1"; fi
+}
+
+options="-m gpu -q --no-header --tb=short -p no:cacheprovider --continue-on-collection-errors"
+if wanted tests; then
+    # Side by side, because compiling the kernels' variants takes most of the time, and takes one core for each process.
+    run attention-tests 200 "$python" -m pytest $options tests/kernels/interpreted/test_attention.py &
+    run kernel-tests 200 "$python" -m pytest $options tests/kernels --ignore=tests/kernels/interpreted/test_attention.py &
+    run layer-tests 200 "$python" -m pytest $options tests/gpu &
+fi
+if wanted layer && command -v nvcc >/dev/null && "$python" -c 'import deepspeed' 2>/dev/null; then
+    # Beside the tests, because it too is compiled, at its first use. Where this fails the layer benchmark says why.
+    run deepspeed-kernel 200 "$python" -c 'from deepspeed.ops.op_builder import TransformerBuilder as B; B().load()' &
+fi
+wait
+if wanted tests; then
+    for name in attention-tests kernel-tests layer-tests; do report $name; done
+fi
+if wanted layer; then
+    run layer 250 "$python" scripts/bench_layer.py --out "$out/layer.jsonl"
+    report layer
+fi
+if wanted memory; then
+    run memory 60 "$python" scripts/bench_memory.py --out "$out/memory.json"
+    report memory
+fi
+if wanted train; then
+    run train 80 "$python" scripts/bench_train.py --out "$out/train.json"
+    report train
+fi
+if [ -n "$failed" ]; then
+    echo "failed:$failed" | tee -a "$out/summary.txt"
+    exit 1
+fi

@@ -1,0 +1,120 @@
+"""The benchmarks say what they should and refuse what they must; what they measure is not looked at."""
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts"
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script by name, as its neighbours in the folder do."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    return importlib.import_module
+
+
+@pytest.fixture
+def bench(script):
+    return script("bench_layer")
+
+
+@pytest.mark.parametrize(("shape", "expected_ms"), [("bert-large-128", 0.93), ("bert-large-512", 0.96)])
+def test_the_floor_of_a_layer_is_that_of_an_independent_count(bench, shape, expected_ms):
+    """Worked out by hand for 790 TFLOP/s and 4.3 TB/s, rounded to two digits."""
+    script_device = sys.modules["bench_device"]
+    work = bench.work_of(bench.SHAPES[shape], torch.bfloat16, packed=False)
+    assert 1e3 * work.floor_s(script_device.Ceilings(790e12, 4.3e12)) == pytest.approx(expected_ms, abs=0.005)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_matrix_products_counted_are_those_of_the_written_out_layer(bench, causal):
+    shape = bench.Shape(32, 2, 3, 16, causal=causal)
+    row = bench.plain(bench.make_task(shape, torch.float32, torch.device("cpu"), p=0.0))
+    x = torch.randn(3, 16, 32, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:  # it does not know torch's attention on a CPU
+        row.call(x).sum().backward()
+    assert counter.get_total_flops() == bench.work_of(shape, torch.float32, packed=False).matmul_flop
+
+
+def test_natural_lengths_fill_about_half_of_the_batch_and_unpadded_work_counts_them_alone(bench):
+    shape = bench.SHAPES["bert-large-128-natural"]
+    lengths = shape.lengths()
+    assert torch.equal(lengths, shape.lengths())
+    assert lengths.min() >= 1
+    assert lengths.max() == shape.length
+    fill = lengths.sum().item() / (shape.batch * shape.length)
+    assert fill == pytest.approx(0.5, abs=0.01)
+    padded, packed = (bench.work_of(shape, torch.bfloat16, packed=packed) for packed in (False, True))
+    assert packed.matmul_flop == pytest.approx(fill * padded.matmul_flop)
+    assert packed.attention_flop == pytest.approx(padded.attention_flop / 3, rel=0.02)  # the mean of s^2, s uniform
+
+
+@pytest.mark.parametrize("fault", ["output", "input gradient"])
+def test_a_row_with_a_wrong_output_or_gradient_is_refused(bench, monkeypatch, fault):
+    task = bench.make_task(bench.Shape(16, 2, 3, 8, padding="natural"), torch.float32, torch.device("cpu"), p=0.1)
+    right = bench.rows_of(task.without_dropout())["ours"]()
+    assert bench.Reference(task).check("ours") < 1e-6
+
+    def wrong(x):
+        if fault == "output":
+            return 1.001 * right.call(x) - 0.001 * right.call(x).detach()[:1]
+        return right.call(x.detach()) + (x - x.detach())
+
+    monkeypatch.setattr(bench, "rows_of", lambda _: {"ours": lambda: bench.Row(right.module, wrong)})
+    with pytest.raises(ValueError, match=f"its {fault} is off by"):
+        bench.Reference(task).check("ours")
+
+
+@pytest.mark.parametrize("shape", [{"padding": "natural"}, {"causal": True}], ids=str)
+def test_every_row_is_measured_or_listed_with_its_reason(bench, monkeypatch, tmp_path, capsys, shape):
+    monkeypatch.setitem(bench.SHAPES, "small", bench.Shape(16, 2, 3, 8, **shape))
+    monkeypatch.setattr("shutil.which", lambda _: None)  # no torch.compile, which takes half a minute
+    monkeypatch.setattr(bench, "default_device", lambda: torch.device("cpu"))
+    out = tmp_path / "layer.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench_layer.py", "--shapes", "small", "--rounds", "1", "--out", str(out)])
+    bench.main()
+    head, *records = map(json.loads, out.read_text().splitlines())
+    assert {"machine", "dtype", "matmul_flop_per_s"} <= head.keys()
+    assert [record["row"] for record in records][:2] == ["ours", "ours, all memory flags"]
+    assert {record["row"] for record in records if "both_s" in record} >= {"ours, unpadded", "torch, written out"}
+    reasons = {record["row"]: record["not_run"] for record in records if "both_s" not in record}
+    assert reasons["ours, CUDA graph"] == "needs CUDA"
+    assert reasons["torch.compile of it"] == "needs a C++ compiler"
+    assert not any(record.get("failed") for record in records)
+    printed = capsys.readouterr().out
+    assert all(record["row"] in printed for record in records)
+
+
+def test_the_steps_of_two_engines_are_timed_without_data(script, monkeypatch):
+    bench = script("bench_train")
+    arguments = argparse.Namespace(micro_batch_size=2, layers=1, steps=3, turns=1)
+    result = bench.measure_on_gpu(arguments, str(ROOT / "configs" / "bert_tiny.yaml"))
+    assert result["sequences_per_s"].keys() == {"xformer-train", "transformers"}
+    step = bench.random_step(bench.gpu_config(arguments, str(ROOT / "configs" / "bert_tiny.yaml")), seed=0)
+    (batch,) = step.micro_batches
+    assert step.real_tokens == batch["input_ids"].numel()
+    assert len(batch["masked_positions"].unique()) == step.counts["mlm"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_the_gpu_check_refuses_a_machine_without_a_gpu(tmp_path):
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OUT": str(tmp_path / "out"),
+    }
+    done = subprocess.run(
+        ["sh", str(SCRIPTS / "gpu_check.sh")], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "needs a CUDA device" in done.stderr
+    assert not (tmp_path / "out").exists()
