@@ -240,8 +240,6 @@ def _batch_and_deepspeed_faults(config: RunConfig, world_size: int) -> Iterator[
 
 
 def _unavailable(config: RunConfig) -> Iterator[Fault]:
-    if config.layer.unpad and config.model.type == "bert":
-        yield Fault(("layer.unpad",), "got true, but this version cannot leave padding out of a batch; set false")
     if config.training.precision == "fp8":
         yield Fault(
             ("training.precision",), "got 'fp8', which this version cannot train with; set auto, bf16, fp16 or fp32"

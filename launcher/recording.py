@@ -88,15 +88,17 @@ def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, f
         real_tokens=int(totals[-1]),
         padded_tokens=sequences * setup.config.data.max_seq_length,
         # the first part of the loss is the one over the vocabulary
-        model_flops=sequences * _flops_per_sample(setup, totals[0] / sequences),
+        model_flops=sequences * _flops_per_sample(setup, totals[0] / sequences, totals[-1] / sequences),
         memory_gib=torch.cuda.max_memory_allocated() / 2**30 if setup.topology.device.type == "cuda" else None,
         trust_ratios=torch.stack(list(ratios.values())).tolist() if ratios else (),
     )
 
 
-def _flops_per_sample(setup: Setup, predictions: float) -> float:
+def _flops_per_sample(setup: Setup, predictions: float, real_tokens: float) -> float:
+    """FLOPs of a mean sample; what layer.unpad leaves out is not counted."""
     config = setup.config
-    return setup.recipe.flops_per_sample(config.model, setup.vocab_size, config.data.max_seq_length, predictions)
+    length = real_tokens if config.layer.unpad else config.data.max_seq_length
+    return setup.recipe.flops_per_sample(config.model, setup.vocab_size, length, predictions)
 
 
 def device_name(device: torch.device) -> str:
@@ -150,8 +152,9 @@ def startup_facts(
 
 
 def _kernels_text(setup: Setup) -> str:
-    if setup.topology.device.type != "cuda":
-        return "PyTorch (no GPU)"
-    if setup.config.layer.kernels == "reference":
-        return "PyTorch (layer.kernels: reference)"
-    return "Triton for attention, LayerNorm, GELU, dropout and the loss; cuBLAS for matrix products"
+    layer = setup.config.layer
+    if setup.topology.device.type == "cuda" and layer.kernels == "auto":
+        text = "Triton for attention, LayerNorm, GELU, dropout and the loss; cuBLAS for matrix products"
+        return f"{text}; no padding" if layer.unpad else text
+    text = "PyTorch (layer.kernels: reference)" if setup.topology.device.type == "cuda" else "PyTorch (no GPU)"
+    return f"{text}; no padding outside attention" if layer.unpad else text

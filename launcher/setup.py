@@ -129,7 +129,9 @@ def open_data(
     """
 
     def prepare() -> PreparedData:
-        return prepare_data(config.model.type, tokenizer, config.data, config.objective, config.seed, say)
+        return prepare_data(
+            config.model.type, tokenizer, config.data, config.objective, config.seed, say, unpad=config.layer.unpad
+        )
 
     def check() -> None:
         if data.train.num_samples < batch.train_batch_size:

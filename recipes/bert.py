@@ -66,13 +66,39 @@ class BertForPretraining(nn.Module):
         check_positions(input_ids, self.config.max_position_embeddings)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return self._encode(input_ids, token_type_ids, positions, AttentionMask(key_mask=attention_mask))
+
+    def _encode_unpadded(
+        self, input_ids: Tensor, token_type_ids: Tensor, token_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The hidden states of the tokens at these places of (B, S) alone, (T, H), and the row of each first one, (B,).
+
+        Nothing here waits for a GPU to learn how many tokens there are: T and S are shapes.
+        """
+        check_positions(input_ids, self.config.max_position_embeddings)
+        batch, size = input_ids.shape
+        starts = torch.arange(0, (batch + 1) * size, size, device=input_ids.device)
+        borders = torch.searchsorted(token_positions, starts, out_int32=True)
+        hidden = self._encode(
+            input_ids.flatten().index_select(0, token_positions),
+            token_type_ids.flatten().index_select(0, token_positions),
+            token_positions % size,
+            AttentionMask(cu_seqlens=borders, max_length=size),
+        )
+        return hidden, borders[:-1]
+
+    def _encode(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor, mask: AttentionMask) -> Tensor:
+        """Hidden states of a padded batch, (B, S, H) from (B, S), or a packed one, (T, H) from (T,), as the mask has it.
+
+        positions: place of each token in its sequence, (S,) or (T,) int64.
+        """
         hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-        hidden = hidden + self.position_embeddings.weight[: input_ids.shape[1]]
+        hidden = hidden + self.position_embeddings(positions)
         hidden = normalized(hidden, self.embedding_norm, self.kernels)
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
         hidden = dropout(hidden, p, seed, _EMBEDDING_SITE)
-        mask = AttentionMask(key_mask=attention_mask)
         for layer in self.layers:
             hidden = layer(hidden, mask)
         if self.final_norm is not None:
@@ -89,7 +115,10 @@ class BertForPretraining(nn.Module):
 
     def sentence_logits(self, hidden: Tensor) -> Tensor:
         """Scores of the two sentence labels, (B, 2), from the first token of hidden states (B, S, H)."""
-        scores: Tensor = self.sentence_classifier(torch.tanh(self.pooler(hidden[:, 0])))
+        return self._sentence_logits(hidden[:, 0])
+
+    def _sentence_logits(self, first: Tensor) -> Tensor:
+        scores: Tensor = self.sentence_classifier(torch.tanh(self.pooler(first)))
         return scores
 
     def forward(
@@ -100,14 +129,24 @@ class BertForPretraining(nn.Module):
         masked_positions: Tensor,
         masked_labels: Tensor,
         sentence_labels: Tensor | None = None,
+        token_positions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The summed loss of each task, {"mlm": (), and "nsp" or "sop": ()} in fp32.
 
         masked_positions: (M,) int64, flat indices into B * S; masked_labels: (M,) int64 token ids, IGNORED counts nothing;
         sentence_labels: (B,) int64, 0 = true pair or order, 1 = not.
+        token_positions: (T,) int64, the flat indices at which attention_mask is True, ascending, among them the first of every
+            row and all masked ones. With them padding is left out before the embedding and never put back, which changes
+            neither losses nor gradients beyond rounding, but the dropout masks outside attention, which count elements.
         """
-        hidden = self.encode(input_ids, token_type_ids, attention_mask)
-        masked = self._mlm_features(hidden.flatten(0, 1).index_select(0, masked_positions))
+        if token_positions is None:
+            hidden = self.encode(input_ids, token_type_ids, attention_mask)
+            first, hidden = hidden[:, 0], hidden.flatten(0, 1)
+        else:
+            hidden, first_rows = self._encode_unpadded(input_ids, token_type_ids, token_positions)
+            first = hidden.index_select(0, first_rows)
+            masked_positions = torch.searchsorted(token_positions, masked_positions)
+        masked = self._mlm_features(hidden.index_select(0, masked_positions))
         sums = {
             "mlm": linear_cross_entropy(
                 masked, self.word_embeddings.weight, self.mlm_bias, masked_labels, kernels=self.kernels
@@ -115,7 +154,7 @@ class BertForPretraining(nn.Module):
         }
         if self.sentence_task != "none":
             assert sentence_labels is not None, "a batch without sentence labels for a model with a sentence task"
-            scores = self.sentence_logits(hidden).float()
+            scores = self._sentence_logits(first).float()
             sums[self.sentence_task] = F.cross_entropy(scores, sentence_labels, reduction="sum")
         return sums
 
@@ -135,7 +174,7 @@ def _real_tokens(batch: Batch) -> int:
     return int(batch["attention_mask"].sum())
 
 
-def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: int, predictions: float) -> float:
+def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: float, predictions: float) -> float:
     transform = 6 * predictions * model.hidden_size**2
     return layer_flops(model, seq_length) + transform + head_flops(model, vocab_size, predictions)
 

@@ -56,7 +56,7 @@ class LayerFlags(Section):
     attn_dropout_checkpoint: bool = False
     """Drop the attention probabilities after dropout and recompute them in backward."""
     unpad: bool = False
-    """Remove padding tokens once, before the embedding, and never put them back."""
+    """BERT: leave padding out once, before the embedding, and never put it back; samples of GPT have none."""
 
 
 class TokenizerConfig(Section):

@@ -56,9 +56,12 @@ def prepare_data(
     objective: ObjectiveConfig,
     seed: int,
     report: Report,
+    *,
+    unpad: bool = False,
 ) -> PreparedData:
     """Training and held-out samples; what the cache does not have is prepared now, which can take long.
 
+    unpad: BERT's batches say where their tokens stand, see `SampleStream.batch`; the samples are the same.
     Raises ValueError for every fault of the sources (see `sources.py`), text too short for one sample, a tokenizer without
     the special tokens needed, a damaged cache.
     """
@@ -83,7 +86,7 @@ def prepare_data(
                 BertSamples(store, table, data.max_seq_length, task, tokenizer)
                 for store, table in zip(stores, tables, strict=True)
             ]
-            collate = _collate_bert(tokenizer, data, objective)
+            collate = _collate_bert(tokenizer, data, objective, unpad)
         return SampleStream(parts, draws_per_epoch(list(map(len, parts)), sources), collate, stream_seed)
 
     stores = open_stores(data.sources, data.validation_fraction)
@@ -100,14 +103,8 @@ def prepare_data(
         samples=sum(len(part) for part in train.parts),
     )
     digests = [first.digest for first, _ in stores]
-    facts = [
-        model_type,
-        digests,
-        train.draws,
-        _sample_settings(model_type, data, objective),
-        tokenizer.fingerprint,
-        seed,
-    ]
+    settings = _sample_settings(model_type, data, objective)
+    facts = [model_type, digests, train.draws, settings, tokenizer.fingerprint, seed]
     return PreparedData(train, validation, _fingerprint(facts), sizes)
 
 
@@ -175,7 +172,8 @@ class SampleStream:
 
         BERT: input_ids, token_type_ids (B, S) int64; attention_mask (B, S) bool, True = a token; masked_positions (M,)
         int64, flat indices into B * S, ascending; masked_labels (M,) int64; for nsp and sop sentence_labels (B,) int64, 1 =
-        random partner or swapped order. GPT: input_ids, labels, position_ids (B, S) int64; segment_ids (B, S) int32.
+        random partner or swapped order; for unpad token_positions (T,) int64, where attention_mask is True, as flat indices,
+        ascending, with the first of every row. GPT: input_ids, labels, position_ids (B, S) int64; segment_ids (B, S) int32.
         """
         positions = np.asarray(positions, dtype=np.int64)
         source, index = self.locate(positions)
@@ -212,7 +210,7 @@ class SampleStream:
         return source, sample
 
 
-def _collate_bert(tokenizer: RunTokenizer, data: DataConfig, objective: ObjectiveConfig) -> Collate:
+def _collate_bert(tokenizer: RunTokenizer, data: DataConfig, objective: ObjectiveConfig, unpad: bool) -> Collate:
     is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
     is_special[tokenizer.special_ids] = True
     rule = MaskingRule(
@@ -235,7 +233,11 @@ def _collate_bert(tokenizer: RunTokenizer, data: DataConfig, objective: Objectiv
             "masked_positions": masked.positions,
             "masked_labels": masked.labels,
         }
-        return batch if objective.sentence_task == "none" else {**batch, "sentence_labels": labels}
+        if objective.sentence_task != "none":
+            batch["sentence_labels"] = labels
+        if unpad:  # found here, because finding them on a GPU would make the host wait
+            batch["token_positions"] = np.flatnonzero(batch["attention_mask"])
+        return batch
 
     return collate
 

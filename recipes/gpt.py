@@ -86,7 +86,7 @@ def _real_tokens(batch: Batch) -> int:
     return batch["input_ids"].numel()
 
 
-def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: int, predictions: float) -> float:
+def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: float, predictions: float) -> float:
     return layer_flops(model, seq_length) + head_flops(model, vocab_size, predictions)
 
 

@@ -21,16 +21,17 @@ class Recipe:
     loss_counts(batch, objective): how many terms each of those sums has.
     real_tokens(batch): tokens that are not padding.
     flops_per_sample(model, vocab_size, seq_length, predictions): matrix-product FLOPs of forward and backward of one
-        sequence (backward counts twice, recomputation not at all), predictions being the positions that reach the head.
+        sequence (backward counts twice, recomputation not at all), predictions being the positions that reach the head. At
+        a mean length it is a lower bound: attention grows with the square.
     """
 
     build_model: Callable[[ModelConfig, LayerFlags, ObjectiveConfig, int], nn.Module]
     loss_counts: Callable[[Batch, ObjectiveConfig], dict[str, int]]
     real_tokens: Callable[[Batch], int]
-    flops_per_sample: Callable[[ModelConfig, int, int, float], float]
+    flops_per_sample: Callable[[ModelConfig, int, float, float], float]
 
 
-def layer_flops(model: ModelConfig, seq_length: int) -> float:
+def layer_flops(model: ModelConfig, seq_length: float) -> float:
     """Forward and backward FLOPs of all layers for one sequence: 6 S (4 H^2 + 2 H F) + 12 S^2 H each.
 
     With F = 4 H this is the 72 S H^2 + 12 S^2 H by which DeepSpeed's and NVIDIA's BERT figures are counted; causal attention

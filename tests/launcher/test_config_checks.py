@@ -18,7 +18,6 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
         ("objective: {type: clm}", "objective.type: got 'clm', but model.type bert needs 'mlm'"),
         ("model: {type: gpt, pre_layer_norm: false}\nobjective: {type: clm}", "model.pre_layer_norm: got false, but"),
         ("model: {type: gpt}\nobjective: {type: clm, sentence_task: nsp}", "objective.sentence_task: got 'nsp', but"),
-        ("layer: {unpad: true}", "layer.unpad: got true, but this version cannot leave padding out"),
         ("model: {type: gpt}\nobjective: {type: clm}\nlayer: {unpad: true}", "layer.unpad: got true, but samples of"),
         (
             "data: {max_seq_length: 513}",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import BERT, GPT, losses, metrics, weights, write_config
+from runs import BERT, GPT, losses, merged, metrics, weights, write_config
 
 from xformer_train.launcher.config_loading import load_config
 from xformer_train.launcher.topology import quiet
@@ -36,7 +36,9 @@ def samples_of(path):
     return data.train.num_samples
 
 
-@pytest.mark.parametrize("base", [BERT, GPT], ids=["bert", "gpt"])
+@pytest.mark.parametrize(
+    "base", [BERT, merged(BERT, {"layer.unpad": True}), GPT], ids=["bert", "bert without padding", "gpt"]
+)
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(base, tmp_path, capsys):
     """With dropout and accumulation, stopped within an epoch."""
     path = write_config(tmp_path, base)
@@ -163,6 +165,28 @@ def test_a_vocabulary_too_small_for_a_given_tokenizer_is_refused(tmp_path):
     tokenizer = {"type": "auto", "path": str(tmp_path / "runs" / "first" / "tokenizer")}
     with pytest.raises(ValueError, match=r"model.vocab_size=100 is smaller than the tokenizer's 2\d\d symbols"):
         start(write_config(tmp_path, name="second", tokenizer=tokenizer, model__vocab_size=100))
+
+
+def test_leaving_padding_out_does_not_change_a_run(tmp_path, capsys):
+    """Post-LN here, pre-LN in the resumed run above."""
+    path = write_config(
+        tmp_path,
+        model__hidden_dropout_prob=0.0,
+        model__pre_layer_norm=False,
+        data__validation_fraction=0.2,
+        data__short_seq_prob=0.9,
+        optimizer__lr=0.01,
+    )
+    short = ["training.max_steps=6", "eval.batches=2"]
+    start(path, "name=padded", *short)
+    assert "no padding" not in capsys.readouterr().out
+    start(path, "name=unpadded", *short, "layer.unpad=true")
+    assert "PyTorch (no GPU); no padding outside attention" in capsys.readouterr().out
+    padded, unpadded = losses(tmp_path / "runs" / "padded"), losses(tmp_path / "runs" / "unpadded")
+    # fp32 sums in another order, fed back through 6 Adam steps; attention drops the same probabilities in both
+    assert list(padded.values()) == pytest.approx(list(unpadded.values()), rel=2e-5)
+    last = [metrics(tmp_path / "runs" / name)[-1]["val_loss"] for name in ("padded", "unpadded")]
+    assert last[0] == pytest.approx(last[1], rel=2e-5)
 
 
 def test_accumulation_does_not_change_the_loss(tmp_path):

@@ -45,13 +45,13 @@ def tokenizers():
 
 @pytest.fixture
 def prepare(tmp_path, tokenizers):
-    def run(objective=None, source=None, *, seed=1, report=lambda _: None, **keys):
+    def run(objective=None, source=None, *, seed=1, report=lambda _: None, unpad=False, **keys):
         objective = objective or ObjectiveConfig()
         model_type = "bert" if objective.type == "mlm" else "gpt"
         sources = [source or write_text(tmp_path / "text.txt")] if not isinstance(source, list) else source
         settings = {"max_seq_length": 32, "cache_dir": str(tmp_path / "cache"), **keys}
         config = DataConfig(sources=sources, **settings)
-        return prepare_data(model_type, tokenizers[model_type], config, objective, seed, report)
+        return prepare_data(model_type, tokenizers[model_type], config, objective, seed, report, unpad=unpad)
 
     return run
 
@@ -185,6 +185,20 @@ def store_documents(stream):
 
 def find(part, whole):
     return [at for at in range(len(whole) - len(part) + 1) if whole[at : at + len(part)] == part]
+
+
+@each_objective
+def test_unpad_adds_the_places_of_the_tokens_and_changes_no_sample(prepare, objective):
+    padded, unpadded = prepare(objective, short_seq_prob=0.5), prepare(objective, short_seq_prob=0.5, unpad=True)
+    batch, same = padded.train.batch(np.arange(8)), unpadded.train.batch(np.arange(8))
+    if objective.type == "mlm":  # GPT has no padding
+        places = same.pop("token_positions")
+        assert torch.equal(places, batch["attention_mask"].flatten().nonzero().flatten())
+        assert places.dtype == torch.int64
+        assert torch.isin(torch.arange(0, batch["input_ids"].numel(), batch["input_ids"].shape[1]), places).all()
+        assert len(places) < batch["input_ids"].numel()
+    assert equal(batch, same)
+    assert padded.fingerprint == unpadded.fingerprint
 
 
 def test_nsp_pairs_are_neighbours_in_one_document_or_come_from_two(tmp_path, prepare, tokenizers):

@@ -165,6 +165,39 @@ def test_every_bert_parameter_gets_a_gradient():
     assert [name for name, p in bert.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+@pytest.mark.parametrize("pre_layer_norm", [True, False])
+@pytest.mark.parametrize("task,hole,dropout", [("nsp", False, 0.2), ("sop", True, 0.0), ("none", False, 0.2)])
+def test_leaving_padding_out_changes_neither_losses_nor_gradients(task, hole, dropout, pre_layer_norm):
+    """Attention draws the same dropout in both layouts; a hole in a row does not shift the positions behind it."""
+    sizes = SIZES | {"attention_probs_dropout_prob": dropout, "pre_layer_norm": pre_layer_norm}
+    model, objective = ModelConfig(type="bert", **sizes), ObjectiveConfig(sentence_task=task)
+    bert = randomize(RECIPES["bert"].build_model(model, LayerFlags(), objective, VOCABULARY)).double().train()
+    real = torch.arange(17) < torch.tensor([[17], [1], [9]])
+    real[2, 4:6] = not hole
+    batch = {
+        "input_ids": torch.randint(0, VOCABULARY, (3, 17)),
+        "token_type_ids": torch.randint(0, 2, (3, 17)),
+        "attention_mask": real,
+        "masked_positions": torch.tensor([0, 16, 34, 41, 42]),
+        "masked_labels": torch.randint(0, VOCABULARY, (5,)),
+        "sentence_labels": torch.tensor([0, 1, 1]),
+    }
+    rows_seen = []
+    bert.layers[1].register_forward_hook(
+        lambda _, arguments, output: rows_seen.append((arguments[0].shape, output.shape))
+    )
+    results = []
+    for extra in ({}, {"token_positions": real.flatten().nonzero().flatten()}):
+        torch.manual_seed(2)
+        sums = bert(**batch, **extra)
+        results.append((sums, torch.autograd.grad(sum(sums.values()), list(bert.parameters()))))
+    tokens = int(real.sum())
+    assert rows_seen == [((3, 17, 32), (3, 17, 32)), ((tokens, 32), (tokens, 32))]
+    # the sentence loss is computed in fp32, all else in fp64
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("task", ["none", "sop"])
 def test_the_sentence_task_decides_which_heads_exist(task):
     model = ModelConfig(type="bert", **SIZES)
