@@ -1,24 +1,31 @@
 """The attention kernels against the explicit formula in fp64, under the mask that the kernels themselves draw."""
 
 import math
+import os
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
+from xformer_train.kernels import attention as attention_module
 from xformer_train.kernels import attention_backward_triton
+from xformer_train.kernels.attention import AttentionMask, attention
 from xformer_train.kernels.attention_backward_triton import backward
 from xformer_train.kernels.attention_triton import drop, drop_transposed, forward
 from xformer_train.kernels.dropout import drop_threshold, keep_scale
 
-SEED = torch.tensor(2**62 + 987654321)
 SITE = 1
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def seed():
+    return torch.tensor(2**62 + 987654321)
 
 
 @pytest.fixture(autouse=True)
 def unwritten_memory_is_nan():
-    torch.use_deterministic_algorithms(True)  # which also fills what torch.empty gives
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which also fills what torch.empty gives
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -47,7 +54,7 @@ def draw_mask(streams, size, p, site=SITE, tile=(128, 128), transposed=False):
     padded = math.ceil(size / 128) * 128
     mask = torch.empty(streams, padded, padded)
     grid = (padded // tile[0], padded // tile[1], streams)
-    _mask_kernel[grid](mask, SEED, site, drop_threshold(p), padded, *tile, transposed)
+    _mask_kernel[grid](mask, seed(), site, drop_threshold(p), padded, *tile, transposed)
     return mask[:, :size, :size]
 
 
@@ -105,7 +112,7 @@ def run(dout, qkv, **arguments):
     return out, backward(dout, qkv, out, lse, **arguments)
 
 
-HALF, FULL = torch.float16, torch.float32
+HALF, FULL, BRAIN = torch.float16, torch.float32, torch.bfloat16
 CASES = [  # kind of mask, (B, S, N, D), dtype, p
     ("all", (1, 1, 2, 16), HALF, 0.0),
     ("all", (2, 17, 2, 5), FULL, 0.1),
@@ -127,6 +134,14 @@ CASES = [  # kind of mask, (B, S, N, D), dtype, p
     ("causal", (1, 128, 1, 128), HALF, 0.1),
     ("key_mask", (1, 70, 1, 128), FULL, 0.1),
 ]
+if not INTERPRETED:  # its products of bf16 are wrong
+    CASES += [
+        ("all", (1, 128, 2, 64), BRAIN, 0.1),
+        ("lengths", (4, 257, 1, 64), BRAIN, 0.0),
+        ("causal", (1, 257, 1, 64), BRAIN, 0.1),
+        ("key_mask", (2, 100, 1, 64), BRAIN, 0.1),
+        ("causal", (1, 257, 1, 128), BRAIN, 0.1),
+    ]
 
 
 @pytest.mark.parametrize(("kind", "shape", "dtype", "p"), CASES)
@@ -135,7 +150,7 @@ def test_output_and_gradient_are_as_exact_as_torchs(kind, shape, dtype, p):
     masks = masks_of(kind, batch, size)
     qkv = torch.randn(batch, size, 3, heads, dim).to(dtype)
     dout = torch.randn(batch, size, heads * dim).to(dtype)
-    out, dqkv = run(dout, qkv, **masks, p=p, seed=SEED, site=SITE)
+    out, dqkv = run(dout, qkv, **masks, p=p, seed=seed(), site=SITE)
 
     kept = draw_mask(batch * heads, size, p).unflatten(0, (batch, heads)) if p else torch.ones(())
     arguments = visible_keys(batch, size, **masks), kept, keep_scale(p)
@@ -171,13 +186,29 @@ def test_packed_equals_padded_bit_for_bit(size, dim, causal, p):
     dout[~real] = 0  # queries at padding attend too; without a gradient they add none
     qkv[~real] = math.nan  # and nothing of theirs may reach a real token
     qkv[~real, 0] = 0
-    dropout = {"causal": causal, "p": p, "seed": SEED, "site": SITE}
+    dropout = {"causal": causal, "p": p, "seed": seed(), "site": SITE}
     padded = run(dout, qkv, lengths=lengths, **dropout)
     borders = torch.tensor([0, *lengths.cumsum(0)]).int()
     packed = run(dout[real], qkv[real], cu_seqlens=borders, max_length=size, **dropout)
     for one, other in zip(padded, packed, strict=True):
         assert torch.equal(one[real], other)
         assert other.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [40, 130])
+def test_the_op_hands_packed_batches_to_the_kernels(monkeypatch, size):
+    monkeypatch.setattr(attention_module, "uses_triton", lambda *_: True)
+    lengths = torch.tensor([size // 3, 0, size])
+    borders = torch.tensor([0, *lengths.cumsum(0)]).int()
+    qkv = torch.randn(int(lengths.sum()), 3, 2, 16).half().requires_grad_()
+    dout = torch.randn(len(qkv), 32).half()
+    mask = AttentionMask(causal=True, cu_seqlens=borders, max_length=size)
+    out = attention(qkv, mask, 0.1, seed(), SITE)
+    (dqkv,) = torch.autograd.grad(out, qkv, dout)
+    packing = {"cu_seqlens": borders, "max_length": size, "causal": True}
+    expected = run(dout, qkv.detach(), **packing, p=0.1, seed=seed(), site=SITE)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(dqkv, expected[1])
 
 
 def test_segments_of_a_row_equal_the_same_documents_packed():
@@ -211,21 +242,21 @@ def test_the_tiles_of_hopper_give_the_same_gradient_up_to_rounding(monkeypatch, 
     gradients = []
     for hopper in (False, True):
         monkeypatch.setattr(attention_backward_triton, "_has_wgmma", lambda hopper=hopper: hopper)
-        gradients.append(run(dout, qkv, p=0.1, seed=SEED, site=SITE, causal=True)[1])
+        gradients.append(run(dout, qkv, p=0.1, seed=seed(), site=SITE, causal=True)[1])
     torch.testing.assert_close(*gradients, rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("size", [128, 130])
 def test_two_runs_give_the_same_bits(size):
     qkv, dout = torch.randn(1, size, 3, 1, 64).half(), torch.randn(1, size, 64).half()
-    first, second = (run(dout, qkv, p=0.1, seed=SEED, site=SITE) for _ in range(2))
+    first, second = (run(dout, qkv, p=0.1, seed=seed(), site=SITE) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_stochastic_backward_equals_the_deterministic_one_up_to_rounding(causal):
-    arguments = {"causal": causal, "lengths": torch.tensor([130, 70]).int(), "p": 0.1, "seed": SEED, "site": SITE}
+    arguments = {"causal": causal, "lengths": torch.tensor([130, 70]).int(), "p": 0.1, "seed": seed(), "site": SITE}
     qkv, dout = torch.randn(2, 130, 3, 1, 16).half(), torch.randn(2, 130, 16).half()
     out, lse = forward(qkv, **arguments)
     gradients = [backward(dout, qkv, out, lse, **arguments, stochastic=stochastic) for stochastic in (False, True)]
