@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dropout import keep_mask, keep_scale
+from .operator import operator
 from .residual_norm import Kernels, uses_triton
 
 _LARGEST_TRITON_HEAD = 128
@@ -131,15 +132,16 @@ def attention(
         raise ValueError(
             f"qkv is {tuple(qkv.shape)}; it must be (T, 3, N, D) with a mask that has cu_seqlens, else (B, S, 3, N, D)"
         )
+    seed = seed if p > 0 else None
     if uses_triton(qkv, kernels) and qkv.shape[-1] <= _LARGEST_TRITON_HEAD and mask.bias is None:
         return _TritonAttention.apply(  # type: ignore[no-any-return, no-untyped-call]
-            qkv, mask, p, seed, site, stochastic
+            qkv, mask, seed, (p, site), stochastic
         )
     rows = mask.rows_when_padded(qkv.shape[0])
     bias = mask.additive(qkv.shape[1] if mask.max_length is None else mask.max_length, qkv)
-    if seed is not None and p > 0:
+    if seed is not None:
         return _AttentionWithDropout.apply(  # type: ignore[no-any-return, no-untyped-call]
-            qkv, bias, rows, seed, _Dropout(p, site, dropout_checkpoint)
+            qkv, bias, rows, seed, (p, site), dropout_checkpoint
         )
     q, k, v = (part.transpose(1, 2) for part in _padded(qkv, rows, bias).unbind(2))
     return _unpadded(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2), rows)
@@ -162,84 +164,156 @@ def _unpadded(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.flatten(0, 1).index_select(0, rows)
 
 
+def _fake_triton_forward(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    tokens, (heads, size) = qkv.shape[:-3], qkv.shape[-2:]
+    return qkv.new_empty((*tokens, heads * size)), qkv.new_empty((heads, math.prod(tokens)), dtype=torch.float32)
+
+
+@operator(
+    "attention_forward(Tensor qkv, Tensor? key_mask, Tensor? segment_ids, Tensor? cu_seqlens, Tensor? seed, "
+    "SymInt? max_length, bool causal, float p, int site) -> (Tensor, Tensor)",
+    _fake_triton_forward,
+)
+def _triton_forward(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """`attention_triton.forward`."""
+    from .attention_triton import forward
+
+    return forward(qkv, **dict(zip(_TRITON_ARGUMENTS, arguments, strict=True)))
+
+
+@operator(
+    "attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? key_mask, Tensor? segment_ids, "
+    "Tensor? cu_seqlens, Tensor? seed, SymInt? max_length, bool causal, float p, int site, bool stochastic) -> Tensor",
+    lambda dout, qkv, *_: qkv.new_empty(qkv.shape),
+)
+def _triton_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
+    """`attention_backward_triton.backward`."""
+    from .attention_backward_triton import backward
+
+    names = (*_TRITON_ARGUMENTS, "stochastic")
+    return backward(dout, qkv, out, lse, **dict(zip(names, arguments, strict=True)))
+
+
+_TRITON_ARGUMENTS = ("key_mask", "segment_ids", "cu_seqlens", "seed", "max_length", "causal", "p", "site")
+
+
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, mask: AttentionMask, p: float, seed: Tensor | None, site: int, stochastic: bool
+        ctx: Any, qkv: Tensor, mask: AttentionMask, seed: Tensor | None, dropout: tuple[float, int], stochastic: bool
     ) -> Tensor:
-        from .attention_triton import forward
-
-        seed = seed if p > 0 else None
-        shared: dict[str, Any] = {"causal": mask.causal, "max_length": mask.max_length, "p": p, "site": site}
-        masks: dict[str, Any] = {
-            "key_mask": mask.key_mask,
-            "segment_ids": mask.segment_ids,
-            "cu_seqlens": mask.cu_seqlens,
-        }
-        out, lse = forward(qkv, seed=seed, **masks, **shared)
-        ctx.save_for_backward(qkv, out, lse, seed, *masks.values())
-        ctx.shared, ctx.stochastic = shared, stochastic
+        tensors = (mask.key_mask, mask.segment_ids, mask.cu_seqlens, seed)
+        ctx.rest = (mask.max_length, mask.causal, *dropout)
+        out, lse = _triton_forward(qkv, *tensors, *ctx.rest)
+        ctx.save_for_backward(qkv, out, lse, *tensors)
+        ctx.stochastic = stochastic
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        from .attention_backward_triton import backward
-
-        qkv, out, lse, seed, key_mask, segment_ids, cu_seqlens = ctx.saved_tensors
-        masks: dict[str, Any] = {"key_mask": key_mask, "segment_ids": segment_ids, "cu_seqlens": cu_seqlens}
-        dqkv = backward(dy, qkv, out, lse, seed=seed, stochastic=ctx.stochastic, **masks, **ctx.shared)
-        return dqkv, None, None, None, None, None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        return _triton_backward(dout, *ctx.saved_tensors, *ctx.rest, ctx.stochastic), None, None, None, None
 
 
-@dataclass(frozen=True)
-class _Dropout:
-    """checkpoint: keep the probabilities before dropout only, and multiply by the mask again in backward."""
+def _heads_first(qkv: Tensor) -> Tensor:
+    """(3, B * N, S, D), contiguous, from (B, S, 3, N, D): the products below would copy each part otherwise, each time."""
+    return qkv.permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
 
-    p: float
-    site: int
-    checkpoint: bool
+
+def _bmm(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+    """scale * (a @ b) of (.., M, K) and (.., K, N), three dims each; the factor costs nothing inside the product."""
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)
+
+
+def _fake_product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    heads, size = qkv.shape[-2:]
+    batch, length = qkv.shape[:2] if bias is None or rows is None else (bias.shape[0], bias.shape[-1])
+    kept = qkv.new_empty((batch * heads, length, length))
+    dropped = qkv.new_empty(kept.shape if rest[-1] else 0)
+    return (
+        qkv.new_empty((*qkv.shape[:-3], heads * size)),
+        qkv.new_empty((3, batch * heads, length, size)),
+        kept,
+        dropped,
+    )
+
+
+@operator(
+    "attention_product_forward(Tensor qkv, Tensor? bias, Tensor? rows, Tensor seed, float p, int site, bool keep_dropped) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_product_forward,
+)
+def _product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    """The output, qkv as `_heads_first` has it, and the probabilities (B * N, S, S) before and after dropout.
+
+    Those after dropout lack its factor, and are empty without keep_dropped.
+    """
+    seed, p, site, keep_dropped = rest
+    padded = _padded(qkv, rows, bias)
+    batch, length, _, heads, size = padded.shape
+    parts = _heads_first(padded)
+    scores = _bmm(parts[0], parts[1].transpose(1, 2), 1 / math.sqrt(size))
+    if bias is not None:
+        scores.view(batch, heads, length, length).add_(bias)
+    probabilities = torch.softmax(scores, -1)
+    dropped = torch.mul(probabilities, keep_mask(scores.shape, p, seed, site), out=scores)
+    context = _bmm(dropped, parts[2], keep_scale(p)).view(batch, heads, length, size).transpose(1, 2).flatten(2)
+    return _unpadded(context, rows), parts, probabilities, dropped if keep_dropped else qkv.new_empty(0)
+
+
+@operator(
+    "attention_product_backward(Tensor dout, Tensor parts, Tensor probabilities, Tensor? dropped, Tensor seed, float p, "
+    "int site) -> Tensor",
+    lambda dout, parts, *_: parts.new_empty((*dout.shape[:2], 3, dout.shape[2] // parts.shape[3], parts.shape[3])),
+)
+def _product_backward(dout: Tensor, parts: Tensor, probabilities: Tensor, dropped: Tensor | None, *rest: Any) -> Tensor:
+    """dqkv (B, S, 3, N, D), from dout (B, S, H), the parts of `_heads_first` and probabilities (B * N, S, S)."""
+    seed, p, site = rest
+    batch, size = dout.shape[0], parts.shape[3]
+    q, k, v = parts.unbind()
+    mask = keep_mask(probabilities.shape, p, seed, site)
+    if dropped is None:
+        dropped = probabilities * mask
+    dcontext = dout.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
+    dparts = torch.empty_like(parts)
+    _bmm(dropped.transpose(1, 2), dcontext, keep_scale(p), out=dparts[2])
+    dprobabilities = _bmm(dcontext, v.transpose(1, 2), keep_scale(p)).mul_(mask)
+    dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype)
+    _bmm(dscores, k, 1 / math.sqrt(size), out=dparts[0])
+    _bmm(dscores.transpose(1, 2), q, 1 / math.sqrt(size), out=dparts[1])
+    return dparts.unflatten(1, (batch, -1)).permute(1, 3, 0, 2, 4).contiguous()
 
 
 class _AttentionWithDropout(torch.autograd.Function):
     """softmax(q k' / sqrt(D) + bias), dropout, times v; the mask is drawn again in backward.
 
     rows: None, or those of a packed batch, which is padded within forward and within backward, so that what is kept of qkv
-    is packed.
+    is packed. checkpoint: keep the probabilities before dropout only, and multiply by the mask again in backward.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, bias: Tensor | None, rows: Tensor | None, seed: Tensor, dropout: _Dropout
+        ctx: Any,
+        qkv: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        seed: Tensor,
+        dropout: tuple[float, int],
+        checkpoint: bool,
     ) -> Tensor:
-        q, k, v = (part.transpose(1, 2) for part in _padded(qkv, rows, bias).unbind(2))  # each (B, N, S, D)
-        scores = (q * (1 / math.sqrt(q.shape[-1]))).matmul(k.transpose(2, 3))  # (B, N, S, S)
-        if bias is not None:
-            scores.add_(bias)
-        probabilities = torch.softmax(scores, -1)
-        kept = keep_mask(probabilities.shape, dropout.p, seed, dropout.site)
-        dropped = (probabilities * kept).mul_(keep_scale(dropout.p))
-        ctx.save_for_backward(qkv, probabilities, None if dropout.checkpoint else dropped, rows, seed)
+        out, parts, probabilities, dropped = _product_forward(qkv, bias, rows, seed, *dropout, not checkpoint)
+        kept = parts if rows is None else qkv
+        ctx.save_for_backward(kept, probabilities, None if checkpoint else dropped, rows, seed)
         ctx.dropout = dropout
-        return _unpadded(dropped.matmul(v).transpose(1, 2).flatten(2), rows)
+        return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, probabilities, dropped, rows, seed = ctx.saved_tensors
-        padded_qkv, padded_dy = _padded(qkv, rows, probabilities), _padded(dy, rows, probabilities)
-        q, k, v = (part.transpose(1, 2) for part in padded_qkv.unbind(2))
-        scale = keep_scale(ctx.dropout.p)
-        mask = keep_mask(probabilities.shape, ctx.dropout.p, seed, ctx.dropout.site)
-        if dropped is None:
-            dropped = (probabilities * mask).mul_(scale)
-        dcontext = padded_dy.unflatten(2, (q.shape[1], q.shape[3])).transpose(1, 2)  # (B, N, S, D)
-        dprobabilities = dcontext.matmul(v.transpose(2, 3)).mul_(mask).mul_(scale)
-        dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype)
-        dscores.mul_(1 / math.sqrt(q.shape[-1]))
-        dqkv = torch.empty_like(padded_qkv)
-        dq, dk, dv = (part.transpose(1, 2) for part in dqkv.unbind(2))
-        dq.copy_(dscores.matmul(k))
-        dk.copy_(dscores.transpose(2, 3).matmul(q))
-        dv.copy_(dropped.transpose(2, 3).matmul(dcontext))
-        return _unpadded(dqkv, rows), None, None, None, None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        parts, probabilities, dropped, rows, seed = ctx.saved_tensors
+        if rows is not None:
+            heads = parts.shape[-2]
+            scores = probabilities.unflatten(0, (-1, heads))
+            parts, dout = _heads_first(_padded(parts, rows, scores)), _padded(dout, rows, scores)
+        dqkv = _product_backward(dout, parts, probabilities, dropped, seed, *ctx.dropout)
+        return _unpadded(dqkv, rows), None, None, None, None, None

@@ -60,7 +60,7 @@ def softmax_loss_reference_(logits: Tensor, labels: Tensor) -> Tensor:
 
 @operator(
     "softmax_loss_(Tensor(a!) logits, Tensor labels, str kernels) -> Tensor",
-    lambda logits, labels, _: logits.new_empty(len(labels), dtype=torch.promote_types(logits.dtype, torch.float32)),
+    lambda logits, labels, _: logits.new_empty(labels.shape[0], dtype=torch.promote_types(logits.dtype, torch.float32)),
 )
 def _softmax_loss_(logits: Tensor, labels: Tensor, kernels: Kernels) -> Tensor:
     """As `softmax_loss_reference_`, on the path that `kernels` and the device choose."""

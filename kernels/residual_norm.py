@@ -230,7 +230,7 @@ _OPTIONS = "float eps, float p, int site, bool inverted, str kernels"
 def _fake_norm_forward(x: Tensor | None, _: Tensor | None, residual: Tensor, *__: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(residual.dtype, torch.float32)
     z = residual.new_empty(0 if x is None else residual.shape)
-    mean, rstd = (residual.new_empty(len(residual), dtype=wide) for _ in range(2))
+    mean, rstd = (residual.new_empty(residual.shape[0], dtype=wide) for _ in range(2))
     return z, residual.new_empty(residual.shape), mean, rstd
 
 

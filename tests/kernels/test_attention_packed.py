@@ -121,12 +121,15 @@ def test_a_layer_computes_the_same_for_packed_and_padded_tokens(pre_layer_norm, 
     torch.testing.assert_close(packed_gradients, gradients)
 
 
-def test_a_packed_layer_compiles_into_one_graph_that_computes_the_same():
-    """aot_eager runs the traced graph with the same kernels, so the bits agree, masks of dropout included."""
+def test_a_packed_layer_compiles_into_one_graph_for_every_number_of_tokens():
+    """aot_eager runs the traced graph with the same kernels; a second compilation would raise."""
     layer = TransformerLayer(dataclasses.replace(CONFIG, hidden_dropout_prob=0.2))
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    x, dy = torch.randn(2, 14, 24)
-    y, gradients = run_layer(layer, x, packed_mask(), dy)
-    compiled_y, compiled_gradients = run_layer(compiled, x, packed_mask(), dy)
-    assert torch.equal(y, compiled_y)
-    torch.testing.assert_close(compiled_gradients, gradients)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in (LENGTHS, torch.tensor([2, 7, 0, 2]), torch.tensor([9, 9, 9, 5])):
+        mask = packed_mask(lengths=lengths)
+        x, dy = torch.randn(2, int(lengths.sum()), 24)
+        y, gradients = run_layer(layer, x, packed_mask(lengths=lengths), dy)
+        with torch.compiler.set_stance("default" if lengths is LENGTHS else "fail_on_recompile"):
+            compiled_y, compiled_gradients = run_layer(compiled, x, mask, dy)
+        assert torch.equal(y, compiled_y)
+        torch.testing.assert_close(compiled_gradients, gradients)

@@ -1,12 +1,19 @@
 """Every op as an operator of torch.library: what traces rely on, on the CPU path and on the GPU path without a GPU."""
 
-import dataclasses
-
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer, cross_entropy  # noqa: F401
+from xformer_train.kernels import (
+    AttentionMask,
+    LayerConfig,
+    TransformerLayer,
+    attention,
+    cross_entropy,
+    mlp,
+    residual_norm,
+)
+from xformer_train.kernels.cross_entropy import linear_cross_entropy
+from xformer_train.kernels.layer import invertible_norms
 
 T, H, F, V = 5, 8, 12, 7
 OPTIONS = (1e-5, 0.3, 2, False, "auto")  # eps, p, site, inverted, kernels
@@ -37,6 +44,17 @@ def cases():
         yield "gelu_forward", (rows(T, F), activation, "auto")
         for recompute in (False, True):
             yield "gelu_backward_", (rows(T, F), rows(T, F), activation, recompute, "auto")
+    qkv, packed, borders = rows(2, 4, 3, 2, 3), rows(6, 3, 2, 3), torch.tensor([0, 2, 6], dtype=torch.int32)
+    mask = AttentionMask(cu_seqlens=borders, max_length=4)
+    for layout, bias, places in (
+        (qkv, None, None),
+        (qkv, rows(2, 1, 1, 4), None),
+        (packed, mask.additive(4, packed), mask.rows_when_padded(6)),
+    ):
+        yield "attention_product_forward", (layout, bias, places, seed, 0.3, 1, True)
+    yield "attention_product_forward", (qkv, None, None, seed, 0.3, 1, False)
+    for dropped in (None, rows(4, 4, 4)):
+        yield "attention_product_backward", (rows(2, 4, 6), rows(3, 4, 4, 3), rows(4, 4, 4), dropped, seed, 0.3, 1)
     labels = torch.tensor([0, 6, -100, 3, 3])
     for dtype in (torch.float32, torch.bfloat16):
         yield "softmax_loss_", (rows(T, V, dtype=dtype), labels, "auto")
@@ -49,3 +67,50 @@ def test_operators_keep_torchs_rules(name, arguments):
     torch.library.opcheck(
         operator, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     )
+
+
+@pytest.mark.parametrize("flags", [False, True])
+@pytest.mark.parametrize("pre_layer_norm", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_step_of_the_gpu_path_makes_the_host_wait(flags, pre_layer_norm, packed, monkeypatch):
+    """On the meta device, where reading a value raises, the ops of the GPU path are their fake implementations."""
+    for module in (attention, cross_entropy, mlp, residual_norm):
+        monkeypatch.setattr(module, "uses_triton", lambda *_: True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    config = LayerConfig(
+        24,
+        3,
+        40,
+        pre_layer_norm=pre_layer_norm,
+        normalize_invertible=flags,
+        gelu_checkpoint=flags,
+        attn_dropout_checkpoint=flags,
+        stochastic_mode=flags,
+    )
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    layer = TransformerLayer(config).to("meta", torch.bfloat16)
+    if packed:
+        mask = AttentionMask(cu_seqlens=empty(4, dtype=torch.int32), max_length=9)
+    else:
+        mask = AttentionMask(key_mask=empty(3, 9, dtype=torch.bool))
+    x = empty(*((20,) if packed else (3, 9)), 24).requires_grad_()
+    y = layer(x, mask, invertible=(flags, flags))
+    weight = empty(50, 24).requires_grad_()
+    loss = linear_cross_entropy(y.flatten(0, -2), weight, None, empty(y.numel() // 24, dtype=torch.int64))
+    loss.backward()
+    assert x.grad.shape == x.shape
+    assert all(parameter.grad.dtype == torch.bfloat16 for parameter in layer.parameters())
+
+
+def test_a_trace_asks_to_be_told_which_norms_may_be_inverted():
+    config = LayerConfig(24, 3, 40, normalize_invertible=True)
+    layer, x = TransformerLayer(config), torch.randn(2, 9, 24)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with pytest.raises(Exception, match="invertible_norms"):
+        compiled(x)
+    (answer,) = invertible_norms([layer])
+    assert answer == (True, True)
+    compiled(x, invertible=answer).sum().backward()
