@@ -7,11 +7,13 @@ V vocabulary, T tokens (B * S).
 from .attention import AttentionMask
 from .deepspeed_layer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 from .layer import LayerConfig, TransformerLayer
+from .layer_stack import LayerStack
 
 __all__ = [
     "AttentionMask",
     "DeepSpeedTransformerConfig",
     "DeepSpeedTransformerLayer",
     "LayerConfig",
+    "LayerStack",
     "TransformerLayer",
 ]

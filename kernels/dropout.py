@@ -24,13 +24,13 @@ _GAMMA, _MIX_1, _MIX_2 = (_int64(c) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4
 _SITE_STRIDE = 0xD1B54A32D192ED03  # far from every small multiple of the increment, so sites never share words
 
 
-def draw_seed(device: torch.device) -> Tensor:
-    """A fresh dropout seed, int64 of shape (), from torch's default generator of `device`.
+def draw_seed(device: torch.device, shape: tuple[int, ...] = ()) -> Tensor:
+    """Fresh dropout seeds, int64, from torch's default generator of `device`.
 
     Taken from the default generator so that `torch.manual_seed`, a restored generator state and `torch.utils.checkpoint`
     reproduce the masks of a whole layer without knowing about them.
     """
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    return torch.randint(0, 2**63 - 1, shape, dtype=torch.int64, device=device)
 
 
 def drop_threshold(p: float) -> int:

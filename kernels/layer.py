@@ -121,13 +121,19 @@ class TransformerLayer(nn.Module):
             layer_norm.reset_parameters()
 
     def forward(
-        self, hidden_states: Tensor, mask: AttentionMask | None = None, invertible: tuple[bool, bool] | None = None
+        self,
+        hidden_states: Tensor,
+        mask: AttentionMask | None = None,
+        *,
+        seed: Tensor | None = None,
+        invertible: tuple[bool, bool] | None = None,
     ) -> Tensor:
         """The layer's output, (B, S, H) in the dtype of hidden_states, or (T, H) for a packed batch.
 
         hidden_states: (B, S, H), or (T, H) where the mask has cu_seqlens. mask: which tokens see which, one object for all
-        layers; None: all see all. invertible: this layer's answer of `invertible_norms`, for stacks, which ask for all their
-        layers at once; None: the layer asks for itself.
+        layers; None: all see all.
+        seed: of this pass's dropouts, int64 of shape (), on the device; None: the layer draws one. invertible: this layer's
+        answer of `invertible_norms`; None: the layer asks. Both are for stacks, which do either for all their layers at once.
         Raises ValueError if the last dim is not hidden_size, and under torch.compile for normalize_invertible without
         `invertible`.
         """
@@ -138,43 +144,52 @@ class TransformerLayer(nn.Module):
             raise ValueError(
                 f"hidden_states has last dim {hidden_states.shape[-1]}, the layer has hidden_size={config.hidden_size}"
             )
-        drops = self.training and (config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0)
-        seed = self._draw_seed(hidden_states.device) if drops else None
-        p = config.hidden_dropout_prob
-        first, second = self.attention_norm, self.mlp_norm
+        if not self.drops:
+            seed = None
+        elif seed is None:
+            seed = self._draw_seed(hidden_states.device)
         if config.pre_layer_norm:
-            normalized = norm(
-                hidden_states,
-                first.weight,
-                first.bias,
-                eps=first.eps,
-                invertible=invertible[0],
-                kernels=config.kernels,
-            )
-            context = self._attend(normalized, mask, seed)
-            residual, normalized = self._join(
-                context,
-                hidden_states,
-                _Join(self.attention_output, second, _ATTENTION_OUTPUT_SITE, invertible[1]),
-                seed,
-            )
-            return residual_add(
-                self._mlp(normalized),
-                self.output.bias,
-                residual,
-                p=p,
-                seed=seed,
-                site=_OUTPUT_SITE,
-                kernels=config.kernels,
-            )
+            return self._pre_layer_norm(hidden_states, mask, seed, invertible)
+        return self._post_layer_norm(hidden_states, mask, seed, invertible)
+
+    def _pre_layer_norm(
+        self, hidden_states: Tensor, mask: AttentionMask, seed: Tensor | None, invertible: tuple[bool, bool]
+    ) -> Tensor:
+        config, first, second = self.config, self.attention_norm, self.mlp_norm
+        normalized = norm(
+            hidden_states,
+            first.weight,
+            first.bias,
+            eps=first.eps,
+            invertible=invertible[0],
+            kernels=config.kernels,
+        )
+        context = self._attend(normalized, mask, seed)
+        join = _Join(self.attention_output, second, _ATTENTION_OUTPUT_SITE, invertible[1])
+        residual, normalized = self._join(context, hidden_states, join, seed)
+        return residual_add(
+            self._mlp(normalized),
+            self.output.bias,
+            residual,
+            p=config.hidden_dropout_prob,
+            seed=seed,
+            site=_OUTPUT_SITE,
+            kernels=config.kernels,
+        )
+
+    def _post_layer_norm(
+        self, hidden_states: Tensor, mask: AttentionMask, seed: Tensor | None, invertible: tuple[bool, bool]
+    ) -> Tensor:
         context = self._attend(hidden_states, mask, seed)
-        _, residual = self._join(
-            context, hidden_states, _Join(self.attention_output, first, _ATTENTION_OUTPUT_SITE, invertible[0]), seed
-        )
-        _, hidden_states = self._join(
-            self._mlp(residual), residual, _Join(self.output, second, _OUTPUT_SITE, invertible[1]), seed
-        )
-        return hidden_states
+        join = _Join(self.attention_output, self.attention_norm, _ATTENTION_OUTPUT_SITE, invertible[0])
+        _, residual = self._join(context, hidden_states, join, seed)
+        join = _Join(self.output, self.mlp_norm, _OUTPUT_SITE, invertible[1])
+        return self._join(self._mlp(residual), residual, join, seed)[1]
+
+    @property
+    def drops(self) -> bool:
+        """Whether a forward pass drops anything now."""
+        return self.training and (self.config.hidden_dropout_prob > 0 or self.config.attention_probs_dropout_prob > 0)
 
     def _draw_seed(self, device: torch.device) -> Tensor:
         """The seed of this pass's dropouts, int64 of shape ()."""

@@ -45,8 +45,8 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return product(dy.t(), x.t())
 
 
-def linear_library() -> str:
-    """The library that computes fp32 products on this machine's CPU, for reports: `oneDNN` or torch's choice."""
+def cpu_library() -> str:
+    """The library that computes fp32 products on this machine's CPU."""
     if _PREFERS_ONEDNN:
         return "oneDNN"
     return "MKL" if torch.backends.mkl.is_available() else "torch's BLAS"

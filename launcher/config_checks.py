@@ -87,6 +87,11 @@ def _model_faults(config: RunConfig) -> Iterator[Fault]:
             ("layer.unpad", "model.type"),
             "got true, but samples of model.type gpt are packed and hold no padding to remove; set false",
         )
+    if config.layer.cuda_graph and config.layer.unpad:
+        yield Fault(
+            ("layer.cuda_graph", "layer.unpad"),
+            "got true, but without padding every batch has another number of tokens, and a graph has one; set either to false",
+        )
 
 
 def _tokenizer_and_objective_faults(config: RunConfig) -> Iterator[Fault]:

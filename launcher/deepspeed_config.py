@@ -175,6 +175,12 @@ def _zero_faults(config: RunConfig, zero: Any) -> Iterator[tuple[str, str]]:
             f"got {stage}, but ZeRO flattens parameters into one vector, and the trust ratios of optimizer.type lamb, one "
             "for each parameter, would be wrong; set stage 0, or optimizer.type adamw",
         )
+    elif stage == 3 and config.layer.cuda_graph:
+        yield (
+            "zero_optimization.stage",
+            "got 3, which moves parameters in and out of memory, but layer.cuda_graph needs them to stay; set stage 2 or "
+            "layer.cuda_graph false",
+        )
 
 
 def _equal(theirs: Any, ours: Any) -> bool:

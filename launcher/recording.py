@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..recipes.layers import kernels_text
 from .engine import grad_norm, loss_scale, skipped_steps
 from .lamb import Lamb
 from .metrics import StepRecord
@@ -134,7 +135,7 @@ def startup_facts(
         max_seq_length=config.data.max_seq_length,
         precision=setup.precision,
         precision_reason=precision_reason,
-        kernels=_kernels_text(setup),
+        kernels=kernels_text(setup.config.model, setup.config.layer, setup.topology.device.type),
         devices=", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
         num_documents=data.sizes.documents,
         num_tokens=data.sizes.tokens,
@@ -149,12 +150,3 @@ def startup_facts(
         schedule=config.schedule,
         resumed_from=loaded,
     )
-
-
-def _kernels_text(setup: Setup) -> str:
-    layer = setup.config.layer
-    if setup.topology.device.type == "cuda" and layer.kernels == "auto":
-        text = "Triton for attention, LayerNorm, GELU, dropout and the loss; cuBLAS for matrix products"
-        return f"{text}; no padding" if layer.unpad else text
-    text = "PyTorch (layer.kernels: reference)" if setup.topology.device.type == "cuda" else "PyTorch (no GPU)"
-    return f"{text}; no padding outside attention" if layer.unpad else text

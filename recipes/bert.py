@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..kernels.attention import AttentionMask
 from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
 from ..kernels.dropout import draw_seed, dropout
+from ..kernels.linear import linear
 from ..kernels.mlp import gelu
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
 from .layers import build_layers, check_positions, initialize, normalized
@@ -99,14 +100,13 @@ class BertForPretraining(nn.Module):
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
         hidden = dropout(hidden, p, seed, _EMBEDDING_SITE)
-        for layer in self.layers:
-            hidden = layer(hidden, mask)
+        hidden = self.layers(hidden, mask)
         if self.final_norm is not None:
             hidden = normalized(hidden, self.final_norm, self.kernels)
         return hidden
 
     def _mlm_features(self, hidden: Tensor) -> Tensor:
-        features = gelu(self.mlm_transform(hidden), self.config.hidden_act)
+        features = gelu(linear(hidden, self.mlm_transform.weight, self.mlm_transform.bias), self.config.hidden_act)
         return normalized(features, self.mlm_norm, self.kernels)
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class LayerFlags(Section):
     """Drop the attention probabilities after dropout and recompute them in backward."""
     unpad: bool = False
     """BERT: leave padding out once, before the embedding, and never put it back; samples of GPT have none."""
+    cuda_graph: bool = False
+    """On a GPU, capture forward and backward of all layers once and replay them: for micro-batches of few tokens."""
 
 
 class TokenizerConfig(Section):

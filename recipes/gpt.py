@@ -52,8 +52,7 @@ class GptForPretraining(nn.Module):
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
         hidden = dropout(hidden, p, seed, _EMBEDDING_SITE)
         mask = AttentionMask(causal=True, key_mask=attention_mask, segment_ids=segment_ids)
-        for layer in self.layers:
-            hidden = layer(hidden, mask)
+        hidden = self.layers(hidden, mask)
         return normalized(hidden, self.final_norm, self.kernels)
 
     def logits(self, hidden: Tensor) -> Tensor:

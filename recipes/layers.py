@@ -2,12 +2,14 @@
 
 from torch import Tensor, nn
 
-from ..kernels import LayerConfig, TransformerLayer
+from ..kernels import LayerConfig, LayerStack
+from ..kernels.attention import LARGEST_TRITON_HEAD
+from ..kernels.linear import cpu_library
 from ..kernels.residual_norm import Kernels, norm
 from .config import LayerFlags, ModelConfig
 
 
-def build_layers(model: ModelConfig, flags: LayerFlags) -> nn.ModuleList:
+def build_layers(model: ModelConfig, flags: LayerFlags) -> LayerStack:
     """num_hidden_layers fresh layers with the model's geometry and the run's flags."""
     config = LayerConfig(
         hidden_size=model.hidden_size,
@@ -28,7 +30,23 @@ def build_layers(model: ModelConfig, flags: LayerFlags) -> nn.ModuleList:
         attn_dropout_checkpoint=flags.attn_dropout_checkpoint,
         stochastic_mode=flags.stochastic_mode,
     )
-    return nn.ModuleList(TransformerLayer(config) for _ in range(model.num_hidden_layers))
+    return LayerStack(config, model.num_hidden_layers, cuda_graph=flags.cuda_graph)
+
+
+def kernels_text(model: ModelConfig, flags: LayerFlags, device_type: str) -> str:
+    """Which kernels compute the layers on a device of this type, in words."""
+    on_gpu = device_type == "cuda"
+    if on_gpu and flags.kernels == "auto":
+        triton = "attention, LayerNorm, GELU, dropout and the loss"
+        if model.hidden_size // model.num_attention_heads > LARGEST_TRITON_HEAD:
+            triton = triton.removeprefix("attention, ") + "; PyTorch for attention, whose heads are too wide"
+        text, padding = f"Triton for {triton}; cuBLAS for matrix products", "; no padding"
+    else:
+        where = "layer.kernels: reference" if on_gpu else f"no GPU; {cpu_library()} for matrix products in fp32"
+        text, padding = f"PyTorch ({where})", "; no padding outside attention"
+    if flags.cuda_graph:
+        text += "; a CUDA graph of all layers" if on_gpu else "; no CUDA graph"
+    return text + padding if flags.unpad else text
 
 
 def initialize(modules: list[nn.Module], std: float) -> None:

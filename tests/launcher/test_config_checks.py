@@ -19,6 +19,11 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
         ("model: {type: gpt, pre_layer_norm: false}\nobjective: {type: clm}", "model.pre_layer_norm: got false, but"),
         ("model: {type: gpt}\nobjective: {type: clm, sentence_task: nsp}", "objective.sentence_task: got 'nsp', but"),
         ("model: {type: gpt}\nobjective: {type: clm}\nlayer: {unpad: true}", "layer.unpad: got true, but samples of"),
+        ("layer: {unpad: true, cuda_graph: true}", "layer.cuda_graph: got true, but without padding every batch has"),
+        (
+            "layer: {cuda_graph: true}\noptimizer: {type: adamw}\ndeepspeed: {zero_optimization: {stage: 3}}",
+            "deepspeed.zero_optimization.stage: got 3, which moves parameters",
+        ),
         (
             "data: {max_seq_length: 513}",
             "data.max_seq_length: got 513, must be at most model.max_position_embeddings 512",

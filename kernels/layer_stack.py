@@ -1,0 +1,117 @@
+"""The layers of a model in order, and their capture in CUDA graphs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .attention import AttentionMask
+from .dropout import draw_seed
+from .layer import LayerConfig, TransformerLayer, invertible_norms
+
+_WARM_UPS = 3  # compile the kernels and let the matrix libraries choose theirs, which a capture forbids
+
+
+class LayerStack(nn.ModuleList):
+    """`depth` layers of one kind; the layers are its items.
+
+    cuda_graph: in training on a GPU, capture forward and backward of the whole stack in two CUDA graphs when a shape first
+        comes, and replay them from then on: one launch each in place of dozens per layer, which is what a small batch waits
+        for. It needs parameters that stay where they are (not ZeRO stage 3) and padded batches without additive bias, and
+        holds one more copy of the layers' gradients. Seeds of dropout are inputs, so every replay draws fresh masks, the
+        same ones as without the graph.
+    """
+
+    def __init__(self, config: LayerConfig, depth: int, *, cuda_graph: bool = False) -> None:
+        super().__init__(TransformerLayer(config) for _ in range(depth))
+        self.cuda_graph = cuda_graph
+        self._graphs: dict[Any, _Graph] = {}
+
+    def forward(self, hidden_states: Tensor, mask: AttentionMask) -> Tensor:
+        """The last layer's output, in shape and dtype of hidden_states: (B, S, H), or (T, H) where the mask has cu_seqlens.
+
+        Raises ValueError for a mask that a CUDA graph cannot take.
+        """
+        layers = [layer for layer in self if isinstance(layer, TransformerLayer)]
+        invertible = invertible_norms(layers)
+        drops = any(layer.drops for layer in layers)
+        seeds = draw_seed(hidden_states.device, (len(layers),)) if drops else None
+        if not (self.cuda_graph and hidden_states.is_cuda and self.training and torch.is_grad_enabled()):
+            return _run(layers, invertible, hidden_states, seeds, mask)
+        if mask.cu_seqlens is not None or mask.bias is not None:
+            raise ValueError("cuda_graph=True needs masks of causal, key_mask and segment_ids alone; turn it off")
+        given = {"seeds": seeds, "key_mask": mask.key_mask, "segment_ids": mask.segment_ids}
+        inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+        key = (hidden_states.shape, hidden_states.dtype, mask.causal, tuple(inputs), tuple(invertible))
+        if key not in self._graphs:
+
+            def run(hidden: Tensor, *tensors: Tensor) -> Tensor:
+                named = dict(zip(inputs, tensors, strict=True))
+                padded = AttentionMask(mask.causal, named.get("key_mask"), named.get("segment_ids"))
+                return _run(layers, invertible, hidden, named.get("seeds"), padded)
+
+            parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+            self._graphs[key] = _Graph(run, [hidden_states, *inputs.values()], parameters)
+        graph = self._graphs[key]
+        return _Replay.apply(  # type: ignore[no-any-return, no-untyped-call]
+            graph, hidden_states, *inputs.values(), *graph.parameters
+        )
+
+
+def _run(
+    layers: Sequence[TransformerLayer],
+    invertible: Sequence[tuple[bool, bool]],
+    hidden_states: Tensor,
+    seeds: Tensor | None,
+    mask: AttentionMask,
+) -> Tensor:
+    each = [None] * len(layers) if seeds is None else seeds.unbind()
+    for layer, seed, allowed in zip(layers, each, invertible, strict=True):
+        hidden_states = layer(hidden_states, mask, seed=seed, invertible=allowed)
+    return hidden_states
+
+
+class _Graph:
+    """Forward and backward of `run`, captured on copies of `inputs`, of which only the first has a gradient."""
+
+    def __init__(self, run: Callable[..., Tensor], inputs: list[Tensor], parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.inputs = [tensor.detach().clone() for tensor in inputs]
+        self.inputs[0].requires_grad_()
+        leaves = [self.inputs[0], *parameters]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                output = run(*self.inputs)
+                torch.autograd.grad(output, leaves, torch.zeros_like(output))
+        torch.cuda.current_stream().wait_stream(stream)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        # thread_local, because the data loader's thread pins memory meanwhile
+        with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
+            output = run(*self.inputs)
+        self.output, self.doutput = output.detach(), torch.empty_like(output)
+        with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
+            self.gradients = torch.autograd.grad(output, leaves, self.doutput)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, *tensors: Tensor) -> Tensor:
+        for static, given in zip(graph.inputs, tensors, strict=False):
+            static.copy_(given)
+        graph.forward.replay()
+        ctx.graph = graph
+        return graph.output.clone()  # the next replay overwrites it
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
+        graph: _Graph = ctx.graph
+        graph.doutput.copy_(doutput)
+        graph.backward.replay()
+        dhidden, *gradients = graph.gradients
+        # autograd copies gradients that are referenced from elsewhere, as these are, in place of taking them for .grad
+        return None, dhidden.clone(), *[None] * (len(graph.inputs) - 1), *gradients
