@@ -5,11 +5,9 @@ scaled by 65536 / (65536 - round(p * 65536)), so that the expected value is exac
 """
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 _LEVELS = 65536  # 16 bits a decision, so that one 64-bit word decides on four elements
 
@@ -68,24 +66,3 @@ def _random_words(count: int, key: Tensor) -> Tensor:
     words.bitwise_xor_(words >> 30).mul_(_MIX_1)
     words.bitwise_xor_(words >> 27).mul_(_MIX_2)
     return words.add_(words >> 31)
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, p: float, seed: Tensor, site: int) -> Tensor:
-        ctx.save_for_backward(seed)
-        ctx.p, ctx.site = p, site
-        return (x * keep_mask(x.shape, p, seed, site)).mul_(keep_scale(p))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (seed,) = ctx.saved_tensors
-        return (dy * keep_mask(dy.shape, ctx.p, seed, ctx.site)).mul_(keep_scale(ctx.p)), None, None, None
-
-
-def dropout(x: Tensor, p: float, seed: Tensor | None, site: int) -> Tensor:
-    """dropout(x), with the mask drawn from (seed, site); x itself when seed is None or p = 0."""
-    if seed is None or p == 0:
-        return x
-    return _Dropout.apply(x, p, seed, site)  # type: ignore[no-any-return, no-untyped-call]

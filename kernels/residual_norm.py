@@ -1,4 +1,4 @@
-"""residual + dropout(x + bias) and the LayerNorm that follows it, as one op; each also on its own.
+"""residual + dropout(x + bias) and the LayerNorm that follows it, as one op; each part also on its own.
 
 Forward, rows of T, sums over H: z = residual + keep * (x + bias) / (1 - p);  x_hat = (z - mean) * rstd;
 y = x_hat * weight + norm_bias. Backward: w = dy * weight;
@@ -81,6 +81,12 @@ def residual_add(
     return _ResidualAdd.apply(  # type: ignore[no-any-return, no-untyped-call]
         x, bias, residual, seed if options.p > 0 else None, options
     )
+
+
+def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int, kernels: Kernels = "auto") -> Tensor:
+    """dropout(x) of (..., H), with the mask drawn from (seed, site); x itself when seed is None or p = 0. Keeps no mask."""
+    options = _options(0.0, p, seed, site, False, kernels)
+    return x if options.p == 0 else _Dropout.apply(x, seed, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def uses_triton(tensor: Tensor, kernels: Kernels) -> bool:
@@ -327,11 +333,10 @@ class _ResidualNorm(torch.autograd.Function):
         given = dy if dz is None else dz
         if given is None:
             return (None,) * 7
-        saved, options = Saved(*ctx.saved_tensors), ctx.options
-        shape = saved.kept.shape
-        dz_rows = None if dz is None else dz.reshape(shape)
-        dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(shape)
-        dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(dz_rows, dy_rows, *saved, *astuple(options))
+        saved = Saved(*ctx.saved_tensors)
+        dz_rows = None if dz is None else dz.reshape(saved.kept.shape)
+        dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(saved.kept.shape)
+        dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(dz_rows, dy_rows, *saved, *astuple(ctx.options))
         dresidual = dresidual.view(given.shape)
         # without dropout one object for both, so that autograd sees that it is shared
         dx_out = dresidual if saved.seed is None else dx.view(given.shape)
@@ -352,8 +357,8 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         saved = Saved(*ctx.saved_tensors)
-        gradients = _norm_backward(None, dy.reshape(saved.kept.shape), *saved, *astuple(ctx.options))
-        _, _, dz, dweight, dnorm_bias = gradients
+        dy_rows = dy.reshape(saved.kept.shape)
+        dz, dweight, dnorm_bias = _norm_backward(None, dy_rows, *saved, *astuple(ctx.options))[2:]
         return dz.view(dy.shape), dweight, dnorm_bias, None
 
 
@@ -365,8 +370,7 @@ class _ResidualAdd(torch.autograd.Function):
         ctx.save_for_backward(bias, seed)
         ctx.options = options
         rows = residual.reshape(-1, residual.shape[-1])
-        z = _add_forward(x.reshape(rows.shape), bias, rows, seed, *astuple(options))
-        return z.view(residual.shape)
+        return _add_forward(x.reshape(rows.shape), bias, rows, seed, *astuple(options)).view(residual.shape)
 
     @staticmethod
     @once_differentiable
@@ -376,3 +380,20 @@ class _ResidualAdd(torch.autograd.Function):
             return dz, None, dz, None, None
         dx, dbias = _add_backward(dz.reshape(-1, dz.shape[-1]), bias, seed, *astuple(ctx.options))
         return dz if seed is None else dx.view(dz.shape), None if bias is None else dbias, dz, None, None
+
+
+class _Dropout(torch.autograd.Function):
+    """Dropout is linear, so that forward and backward are what residual_add's backward does to dz."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor, options: Options) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.options = options
+        return _add_backward(x.reshape(-1, x.shape[-1]), None, seed, *astuple(options))[0].view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (seed,) = ctx.saved_tensors
+        rows = dy.reshape(-1, dy.shape[-1])
+        return _add_backward(rows, None, seed, *astuple(ctx.options))[0].view(dy.shape), None, None

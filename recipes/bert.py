@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..kernels.attention import AttentionMask
 from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
-from ..kernels.dropout import draw_seed, dropout
+from ..kernels.dropout import draw_seed
 from ..kernels.linear import linear
 from ..kernels.mlp import gelu
+from ..kernels.residual_norm import dropout
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
 from .layers import build_layers, check_positions, initialize, normalized
 from .recipe import Batch, Recipe, head_flops, layer_flops
@@ -99,7 +100,7 @@ class BertForPretraining(nn.Module):
         hidden = normalized(hidden, self.embedding_norm, self.kernels)
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
-        hidden = dropout(hidden, p, seed, _EMBEDDING_SITE)
+        hidden = dropout(hidden, p=p, seed=seed, site=_EMBEDDING_SITE, kernels=self.kernels)
         hidden = self.layers(hidden, mask)
         if self.final_norm is not None:
             hidden = normalized(hidden, self.final_norm, self.kernels)

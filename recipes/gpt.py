@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..kernels.attention import AttentionMask
 from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
-from ..kernels.dropout import draw_seed, dropout
+from ..kernels.dropout import draw_seed
+from ..kernels.residual_norm import dropout
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
 from .layers import build_layers, check_positions, initialize, normalized
 from .recipe import Batch, Recipe, head_flops, layer_flops
@@ -50,7 +51,7 @@ class GptForPretraining(nn.Module):
         hidden = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
-        hidden = dropout(hidden, p, seed, _EMBEDDING_SITE)
+        hidden = dropout(hidden, p=p, seed=seed, site=_EMBEDDING_SITE, kernels=self.kernels)
         mask = AttentionMask(causal=True, key_mask=attention_mask, segment_ids=segment_ids)
         hidden = self.layers(hidden, mask)
         return normalized(hidden, self.final_norm, self.kernels)

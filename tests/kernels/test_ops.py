@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from xformer_train.kernels.attention import AttentionMask, attention
 from xformer_train.kernels.cross_entropy import IGNORED, linear_cross_entropy
-from xformer_train.kernels.dropout import dropout, keep_mask, keep_scale
-from xformer_train.kernels.residual_norm import are_invertible
+from xformer_train.kernels.dropout import keep_mask, keep_scale
+from xformer_train.kernels.residual_norm import are_invertible, dropout
 
 SEED = torch.tensor(1234)
 
@@ -40,13 +40,13 @@ def test_masks_of_different_sites_and_seeds_are_independent_and_repeatable():
 def test_dropout_equals_its_formula_with_the_same_mask(p, size):
     x = randn(size, 3, 2).transpose(0, 1)
     expected = x * keep_mask(x.shape, p, SEED, 2) * keep_scale(p)
-    torch.testing.assert_close(dropout(x, p, SEED, 2), expected)
-    assert torch.autograd.gradcheck(lambda a: dropout(a, p, SEED, 2), (x,))
+    torch.testing.assert_close(dropout(x, p=p, seed=SEED, site=2), expected)
+    assert torch.autograd.gradcheck(lambda a: dropout(a, p=p, seed=SEED, site=2), (x,))
 
 
 def test_no_seed_means_no_dropout():
     x = randn(5, 7)
-    assert dropout(x, 0.5, None, 1) is x
+    assert dropout(x, p=0.5, seed=None, site=1) is x
 
 
 @pytest.mark.parametrize(("scale", "dtype", "allowed"), [(0.01, torch.bfloat16, False), (0.01, torch.float32, True)])
