@@ -5,9 +5,10 @@ On a CPU, three ways to train the same BERT on the same batches, in turns within
   bare          forward, backward, clipping and optimizer step of the same model, nothing around it
   transformers  BertForPreTraining as it comes, with the labels of every position, and the same optimizer
 
-On a GPU, two models in engines alike (the precision, optimizer and clipping of the run config), in turns within one process,
+On a GPU, models in engines alike (the precision, optimizer and clipping of the run config), in turns within one process,
 at each config's micro-batch without accumulation, on random tokens of full length:
   xformer-train  the model and step of a run
+  CUDA graph     the same with layer.cuda_graph
   transformers   BertForPreTraining as it comes, without a mask, with the labels of every position
 
 Prints a table and writes JSON. Figures are medians over the steps of all turns but each turn's first two; on a GPU, over the
@@ -18,8 +19,10 @@ import argparse
 import json
 import math
 import statistics
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,7 @@ CPU_CONFIGS = ["configs/bert_base.yaml"]
 GPU_CONFIGS = ["configs/bert_large_seq128.yaml", "configs/bert_large_seq512.yaml"]
 VOCAB_SIZE = 30528  # BERT's 30,522 and the rows that a run adds to them
 WARMUP_STEPS = 2
+GPU_ROWS = ("xformer-train", "CUDA graph", "transformers")
 Tensors = dict[str, Tensor]
 
 
@@ -69,6 +73,8 @@ def main() -> None:
         if arguments.out is not None:  # after each, so that a call cut short leaves what it measured
             arguments.out.write_text(json.dumps(results, indent=2) + "\n")
     print("\n".join(table(result) for result in results))
+    if on_gpu and any(len(result["step_time_s"]) < len(GPU_ROWS) for result in results):
+        sys.exit("a row failed")
 
 
 def measure_on_cpu(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
@@ -248,8 +254,16 @@ def measure_on_gpu(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
         "step_time_s": medians,
         "sequences_per_s": {row: size / value for row, value in medians.items()},
         "mfu": {row: size * flop / value / peak if peak else None for row, value in medians.items()},
-        "notes": [f"against transformers: {medians['transformers'] / medians['xformer-train']:.2f}x"],
+        "notes": gpu_notes(medians),
     }
+
+
+def gpu_notes(medians: dict[str, float]) -> list[str]:
+    """The ratios, and what is missing."""
+    stock = medians.get("transformers")
+    ours = [(row, medians[row]) for row in GPU_ROWS[:2] if row in medians]
+    ratios = [f"{row} against transformers: {stock / value:.2f}x" for row, value in ours if stock]
+    return [*ratios, *(f"{row}: failed" for row in GPU_ROWS if row not in medians)]
 
 
 def gpu_config(arguments: argparse.Namespace, path: str) -> RunConfig:
@@ -270,11 +284,13 @@ def gpu_config(arguments: argparse.Namespace, path: str) -> RunConfig:
 def engine_times(
     config: RunConfig, topology: Topology, number_format: Precision, steps: int, turns: int
 ) -> dict[str, float]:
-    """Median seconds per step of both models, each over all steps of a turn but the first two."""
+    """Median seconds per step of each model, over all steps of a turn but the first two; a row that fails is left out."""
     ds_config = deepspeed_config(config, solve_batch(config.training, topology.world_size), number_format)
-    ours, theirs = (
-        build_engine(model, build_optimizer(model, config.optimizer), ds_config, topology)
-        for model in (our_model(config), stock_model(config))
+    graph = config.model_copy(update={"layer": config.layer.model_copy(update={"cuda_graph": True})})
+    with topology.device:  # where drawing the first weights takes no time
+        models = our_model(config), our_model(graph), stock_model(config)
+    ours, captured, theirs = (
+        build_engine(model, build_optimizer(model, config.optimizer), ds_config, topology) for model in models
     )
     data = [random_step(config, seed) for seed in range(min(4, steps))]
     inputs = [
@@ -282,24 +298,32 @@ def engine_times(
         for one in data
     ]
 
-    def take_ours(index: int) -> None:
-        train_step(ours, data[index], topology)
-
     def take_theirs(index: int) -> None:
         theirs.backward(theirs(**inputs[index]).loss)
         theirs.step()
 
-    rows = {"xformer-train": take_ours, "transformers": take_theirs}
-    times: dict[str, list[float]] = {row: [] for row in rows}
+    takes: tuple[Callable[[int], object], ...] = (
+        lambda index: train_step(ours, data[index], topology),
+        lambda index: train_step(captured, data[index], topology),
+        take_theirs,
+    )
+    rows = dict(zip(GPU_ROWS, takes, strict=True))
+    times: dict[str, list[float]] = {}
+    for row, take in rows.items():
+        try:
+            take(0)
+            times[row] = []
+        except Exception:  # of whatever kind: the other rows go on
+            traceback.print_exc()
     for _ in range(turns):
-        for row, take in rows.items():
+        for row, seconds in times.items():
             for step in range(steps):
                 if step == WARMUP_STEPS:
                     synchronize(topology.device)
                     started_s = time.perf_counter()
-                take(step % len(data))
+                rows[row](step % len(data))
             synchronize(topology.device)
-            times[row].append((time.perf_counter() - started_s) / (steps - WARMUP_STEPS))
+            seconds.append((time.perf_counter() - started_s) / (steps - WARMUP_STEPS))
     return {row: statistics.median(values) for row, values in times.items()}
 
 
@@ -336,7 +360,7 @@ def table(result: dict[str, Any]) -> str:
     mfu = result.get("mfu", {})
     lines = [f"{result['shape']}; {result['machine']}", f"{'':14}{'s/step':>9}{'seq/s':>9}" + f"{'MFU':>9}" * bool(mfu)]
     for name, seconds in result["step_time_s"].items():
-        share = f"{mfu[name]:9.1%}" if mfu.get(name) else ""
+        share = f"{mfu[name]:9.1%}" if mfu.get(name) else f"{'n/a':>9}" * bool(mfu)
         lines.append(f"{name:14}{seconds:9.4f}{result['sequences_per_s'][name]:9.2f}{share}")
     return "\n".join([*lines, *result["notes"]])
 
