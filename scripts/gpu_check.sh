@@ -51,7 +51,7 @@ run() {
 }
 
 failed=
-# report NAME: what `run` left, its verdict first.
+# report NAME LINES: what `run` left, its verdict first; the summary gets that many lines of the output.
 report() {
     status=$(cat "$work/$1.status")
     case $status in
@@ -61,39 +61,43 @@ report() {
     esac
     {
         echo "== $1: $verdict"
-        tail -n 150 "$work/$1.out"
+        tail -n "$2" "$work/$1.out"
         if [ "$status" -ne 0 ]; then tail -n 20 "$work/$1.log"; fi
     } | tee -a "$out/summary.txt"
     for kind in out log; do sed "s/^/$1 $kind: /" "$work/$1.$kind" >>"$out/log.txt"; done
     if [ "$status" -ne 0 ]; then failed="$failed $1"; fi
 }
 
-options="-m gpu -q --no-header --tb=short -p no:cacheprovider --continue-on-collection-errors"
+options="-m gpu -v --no-header --tb=short -p no:cacheprovider --continue-on-collection-errors"
 if wanted tests; then
     # Side by side, because compiling the kernels' variants takes most of the time, and takes one core for each process.
-    run attention-tests 200 "$python" -m pytest $options tests/kernels/interpreted/test_attention.py &
-    run kernel-tests 200 "$python" -m pytest $options tests/kernels --ignore=tests/kernels/interpreted/test_attention.py &
-    run layer-tests 200 "$python" -m pytest $options tests/gpu &
+    workers=
+    if "$python" -c 'import xdist' 2>/dev/null; then workers="-n 4"; fi
+    folder=tests/kernels/interpreted conformance=tests/kernels/test_deepspeed_conformance.py
+    run attention-tests 190 "$python" -m pytest $options $workers $folder/test_attention.py &
+    run kernel-tests 190 "$python" -m pytest $options $folder/test_pointwise.py &
+    run conformance-tests 190 "$python" -m pytest $options $conformance &
+    run layer-tests 190 "$python" -m pytest $options tests/gpu &
 fi
 if wanted layer && command -v nvcc >/dev/null && "$python" -c 'import deepspeed' 2>/dev/null; then
     # Beside the tests, because it too is compiled, at its first use. Where this fails the layer benchmark says why.
-    run deepspeed-kernel 200 "$python" -c 'from deepspeed.ops.op_builder import TransformerBuilder as B; B().load()' &
+    run deepspeed-kernel 190 "$python" -c 'from deepspeed.ops.op_builder import TransformerBuilder as B; B().load()' &
 fi
 wait
 if wanted tests; then
-    for name in attention-tests kernel-tests layer-tests; do report $name; done
+    for name in attention-tests kernel-tests conformance-tests layer-tests; do report $name 40; done
 fi
 if wanted layer; then
-    run layer 250 "$python" scripts/bench_layer.py --out "$out/layer.jsonl"
-    report layer
+    run layer 240 "$python" scripts/bench_layer.py --out "$out/layer.jsonl"
+    report layer 150
 fi
 if wanted memory; then
     run memory 60 "$python" scripts/bench_memory.py --out "$out/memory.json"
-    report memory
+    report memory 150
 fi
 if wanted train; then
-    run train 80 "$python" scripts/bench_train.py --out "$out/train.json"
-    report train
+    run train 100 "$python" scripts/bench_train.py --out "$out/train.json"
+    report train 150
 fi
 if [ -n "$failed" ]; then
     echo "failed:$failed" | tee -a "$out/summary.txt"
