@@ -36,16 +36,19 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 def _mask_kernel(
     mask_ptr, seed_ptr, site, threshold, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):  # mask: (ROWS, COLUMNS) int8 out
-    rows = tl.arange(0, ROWS)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = keep_rows(tl.load(seed_ptr), site, first_row + rows.to(tl.int64), ROWS, COLUMNS, threshold)
     tl.store(mask_ptr + rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], keep.to(tl.int8))
 
 
 def gpu_mask(num_rows, columns, p, site=2, first_row=0, seed=SEED):
     """The mask that the kernels draw, int8 (num_rows, columns)."""
-    shape = triton.next_power_of_2(num_rows), max(8, triton.next_power_of_2(columns))
-    mask = torch.empty(shape, dtype=torch.int8)
-    _mask_kernel[(1,)](mask, torch.tensor(seed), site, drop_threshold(p), first_row, ROWS=shape[0], COLUMNS=shape[1])
+    num_tiled, width = triton.next_power_of_2(num_rows), max(8, triton.next_power_of_2(columns))
+    # the interpreter is slow per program, a GPU holds a tile in registers
+    tile = num_tiled if INTERPRETED else min(num_tiled, max(1, 4096 // width))
+    mask = torch.empty(num_tiled, width, dtype=torch.int8)
+    grid = (num_tiled // tile,)
+    _mask_kernel[grid](mask, torch.tensor(seed), site, drop_threshold(p), first_row, ROWS=tile, COLUMNS=width)
     return mask[:num_rows, :columns].contiguous()
 
 
