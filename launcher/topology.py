@@ -3,8 +3,10 @@
 Runs as one plain process, under the `deepspeed` launcher, torchrun, srun or mpirun; gloo on CPU, nccl on CUDA.
 """
 
+import ctypes
 import logging
 import os
+import platform
 import sys
 import warnings
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ _FOREIGN_RANKS = {
     "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
 }
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # the names and numbers of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ def start_processes(hang_timeout_s: float) -> Topology:
 
     if device.type == "cpu":
         _switch_off_shared_memory_op()
+        keep_freed_memory()
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
     return Topology(rank, world_size, local_rank, device)
 
@@ -219,6 +224,18 @@ def _choose_accelerator() -> None:
     """Name the CPU to DeepSpeed where there is no GPU: its own search prints a warning to stdout."""
     if "deepspeed" not in sys.modules and not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def keep_freed_memory() -> None:
+    """Have the C library reuse the memory of freed tensors in place of handing it back to the system.
+
+    A step frees and asks for the same large buffers again and again, and the system clears every page of a fresh one: on two
+    cores that took a third of gpt_tiny's time. Nothing happens where the C library is not glibc.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        library = ctypes.CDLL(None)
+        library.mallopt(_M_MMAP_THRESHOLD, 2**30)  # bytes
+        library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _switch_off_shared_memory_op() -> None:

@@ -1,6 +1,7 @@
 """Starting the processes of a run, alone and under launchers, and the precision a device gets."""
 
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -173,3 +174,25 @@ def test_two_processes_under_a_quiet_deepspeed_launcher_print_their_own_lines_on
     ]
     # The launcher's own search for a GPU, before our code runs, prints a line unless the shell names the CPU.
     assert run_training(tmp_path, command, DS_ACCELERATOR="cpu") == ["own line of 0 of 2", "own line of 1 of 2"]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
+def test_freed_memory_is_used_again_without_asking_the_system():
+    """Counted in page faults, 4 KiB each, of two equal tensors one after the other."""
+    program = """
+import resource
+import torch
+from xformer_train.launcher.topology import keep_freed_memory
+
+keep_freed_memory()
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(2**25).add_(1)  # 128 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), faults())
+"""
+    first, second = map(int, subprocess.check_output([sys.executable, "-c", program], text=True).split())
+    assert first > 1000  # fewer than 2**15 where the system hands out larger pages
+    assert second < first / 10
