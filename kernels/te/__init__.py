@@ -1,0 +1,18 @@
+"""Transformer Engine's modules by their names, computed by the kernels of this project; docs/te.md has a guide.
+
+    from xformer_train.kernels import te
+
+in place of `import transformer_engine.pytorch as te`. They work on a CPU too.
+"""
+
+from .linear import LayerNormLinear, Linear
+from .mlp import LayerNormMLP
+from .normalization import LayerNorm, RMSNorm
+
+__all__ = [
+    "LayerNorm",
+    "LayerNormLinear",
+    "LayerNormMLP",
+    "Linear",
+    "RMSNorm",
+]

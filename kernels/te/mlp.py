@@ -1,0 +1,153 @@
+"""`te.LayerNormMLP`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..mlp import Activation as FusedActivation
+from ..mlp import mlp
+from .module import DEFAULT_INIT, Initializer, Shard, SharedOptions, cast_like, check_positive
+from .normalization import Normalization, NormalizedModule
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_erf": F.gelu,
+    "qgelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "relu": F.relu,
+    "srelu": lambda x: F.relu(x).square(),
+    "silu": F.silu,
+}
+# the first half of the columns passes the function, and multiplies the second half
+_GATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "glu": torch.sigmoid,
+    "geglu": _FUNCTIONS["gelu"],
+    "qgeglu": _FUNCTIONS["qgelu"],
+    "reglu": F.relu,
+    "sreglu": _FUNCTIONS["srelu"],
+    "swiglu": F.silu,
+}
+_FUSED: dict[str, FusedActivation] = {"gelu": "gelu_tanh", "gelu_erf": "gelu"}
+
+
+class LayerNormMLP(NormalizedModule):
+    """y = f(LayerNorm(x) @ fc1_weight.T + fc1_bias) @ fc2_weight.T + fc2_bias.
+
+    hidden_size: H. ffn_hidden_size: F. eps, normalization, zero_centered_gamma, return_layernorm_output: as in
+        `LayerNormLinear`.
+    bias: whether both projections have one. (In Transformer Engine's first versions False took it from the second alone.)
+    activation: f; 'gelu' is the tanh approximation, as in Transformer Engine and GPT-2, 'gelu_erf' the exact one, as in BERT;
+        also qgelu, relu, srelu, silu, and the gated glu, geglu, qgeglu, reglu, sreglu, swiglu, whose fc1 has 2F rows: first
+        those that pass f, then those it multiplies.
+    init_method, output_layer_init_method: draw fc1_weight and fc2_weight in place; None: normal, standard deviation 0.023.
+    return_bias: forward does not add fc2_bias but returns it; None without a bias.
+    set_parallel_mode: fc1 is column-parallel and fc2 row-parallel.
+    sequence_parallel, tp_group, tp_size, get_rng_state_tracker, fuse_wgrad_accumulation, params_dtype, device: see
+        `SharedOptions`.
+    seq_length, micro_batch_size: for Transformer Engine's JIT warm-up; nothing here needs one, so they change nothing.
+
+    State dict: layer_norm_weight, layer_norm_bias (H,); fc1_weight (F, H), fc1_bias (F,); fc2_weight (H, F), fc2_bias (H,).
+    """
+
+    fc1_weight: Tensor
+    fc1_bias: Tensor | None
+    fc2_weight: Tensor
+    fc2_bias: Tensor | None
+
+    def __init__(  # noqa: PLR0913 - Transformer Engine's parameters
+        self,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        eps: float = 1e-5,
+        bias: bool = True,
+        *,
+        normalization: Normalization = "LayerNorm",
+        zero_centered_gamma: bool = False,
+        activation: str = "gelu",
+        init_method: Initializer | None = None,
+        output_layer_init_method: Initializer | None = None,
+        return_layernorm_output: bool = False,
+        return_bias: bool = False,
+        set_parallel_mode: bool = False,
+        sequence_parallel: bool = False,
+        tp_group: ProcessGroup | None = None,
+        tp_size: int = 1,
+        get_rng_state_tracker: Any = None,
+        fuse_wgrad_accumulation: bool = False,
+        params_dtype: torch.dtype = torch.float32,
+        seq_length: int | None = None,
+        micro_batch_size: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(
+            SharedOptions(
+                sequence_parallel,
+                tp_group,
+                tp_size,
+                get_rng_state_tracker,
+                fuse_wgrad_accumulation,
+                params_dtype,
+                device,
+            )
+        )
+        check_positive(hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size)
+        if activation not in _FUNCTIONS and activation not in _GATES:
+            raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join([*_FUNCTIONS, *_GATES])}")
+        self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
+        self.activation, self.use_bias, self.return_bias = activation, bias, return_bias
+        self.return_layernorm_output = return_layernorm_output
+        self.set_parallel_mode = set_parallel_mode
+        self._check_parallelism(set_parallel_mode, "set_parallel_mode=True")
+        width = self.options.part("ffn_hidden_size", ffn_hidden_size)
+        parts = 2 if activation in _GATES else 1
+        self._allocate_norm(hidden_size, eps, normalization, zero_centered_gamma)
+        self._allocate("fc1_weight", (parts * width, hidden_size), init_method or DEFAULT_INIT, shard=Shard(0, parts))
+        self._allocate("fc1_bias", (parts * width,) if bias else None, shard=Shard(0, parts))
+        self._allocate("fc2_weight", (hidden_size, width), output_layer_init_method or DEFAULT_INIT, shard=Shard(1))
+        self._allocate("fc2_bias", (hidden_size,) if bias else None)
+
+    def forward(
+        self, inp: Tensor, is_first_microbatch: bool | None = None, *, normalized: Tensor | None = None
+    ) -> Tensor | tuple[Tensor | None, ...]:
+        """(..., H) -> (..., H); a tuple (output, fc2_bias if return_bias, LayerNorm(inp) if return_layernorm_output).
+
+        is_first_microbatch: see `Linear.forward`. normalized: LayerNorm(inp), where an op before has computed it already.
+        Raises ValueError for a wrong last dim or dtype.
+        """
+        inp = self._enter(inp, self.hidden_size, "hidden_size")
+        if normalized is None:
+            normalized = self._normalize(inp)
+        out = self._transform(normalized, is_first_microbatch)
+        bias = self._replicated(self.fc2_bias)
+        if bias is not None and not self.return_bias:
+            out = out + cast_like(out, bias)
+        extra = ((bias,) if self.return_bias else ()) + ((normalized,) if self.return_layernorm_output else ())
+        return (out, *extra) if extra else out
+
+    def _transform(self, x: Tensor, is_first_microbatch: bool | None) -> Tensor:
+        """Both products and what is between them, without the second bias."""
+        if self._fuses:
+            assert self.fc1_bias is not None, "see _fuses"
+            w1, b1, w2 = (cast_like(x, parameter) for parameter in (self.fc1_weight, self.fc1_bias, self.fc2_weight))
+            return mlp(x, w1, b1, w2, _FUSED[self.activation], gelu_checkpoint=False)
+        hidden = self._project(x, self.fc1_weight, self.fc1_bias, "column", is_first_microbatch)
+        if self.activation in _GATES:
+            gate, value = hidden.chunk(2, -1)
+            hidden = _GATES[self.activation](gate) * value
+        else:
+            hidden = _FUNCTIONS[self.activation](hidden)
+        return self._project(hidden, self.fc2_weight, None, "row", is_first_microbatch)
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether the op that is both products and a GELU can do it."""
+        options = self.options
+        return (
+            self.activation in _FUSED and self.use_bias and not options.fuse_wgrad_accumulation and options.ranks == 1
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, {self.ffn_hidden_size}, activation={self.activation}, bias={self.use_bias}"

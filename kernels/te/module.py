@@ -1,0 +1,304 @@
+"""What the modules of `te` have in common: parameters, the dtype rule, one method for every matrix product."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from ..linear import linear
+from ..tensor_parallel import (
+    column_parallel_linear,
+    copy_to_group,
+    gather_from_sequence,
+    group_rank,
+    reduce_from_group,
+    reduce_scatter_to_sequence,
+    row_parallel_linear,
+)
+from .main_grad import linear_into_main_grad
+
+Initializer = Callable[[Tensor], Any]
+ParallelMode = Literal["column", "row"]
+DEFAULT_INIT: Initializer = functools.partial(nn.init.normal_, mean=0.0, std=0.023)
+
+
+@dataclass(frozen=True)
+class SharedOptions:
+    """The parameters that every module with matrix products takes.
+
+    sequence_parallel: between a row-parallel product and the next column-parallel one, activations are this rank's part of
+        the sequence, which is dim 0. Needs tensor parallelism.
+    tp_group: the ranks that share the module. tp_size: how many they are; above 1 without tp_group, the group follows with
+        `set_tensor_parallel_group` before the first forward, and weights are 0 until then.
+    get_rng_state_tracker: gives the tracker whose state `model-parallel-rng` draws what has to differ between the ranks.
+    fuse_wgrad_accumulation: backward adds the gradients of weights to their attribute `main_grad`, a buffer that the trainer
+        allocates; `.grad` of weights stays None, so DeepSpeed, which reads `.grad`, has to leave this off.
+    params_dtype: of the parameters. device: where they are; None: torch's default device; "meta": see `reset_parameters`.
+    """
+
+    sequence_parallel: bool = False
+    tp_group: ProcessGroup | None = None
+    tp_size: int = 1
+    get_rng_state_tracker: Callable[[], Any] | None = None
+    fuse_wgrad_accumulation: bool = False
+    params_dtype: torch.dtype = torch.float32
+    device: torch.device | str | None = None
+
+    def __post_init__(self) -> None:
+        if self.tp_group is not None and self.tp_size not in (1, self.tp_group.size()):
+            raise ValueError(
+                f"tp_size={self.tp_size} but tp_group has {self.tp_group.size()} ranks; leave tp_size out beside a group"
+            )
+        if self.tp_size < 1:
+            raise ValueError(f"tp_size={self.tp_size} is not positive; give the number of ranks that share the module")
+        if self.sequence_parallel and self.tp_group is None and self.tp_size == 1:
+            raise ValueError(
+                "sequence_parallel=True divides the sequence over the ranks of tensor parallelism, of which there is one; "
+                "give tp_group or tp_size, or leave it out"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SharedOptions":
+        return self  # a process group cannot be copied, and copies of a module share it
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks share the module."""
+        return self.tp_size if self.tp_group is None else self.tp_group.size()
+
+    def part(self, name: str, size: int) -> int:
+        """One rank's part of `size`; raises ValueError where it is not whole."""
+        if size % self.ranks:
+            legal = [n for n in range(1, size + 1) if size % n == 0]
+            raise ValueError(
+                f"{name}={size} is not divisible by tp_size={self.ranks}; legal sizes: {_shortened(legal)}"
+            )
+        return size // self.ranks
+
+
+def _shortened(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """How the ranks divide a parameter: along dim, and where it is `parts` parameters along dim, each of those."""
+
+    dim: int
+    parts: int = 1
+
+
+@dataclass
+class _Start:
+    """How a parameter starts, and its version then: a later version was loaded, trained or set."""
+
+    init: Initializer
+    shard: Shard | None
+    version: int = -1
+
+
+class ProjectionModule(nn.Module):
+    """A module with matrix products.
+
+    dtype rule: under torch.autocast activations and the weights of products are cast to its dtype at each forward;
+    elsewhere the input has the dtype of the parameters.
+    """
+
+    def __init__(self, options: SharedOptions) -> None:
+        super().__init__()
+        self.options = options
+        self._start: dict[str, _Start] = {}
+
+    def set_tensor_parallel_group(self, tp_group: ProcessGroup) -> None:
+        """The ranks that share this module and those inside it, for a module built with tp_size alone.
+
+        Weights that were not loaded or changed since are drawn now. Raises ValueError where the group has another size.
+        """
+        for module in self.modules():
+            if isinstance(module, ProjectionModule):
+                module._take_group(tp_group)
+
+    def _take_group(self, tp_group: ProcessGroup) -> None:
+        waiting = self.options.tp_group is None and self.options.tp_size > 1
+        if self.options.tp_size != tp_group.size():
+            raise ValueError(
+                f"the module was built with tp_size={self.options.tp_size}, the group has {tp_group.size()} ranks; "
+                f"they must be equal"
+            )
+        self.options = dataclasses.replace(self.options, tp_group=tp_group)
+        for name, start in self._start.items() if waiting else ():
+            if getattr(self, name)._version == start.version:
+                self._draw(name)
+
+    def reset_parameters(self) -> None:
+        """Draws all parameters of this module again; what a module built on the device `meta` needs after `to_empty`."""
+        for name in self._start:
+            self._draw(name)
+
+    def _allocate(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None,
+        init: Initializer = nn.init.zeros_,
+        *,
+        shard: Shard | None = None,
+    ) -> None:
+        """Registers parameter `name` with its start values, or None where shape is None: absent from the state dict.
+
+        shape: on this rank. shard: how the ranks divide the whole; None: each has it all.
+        """
+        if shape is None:
+            self.register_parameter(name, None)
+            return
+        parameter = nn.Parameter(torch.empty(shape, dtype=self.options.params_dtype, device=self.options.device))
+        self.register_parameter(name, parameter)
+        shard = shard if self.options.ranks > 1 else None
+        self._start[name] = _Start(init, shard)
+        if not parameter.is_meta:
+            self._draw(name)
+
+    @torch.no_grad()
+    def _draw(self, name: str) -> None:
+        """Start values; of a divided parameter this rank's part of the whole, so that they depend on no number of ranks."""
+        parameter, start, ranks = getattr(self, name), self._start[name], self.options.ranks
+        if start.shard is None:
+            start.init(parameter)
+        elif self.options.tp_group is None:
+            parameter.zero_()
+        else:
+            shape, (dim, parts) = list(parameter.shape), dataclasses.astuple(start.shard)
+            shape[dim] *= ranks
+            whole = parameter.new_empty(shape)
+            start.init(whole)
+            rank = group_rank(self.options.tp_group)
+            parameter.copy_(torch.cat([part.chunk(ranks, dim)[rank] for part in whole.chunk(parts, dim)], dim))
+        start.version = parameter._version
+
+    def _enter(self, inp: Tensor, size: int, size_name: str) -> Tensor:
+        """The input as the module computes with it; raises ValueError where its last dim is not `size`."""
+        if inp.shape[-1] != size:
+            raise ValueError(f"the input is {tuple(inp.shape)}; its last dim must be {size_name}={size}")
+        if torch.is_autocast_enabled(inp.device.type):
+            return inp.to(torch.get_autocast_dtype(inp.device.type))
+        return inp
+
+    def _group(self) -> ProcessGroup | None:
+        """The ranks that share this module; raises ValueError where they are still to be given."""
+        if self.options.tp_group is None and self.options.tp_size > 1:
+            raise ValueError(
+                f"tp_size={self.options.tp_size} but the module has no group; call set_tensor_parallel_group(tp_group) before "
+                f"the first forward"
+            )
+        return self.options.tp_group
+
+    def _replicated(self, parameter: Tensor | None) -> Tensor | None:
+        """A parameter that all ranks hold whole, as it acts on this rank's part of the sequence.
+
+        Under sequence parallelism a rank's gradient of it is a part of a sum; backward adds up the ranks' parts.
+        """
+        if parameter is None or not self.options.sequence_parallel:
+            return parameter
+        return copy_to_group(parameter, self._group())
+
+    def _project(
+        self,
+        inp: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mode: ParallelMode | None,
+        is_first_microbatch: bool | None = None,
+    ) -> Tensor:
+        """inp @ weight.T + bias: the one way in which a module multiplies."""
+        main_grad = self._main_grad(weight)
+        weight, bias = cast_like(inp, weight), None if bias is None else cast_like(inp, bias)
+        if mode is None:
+            return self._multiply(inp, weight, bias, main_grad, is_first_microbatch)
+        group, sequence_parallel = self._group(), self.options.sequence_parallel
+        if mode == "column":
+            if main_grad is None:
+                return column_parallel_linear(inp, weight, bias, group, sequence_parallel=sequence_parallel)
+            inp = gather_from_sequence(inp, group) if sequence_parallel else copy_to_group(inp, group)
+            return self._multiply(inp, weight, bias, main_grad, is_first_microbatch)
+        bias = self._replicated(bias)
+        if main_grad is None:
+            return row_parallel_linear(inp, weight, bias, group, sequence_parallel=sequence_parallel)
+        partial = self._multiply(inp, weight, None, main_grad, is_first_microbatch)
+        out = (reduce_scatter_to_sequence if sequence_parallel else reduce_from_group)(partial, group)
+        return out if bias is None else out + bias
+
+    def _multiply(
+        self,
+        inp: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        main_grad: Tensor | None,
+        is_first_microbatch: bool | None,
+    ) -> Tensor:
+        """What one rank computes of `_project`."""
+        if main_grad is not None:
+            return linear_into_main_grad(inp, weight, bias, main_grad, overwrite=is_first_microbatch is True)
+        return linear(inp, weight, bias)
+
+    def _main_grad(self, weight: Tensor) -> Tensor | None:
+        """The buffer that takes the gradient of `weight`, None where autograd does."""
+        if not (self.options.fuse_wgrad_accumulation and weight.requires_grad and torch.is_grad_enabled()):
+            return None
+        main_grad: Tensor | None = getattr(weight, "main_grad", None)
+        if main_grad is None or main_grad.shape != weight.shape:
+            found = "none" if main_grad is None else f"one of shape {tuple(main_grad.shape)}"
+            raise ValueError(
+                f"fuse_wgrad_accumulation=True needs weight.main_grad of shape {tuple(weight.shape)}, there is {found}; "
+                f"allocate it before forward, or leave the option off where the trainer reads .grad, as DeepSpeed does"
+            )
+        return main_grad
+
+    def _check_parallelism(self, parallel: bool, remedy: str) -> None:
+        """Raises ValueError where ranks share the module but divide nothing of it."""
+        if self.options.ranks > 1 and not parallel:
+            raise ValueError(
+                f"tp_size={self.options.ranks} ranks share the module, but it has no parallel mode; set {remedy}"
+            )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Transformer Engine's checkpoints have a pickled FP8 state of each module, which is not read: a fresh one follows
+        state_dict.pop(f"{prefix}_extra_state", None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def cast_like(inp: Tensor, parameter: Tensor) -> Tensor:
+    """A parameter in the dtype of the input it works on; raises ValueError where they differ outside torch.autocast."""
+    check_dtype(inp, parameter)
+    return parameter.to(inp.dtype)
+
+
+def check_dtype(inp: Tensor, parameter: Tensor) -> None:
+    """Raises ValueError where the dtypes differ outside torch.autocast."""
+    if parameter.dtype != inp.dtype and not torch.is_autocast_enabled(inp.device.type):
+        raise ValueError(
+            f"the input is {inp.dtype}, the parameters are {parameter.dtype}; convert one of them, or use torch.autocast"
+        )
+
+
+def check_positive(**sizes: int) -> None:
+    """Raises ValueError for the first size that is not positive."""
+    for name, size in sizes.items():
+        if size <= 0:
+            raise ValueError(f"{name}={size} is not positive; give the module's real size")
+
+
+def parallel_mode_of(name: str | None) -> ParallelMode | None:
+    """'column' and 'row' from Transformer Engine's two spellings; raises ValueError for anything else but None."""
+    modes: dict[str | None, ParallelMode | None] = {
+        None: None,
+        "column": "column",
+        "Column": "column",
+        "row": "row",
+        "Row": "row",
+    }
+    if name not in modes:
+        raise ValueError(f"parallel_mode={name!r} is unknown; use 'column', 'row' or None")
+    return modes[name]
