@@ -1,10 +1,11 @@
 """Multi-head attention over a packed QKV projection, with key padding, causal order, packed documents, packed batches.
 
 Which engine computes it, by this rule:
-  CUDA, kernels auto, head dim up to 128, no additive bias   our Triton kernels: scores never reach memory
-  elsewhere without dropout                                  torch's scaled_dot_product_attention
-  elsewhere with dropout                                     the explicit product below; torch's own falls back to a path
-                                                             twice as slow on a CPU
+  CUDA, kernels auto, head dim up to 128,            our Triton kernels: scores never reach memory
+    no bias or one per key, (B or 1, 1, 1, S)
+  elsewhere without dropout                          torch's scaled_dot_product_attention
+  elsewhere with dropout                             the explicit product below; torch's own falls back to a path twice as
+                                                     slow on a CPU
 Only the first knows packed batches; for the others the sequences are padded here and their padding taken out again.
 """
 
@@ -21,7 +22,7 @@ from .dropout import keep_mask, keep_scale
 from .operator import operator
 from .residual_norm import Kernels, uses_triton
 
-_LARGEST_TRITON_HEAD = 128
+LARGEST_TRITON_HEAD = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +31,9 @@ class AttentionMask:
 
     causal: none behind the query. key_mask: (B, S) bool, only keys that are True (tokens, not padding).
     segment_ids: (B, S) int, only keys of the query's own segment.
-    bias: (B or 1, 1 or N, S or 1, S), added to the scaled scores, in their dtype, finite; takes the place of the others.
+    bias: (B or 1, 1 or N, S or 1, S), added to the scaled scores, in their dtype, finite, without a gradient; takes the place
+        of the others. Under one huge value for all keys PyTorch rounds the scores away and attends evenly, while the Triton
+        kernels attend by the scores, as without a bias.
     cu_seqlens: (B + 1,) int32, 0 and the end of each sequence: the batch is packed, T rows of tokens in place of B x S,
         sequence after sequence up to the last row, and a query sees its own sequence. Goes with causal alone.
     max_length: S of a packed batch, no less than its longest sequence; a number, since no kernel can start before the host
@@ -56,6 +59,8 @@ class AttentionMask:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} is for padded batches, cu_seqlens for packed ones; give one of the two")
             _check_borders(self.cu_seqlens, self.max_length)
+        if self.bias is not None and self.bias.requires_grad:
+            raise ValueError("bias requires a gradient, but attention computes none for it; give bias.detach()")
 
     def rows_when_padded(self, num_tokens: int) -> Tensor | None:
         """The row of each token of a packed batch among the B * max_length rows of the padded one, (T,) int64."""
@@ -78,6 +83,21 @@ class AttentionMask:
         if key not in self._made:
             self._made[key] = self._make_additive(size, like)
         return self._made[key]
+
+    @property
+    def bias_per_key(self) -> bool:
+        """Whether there is a bias that is the same for all heads and queries."""
+        return self.bias is not None and self.bias.shape[1:3] == (1, 1)
+
+    def key_bias(self, batch: int) -> Tensor | None:
+        """A bias per key as the Triton kernels take it, (B, S) fp32: less its largest value in each sequence.
+
+        Softmax does not notice the difference, but a sequence whose values are all huge keeps its scores by it.
+        """
+        if self.bias_per_key and self.bias is not None and "key_bias" not in self._made:
+            bias = self.bias.float() - self.bias.amax(-1, keepdim=True)
+            self._made["key_bias"] = bias.flatten(1).expand(batch, -1)
+        return self._made.get("key_bias")
 
     def _make_additive(self, size: int, like: Tensor) -> Tensor | None:
         key_mask = self.key_mask
@@ -133,9 +153,9 @@ def attention(
             f"qkv is {tuple(qkv.shape)}; it must be (T, 3, N, D) with a mask that has cu_seqlens, else (B, S, 3, N, D)"
         )
     seed = seed if p > 0 else None
-    if uses_triton(qkv, kernels) and qkv.shape[-1] <= _LARGEST_TRITON_HEAD and mask.bias is None:
+    if uses_triton(qkv, kernels) and qkv.shape[-1] <= LARGEST_TRITON_HEAD and (mask.bias is None or mask.bias_per_key):
         return _TritonAttention.apply(  # type: ignore[no-any-return, no-untyped-call]
-            qkv, mask, seed, (p, site), stochastic
+            qkv, mask, mask.key_bias(qkv.shape[0]), seed, (p, site), stochastic
         )
     rows = mask.rows_when_padded(qkv.shape[0])
     bias = mask.additive(qkv.shape[1] if mask.max_length is None else mask.max_length, qkv)
@@ -170,8 +190,8 @@ def _fake_triton_forward(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 @operator(
-    "attention_forward(Tensor qkv, Tensor? key_mask, Tensor? segment_ids, Tensor? cu_seqlens, Tensor? seed, "
-    "SymInt? max_length, bool causal, float p, int site) -> (Tensor, Tensor)",
+    "attention_forward(Tensor qkv, Tensor? key_mask, Tensor? segment_ids, Tensor? key_bias, Tensor? cu_seqlens, "
+    "Tensor? seed, SymInt? max_length, bool causal, float p, int site) -> (Tensor, Tensor)",
     _fake_triton_forward,
 )
 def _triton_forward(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -183,7 +203,8 @@ def _triton_forward(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 
 @operator(
     "attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? key_mask, Tensor? segment_ids, "
-    "Tensor? cu_seqlens, Tensor? seed, SymInt? max_length, bool causal, float p, int site, bool stochastic) -> Tensor",
+    "Tensor? key_bias, Tensor? cu_seqlens, Tensor? seed, SymInt? max_length, bool causal, float p, int site, "
+    "bool stochastic) -> Tensor",
     lambda dout, qkv, *_: qkv.new_empty(qkv.shape),
 )
 def _triton_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
@@ -194,15 +215,23 @@ def _triton_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *argum
     return backward(dout, qkv, out, lse, **dict(zip(names, arguments, strict=True)))
 
 
-_TRITON_ARGUMENTS = ("key_mask", "segment_ids", "cu_seqlens", "seed", "max_length", "causal", "p", "site")
+_TRITON_ARGUMENTS = ("key_mask", "segment_ids", "key_bias", "cu_seqlens", "seed", "max_length", "causal", "p", "site")
 
 
 class _TritonAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, mask: AttentionMask, seed: Tensor | None, dropout: tuple[float, int], stochastic: bool
+        ctx: Any,
+        qkv: Tensor,
+        mask: AttentionMask,
+        key_bias: Tensor | None,
+        seed: Tensor | None,
+        dropout: tuple[float, int],
+        stochastic: bool,
     ) -> Tensor:
-        tensors = (mask.key_mask, mask.segment_ids, mask.cu_seqlens, seed)
+        if key_bias is not None:  # in place of the others
+            mask = AttentionMask()
+        tensors = (mask.key_mask, mask.segment_ids, key_bias, mask.cu_seqlens, seed)
         ctx.rest = (mask.max_length, mask.causal, *dropout)
         out, lse = _triton_forward(qkv, *tensors, *ctx.rest)
         ctx.save_for_backward(qkv, out, lse, *tensors)
@@ -212,7 +241,7 @@ class _TritonAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return _triton_backward(dout, *ctx.saved_tensors, *ctx.rest, ctx.stochastic), None, None, None, None
+        return _triton_backward(dout, *ctx.saved_tensors, *ctx.rest, ctx.stochastic), *[None] * 5
 
 
 def _heads_first(qkv: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from .attention_triton import (
     _hide,
     _key_range,
     _load,
+    _load_bias,
     _offset,
     _sequence,
     _store,
@@ -41,6 +42,7 @@ def attention_backward_queries(
     cu_seqlens_ptr,
     key_mask_ptr,
     segment_ids_ptr,
+    key_bias_ptr,
     seed_ptr,
     size,
     num_rows,
@@ -82,7 +84,7 @@ def attention_backward_queries(
     tl.store(delta_ptr + row, delta, mask=query < num_queries)
     lse = tl.load(lse_ptr + row, mask=query < num_queries, other=float("inf"))
 
-    full, end = _key_range(query_start, num_keys, key_mask_ptr, segment_ids_ptr, CAUSAL, Q, K)
+    full, end = _key_range(query_start, num_keys, key_mask_ptr, segment_ids_ptr, key_bias_ptr, CAUSAL, Q, K)
     dq = tl.zeros((Q, D_PADDED), tl.float32)
     for masked in tl.static_range(2):
         for key_start in range(full if masked else 0, end if masked else full, K):
@@ -91,6 +93,8 @@ def attention_backward_queries(
             scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
             if masked:
                 key = key_start + tl.arange(0, K)[None, :]
+                if key_bias_ptr is not None:
+                    scores += _load_bias(key_bias_ptr, key, num_keys, first, score_scale)
                 scores = _hide(
                     scores, query[:, None], key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL
                 )
@@ -119,6 +123,7 @@ def attention_backward_keys(
     cu_seqlens_ptr,
     key_mask_ptr,
     segment_ids_ptr,
+    key_bias_ptr,
     seed_ptr,
     size,
     num_rows,
@@ -163,6 +168,7 @@ def attention_backward_keys(
     end = num_queries if WITH_DQ or key_start < num_keys else begin
     k = _load(k_ptr, stride_row, key_start, num_keys, K, D, D_PADDED)
     v = _load(k_ptr + stride_part, stride_row, key_start, num_keys, K, D, D_PADDED)
+    bias = _load_bias(key_bias_ptr, key, num_keys, first, score_scale) if key_bias_ptr is not None else 0.0
     dk = tl.zeros((K, D_PADDED), tl.float32)
     dv = tl.zeros((K, D_PADDED), tl.float32)
     for query_start in range(begin, end, Q):
@@ -176,6 +182,8 @@ def attention_backward_keys(
         else:
             delta = tl.load(delta_ptr + lse_row + query, mask=query < num_queries, other=0.0)
         scores = tl.dot(k, tl.trans(q), input_precision="tf32x3")
+        if key_bias_ptr is not None:
+            scores += bias
         # A mask of keys alone is needed for dQ only: a key that nobody sees spoils but its own dK and dV, set to 0 below.
         if WITH_DQ or CAUSAL or segment_ids_ptr is not None:
             scores = _hide(
@@ -218,12 +226,14 @@ def _query_tile(qkv: Tensor) -> tuple[int, int, int, int]:
     return (128, 32, 8, 2) if large else (64, 32, 4, 2)
 
 
-def _key_tile(qkv: Tensor) -> tuple[int, int, int, int]:
+def _key_tile(qkv: Tensor, biased: bool) -> tuple[int, int, int, int]:
     """The same of the dK and dV kernel; fp32 with D > 64 does spill, at any tile."""
     large = qkv.shape[-1] > 64
     if qkv.dtype == torch.float32:
         return (16, 32, 4, 1) if large else (16, 32, 4, 2)
-    return (32, 64, 8, 2) if large else (32, 64, 4, 2)
+    if large:
+        return (16 if biased and not _has_wgmma() else 32), 64, 8, 2
+    return 32, 64, 4, 2
 
 
 def _has_wgmma() -> bool:
@@ -241,6 +251,7 @@ def backward(
     *,
     key_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
+    key_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_length: int | None = None,
     causal: bool = False,
@@ -257,7 +268,7 @@ def backward(
         additions take more instructions than forming P twice.
     """
     length, num_heads, num_sequences = sequence_grid(qkv, cu_seqlens, max_length)
-    shared = shared_arguments(qkv, lengths, key_mask, segment_ids, cu_seqlens, causal, p, seed, site)
+    shared = shared_arguments(qkv, lengths, key_mask, segment_ids, key_bias, cu_seqlens, causal, p, seed, site)
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     douts = (dout, 0 if cu_seqlens is not None else dout.stride(0), dout.stride(-2))
@@ -275,7 +286,7 @@ def backward(
             num_stages=num_stages,
         )
         return dqkv
-    queries, keys, num_warps, num_stages = _key_tile(qkv)
+    queries, keys, num_warps, num_stages = _key_tile(qkv, key_bias is not None)
     grid = (triton.cdiv(length, keys), num_heads, num_sequences)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     if stochastic and narrow and seed is not None and p > 0:

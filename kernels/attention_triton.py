@@ -138,6 +138,13 @@ def _store(ptr, stride, start, end, x, D: tl.constexpr):
 
 
 @triton.jit
+def _load_bias(key_bias_ptr, key, num_keys, first, score_scale):
+    """What to add to q k', in the shape of key: the bias times sqrt(D). Far below 0 it may become -inf, which hides the key."""
+    bias = tl.load(key_bias_ptr + first + key, mask=key < num_keys, other=0.0)
+    return bias * (1 / (score_scale * LN_2))
+
+
+@triton.jit
 def _hide(scores, query, key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL: tl.constexpr):
     """scores with -inf where the query must not see the key; query (Q, 1), key (1, K), or (1, Q) and (K, 1)."""
     visible = key < num_keys
@@ -154,15 +161,23 @@ def _hide(scores, query, key, num_queries, num_keys, first, key_mask_ptr, segmen
 
 @triton.jit
 def _key_range(
-    query_start, num_keys, key_mask_ptr, segment_ids_ptr, CAUSAL: tl.constexpr, Q: tl.constexpr, K: tl.constexpr
+    query_start,
+    num_keys,
+    key_mask_ptr,
+    segment_ids_ptr,
+    key_bias_ptr,
+    CAUSAL: tl.constexpr,
+    Q: tl.constexpr,
+    K: tl.constexpr,
 ):
-    """(full, end): keys 0 .. full lie in tiles that every query of the tile sees whole, keys full .. end need the mask."""
+    """(full, end): keys 0 .. full lie in tiles that every query of the tile sees whole and without bias; keys full .. end
+    need `_load_bias` and `_hide`."""
     end = num_keys
     full = num_keys // K * K
     if CAUSAL:
         end = tl.minimum(end, query_start + Q)
         full = tl.minimum(full, query_start // K * K)
-    if key_mask_ptr is not None or segment_ids_ptr is not None:
+    if key_mask_ptr is not None or segment_ids_ptr is not None or key_bias_ptr is not None:
         full = full * 0
     return full, end
 
@@ -176,6 +191,7 @@ def attention_forward(
     cu_seqlens_ptr,  # (B + 1,) int32 or None
     key_mask_ptr,  # (B, S) bool or None
     segment_ids_ptr,  # (B, S) int or None
+    key_bias_ptr,  # (B, S) fp32 or None
     seed_ptr,  # () int64 or None
     size,  # S of a padded batch
     num_rows,  # B * S or T
@@ -208,7 +224,7 @@ def attention_forward(
     query = query_start + tl.arange(0, Q)
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
 
-    full, end = _key_range(query_start, num_keys, key_mask_ptr, segment_ids_ptr, CAUSAL, Q, K)
+    full, end = _key_range(query_start, num_keys, key_mask_ptr, segment_ids_ptr, key_bias_ptr, CAUSAL, Q, K)
     q = _load(q_ptr, stride_row, query_start, num_queries, Q, D, D_PADDED)
     highest = tl.full((Q,), float("-inf"), tl.float32)
     total = tl.zeros((Q,), tl.float32)
@@ -219,6 +235,8 @@ def attention_forward(
             scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
             if masked:
                 key = key_start + tl.arange(0, K)[None, :]
+                if key_bias_ptr is not None:
+                    scores += _load_bias(key_bias_ptr, key, num_keys, first, score_scale)
                 scores = _hide(
                     scores, query[:, None], key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL
                 )
@@ -250,6 +268,7 @@ def shared_arguments(
     lengths: Tensor | None,
     key_mask: Tensor | None,
     segment_ids: Tensor | None,
+    key_bias: Tensor | None,
     cu_seqlens: Tensor | None,
     causal: bool,
     p: float,
@@ -264,7 +283,7 @@ def shared_arguments(
     assert size <= 128, "no tile for such heads"
     drops = seed is not None and p > 0
     # the kernels index these without strides, and one row of a mask may have been expanded to the whole batch
-    masks = (lengths, cu_seqlens, key_mask, segment_ids)
+    masks = (lengths, cu_seqlens, key_mask, segment_ids, key_bias)
     return (
         *(None if mask is None else mask.contiguous() for mask in masks),
         seed if drops else None,
@@ -309,6 +328,7 @@ def forward(
     *,
     key_mask: Tensor | None = None,
     segment_ids: Tensor | None = None,
+    key_bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     max_length: int | None = None,
     causal: bool = False,
@@ -322,6 +342,8 @@ def forward(
         head side by side. Which keys a query sees: the first lengths[b] of its sequence, lengths (B,) int32, default all;
         those with key_mask (B, S) bool True, default all; those of its own segment, segment_ids (B, S) int, default one;
         none behind it when causal. What several of these allow must hold together. Queries at padding attend too.
+    key_bias: (B, S) fp32, for padded batches, added to the scaled scores. Its largest value in each sequence should be 0: lse
+        would lose the precision that a huge one takes. -inf hides a key.
     cu_seqlens: (B + 1,) int32, borders of the packed sequences, starting at 0 and ending at T, empty sequences allowed;
         max_length: no fewer than the tokens of the longest one. lengths is for padded batches only; key_mask and segment_ids
         are (T,) when packed.
@@ -331,7 +353,7 @@ def forward(
     lse: (N, B * S) or (N, T) fp32, log2 of the sum of exp of the scaled scores; inf for a query without a visible key.
     """
     length, num_heads, num_sequences = sequence_grid(qkv, cu_seqlens, max_length)
-    shared = shared_arguments(qkv, lengths, key_mask, segment_ids, cu_seqlens, causal, p, seed, site)
+    shared = shared_arguments(qkv, lengths, key_mask, segment_ids, key_bias, cu_seqlens, causal, p, seed, site)
     out = qkv.new_empty((*qkv.shape[:-3], num_heads * qkv.shape[-1]))
     lse = qkv.new_empty((num_heads, math.prod(qkv.shape[:-3])), dtype=torch.float32)
     queries, keys, num_warps, num_stages = _tile(qkv, length)

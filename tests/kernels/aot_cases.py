@@ -123,6 +123,7 @@ _ATTENTION_MASKS = {
     "packed": {"cu_seqlens": torch.zeros(3, dtype=torch.int32)},
     "causal packed": {"cu_seqlens": torch.zeros(3, dtype=torch.int32), "causal": True},
     "key_mask": {"key_mask": torch.ones(2, 512, dtype=torch.bool)},
+    "bias": {"key_bias": torch.zeros(2, 512)},
     "causal segments": {"segment_ids": torch.zeros(2, 512, dtype=torch.int32), "causal": True},
 }
 _ATTENTION_DOTS = frozenset({"attention_forward", "attention_backward_queries", "attention_backward_keys"})
@@ -130,19 +131,21 @@ _ATTENTION_DOTS = frozenset({"attention_forward", "attention_backward_queries", 
 
 def _attention_cases() -> Iterator[Case]:
     for S, D, names, probabilities in (
-        (64, 64, ("lengths", "causal segments"), (0.1,)),
+        (64, 64, ("lengths", "bias", "causal segments"), (0.1,)),
         (128, 64, tuple(_ATTENTION_MASKS), (0.1,)),
-        (128, 64, ("lengths", "causal"), (0.0,)),
+        (128, 64, ("lengths", "causal", "bias"), (0.0,)),
         (512, 64, tuple(_ATTENTION_MASKS), (0.1,)),
-        (512, 64, ("lengths", "causal"), (0.0,)),
-        (512, 128, ("lengths", "causal"), (0.1, 0.0)),
+        (512, 64, ("lengths", "causal", "bias"), (0.0,)),
+        (512, 128, ("lengths", "causal", "bias"), (0.1, 0.0)),
     ):
         for name in names:
             for p in probabilities:
                 yield _attention_case(S, D, name, p, torch.bfloat16)
-    yield _attention_case(512, 64, "lengths", 0.1, torch.bfloat16, stochastic=True)
-    yield _attention_case(512, 64, "causal", 0.1, torch.float16)
-    yield _attention_case(512, 64, "causal", 0.1, torch.float32)
+    for name in ("lengths", "bias"):
+        yield _attention_case(512, 64, name, 0.1, torch.bfloat16, stochastic=True)
+    for name in ("causal", "bias"):
+        yield _attention_case(512, 64, name, 0.1, torch.float16)
+        yield _attention_case(512, 64, name, 0.1, torch.float32)
 
 
 def _attention_case(S: int, D: int, mask: str, p: float, dtype: torch.dtype, stochastic: bool = False) -> Case:

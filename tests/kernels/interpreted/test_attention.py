@@ -58,10 +58,11 @@ def draw_mask(streams, size, p, site=SITE, tile=(128, 128), transposed=False):
     return mask[:, :size, :size]
 
 
-def explicit_attention(qkv, visible, mask, scale):
+def explicit_attention(qkv, visible, bias, mask, scale):
     """(B, S, N * D); rows without a visible key are 0."""
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-    scores = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).masked_fill(~visible, -math.inf)
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + bias[:, None, None].to(q.dtype)
+    scores = scores.masked_fill(~visible, -math.inf)
     seen = visible.any(-1, keepdim=True).expand(*scores.shape[:3], 1)
     weights = torch.softmax(scores.masked_fill(~seen, 0.0), -1) * seen
     return ((weights * mask.to(qkv.dtype) * scale) @ v).transpose(1, 2).flatten(2)
@@ -104,6 +105,9 @@ def masks_of(kind, batch, size):
         masks["key_mask"] = torch.rand(batch, size) > 0.3
     if "segments" in kind:
         masks["segment_ids"] = (torch.rand(batch, size) < 0.1).int().cumsum(1, dtype=torch.int32)
+    if "bias" in kind:
+        bias = (3 * torch.randn(batch, size)).masked_fill(torch.rand(batch, size) < 0.3, -1e4)
+        masks["key_bias"] = bias.bfloat16().float()  # so that the reference adds the same values at every dtype
     return masks
 
 
@@ -133,6 +137,10 @@ CASES = [  # kind of mask, (B, S, N, D), dtype, p
     ("key_mask", (1, 257, 1, 64), HALF, 0.1),
     ("causal", (1, 128, 1, 128), HALF, 0.1),
     ("key_mask", (1, 70, 1, 128), FULL, 0.1),
+    ("bias", (2, 17, 2, 5), FULL, 0.1),
+    ("bias", (2, 100, 1, 64), HALF, 0.1),
+    ("bias", (2, 257, 1, 16), HALF, 0.1),
+    ("bias", (2, 130, 1, 80), HALF, 0.0),
 ]
 if not INTERPRETED:  # its products of bf16 are wrong
     CASES += [
@@ -140,6 +148,8 @@ if not INTERPRETED:  # its products of bf16 are wrong
         ("lengths", (4, 257, 1, 64), BRAIN, 0.0),
         ("causal", (1, 257, 1, 64), BRAIN, 0.1),
         ("key_mask", (2, 100, 1, 64), BRAIN, 0.1),
+        ("bias", (2, 100, 1, 64), BRAIN, 0.1),
+        ("bias", (2, 257, 1, 64), BRAIN, 0.1),
         ("causal", (1, 257, 1, 128), BRAIN, 0.1),
     ]
 
@@ -153,7 +163,8 @@ def test_output_and_gradient_are_as_exact_as_torchs(kind, shape, dtype, p):
     out, dqkv = run(dout, qkv, **masks, p=p, seed=seed(), site=SITE)
 
     kept = draw_mask(batch * heads, size, p).unflatten(0, (batch, heads)) if p else torch.ones(())
-    arguments = visible_keys(batch, size, **masks), kept, keep_scale(p)
+    bias = masks.pop("key_bias", torch.zeros(batch, size))
+    arguments = visible_keys(batch, size, **masks), bias, kept, keep_scale(p)
     exact = with_gradient(qkv.double(), dout.double(), *arguments)
     same_dtype = with_gradient(qkv, dout, *arguments)
     assert out.dtype == dqkv.dtype == dtype
@@ -211,6 +222,62 @@ def test_the_op_hands_packed_batches_to_the_kernels(monkeypatch, size):
     assert torch.equal(dqkv, expected[1])
 
 
+def attended(qkv, dout, mask, kernels="auto", p=0.0):
+    """Output and gradient of the op."""
+    qkv = qkv.detach().requires_grad_()
+    out = attention(qkv, mask, p, seed(), SITE, kernels=kernels)
+    return out.detach(), torch.autograd.grad(out, qkv, dout)[0]
+
+
+@pytest.fixture
+def kernels_auto_means_triton(monkeypatch):
+    monkeypatch.setattr(attention_module, "uses_triton", lambda _, kernels: kernels == "auto")
+
+
+@pytest.mark.usefixtures("kernels_auto_means_triton")
+@pytest.mark.parametrize(
+    ("shape", "shift"),
+    [
+        ((2, 1, 1, 140), 0),
+        ((1, 1, 1, 140), 0),
+        ((2, 1, 1, 140), 3e4),
+        ((2, 2, 1, 140), 0),  # the last two are none per key
+        ((1, 1, 140, 140), 0),
+    ],
+)
+def test_the_op_adds_a_bias_of_any_shape_in_place_of_other_masks(shape, shift):
+    qkv, dout = torch.randn(2, 140, 3, 2, 16).half(), torch.randn(2, 140, 32).half()
+    bias = 16.0 * torch.randint(-2, 1, shape).half()  # fp16 holds it exactly with the shift, but no score besides
+    ours = attended(qkv, dout, AttentionMask(causal=True, bias=bias + shift))
+    torchs = attended(qkv, dout, AttentionMask(bias=bias), "reference")
+    exact = attended(qkv.double(), dout.double(), AttentionMask(bias=bias.double()), "reference")
+    for one, same_dtype, reference in zip(ours, torchs, exact, strict=True):
+        assert_as_exact_as_torch(one, same_dtype, reference)
+
+
+@pytest.mark.usefixtures("kernels_auto_means_triton")
+@pytest.mark.filterwarnings("ignore:overflow")  # to -inf, which hides a key as well
+@pytest.mark.parametrize(
+    ("size", "dtype", "hidden"),
+    [(40, HALF, -1e4), (130, HALF, torch.finfo(HALF).min / 2), (40, FULL, torch.finfo(FULL).min / 2)],
+)
+def test_padding_by_a_bias_equals_padding_by_a_mask_and_padding_alone_no_mask(size, dtype, hidden):
+    qkv, dout = torch.randn(3, size, 3, 1, 16).to(dtype), torch.randn(3, size, 16).to(dtype)
+    keep = torch.arange(size) < torch.tensor([[size - 7], [0], [1]])
+    bias = torch.zeros(keep.shape, dtype=dtype).masked_fill(~keep, hidden)[:, None, None]
+    biased = attended(qkv, dout, AttentionMask(bias=bias), p=0.1)
+    masked = attended(qkv, dout, AttentionMask(key_mask=keep), p=0.1)
+    unmasked = attended(qkv, dout, AttentionMask(), p=0.1)
+    for ours, with_mask, without in zip(biased, masked, unmasked, strict=True):
+        assert torch.equal(ours[[0, 2]], with_mask[[0, 2]])
+        assert torch.equal(ours[1], without[1])
+
+
+def test_a_bias_that_asks_for_a_gradient_is_refused():
+    with pytest.raises(ValueError, match="bias requires a gradient"):
+        AttentionMask(bias=torch.zeros(1, 1, 1, 4, requires_grad=True))
+
+
 def test_segments_of_a_row_equal_the_same_documents_packed():
     lengths = [70, 1, 57]
     segments = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None].int()
@@ -254,9 +321,9 @@ def test_two_runs_give_the_same_bits(size):
     assert torch.equal(first[1], second[1])
 
 
-@pytest.mark.parametrize("causal", [False, True])
-def test_stochastic_backward_equals_the_deterministic_one_up_to_rounding(causal):
-    arguments = {"causal": causal, "lengths": torch.tensor([130, 70]).int(), "p": 0.1, "seed": seed(), "site": SITE}
+@pytest.mark.parametrize("kind", ["lengths", "causal lengths", "bias"])
+def test_stochastic_backward_equals_the_deterministic_one_up_to_rounding(kind):
+    arguments = {**masks_of(kind, 2, 130), "p": 0.1, "seed": seed(), "site": SITE}
     qkv, dout = torch.randn(2, 130, 3, 1, 16).half(), torch.randn(2, 130, 16).half()
     out, lse = forward(qkv, **arguments)
     gradients = [backward(dout, qkv, out, lse, **arguments, stochastic=stochastic) for stochastic in (False, True)]

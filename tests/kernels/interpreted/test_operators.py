@@ -5,7 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer, attention, mlp, residual_norm
+from xformer_train.kernels import (
+    AttentionMask,
+    DeepSpeedTransformerConfig,
+    DeepSpeedTransformerLayer,
+    LayerConfig,
+    TransformerLayer,
+    attention,
+    mlp,
+    residual_norm,
+)
+from xformer_train.kernels.saved_activations import count_saved_bytes, saved_activations
 
 CONFIG = LayerConfig(16, 2, 24, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, initializer_range=0.3)
 
@@ -20,7 +30,10 @@ def test_the_kernels_of_a_layer_keep_torchs_rules():
     seed, vector, x = torch.tensor(3), torch.rand(8), torch.randn(5, 8)
     statistic, options = torch.rand(5), (1e-5, 0.3, 2, False, "auto")
     qkv, borders = torch.randn(6, 3, 2, 16), torch.tensor([0, 2, 6], dtype=torch.int32)
-    out, lse = torch.ops.xformer_train.attention_forward(qkv, None, None, borders, seed, 4, True, 0.3, 1)
+    packed = (None, None, None, borders, seed, 4, True, 0.3, 1)
+    out, lse = torch.ops.xformer_train.attention_forward(qkv, *packed)
+    padded, biased = qkv.unflatten(0, (2, 3)), (None, None, torch.randn(2, 3), None, seed, None, False, 0.3, 1)
+    padded_out, padded_lse = torch.ops.xformer_train.attention_forward(padded, *biased)
     for name, arguments in (
         ("residual_norm_forward", (x, vector, x + 1, vector, vector, seed, *options)),
         ("residual_norm_backward", (x, x, x, statistic, statistic, vector, vector, vector, seed, *options)),
@@ -28,24 +41,45 @@ def test_the_kernels_of_a_layer_keep_torchs_rules():
         ("residual_add_backward", (x, vector, seed, *options)),
         ("gelu_forward", (x, "gelu", "auto")),
         ("gelu_backward_", (x.clone(), x, "gelu", True, "auto")),
-        ("attention_forward", (qkv, None, None, borders, seed, 4, True, 0.3, 1)),
-        ("attention_backward", (out, qkv, out, lse, None, None, borders, seed, 4, True, 0.3, 1, False)),
+        ("attention_forward", (qkv, *packed)),
+        ("attention_forward", (padded, *biased)),
+        ("attention_backward", (out, qkv, out, lse, *packed, False)),
+        ("attention_backward", (padded_out, padded, padded_out, padded_lse, *biased, False)),
     ):
         operator = getattr(torch.ops.xformer_train, name).default
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("pre_layer_norm", [True, False])
-def test_a_layer_compiles_into_one_graph_over_the_kernels(pre_layer_norm):
+def test_a_layer_compiles_into_one_graph_over_the_kernels(pre_layer_norm, bias):
     """aot_eager runs the traced graph with the same kernels, so the bits agree, masks of dropout included."""
     config = dataclasses.replace(CONFIG, pre_layer_norm=pre_layer_norm, gelu_checkpoint=True)
     torch.manual_seed(3)
-    layer, x, mask = TransformerLayer(config), torch.randn(2, 9, 16), AttentionMask(causal=True)
+    layer, x = TransformerLayer(config), torch.randn(2, 9, 16)
     results = []
     for run in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
         torch.manual_seed(11)
+        mask = AttentionMask(bias=torch.randn(2, 1, 1, 9)) if bias else AttentionMask(causal=True)
         leaf = x.clone().requires_grad_()
         y = run(leaf, mask)
         results.append((y, *torch.autograd.grad(y, [leaf, *layer.parameters()], torch.ones_like(y))))
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_deepspeeds_layer_stays_on_the_kernels_with_its_mask(dropout, monkeypatch):
+    """Beside the formula it keeps one fp32 value per key, and no tensor of all pairs."""
+    options = {"num_hidden_layers": 1, "initializer_range": 0.3}
+    config = DeepSpeedTransformerConfig(2, 32, 48, 2, dropout, dropout, **options)
+    layer, x = DeepSpeedTransformerLayer(config), torch.randn(2, 40, 32)
+    mask = torch.zeros(2, 1, 1, 40)
+    mask[1, ..., 30:] = -1e4
+    saved = count_saved_bytes(lambda: layer(x.requires_grad_(), mask), layer.parameters())
+    formula = saved_activations(layer.config, 2, 40, torch.float32, triton_attention=True)
+    assert saved == sum(formula.values()) + 4 * 2 * 40
+    ours = layer.eval()(x, mask)
+    for module in (attention, mlp, residual_norm):
+        monkeypatch.setattr(module, "uses_triton", lambda *_: False)
+    torch.testing.assert_close(ours, layer(x, mask), rtol=1e-4, atol=1e-4)  # fp32, summed in other orders
