@@ -1,0 +1,139 @@
+"""Which part of a parameter a tensor-parallel process holds: its marks, its initialization, and state dicts at other sizes.
+
+The full layout, a parameter as one process would hold it, does not depend on the group: checkpoints of any tensor-parallel
+size are made from it and turned into it. A fused parameter, the queries, keys and values in one matrix, is cut part by part,
+so that every process holds its heads of each.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .tensor_parallel import Group, group_rank, group_size
+
+
+@dataclass(frozen=True)
+class Partition:
+    """How a full tensor is cut: along `dim`; parts: sizes of the fused parts along it, in order, None for one part."""
+
+    dim: int
+    parts: tuple[int, ...] | None = None
+
+
+def mark_sharded(parameter: nn.Parameter, partition: Partition) -> None:
+    """Says on the parameter that it is a shard, by Megatron's names.
+
+    DeepSpeed's gradient norm reads `tensor_model_parallel`: it counts marked parameters on every process of a tensor-parallel
+    group and others on the first alone. `partition_parts` is ours, for `partitions_of`.
+    """
+    marks = {
+        "tensor_model_parallel": True,
+        "partition_dim": partition.dim,
+        "partition_stride": 1,
+        "partition_parts": partition.parts,
+    }
+    for name, value in marks.items():
+        setattr(parameter, name, value)
+
+
+def partitions_of(module: nn.Module) -> dict[str, Partition]:
+    """The partition of every parameter of the module that `mark_sharded` marked, by the names of its state dict."""
+    return {
+        name: Partition(parameter.partition_dim, parameter.partition_parts)  # type: ignore[attr-defined]
+        for name, parameter in module.named_parameters(remove_duplicate=False)
+        if getattr(parameter, "tensor_model_parallel", False)
+    }
+
+
+@torch.no_grad()
+def initialize_sharded(
+    parameter: nn.Parameter,
+    init_method: Callable[[Tensor], object],
+    full_shape: Sequence[int],
+    partition_dim: int,
+    group: Group,
+    parts: Sequence[int] | None = None,
+) -> None:
+    """Fills this process's shard with its part of a full fp32 tensor that init_method fills, and marks the parameter.
+
+    partition_dim, parts: see `Partition`.
+
+    The full tensor is drawn on the parameter's device from torch's default generator, which must be in the same state on
+    every process of the group and is afterwards. So the values do not depend on the group's size, and an init_method that
+    looks at the shape sees the full one. Raises ValueError if the shape of the parameter is not that of the shard.
+    """
+    partition = Partition(partition_dim, None if parts is None else tuple(parts))
+    full = torch.empty(*full_shape, dtype=torch.float32, device=parameter.device)
+    init_method(full)
+    shard = take_shard(full, partition, group_rank(group), group_size(group))
+    if shard.shape != parameter.shape:
+        raise ValueError(
+            f"parameter is {tuple(parameter.shape)}, the shard of {tuple(full_shape)} along dim {partition_dim} over "
+            f"{group_size(group)} processes is {tuple(shard.shape)}; allocate the parameter with that shape"
+        )
+    parameter.copy_(shard)
+    mark_sharded(parameter, partition)
+
+
+def take_shard(full: Tensor, partition: Partition, rank: int, size: int, name: str = "the tensor") -> Tensor:
+    """What process `rank` of `size` holds of a full tensor: a contiguous copy; name: for messages.
+
+    Raises ValueError if the parts do not add up to the partitioned dim, or `size` does not divide each.
+    """
+    length = full.shape[partition.dim]
+    parts = (length,) if partition.parts is None else partition.parts
+    if sum(parts) != length:
+        raise ValueError(
+            f"{name} has {length} rows along dim {partition.dim}, its parts {parts} add up to {sum(parts)}"
+        )
+    for part in parts:
+        if part % size:
+            raise ValueError(
+                f"{name} has {part} rows along dim {partition.dim}, which {size} processes cannot share equally; use a "
+                f"tensor-parallel size that divides {part}"
+            )
+    pieces = [part.chunk(size, partition.dim)[rank] for part in full.split(parts, partition.dim)]
+    return torch.cat(pieces, partition.dim)
+
+
+def join_shards(shards: Sequence[Tensor], partition: Partition, name: str = "the tensor") -> Tensor:
+    """The full tensor of its shards, in the order of ranks; name: for messages.
+
+    Raises ValueError if a shard has not the shape that the partition gives it.
+    """
+    size = len(shards)
+    length = shards[0].shape[partition.dim]
+    parts = (length * size,) if partition.parts is None else partition.parts
+    if sum(parts) != length * size or any(part % size for part in parts) or len({s.shape for s in shards}) > 1:
+        raise ValueError(
+            f"{name} has shards of {[tuple(shard.shape) for shard in shards]}, which are not {size} equal shares of parts "
+            f"{parts} along dim {partition.dim}; give the shards of one tensor-parallel group, in order of rank"
+        )
+    by_rank = [shard.split([part // size for part in parts], partition.dim) for shard in shards]
+    return torch.cat([piece for part in zip(*by_rank, strict=True) for piece in part], partition.dim)
+
+
+def shard_state_dict(
+    full: Mapping[str, Tensor], partitions: Mapping[str, Partition], rank: int, size: int
+) -> dict[str, Tensor]:
+    """The state dict of process `rank` of `size`: sharded entries as `take_shard` makes them, others the given tensors."""
+    return {
+        name: take_shard(tensor, partitions[name], rank, size, name) if name in partitions else tensor
+        for name, tensor in full.items()
+    }
+
+
+def join_state_dicts(shards: Sequence[Mapping[str, Tensor]], partitions: Mapping[str, Partition]) -> dict[str, Tensor]:
+    """The full state dict of those of all processes, in the order of ranks; entries without a partition are the first's.
+
+    Raises ValueError if the processes hold different entries, or shards that do not fit together.
+    """
+    differing = {name for shard in shards for name in shard.keys() ^ shards[0].keys()}
+    if differing:
+        raise ValueError(f"the state dicts of a group differ in {sorted(differing)}; give those of one checkpoint")
+    return {
+        name: join_shards([shard[name] for shard in shards], partitions[name], name) if name in partitions else tensor
+        for name, tensor in shards[0].items()
+    }

@@ -1,0 +1,325 @@
+"""Tensor and sequence parallelism over one process group: collectives in conjugate pairs, and the two linear layers.
+
+t is the number of processes in the group. A tensor is *replicated* when every process holds the same, *sharded* when each holds
+1/t of it along one dim, in the order of ranks, and *partial* when the sum over the processes is the tensor. The gradient of a
+replicated tensor is replicated, that of a sharded one sharded.
+
+A column-parallel layer holds N/t rows of its weight (N, K) and makes a sharded output of a replicated input; a row-parallel
+layer holds K/t columns and makes a replicated output of a sharded input. Between the row-parallel layer of one half and the
+column-parallel layer of the next, sequence parallelism (SP) shards the activations along dim 0, which must be the sequence:
+
+             forward                       backward, input                  backward, weight
+column       -                             all-reduce dx, behind dweight    -
+column, SP   all-gather x                  reduce-scatter dx, behind        all-gather x again, behind dx
+                                           dweight
+row          all-reduce y                  -                                -
+row, SP      reduce-scatter y              all-gather dy                    the same dy
+
+A group of None or of one process means no parallelism: no communication and no node in the graph. "Behind" overlaps where the
+device lets a collective run beside a product; with NCCL on Hopper that takes CUDA_DEVICE_MAX_CONNECTIONS=1.
+Sources: Shoeybi et al., arXiv 1909.08053 (tensor parallelism); Korthikanti et al., arXiv 2205.05198 (SP).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .linear import linear, product, weight_gradient
+
+Group = dist.ProcessGroup | None
+
+
+def group_size(group: Group) -> int:
+    return 1 if group is None else group.size()
+
+
+def group_rank(group: Group) -> int:
+    return 0 if group is None else group.rank()
+
+
+class Pending:
+    """A collective under way. Its result must not be read, nor its input overwritten, before `wait`."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
+        self._result, self._work = result, work
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self._result
+
+
+def start_all_reduce_(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Pending:
+    """x reduced over the group, without autograd; in the memory of x if that is contiguous, so use only what `wait` returns."""
+    if group is None or group.size() == 1:
+        return Pending(x)
+    result = x.contiguous()
+    return Pending(result, dist.all_reduce(result, op, group, async_op=True))
+
+
+def start_all_gather(x: Tensor, group: Group) -> Pending:
+    """The x of all processes one after the other along dim 0, without autograd; x: equal shapes everywhere."""
+    if group is None or group.size() == 1:
+        return Pending(x)
+    result = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    return Pending(result, dist.all_gather_into_tensor(result, x.contiguous(), group, async_op=True))
+
+
+def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
+    """This process's part along dim 0 of the sum of x over the group, without autograd.
+
+    Raises ValueError if the processes cannot share dim 0 equally.
+    """
+    if group is None or group.size() == 1:
+        return Pending(x)
+    check_divisible(x.shape[0], group, "dim 0 of x")
+    result = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    return Pending(result, dist.reduce_scatter_tensor(result, x.contiguous(), group=group, async_op=True))
+
+
+def check_divisible(size: int, group: Group, name: str) -> None:
+    """Raises ValueError if the processes of the group cannot share `size` equally; name: what has that size."""
+    if size % group_size(group):
+        raise ValueError(
+            f"{name} is {size}, which the {group_size(group)} processes of the group cannot share equally; pad it to a "
+            f"multiple of {group_size(group)} or use another group size"
+        )
+
+
+def copy_to_group(x: Tensor, group: Group) -> Tensor:
+    """x itself; backward sums dy over the group. Where a replicated tensor enters computations that differ by rank."""
+    return x if group_size(group) == 1 else _CopyToGroup.apply(x, group)
+
+
+def reduce_from_group(x: Tensor, group: Group) -> Tensor:
+    """The sum of x over the group; backward passes dy on. Where partial results become a replicated tensor."""
+    return x if group_size(group) == 1 else _ReduceFromGroup.apply(x, group)
+
+
+def gather_from_sequence(x: Tensor, group: Group) -> Tensor:
+    """All parts of x along dim 0, (S, ...) of (S/t, ...); backward reduce-scatters dy: computations on it differ by rank."""
+    return x if group_size(group) == 1 else _GatherFromSequence.apply(x, group)
+
+
+def reduce_scatter_to_sequence(x: Tensor, group: Group) -> Tensor:
+    """This process's part along dim 0 of the sum of x, (S/t, ...) of (S, ...); backward all-gathers dy.
+
+    Raises ValueError if t does not divide S.
+    """
+    return x if group_size(group) == 1 else _ReduceScatterToSequence.apply(x, group)
+
+
+def scatter_to_group(x: Tensor, group: Group, dim: int = -1) -> Tensor:
+    """This process's part of a replicated x along dim, contiguous; backward all-gathers dy.
+
+    Raises ValueError if t does not divide that dim.
+    """
+    return x if group_size(group) == 1 else _ScatterToGroup.apply(x, group, dim)
+
+
+def gather_from_group(x: Tensor, group: Group, dim: int = -1) -> Tensor:
+    """All parts of x along dim, contiguous and replicated; backward takes this process's part of dy.
+
+    What follows must be computed alike on every process: `gather_from_sequence` is for what differs.
+    """
+    return x if group_size(group) == 1 else _GatherFromGroup.apply(x, group, dim)
+
+
+def column_parallel_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, *, sequence_parallel: bool = False
+) -> Tensor:
+    """x @ weight.T + bias with this process's rows of the weight, (S, ..., N/t) in the dtype of x.
+
+    x: replicated (S, ..., K), under sequence_parallel this process's (S/t, ..., K); weight: (N/t, K); bias: (N/t,) or None;
+    one float dtype. dx has the shape of x and is complete, and so are the gradients of the shards.
+    Kept for backward, besides the weight: x as given. Raises ValueError if the last dims of x and weight differ.
+    """
+    if group_size(group) == 1:
+        return linear(x, weight, bias)
+    _check_last_dim(x, weight)
+    return _ColumnParallelLinear.apply(x, weight, bias, group, sequence_parallel)
+
+
+def row_parallel_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, *, sequence_parallel: bool = False
+) -> Tensor:
+    """x @ weight.T summed over the group, plus bias: replicated (S, ..., N), under sequence_parallel this process's part
+    (S/t, ..., N), in the dtype of x.
+
+    x: (S, ..., K/t); weight: (N, K/t), this process's columns; bias: (N,) or None, replicated, added once; one float dtype.
+    Under sequence_parallel the gradient of the bias is that of this process's part: see `sum_gradient_over`.
+    Kept for backward, besides the weight: x. Raises ValueError if the last dims of x and weight differ, and under
+    sequence_parallel if t does not divide S.
+    """
+    if group_size(group) == 1:
+        return linear(x, weight, bias)
+    _check_last_dim(x, weight)
+    if sequence_parallel:
+        check_divisible(x.shape[0], group, "the sequence, dim 0 of x,")
+    return _RowParallelLinear.apply(x, weight, bias, group, sequence_parallel)
+
+
+def sum_gradient_over(parameter: nn.Parameter, group: Group) -> None:
+    """Makes every backward sum the parameter's gradient over the group before it is accumulated, and marks the parameter.
+
+    For replicated parameters that act on parts of the sequence, under SP: of LayerNorms, and biases of row-parallel layers.
+    Each process then sees the gradient of its own tokens only. Call it once per parameter, and again for a copy: deepcopy
+    and to_empty() lose hooks. A module that uses `copy_to_group(parameter, group)` in its forward needs no hook: do not do
+    both. The mark `sequence_parallel` says which parameters these are; a training loop that sums marked gradients itself
+    would count them t times.
+    """
+    parameter.sequence_parallel = group_size(group) > 1  # type: ignore[attr-defined]
+    if group_size(group) == 1:
+        return
+    trained = parameter.requires_grad
+    parameter.requires_grad_(True)  # torch takes no hook for a frozen parameter, which may be trained later
+    parameter.register_hook(lambda gradient: start_all_reduce_(_owned(gradient), group).wait())
+    parameter.requires_grad_(trained)
+
+
+def _check_last_dim(x: Tensor, weight: Tensor) -> None:
+    if x.dim() < 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x is {tuple(x.shape)}, this process's weight is {tuple(weight.shape)}; x must have 2 dims or more, and the last "
+            f"dims must be equal"
+        )
+
+
+def _owned(x: Tensor) -> Tensor:
+    """A contiguous copy that a collective may write into."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+# Each backward below is the forward of the conjugate, so that the pairs can be differentiated any number of times.
+
+
+class _CopyToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return reduce_from_group(dy, ctx.group), None
+
+
+class _ReduceFromGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return start_all_reduce_(_owned(x), group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return copy_to_group(dy, ctx.group), None
+
+
+class _GatherFromSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return start_all_gather(x, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return reduce_scatter_to_sequence(dy, ctx.group), None
+
+
+class _ReduceScatterToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return start_reduce_scatter(x, group).wait()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return gather_from_sequence(dy, ctx.group), None
+
+
+class _ScatterToGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        check_divisible(x.shape[dim], group, f"dim {dim} of x")
+        return _owned(x.chunk(group.size(), dim)[group.rank()])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return gather_from_group(dy, ctx.group, ctx.dim), None, None
+
+
+class _GatherFromGroup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+        ctx.group, ctx.dim = group, dim
+        gathered = start_all_gather(x, group).wait()
+        return gathered if dim in (0, -x.dim()) else torch.cat(gathered.chunk(group.size()), dim)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        return scatter_to_group(dy, ctx.group, ctx.dim), None, None
+
+
+class _ColumnParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup, sequence_parallel: bool
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(rows, weight)
+        ctx.shape, ctx.group, ctx.sequence_parallel = x.shape, group, sequence_parallel
+        length = x.shape[0]
+        if sequence_parallel:
+            rows, length = start_all_gather(rows, group).wait(), length * group.size()
+        return product(rows, weight, bias).view(length, *x.shape[1:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        gathering = start_all_gather(rows, ctx.group) if ctx.sequence_parallel and needs_dweight else Pending(rows)
+        dx = dweight = None
+        if needs_dx:
+            start = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce_
+            summing = start(product(dy_rows, weight.t()), ctx.group)
+        if needs_dweight:
+            dweight = weight_gradient(dy_rows, gathering.wait())
+        dbias = dy_rows.sum(0) if needs_dbias else None
+        if needs_dx:
+            dx = summing.wait().view(ctx.shape)
+        return dx, dweight, dbias, None, None
+
+
+class _RowParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup, sequence_parallel: bool
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(rows, weight)
+        ctx.shape, ctx.group, ctx.sequence_parallel = x.shape, group, sequence_parallel
+        start = start_reduce_scatter if sequence_parallel else start_all_reduce_
+        y = start(product(rows, weight), group).wait()
+        if bias is not None:
+            y += bias  # behind the sum, or it would be added t times
+        length = x.shape[0] // group.size() if sequence_parallel else x.shape[0]
+        return y.view(length, *x.shape[1:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight = ctx.saved_tensors
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        gathering = start_all_gather(dy_rows, ctx.group) if ctx.sequence_parallel else Pending(dy_rows)
+        dbias = dy_rows.sum(0) if needs_dbias else None
+        dy_rows = gathering.wait()
+        dx = product(dy_rows, weight.t()).view(ctx.shape) if needs_dx else None
+        dweight = weight_gradient(dy_rows, rows) if needs_dweight else None
+        return dx, dweight, dbias, None, None

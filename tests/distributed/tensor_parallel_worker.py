@@ -1,0 +1,354 @@
+"""Tensor-parallel functions beside the same computation in one process, on every process of groups of two and of four.
+
+Each check gives (what, ours, expected) triples; all processes draw the same full tensors and take their own parts.
+"""
+
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from itertools import product as cases
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xformer_train.kernels import tensor_parallel, vocab_parallel
+from xformer_train.kernels.cross_entropy import IGNORED, linear_cross_entropy
+from xformer_train.kernels.dropout import keep_mask
+from xformer_train.kernels.rng_tracker import RngStatesTracker, draw_dropout_seeds, seed_tensor_parallel
+from xformer_train.kernels.sharding import initialize_sharded, join_shards, partitions_of
+
+Triples = Iterator[tuple[str, Tensor, Tensor]]
+DTYPES = (torch.float32, torch.float64)
+SEED = 1234
+HEADS_PARTS = (16, 8, 8)  # queries, keys and values of grouped-query attention
+
+
+def randn(*shape: int, key: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64).to(dtype)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same values, not contiguous."""
+    return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def leaf(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+
+
+def part(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    return x.tensor_split(group.size(), dim)[group.rank()]
+
+
+def collective_pairs(group: dist.ProcessGroup) -> Triples:
+    size, rank = group.size(), group.rank()
+    for dtype, layout in cases(DTYPES, (torch.clone, strided)):
+        small = [randn(3, 5, 2, key=r, dtype=dtype) for r in range(size)]  # by rank
+        large = [randn(3 * size, 5, 2 * size, key=10 + r, dtype=dtype) for r in range(size)]
+        total_small, total_large = sum(small), sum(large)
+        whole = {dim: torch.cat(small, dim) for dim in (0, -1)}
+        mine, big = small[rank], large[rank]
+        # name, function, x, dy, y, dx
+        table: list[tuple[str, Callable[..., Tensor], Tensor, Tensor, Tensor, Tensor]] = [
+            ("copy", tensor_parallel.copy_to_group, small[0], mine, small[0], total_small),
+            ("reduce", tensor_parallel.reduce_from_group, mine, small[0], total_small, small[0]),
+            (
+                "gather sequence",
+                tensor_parallel.gather_from_sequence,
+                mine,
+                big[..., :2],
+                whole[0],
+                part(total_large[..., :2], group, 0),
+            ),
+            (
+                "reduce-scatter sequence",
+                tensor_parallel.reduce_scatter_to_sequence,
+                big[..., :2],
+                mine,
+                part(total_large[..., :2], group, 0),
+                whole[0],
+            ),
+        ]
+        for dim in (0, -1):
+            full = large[0][..., :2] if dim == 0 else large[0][:3]
+
+            def scatter(x: Tensor, group: Any, dim: int = dim) -> Tensor:
+                return tensor_parallel.scatter_to_group(x, group, dim)
+
+            def gather(x: Tensor, group: Any, dim: int = dim) -> Tensor:
+                return tensor_parallel.gather_from_group(x, group, dim)
+
+            table.append((f"scatter {dim}", scatter, full, mine, part(full, group, dim), whole[dim]))
+            table.append((f"gather {dim}", gather, mine, full, whole[dim], part(full, group, dim)))
+        for name, function, given, gradient, y, dx in table:
+            x, dy = leaf(layout(given)), layout(gradient)
+            ours = function(x, group)
+            (ours_dx,) = torch.autograd.grad(ours, x, dy)
+            what = f"{name}, {dtype}, {layout.__name__}"
+            yield f"y of {what}", ours, y
+            yield f"dx of {what}", ours_dx, dx
+            yield f"x after {what}", x, given
+            yield f"dy after {what}", dy, gradient
+
+
+def linear_layers(group: dist.ProcessGroup) -> Triples:
+    size = group.size()
+    column, row = tensor_parallel.column_parallel_linear, tensor_parallel.row_parallel_linear
+    for dtype, function, parallel, biased in cases(DTYPES, (column, row), (False, True), (False, True)):
+        cut_out, cut_in = (
+            (0, -1) if function is column else (-1, 0)
+        )  # dims of the weight, and of y or x, that are shared
+        n, k = (3 * size, 5) if function is column else (5, 3 * size)
+        full_x = leaf(randn(3 * size if parallel else 7, 3, k, key=1, dtype=dtype))
+        full_weight = leaf(randn(n, k, key=2, dtype=dtype))
+        full_bias = leaf(randn(n, key=3, dtype=dtype)) if biased else None
+        full_y = F.linear(full_x, full_weight, full_bias)
+        full_dy = randn(*full_y.shape, key=4, dtype=dtype)
+        full_y.backward(full_dy)
+
+        def mine(tensor: Tensor, sharded: bool, parallel: bool = parallel) -> Tensor:
+            """Of x, y or one of their gradients: the features' part, the sequence's, or all."""
+            return part(tensor, group, -1) if sharded else part(tensor, group, 0) if parallel else tensor
+
+        x_sharded, y_sharded = cut_in == 0, cut_out == 0
+        weight = nn.Parameter(part(full_weight, group, cut_out if function is column else -1).detach().clone())
+        bias = None if full_bias is None else full_bias.detach().clone()
+        bias = bias if bias is None else nn.Parameter(part(bias, group, 0) if function is column else bias)
+        if bias is not None and function is row and parallel:
+            tensor_parallel.sum_gradient_over(bias, group)
+        for needs in ("all", "x", "weight", *(("bias",) if biased else ())):
+            x = strided(mine(full_x, x_sharded).detach()).requires_grad_(needs in ("all", "x"))
+            weight.requires_grad_(needs in ("all", "weight"))
+            weight.grad = None
+            if bias is not None:
+                bias.requires_grad_(needs in ("all", "bias"))
+                bias.grad = None
+            y = function(x, weight, bias, group, sequence_parallel=parallel)
+            y.backward(strided(mine(full_dy, y_sharded)))
+            what = f"{function.__name__}, {dtype}, SP {parallel}, bias {biased}, gradient of {needs}"
+            yield f"y of {what}", y, mine(full_y, y_sharded)
+            if x.requires_grad:
+                yield f"dx of {what}", x.grad, mine(full_x.grad, x_sharded)
+            if weight.requires_grad:
+                yield f"dweight of {what}", weight.grad, part(full_weight.grad, group, 0 if function is column else 1)
+            if bias is not None and bias.requires_grad:
+                yield (
+                    f"dbias of {what}",
+                    bias.grad,
+                    part(full_bias.grad, group, 0) if function is column else full_bias.grad,
+                )
+
+
+def blocks(group: dist.ProcessGroup) -> Triples:
+    """x + row(gelu(column(norm(x)))) with two micro-batches between gradients."""
+    size, hidden, width = group.size(), 6, 5 * group.size()
+    for dtype, parallel in cases(DTYPES, (False, True)):
+        shapes = [(hidden,), (hidden,), (width, hidden), (width,), (hidden, width), (hidden,)]
+        full = [leaf(randn(*shape, key=20 + i, dtype=dtype)) for i, shape in enumerate(shapes)]
+        dims = [None, None, 0, 0, 1, None]
+        ours = [
+            nn.Parameter((p if dim is None else part(p, group, dim)).detach().clone())
+            for p, dim in zip(full, dims, strict=True)
+        ]
+        for index in (0, 1, 5):
+            if parallel:
+                tensor_parallel.sum_gradient_over(ours[index], group)
+        for micro_batch in range(2):
+            full_x = leaf(randn(2 * size, 3, hidden, key=30 + micro_batch, dtype=dtype))
+            full_dy = randn(*full_x.shape, key=40 + micro_batch, dtype=dtype)
+            normed = F.layer_norm(full_x, (hidden,), full[0], full[1])
+            full_y = full_x + F.linear(F.gelu(F.linear(normed, full[2], full[3])), full[4], full[5])
+            full_y.backward(full_dy)
+            x = leaf(part(full_x, group, 0) if parallel else full_x)
+            normed = F.layer_norm(x, (hidden,), ours[0], ours[1])
+            inner = tensor_parallel.column_parallel_linear(normed, ours[2], ours[3], group, sequence_parallel=parallel)
+            outer = tensor_parallel.row_parallel_linear(
+                F.gelu(inner), ours[4], ours[5], group, sequence_parallel=parallel
+            )
+            y = x + outer
+            y.backward(part(full_dy, group, 0) if parallel else full_dy)
+            what = f"{dtype}, SP {parallel}, micro-batch {micro_batch}"
+            yield f"y, {what}", y, part(full_y, group, 0) if parallel else full_y
+            yield f"dx, {what}", x.grad, part(full_x.grad, group, 0) if parallel else full_x.grad
+        for index, (p, expected, dim) in enumerate(zip(ours, full, dims, strict=True)):
+            gradient = expected.grad if dim is None else part(expected.grad, group, dim)
+            yield f"gradient of parameter {index}, {dtype}, SP {parallel}", p.grad, gradient
+
+
+def overlap(group: dist.ProcessGroup) -> Triples:
+    """That the column backward computes while its collectives run, and that SP keeps this process's part of x alone."""
+    events: list[str] = []
+
+    def recorded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if name != "wait" or args[0]._work is not None:
+                events.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    kept: list[int] = []
+
+    def count(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
+    places: list[tuple[Any, str]] = [(tensor_parallel, "product"), (tensor_parallel, "weight_gradient")]
+    places += [(dist, name) for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")]
+    places += [(tensor_parallel.Pending, "wait")]
+    expected = {
+        False: ["product", "all_reduce", "weight_gradient", "wait"],
+        True: ["all_gather_into_tensor", "product", "reduce_scatter_tensor", "wait", "weight_gradient", "wait"],
+    }
+    for parallel in (False, True):
+        x, weight = leaf(randn(4, 3, key=1)), leaf(randn(2, 3, key=2))
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+            y = tensor_parallel.column_parallel_linear(x, weight, None, group, sequence_parallel=parallel)
+        yield f"kept elements, SP {parallel}", torch.tensor(sum(kept)), torch.tensor(x.numel() + weight.numel())
+        real = [getattr(place, name) for place, name in places]
+        for (place, name), function in zip(places, real, strict=True):
+            setattr(place, name, recorded(name, function))
+        y.sum().backward()
+        for (place, name), function in zip(places, real, strict=True):
+            setattr(place, name, function)
+        yield f"SP {parallel}: {events}", torch.tensor(events == expected[parallel]), torch.tensor(True)
+        kept.clear()
+        events.clear()
+
+
+def initialization(group: dist.ProcessGroup) -> Triples:
+    methods = {"normal": nn.init.normal_, "xavier": nn.init.xavier_uniform_}
+    table = [((12, 5), 0, None), ((5, 12), 1, None), ((32, 3), 0, HEADS_PARTS)]
+    for (name, method), (shape, dim, parts), dtype in cases(methods.items(), table, (*DTYPES, torch.bfloat16)):
+        torch.manual_seed(SEED)
+        full = nn.Parameter(torch.empty(shape, dtype=dtype))
+        initialize_sharded(full, method, shape, dim, None, parts)
+        state = torch.get_rng_state()
+        local = list(shape)
+        local[dim] //= group.size()
+        module = nn.Module()
+        module.weight = nn.Parameter(torch.empty(local, dtype=dtype))
+        torch.manual_seed(SEED)
+        initialize_sharded(module.weight, method, shape, dim, group, parts)
+        what = f"{name}, {shape}, {dtype}"
+        yield f"generator after {what}", torch.get_rng_state(), state
+        starts = torch.tensor([0, 16, 24]) if parts else torch.tensor([0])
+        lengths = [p // group.size() for p in parts or (shape[dim],)]
+        rows = torch.cat(
+            [
+                torch.arange(length) + start + length * group.rank()
+                for start, length in zip(starts, lengths, strict=True)
+            ]
+        )
+        yield f"shard of {what}", module.weight, full.index_select(dim, rows)
+        shards = [torch.empty_like(module.weight.detach()) for _ in range(group.size())]
+        dist.all_gather(shards, module.weight.detach(), group)
+        yield f"shards joined of {what}", join_shards(shards, partitions_of(module)["weight"]), full
+
+
+def embeddings(group: dist.ProcessGroup) -> Triples:
+    rows = 6 * group.size()
+    for dtype, parallel in cases(DTYPES, (False, True)):
+        ids = torch.randint(0, rows, (2 * group.size(), 3), generator=torch.Generator().manual_seed(5))
+        full = leaf(randn(rows, 5, key=6, dtype=dtype))
+        full_y = F.embedding(ids, full)
+        dy = randn(*full_y.shape, key=7, dtype=dtype)
+        full_y.backward(dy)
+        weight = leaf(part(full, group, 0))
+        y = vocab_parallel.vocab_parallel_embedding(ids, weight, group, sequence_parallel=parallel)
+        y.backward(part(dy, group, 0) if parallel else dy)
+        yield f"y, {dtype}, SP {parallel}", y, part(full_y, group, 0) if parallel else full_y
+        yield f"dweight, {dtype}, SP {parallel}", weight.grad, part(full.grad, group, 0)
+    for wrong in (-1, rows):
+        try:
+            vocab_parallel.vocab_parallel_embedding(torch.tensor([0, wrong]), weight, group)
+            raised = False
+        except IndexError:
+            raised = True
+        yield f"id {wrong} fails everywhere", torch.tensor(raised), torch.tensor(True)
+
+
+def cross_entropies(group: dist.ProcessGroup, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Triples:
+    """24 rows of vocabulary, 17 of them real where padded: a process of four then holds padding alone."""
+    tokens, width, rows, scale = 12, 5, 24, 0.7
+    vocab_parallel._CHUNK_ELEMENTS = 5 * rows // group.size()  # three chunks, the last one shorter
+    labels = torch.randint(0, 17, (tokens,), generator=torch.Generator().manual_seed(8))
+    labels[[1, 7]] = IGNORED
+    for dtype, parallel, biased, real in cases(dtypes, (False, True), (False, True), (24, 17)):
+        wide = torch.float64 if dtype == torch.bfloat16 else dtype
+        full = [
+            randn(*shape, key=50 + i, dtype=dtype).to(wide) for i, shape in enumerate([(tokens, width), (rows, width)])
+        ]
+        full = [leaf(x) for x in [*full, 20 * randn(rows, key=52, dtype=dtype).to(wide)]]
+        head_bias = full[2] if biased else None
+        full_loss = linear_cross_entropy(full[0], full[1][:real], head_bias[:real] if biased else None, labels)
+        (full_loss * scale).backward()
+        hidden = leaf((part(full[0], group, 0) if parallel else full[0]).to(dtype))
+        weight, bias = (leaf(part(x, group, 0).to(dtype)) for x in full[1:])
+
+        def loss_of(
+            hidden: Tensor, weight: Tensor, bias: Tensor | None, real: int = real, parallel: bool = parallel
+        ) -> Tensor:
+            return vocab_parallel.vocab_parallel_linear_cross_entropy(
+                hidden, weight, bias, labels, group, vocabulary_size=real, sequence_parallel=parallel
+            )
+
+        loss = loss_of(hidden, weight, bias if biased else None)
+        (loss * scale).backward()
+        what = f"{dtype}, SP {parallel}, bias {biased}, {real} rows"
+        with torch.no_grad():
+            yield f"loss without gradient, {what}", loss_of(hidden, weight, bias if biased else None), full_loss
+        yield f"loss, {what}", loss, full_loss
+        yield f"dhidden, {what}", hidden.grad, part(full[0].grad, group, 0) if parallel else full[0].grad
+        yield f"dweight, {what}", weight.grad, part(full[1].grad, group, 0)
+        if biased:
+            yield f"dbias, {what}", bias.grad, part(full[2].grad, group, 0)
+
+
+def half_precision_cross_entropies(group: dist.ProcessGroup) -> Triples:
+    return cross_entropies(group, (torch.bfloat16,))
+
+
+def dropout_masks(group: dist.ProcessGroup) -> dict[str, Any]:
+    """This process's place in the group and its masks, (hidden, attention) by sequence_parallel, after its seeds."""
+    tracker = RngStatesTracker("cpu")
+    seed_tensor_parallel(SEED, group, tracker)
+    result: dict[str, Any] = {"rank": group.rank()}
+    for parallel in (False, True):
+        seeds = draw_dropout_seeds(torch.device("cpu"), tracker, sequence_parallel=parallel)
+        masks = [keep_mask(torch.Size([64]), 0.5, seed, site) for site, seed in enumerate(seeds)]
+        result[f"SP {parallel}"] = {"seeds": [int(seed) for seed in seeds], "masks": masks}
+    return result
+
+
+CHECKS: dict[str, Callable[[dist.ProcessGroup], Triples]] = {
+    check.__name__: check
+    for check in (
+        collective_pairs,
+        linear_layers,
+        blocks,
+        overlap,
+        initialization,
+        embeddings,
+        cross_entropies,
+        half_precision_cross_entropies,
+    )
+}
+
+
+def worker() -> dict[int, dict[str, Any]]:
+    """By group size: the triples of every check, detached, and this process's dropout masks."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]  # ranks within the group are not those of the world
+    results: dict[int, dict[str, Any]] = {}
+    for group in (halves[dist.get_rank() % 2], dist.group.WORLD):
+        results[group.size()] = {
+            name: [(what, ours.detach(), expected.detach()) for what, ours, expected in check(group)]
+            for name, check in CHECKS.items()
+        }
+        results[group.size()]["dropout_masks"] = dropout_masks(group)
+    dist.destroy_process_group()
+    return results
