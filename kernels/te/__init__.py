@@ -8,6 +8,8 @@ in place of `import transformer_engine.pytorch as te`. They work on a CPU too.
 from .linear import LayerNormLinear, Linear
 from .mlp import LayerNormMLP
 from .normalization import LayerNorm, RMSNorm
+from .rotary import RotaryPositionEmbedding
+from .transformer_layer import TransformerLayer
 
 __all__ = [
     "LayerNorm",
@@ -15,4 +17,6 @@ __all__ = [
     "LayerNormMLP",
     "Linear",
     "RMSNorm",
+    "RotaryPositionEmbedding",
+    "TransformerLayer",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..fp8 import Fp8State
 from .module import DEFAULT_INIT, Initializer, ProjectionModule, Shard, SharedOptions, check_positive, parallel_mode_of
 from .normalization import Normalization, NormalizedModule
 
@@ -62,6 +63,7 @@ class Linear(ProjectionModule):
         self.use_bias, self.return_bias = bias, return_bias
         self.skip_weight_param_allocation = skip_weight_param_allocation
         self.parallel_mode = parallel_mode_of(parallel_mode)
+        self.fp8 = Fp8State()
         self._check_parallelism(self.parallel_mode is not None, "parallel_mode='column' or 'row'")
         columns = in_features if self.parallel_mode != "row" else self.options.part("in_features", in_features)
         rows = out_features if self.parallel_mode != "column" else self.options.part("out_features", out_features)
@@ -69,7 +71,9 @@ class Linear(ProjectionModule):
         allocated = not skip_weight_param_allocation
         shard = None if self.parallel_mode is None else Shard(0 if self.parallel_mode == "column" else 1)
         self._allocate("weight", self.local_shape if allocated else None, init_method or DEFAULT_INIT, shard=shard)
-        self._allocate("bias", (rows,) if allocated and bias else None, shard=shard if rows < out_features else None)
+        self._allocate(
+            "bias", (rows,) if allocated and bias else None, shard=shard if self.parallel_mode == "column" else None
+        )
 
     def forward(
         self,
@@ -96,7 +100,7 @@ class Linear(ProjectionModule):
         """The product with the bias added or, for return_bias, beside it."""
         weight, bias = self._choose(weight, bias)
         added, returned = (None, self._returned(bias)) if self.return_bias else (bias, None)
-        return self._project(inp, weight, added, self.parallel_mode, is_first_microbatch), returned
+        return self._project(inp, weight, added, self.fp8, self.parallel_mode, is_first_microbatch), returned
 
     def _returned(self, bias: Tensor | None) -> Tensor | None:
         """The bias for the caller, who adds it to this rank's output."""

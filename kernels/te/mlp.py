@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..fp8 import Fp8State
 from ..mlp import Activation as FusedActivation
 from ..mlp import mlp
-from .module import DEFAULT_INIT, Initializer, Shard, SharedOptions, cast_like, check_positive
+from .module import DEFAULT_INIT, Initializer, ParallelMode, Shard, SharedOptions, cast_like, check_positive, runs_fp8
 from .normalization import Normalization, NormalizedModule
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -101,12 +102,14 @@ class LayerNormMLP(NormalizedModule):
         self.return_layernorm_output = return_layernorm_output
         self.set_parallel_mode = set_parallel_mode
         self._check_parallelism(set_parallel_mode, "set_parallel_mode=True")
+        self.fc1_fp8, self.fc2_fp8 = Fp8State(), Fp8State()
         width = self.options.part("ffn_hidden_size", ffn_hidden_size)
         parts = 2 if activation in _GATES else 1
+        columns, rows = (Shard(0, parts), Shard(1)) if set_parallel_mode else (None, None)
         self._allocate_norm(hidden_size, eps, normalization, zero_centered_gamma)
-        self._allocate("fc1_weight", (parts * width, hidden_size), init_method or DEFAULT_INIT, shard=Shard(0, parts))
-        self._allocate("fc1_bias", (parts * width,) if bias else None, shard=Shard(0, parts))
-        self._allocate("fc2_weight", (hidden_size, width), output_layer_init_method or DEFAULT_INIT, shard=Shard(1))
+        self._allocate("fc1_weight", (parts * width, hidden_size), init_method or DEFAULT_INIT, shard=columns)
+        self._allocate("fc1_bias", (parts * width,) if bias else None, shard=columns)
+        self._allocate("fc2_weight", (hidden_size, width), output_layer_init_method or DEFAULT_INIT, shard=rows)
         self._allocate("fc2_bias", (hidden_size,) if bias else None)
 
     def forward(
@@ -129,25 +132,24 @@ class LayerNormMLP(NormalizedModule):
 
     def _transform(self, x: Tensor, is_first_microbatch: bool | None) -> Tensor:
         """Both products and what is between them, without the second bias."""
-        if self._fuses:
+        if self._fuses(x):
             assert self.fc1_bias is not None, "see _fuses"
-            w1, b1, w2 = (cast_like(x, parameter) for parameter in (self.fc1_weight, self.fc1_bias, self.fc2_weight))
+            w1, w2 = (self._trained(weight, is_first_microbatch) for weight in (self.fc1_weight, self.fc2_weight))
+            w1, b1, w2 = (cast_like(x, parameter) for parameter in (w1, self.fc1_bias, w2))
             return mlp(x, w1, b1, w2, _FUSED[self.activation], gelu_checkpoint=False)
-        hidden = self._project(x, self.fc1_weight, self.fc1_bias, "column", is_first_microbatch)
+        modes: tuple[ParallelMode | None, ...] = ("column", "row") if self.set_parallel_mode else (None, None)
+        hidden = self._project(x, self.fc1_weight, self.fc1_bias, self.fc1_fp8, modes[0], is_first_microbatch)
         if self.activation in _GATES:
             gate, value = hidden.chunk(2, -1)
             hidden = _GATES[self.activation](gate) * value
         else:
             hidden = _FUNCTIONS[self.activation](hidden)
-        return self._project(hidden, self.fc2_weight, None, "row", is_first_microbatch)
+        return self._project(hidden, self.fc2_weight, None, self.fc2_fp8, modes[1], is_first_microbatch)
 
-    @property
-    def _fuses(self) -> bool:
-        """Whether the op that is both products and a GELU can do it."""
-        options = self.options
-        return (
-            self.activation in _FUSED and self.use_bias and not options.fuse_wgrad_accumulation and options.ranks == 1
-        )
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether the op that is both products and a GELU can compute this."""
+        fits = self.activation in _FUSED and self.use_bias and self.options.ranks == 1
+        return fits and not any(runs_fp8(fp8, x.device) for fp8 in (self.fc1_fp8, self.fc2_fp8))
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, {self.ffn_hidden_size}, activation={self.activation}, bias={self.use_bias}"

@@ -10,17 +10,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from ..fp8 import Fp8State, fp8_linear, is_fp8_enabled
 from ..linear import linear
+from ..sharding import initialize_sharded
 from ..tensor_parallel import (
     column_parallel_linear,
     copy_to_group,
     gather_from_sequence,
-    group_rank,
     reduce_from_group,
     reduce_scatter_to_sequence,
     row_parallel_linear,
 )
-from .main_grad import linear_into_main_grad
+from .main_grad import into_main_grad
 
 Initializer = Callable[[Tensor], Any]
 ParallelMode = Literal["column", "row"]
@@ -86,7 +87,7 @@ def _shortened(numbers: list[int]) -> str:
 
 @dataclass(frozen=True)
 class Shard:
-    """How the ranks divide a parameter: along dim, and where it is `parts` parameters along dim, each of those."""
+    """How the ranks divide a parameter: along dim, and where it is `parts` equal parameters along dim, each of those."""
 
     dim: int
     parts: int = 1
@@ -156,7 +157,6 @@ class ProjectionModule(nn.Module):
             return
         parameter = nn.Parameter(torch.empty(shape, dtype=self.options.params_dtype, device=self.options.device))
         self.register_parameter(name, parameter)
-        shard = shard if self.options.ranks > 1 else None
         self._start[name] = _Start(init, shard)
         if not parameter.is_meta:
             self._draw(name)
@@ -164,18 +164,17 @@ class ProjectionModule(nn.Module):
     @torch.no_grad()
     def _draw(self, name: str) -> None:
         """Start values; of a divided parameter this rank's part of the whole, so that they depend on no number of ranks."""
-        parameter, start, ranks = getattr(self, name), self._start[name], self.options.ranks
+        parameter, start, options = getattr(self, name), self._start[name], self.options
         if start.shard is None:
             start.init(parameter)
-        elif self.options.tp_group is None:
+        elif options.tp_group is None and options.tp_size > 1:
             parameter.zero_()
         else:
-            shape, (dim, parts) = list(parameter.shape), dataclasses.astuple(start.shard)
-            shape[dim] *= ranks
-            whole = parameter.new_empty(shape)
-            start.init(whole)
-            rank = group_rank(self.options.tp_group)
-            parameter.copy_(torch.cat([part.chunk(ranks, dim)[rank] for part in whole.chunk(parts, dim)], dim))
+            dim, parts = start.shard.dim, start.shard.parts
+            shape = list(parameter.shape)
+            shape[dim] *= options.ranks
+            sizes = [shape[dim] // parts] * parts
+            initialize_sharded(parameter, start.init, shape, dim, options.tp_group, sizes if parts > 1 else None)
         start.version = parameter._version
 
     def _enter(self, inp: Tensor, size: int, size_name: str) -> Tensor:
@@ -209,39 +208,39 @@ class ProjectionModule(nn.Module):
         inp: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        fp8: Fp8State,
         mode: ParallelMode | None,
-        is_first_microbatch: bool | None = None,
-    ) -> Tensor:
-        """inp @ weight.T + bias: the one way in which a module multiplies."""
-        main_grad = self._main_grad(weight)
-        weight, bias = cast_like(inp, weight), None if bias is None else cast_like(inp, bias)
-        if mode is None:
-            return self._multiply(inp, weight, bias, main_grad, is_first_microbatch)
-        group, sequence_parallel = self._group(), self.options.sequence_parallel
-        if mode == "column":
-            if main_grad is None:
-                return column_parallel_linear(inp, weight, bias, group, sequence_parallel=sequence_parallel)
-            inp = gather_from_sequence(inp, group) if sequence_parallel else copy_to_group(inp, group)
-            return self._multiply(inp, weight, bias, main_grad, is_first_microbatch)
-        bias = self._replicated(bias)
-        if main_grad is None:
-            return row_parallel_linear(inp, weight, bias, group, sequence_parallel=sequence_parallel)
-        partial = self._multiply(inp, weight, None, main_grad, is_first_microbatch)
-        out = (reduce_scatter_to_sequence if sequence_parallel else reduce_from_group)(partial, group)
-        return out if bias is None else out + bias
-
-    def _multiply(
-        self,
-        inp: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        main_grad: Tensor | None,
         is_first_microbatch: bool | None,
     ) -> Tensor:
-        """What one rank computes of `_project`."""
-        if main_grad is not None:
-            return linear_into_main_grad(inp, weight, bias, main_grad, overwrite=is_first_microbatch is True)
-        return linear(inp, weight, bias)
+        """inp @ weight.T + bias: the one way in which a module multiplies. fp8: of this product."""
+        if not runs_fp8(fp8, inp.device):
+            weight = cast_like(inp, self._trained(weight, is_first_microbatch))
+            bias = None if bias is None else cast_like(inp, bias)
+            if mode is None:
+                return linear(inp, weight, bias)
+            bias = self._replicated(bias) if mode == "row" else bias
+            multiply = column_parallel_linear if mode == "column" else row_parallel_linear
+            return multiply(inp, weight, bias, self._group(), sequence_parallel=self.options.sequence_parallel)
+        check_dtype(inp, weight)
+        group = None if mode is None else self._group()
+        sequence_parallel = group is not None and self.options.sequence_parallel
+        if mode == "column":
+            inp = gather_from_sequence(inp, group) if sequence_parallel else copy_to_group(inp, group)
+        added = bias if mode != "row" else None
+        main_grad = self._main_grad(weight)
+        out = fp8_linear(inp, weight, added, fp8, is_first_microbatch=is_first_microbatch, main_grad=main_grad)
+        if mode != "row":
+            return out
+        out = (reduce_scatter_to_sequence if sequence_parallel else reduce_from_group)(out, group)
+        bias = self._replicated(bias)
+        return out if bias is None else out + bias.to(out.dtype)
+
+    def _trained(self, weight: Tensor, is_first_microbatch: bool | None) -> Tensor:
+        """The weight, its gradient sent where fuse_wgrad_accumulation wants it."""
+        main_grad = self._main_grad(weight)
+        if main_grad is None:
+            return weight
+        return into_main_grad(weight, main_grad, overwrite=is_first_microbatch is True)
 
     def _main_grad(self, weight: Tensor) -> Tensor | None:
         """The buffer that takes the gradient of `weight`, None where autograd does."""
@@ -281,6 +280,11 @@ def check_dtype(inp: Tensor, parameter: Tensor) -> None:
         raise ValueError(
             f"the input is {inp.dtype}, the parameters are {parameter.dtype}; convert one of them, or use torch.autocast"
         )
+
+
+def runs_fp8(fp8: Fp8State, device: torch.device) -> bool:
+    """Whether a product that starts now may have FP8 operands, as one that is computed again in backward had them."""
+    return is_fp8_enabled() if torch.compiler.is_compiling() else fp8.begin(device) is not None
 
 
 def check_positive(**sizes: int) -> None:

@@ -1,0 +1,163 @@
+"""The attention half of `te.TransformerLayer`: projections to queries, keys and values, attention, projection back."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .core_attention import Dropping, Visibility, cross_attention, self_attention
+from .layer_options import LayerOptions
+from .linear import LayerNormLinear, Linear
+from .module import DEFAULT_INIT, ProjectionModule, Shard
+from .rotary import check_rotary, rotate
+
+
+class MultiheadAttention(ProjectionModule):
+    """One attention half; with cross=True the keys and values are of another stream, `encoder_output`.
+
+    fuse_qkv_params=True: one parameter, interleaved by group of heads: the queries of the group, its key, its value; without
+    grouped queries q0 k0 v0 q1 k1 v1 and so on, D rows each. Cross-attention: the query, and k0 v0 k1 v1 ....
+    fuse_qkv_params=False: parameters query, key, value and query_bias, key_bias, value_bias of this module, which are what
+    their names say. (Transformer Engine before 2023 read their concatenation as interleaved.)
+
+    State dict: see `TransformerLayer`; layernorm_qkv.query_weight and the like, the later names of query, are loaded too.
+    """
+
+    def __init__(self, config: LayerOptions, *, cross: bool = False) -> None:
+        super().__init__(config.shared)
+        self.config, self.cross = config, cross
+        self.heads = self.options.part("num_attention_heads", config.num_attention_heads)
+        self.groups = self.options.part("num_gqa_groups", config.groups)
+        size, dim = config.hidden_size, config.head_dim
+        queries, keys = config.num_attention_heads * dim, config.groups * dim
+        inward = {
+            "bias": config.bias,
+            "init_method": config.init_method,
+            "parallel_mode": "column" if config.set_parallel_mode else None,
+            "skip_weight_param_allocation": not config.fuse_qkv_params,
+            **vars(self.options),
+        }
+        norm = config.norm | {"return_layernorm_output": config.apply_residual_connection_post_layernorm}
+        if cross:
+            self._first = "layernorm_query"
+            self.layernorm_query = LayerNormLinear(size, queries, **norm, **inward)
+            self.key_value = Linear(size, 2 * keys, **inward)
+        elif config.output_layernorm:
+            self._first = "qkv"
+            self.qkv = Linear(size, queries + 2 * keys, **inward)
+        else:
+            self._first = "layernorm_qkv"
+            self.layernorm_qkv = LayerNormLinear(size, queries + 2 * keys, **norm, **inward)
+        if not config.fuse_qkv_params:
+            self._allocate_apart()
+        self.proj = Linear(
+            queries,
+            size,
+            bias=config.bias,
+            init_method=config.output_layer_init_method,
+            parallel_mode="row" if config.set_parallel_mode else None,
+            return_bias=True,
+            **vars(self.options),
+        )
+
+    def _allocate_apart(self) -> None:
+        config, shard = self.config, Shard(0) if self.config.set_parallel_mode else None
+        for part, heads in (("query", self.heads), ("key", self.groups), ("value", self.groups)):
+            rows = heads * config.head_dim
+            self._allocate(part, (rows, config.hidden_size), config.init_method or DEFAULT_INIT, shard=shard)
+            self._allocate(f"{part}_bias", (rows,) if config.bias else None, shard=shard)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        seen: Visibility,
+        dropping: Dropping,
+        *,
+        encoder_output: Tensor | None = None,
+        rotary_pos_emb: tuple[Tensor, Tensor] | None = None,
+        is_first_microbatch: bool | None = None,
+        recompute: bool = False,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(output without the projection's bias, that bias, what a residual connection adds), each of hidden_states' shape.
+
+        hidden_states, encoder_output: in the layer's input format. seen: of this half. recompute: see `self_attention`.
+        """
+        first = getattr(self, self._first)
+        parts = ("query",) if self.cross else ("query", "key", "value")
+        projected = first(hidden_states, *self._joined(parts), is_first_microbatch)
+        residual = hidden_states
+        if isinstance(projected, tuple):
+            projected, residual = projected
+        if self.cross:
+            assert encoder_output is not None, "the layer asks for it"
+            kv = self.key_value(encoder_output, *self._joined(("key", "value")), is_first_microbatch)
+            q = self._batch_first(projected.unflatten(-1, (self.heads, -1)))
+            context = cross_attention(q, self._batch_first(self._split_kv(kv)), seen, dropping, recompute=recompute)
+        else:
+            qkv = self._batch_first(self._split_qkv(projected))
+            if rotary_pos_emb is not None:
+                qkv = self._rotated(qkv, rotary_pos_emb, seen)
+            context = self_attention(qkv, seen, dropping, recompute=recompute)
+        out, bias = self.proj(self._batch_first(context), is_first_microbatch=is_first_microbatch)
+        return out, bias, residual
+
+    def _joined(self, parts: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias for a projection that has none of its own."""
+        if self.config.fuse_qkv_params:
+            return None, None
+        weights, biases = ([getattr(self, part + kind) for part in parts] for kind in ("", "_bias"))
+        return torch.cat(weights), torch.cat(biases) if self.config.bias else None
+
+    def _split_qkv(self, qkv: Tensor) -> Tensor:
+        """(..., 3, N, D) of a projection's (..., rows), a view where every head has its own key and value."""
+        heads, groups, dim = self.heads, self.groups, self.config.head_dim
+        if heads == groups:
+            if self.config.fuse_qkv_params:
+                return qkv.unflatten(-1, (heads, 3, dim)).transpose(-3, -2)
+            return qkv.unflatten(-1, (3, heads, dim))
+        share = heads // groups
+        if self.config.fuse_qkv_params:
+            q, k, v = qkv.unflatten(-1, (groups, share + 2, dim)).split([share, 1, 1], -2)
+            q = q.flatten(-3, -2)
+        else:
+            q, k, v = qkv.unflatten(-1, (-1, dim)).split([heads, groups, groups], -2)
+            k, v = k.unsqueeze(-2), v.unsqueeze(-2)
+        k, v = (part.expand(*part.shape[:-2], share, dim).flatten(-3, -2) for part in (k, v))
+        return torch.stack([q, k, v], -3)
+
+    def _split_kv(self, kv: Tensor) -> Tensor:
+        """(..., 2, N, D) of a projection's (..., rows)."""
+        heads, groups, dim = self.heads, self.groups, self.config.head_dim
+        if self.config.fuse_qkv_params:
+            kv = kv.unflatten(-1, (groups, 2, dim)).transpose(-3, -2)
+        else:
+            kv = kv.unflatten(-1, (2, groups, dim))
+        return kv if heads == groups else kv.repeat_interleave(heads // groups, -2)
+
+    def _batch_first(self, x: Tensor) -> Tensor:
+        """Between the input format and (B, S, ...), in which attention computes; its own inverse."""
+        return x.transpose(0, 1) if self.config.attn_input_format == "sbhd" else x
+
+    def _rotated(self, qkv: Tensor, angles: tuple[Tensor, Tensor], seen: Visibility) -> Tensor:
+        """qkv (B, S, 3, N, D) or (T, 3, N, D) with queries and keys turned, each by its angles (S, 1, 1, columns)."""
+        borders, length = seen.mask.cu_seqlens, seen.mask.max_length
+        length = qkv.shape[1] if length is None else length
+        for part in angles:
+            check_rotary(part, length, qkv.shape[-1])
+        if borders is None:
+            at_positions = [part[:length, 0] for part in angles]  # (S, 1, columns)
+        else:
+            places = torch.arange(len(qkv), device=qkv.device)
+            positions = places - borders[torch.searchsorted(borders, places, right=True) - 1]
+            at_positions = [part[positions, 0] for part in angles]
+        q, k, v = qkv.unbind(-3)
+        return torch.stack([rotate(q, at_positions[0]), rotate(k, at_positions[1]), v], -3)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}core_attention._extra_state", None)
+        for child in (self._first, "key_value"):
+            for part in ("query", "key", "value"):
+                for later, name in ((f"{part}_weight", part), (f"{part}_bias", f"{part}_bias")):
+                    if f"{prefix}{child}.{later}" in state_dict:
+                        state_dict[prefix + name] = state_dict.pop(f"{prefix}{child}.{later}")
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,137 @@
+"""Which query sees which key, by Transformer Engine's names, and attention between the projections.
+
+Self-attention is kernels/attention.py's. Queries of one stream over keys of another, of another length, are here.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ..attention import AttentionMask, attention
+from ..dropout import keep_mask, keep_scale
+
+MaskType = Literal["no_mask", "padding", "causal", "padding_causal", "arbitrary"]
+
+
+def check_mask_type(name: str, value: str) -> None:
+    """Raises ValueError for an unknown mask type; name: of the argument."""
+    if value not in get_args(MaskType):
+        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(MaskType))}")
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """What a forward pass's queries see.
+
+    mask: for kernels/attention.py; its bias alone for cross-attention. blind: (B or 1, Sq or 1) bool, True where a query sees
+    no key; None where every one sees some.
+    """
+
+    mask: AttentionMask
+    blind: Tensor | None = None
+
+
+def check_attention_mask(mask: Tensor, mask_type: str, sizes: tuple[int, int, int]) -> None:
+    """Raises ValueError unless the mask is bool and (B or 1, 1, Sq or 1, Sk); sizes: B, Sq, Sk."""
+    batch, queries, keys = sizes
+    if mask_type == "no_mask":
+        raise ValueError("attention_mask is given but the mask type is 'no_mask'; use 'arbitrary' or 'padding'")
+    if mask.dtype != torch.bool:
+        raise ValueError(f"attention_mask is {mask.dtype}; it must be bool, True where a key is hidden")
+    legal = ((1, batch), (1,), (1, queries), (keys,))
+    if mask.ndim != 4 or any(size not in allowed for size, allowed in zip(mask.shape, legal, strict=True)):
+        raise ValueError(
+            f"attention_mask is {tuple(mask.shape)}; it must be (B or 1, 1, Sq or 1, Sk) with B={batch}, Sq={queries}, "
+            f"Sk={keys}"
+        )
+
+
+def visibility(mask: Tensor | None, mask_type: str, sizes: tuple[int, int, int], like: Tensor) -> Visibility:
+    """What queries see of their own stream under a mask that is True where a key is hidden; sizes: B, S, S.
+
+    like: gives dtype and device. A mask and a causal order hold together. Raises ValueError for a mask that does not fit.
+    """
+    causal = "causal" in mask_type
+    if mask is None:
+        if mask_type == "arbitrary":
+            raise ValueError("the mask type is 'arbitrary' but attention_mask is None; give one, or use 'no_mask'")
+        return Visibility(AttentionMask(causal=causal))
+    check_attention_mask(mask, mask_type, sizes)
+    if mask.shape[2] == 1 and mask.shape[0] == sizes[0]:
+        seen = ~mask[:, 0, 0]
+        some = seen.cumsum(1) > 0 if causal else seen.any(1, keepdim=True)
+        return Visibility(AttentionMask(causal=causal, key_mask=seen), ~some)
+    seen = ~mask
+    if causal:
+        seen = seen & torch.ones(sizes[1:], dtype=torch.bool, device=mask.device).tril()
+    return _by_bias(seen, like)
+
+
+def cross_visibility(mask: Tensor | None, mask_type: str, sizes: tuple[int, int, int], like: Tensor) -> Visibility:
+    """What queries see of another stream; arguments and errors as in `visibility`, and ValueError for a causal order."""
+    if "causal" in mask_type:
+        raise ValueError(
+            f"enc_dec_attn_mask_type={mask_type!r} orders tokens of two streams; use 'padding' or 'arbitrary'"
+        )
+    if mask is None:
+        return visibility(None, mask_type, sizes, like)
+    check_attention_mask(mask, mask_type, sizes)
+    return _by_bias(~mask, like)
+
+
+def _by_bias(seen: Tensor, like: Tensor) -> Visibility:
+    lowest = torch.finfo(like.dtype).min / 2  # half of it, or a negative score would take fp16 to -inf
+    bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, lowest)
+    return Visibility(AttentionMask(bias=bias), ~seen.any(-1)[:, 0])
+
+
+@dataclass(frozen=True)
+class Dropping:
+    """Dropout of attention probabilities. seed: int64 of shape (), None for none."""
+
+    p: float
+    seed: Tensor | None
+    site: int
+
+
+def self_attention(qkv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool) -> Tensor:
+    """(B, S, N * D) of qkv (B, S, 3, N, D), of any strides, or (T, N * D) of (T, 3, N, D) for a packed batch.
+
+    A query that sees no key gives zeros and passes no gradient. recompute: keep qkv alone for backward.
+    """
+    call = functools.partial(attention, mask=seen.mask, p=dropping.p, seed=dropping.seed, site=dropping.site)
+    return _seeing(_recomputed(call, qkv) if recompute else call(qkv), seen)
+
+
+def cross_attention(q: Tensor, kv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool) -> Tensor:
+    """(B, Sq, N * D) of q (B, Sq, N, D) and kv (B, Sk, 2, N, D); the rest as in `self_attention`."""
+    call = functools.partial(_cross_attention, bias=seen.mask.bias, dropping=dropping)
+    return _seeing(_recomputed(call, q, kv) if recompute else call(q, kv), seen)
+
+
+def _recomputed(call: Any, *tensors: Tensor) -> Tensor:
+    # its dropout draws from a seed, so that there is no generator to restore
+    out: Tensor = checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
+def _cross_attention(q: Tensor, kv: Tensor, bias: Tensor | None, dropping: Dropping) -> Tensor:
+    q, k, v = q.transpose(1, 2), *(part.transpose(1, 2) for part in kv.unbind(2))
+    if dropping.seed is None or dropping.p == 0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    if bias is not None:
+        scores = scores + bias
+    probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)
+    kept = probabilities * keep_mask(probabilities.shape, dropping.p, dropping.seed, dropping.site)
+    return (kept @ v * keep_scale(dropping.p)).transpose(1, 2).flatten(2)
+
+
+def _seeing(context: Tensor, seen: Visibility) -> Tensor:
+    return context if seen.blind is None else context.masked_fill(seen.blind[..., None], 0)

@@ -1,0 +1,49 @@
+"""Rotary position embedding: queries and keys turned by angles that grow with the position."""
+
+import torch
+from torch import Tensor, nn
+
+
+class RotaryPositionEmbedding(nn.Module):
+    """The angles of rotary position embedding, for `rotary_pos_emb` of `TransformerLayer`.
+
+    dim: D, of a head, or how many of its columns turn; even. base: angles fall from 1 to about 1 / base per position.
+    Source: Su et al., RoFormer, arXiv 2104.09864.
+    """
+
+    def __init__(self, dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        if dim <= 0 or dim % 2:
+            raise ValueError(f"dim={dim} is not positive and even; rotary embedding turns pairs of columns")
+        self.dim, self.base = dim, base
+
+    def forward(self, max_seq_len: int, device: torch.device | str | None = None) -> Tensor:
+        """(max_seq_len, 1, 1, dim) fp32: the angle of each position and column, the second half of the columns as the first."""
+        frequencies = self.base ** (-torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
+        angles = torch.arange(max_seq_len, device=device, dtype=torch.float32)[:, None] * frequencies
+        return torch.cat([angles, angles], -1)[:, None, None]
+
+
+def check_rotary(angles: Tensor, length: int, head_dim: int) -> None:
+    """Raises ValueError unless the angles are (S or more, 1, 1, an even number of columns up to D)."""
+    shape = tuple(angles.shape)
+    fits = (
+        len(shape) == 4 and shape[1:3] == (1, 1) and shape[0] >= length and shape[3] <= head_dim and shape[3] % 2 == 0
+    )
+    if not fits:
+        raise ValueError(
+            f"rotary_pos_emb is {shape}; it must be (S, 1, 1, columns) with S of {length} or more and an even number of "
+            f"columns up to {head_dim}, as RotaryPositionEmbedding gives it"
+        )
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x with its first columns turned: column i with column i + half of them, by the angle of i.
+
+    x: (..., N, D); angles: (..., 1, columns), broadcastable to x. Computed in fp32, in the dtype of x.
+    """
+    columns = angles.shape[-1]
+    turned = x[..., :columns].to(angles.dtype)
+    first, second = turned.chunk(2, -1)
+    turned = turned * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+    return torch.cat([turned.to(x.dtype), x[..., columns:]], -1)
