@@ -4,7 +4,7 @@ Forward y = x @ weight.T + bias; backward dx = dy @ weight, dweight = dy.T @ x, 
 Activations and weights are E4M3, gradients dy are E5M2 (Format.HYBRID) or E4M3. Sums are fp32; results are rounded once.
 
 Where the products run: on a GPU of compute capability 8.9 or more by torch._scaled_mm, elsewhere by fp32 products of the same
-FP8 numbers, which round in the same places and are no faster than fp32.
+FP8 numbers, which round in the same places and are no faster than fp32. Triton casts for the former.
 """
 
 import weakref
@@ -332,7 +332,11 @@ def _fake_quantize(
 def _quantize(
     x: Tensor, scale: Tensor | None, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return quantize_reference(x, scale, dtype, rows, columns)
+    if _has_scaled_mm(x.device):
+        from .fp8_triton import quantize as cast
+    else:
+        cast = quantize_reference
+    return cast(x, scale, dtype, rows, columns)
 
 
 @operator(
