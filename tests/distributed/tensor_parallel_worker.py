@@ -82,6 +82,8 @@ def collective_pairs(group: dist.ProcessGroup) -> Triples:
 
             table.append((f"scatter {dim}", scatter, full, mine, part(full, group, dim), whole[dim]))
             table.append((f"gather {dim}", gather, mine, full, whole[dim], part(full, group, dim)))
+        reduced = tensor_parallel.start_all_reduce_(layout(mine), group).wait()
+        yield f"all-reduce in place, {dtype}, {layout.__name__}", reduced, total_small
         for name, function, given, gradient, y, dx in table:
             x, dy = leaf(layout(given)), layout(gradient)
             ours = function(x, group)
