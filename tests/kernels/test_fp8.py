@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from xformer_train.kernels import fp8
 from xformer_train.kernels.fp8 import (
     DelayedScaling,
     Float8CurrentScaling,
@@ -290,6 +291,18 @@ def test_current_scaling_compiles_to_one_graph(inside):
         assert torch.equal(a, b)
 
 
+def test_one_graph_serves_any_number_of_tokens():
+    layer = Layer(32, 16)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+    for tokens in (5, 32, 17):
+        x, dy = torch.randn(tokens, 32, requires_grad=True), torch.randn(tokens, 16)
+        expected = results(layer, x, dy, Float8CurrentScaling())
+        with fp8_autocast(), torch._dynamo.config.patch(error_on_recompile=True):
+            y = compiled(x)
+        for a, b in zip(expected[1:], torch.autograd.grad(y, (x, layer.weight, layer.bias), dy), strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 def test_operators_keep_torchs_rules(dtype):
     x, inverse, other = torch.randn(5, 32), torch.tensor(2.0), torch.tensor(3.0)
@@ -329,6 +342,33 @@ def test_wrong_shapes_and_dtypes_are_named():
 
 def test_the_path_can_be_asked():
     assert fp8_path(torch.device("cpu")) == "FP8 emulated: same rounding, no speed"
+
+
+def gpu_scaled_mm(a, b, scale_a, scale_b, *, bias, out_dtype, use_fast_accum):
+    """torch._scaled_mm with the demands that only a GPU makes."""
+    assert a.is_contiguous() and b.t().is_contiguous() and not b.is_contiguous()
+    assert a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0 and b.shape[1] % 16 == 0
+    assert a.numel() and b.numel() and not (a.dtype == b.dtype == E5M2)
+    assert all(scale.numel() == 1 and scale.dtype == torch.float32 for scale in (scale_a, scale_b))
+    assert bias is None or (bias.dtype == out_dtype != torch.float32)
+    assert use_fast_accum == (a.dtype == b.dtype)  # with HYBRID: in the forward product only
+    y = (a.double() * scale_a) @ (b.double() * scale_b)
+    return (y if bias is None else y + bias).to(out_dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [48, 37, 1, 0])
+def test_what_a_gpu_is_asked_is_legal_there(dtype, tokens, monkeypatch):
+    torch.manual_seed(10)
+    layer, x = Layer(32, 64), torch.randn(tokens, 32, dtype=dtype, requires_grad=True)
+    dy = torch.randn(tokens, 64, dtype=dtype)
+    emulated = results(layer, x, dy, Float8CurrentScaling())
+    monkeypatch.setattr(fp8, "_has_scaled_mm", lambda device: True)
+    monkeypatch.setattr(fp8, "_quantize", fp8.quantize_reference)
+    monkeypatch.setattr(torch, "_scaled_mm", gpu_scaled_mm)
+    for a, b in zip(emulated, results(layer, x, dy, Float8CurrentScaling()), strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)  # the last bit
 
 
 @pytest.mark.gpu
