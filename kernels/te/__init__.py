@@ -5,6 +5,7 @@
 in place of `import transformer_engine.pytorch as te`. They work on a CPU too.
 """
 
+from ..fp8 import DelayedScaling, Float8CurrentScaling, Format, fp8_autocast
 from .linear import LayerNormLinear, Linear
 from .mlp import LayerNormMLP
 from .normalization import LayerNorm, RMSNorm
@@ -12,6 +13,9 @@ from .rotary import RotaryPositionEmbedding
 from .transformer_layer import TransformerLayer
 
 __all__ = [
+    "DelayedScaling",
+    "Float8CurrentScaling",
+    "Format",
     "LayerNorm",
     "LayerNormLinear",
     "LayerNormMLP",
@@ -19,4 +23,5 @@ __all__ = [
     "RMSNorm",
     "RotaryPositionEmbedding",
     "TransformerLayer",
+    "fp8_autocast",
 ]

@@ -163,10 +163,12 @@ class ProjectionModule(nn.Module):
 
     @torch.no_grad()
     def _draw(self, name: str) -> None:
-        """Start values; of a divided parameter this rank's part of the whole, so that they depend on no number of ranks."""
+        """Start values, drawn in fp32; of a divided parameter this rank's part of the whole, whatever the number of ranks."""
         parameter, start, options = getattr(self, name), self._start[name], self.options
         if start.shard is None:
-            start.init(parameter)
+            whole = torch.empty_like(parameter, dtype=torch.float32)
+            start.init(whole)
+            parameter.copy_(whole)
         elif options.tp_group is None and options.tp_size > 1:
             parameter.zero_()
         else:
