@@ -1,4 +1,3 @@
-# mypy: disallow-untyped-defs=False, check-untyped-defs=False
 """GPU kernels of fp8.py: a tensor cast to FP8, its transpose and its amax, from one read of the tensor."""
 
 import torch

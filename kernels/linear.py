@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .operator import operator
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, (..., N) in the dtype of x; x: (..., K), weight: (N, K), bias: (N,) or None, one float dtype.
@@ -32,9 +34,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a @ b.T + bias, (M, N), without autograd; a: (M, K), b: (N, K), either may be a transposed view; bias: (N,)."""
     if _takes_onednn(a) and a.numel() > 0:
-        result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-        return result
+        return _onednn_product(a, b, bias)
     return a.mm(b.t()) if bias is None else torch.addmm(bias, a, b.t())
+
+
+# An operator of ours around torch's, because inductor would lower that one for constant weights, which these are not.
+@operator(
+    "onednn_product(Tensor a, Tensor b, Tensor? bias) -> Tensor",
+    lambda a, b, bias: a.new_empty(a.shape[0], b.shape[0]),
+)
+def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    return result
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

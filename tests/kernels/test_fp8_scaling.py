@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from distributed.spawn import run_processes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -348,32 +347,3 @@ def test_regions_refuse_what_is_no_recipe():
     with pytest.raises(ValueError, match=r"fp8_format is Format\.E5M2"):
         Float8CurrentScaling(fp8_format=Format.E5M2)
     assert active_region() is None
-
-
-def reduction_worker():
-    """Scales of two layers after a step with other amaxes in each process, with and without reduction."""
-    torch.distributed.init_process_group("gloo")
-    rank = torch.distributed.get_rank()
-    alone = torch.distributed.new_group([0]), torch.distributed.new_group([1])
-    seen = []
-    for reduce_amax, group in ((True, None), (False, None), (True, alone[rank])):
-        model = [Layer(), Layer()]
-        for layer in model:
-            nn.init.constant_(layer.weight, 0.5 + rank)
-        with fp8_autocast(fp8_recipe=DelayedScaling(reduce_amax=reduce_amax), fp8_group=group):
-            x = torch.full((1, K), (4.0, math.nan)[rank])
-            y = model[1](torch.full((1, K), 2.0 + 6 * rank)) + model[0](x)
-        y.backward(torch.full((1, N), 4.0 - 3 * rank))
-        seen.append([layer.state_dict()["fp8.scale"].tolist() for layer in model])
-    torch.distributed.destroy_process_group()
-    return seen
-
-
-def test_amaxes_are_reduced_over_the_group():
-    """The first layer's input is NaN in one process: then neither process may change that scale."""
-    first, second = run_processes(reduction_worker, 2)
-    both = [[1, 448 / 1.5, 57344 / 4], [448 / 8, 448 / 1.5, 57344 / 4]]
-    mine = [[448 / 4, 448 / 0.5, 57344 / 4], [448 / 2, 448 / 0.5, 57344 / 4]]
-    other = [[1, 448 / 1.5, 57344], [448 / 8, 448 / 1.5, 57344]]
-    assert np.allclose(first, [both, mine, mine], rtol=1e-6)
-    assert np.allclose(second, [both, other, other], rtol=1e-6)

@@ -55,6 +55,8 @@ def cases():
     yield "attention_product_forward", (qkv, None, None, seed, 0.3, 1, False)
     for dropped in (None, rows(4, 4, 4)):
         yield "attention_product_backward", (rows(2, 4, 6), rows(3, 4, 4, 3), rows(4, 4, 4), dropped, seed, 0.3, 1)
+    for bias in (vector, None):
+        yield "onednn_product", (rows(T, F), rows(H, F), bias)
     labels = torch.tensor([0, 6, -100, 3, 3])
     for dtype in (torch.float32, torch.bfloat16):
         yield "softmax_loss_", (rows(T, V, dtype=dtype), labels, "auto")
