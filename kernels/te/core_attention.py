@@ -105,7 +105,7 @@ def self_attention(qkv: Tensor, seen: Visibility, dropping: Dropping, *, recompu
 
     A query that sees no key gives zeros and passes no gradient. recompute: keep qkv alone for backward.
     """
-    call = functools.partial(attention, mask=seen.mask, p=dropping.p, seed=dropping.seed, site=dropping.site)
+    call = functools.partial(_self_attention, mask=seen.mask, dropping=dropping)
     return _seeing(_recomputed(call, qkv) if recompute else call(qkv), seen)
 
 
@@ -119,6 +119,12 @@ def _recomputed(call: Any, *tensors: Tensor) -> Tensor:
     # its dropout draws from a seed, so that there is no generator to restore
     out: Tensor = checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=False)
     return out
+
+
+def _self_attention(qkv: Tensor, mask: AttentionMask, dropping: Dropping) -> Tensor:
+    # A mask of its own: torch.compile lets a recomputed function change nothing from outside, and a mask keeps what it makes.
+    own = AttentionMask(mask.causal, mask.key_mask, None, mask.bias, mask.cu_seqlens, mask.max_length)
+    return attention(qkv, own, dropping.p, dropping.seed, dropping.site)
 
 
 def _cross_attention(q: Tensor, kv: Tensor, bias: Tensor | None, dropping: Dropping) -> Tensor:

@@ -113,6 +113,23 @@ def single_modules(group: dist.ProcessGroup) -> Triples:
         yield from compare(f"{build.__name__} {mode}", run(ours, x, dy), expected, cuts, group)
 
 
+def group_given_later(group: dist.ProcessGroup) -> Triples:
+    """A layer built with tp_size has the start values of one built with the group, but for what was changed meanwhile."""
+    options = {"set_parallel_mode": True, "fuse_qkv_params": True}
+    torch.manual_seed(0)
+    ours = te.TransformerLayer(HIDDEN, FFN, HEADS, **options, tp_group=group)
+    later = te.TransformerLayer(HIDDEN, FFN, HEADS, **options, tp_size=group.size())
+    with torch.no_grad():
+        later.self_attention.proj.bias.fill_(3)
+        ours.self_attention.proj.bias.fill_(3)
+    torch.manual_seed(0)
+    later.set_tensor_parallel_group(group)
+    for (name, mine), theirs in zip(later.named_parameters(), ours.parameters(), strict=True):
+        yield f"start, group given later, {name}", mine, theirs
+    x = randn(S, B, HIDDEN, key=1).float()
+    yield "group given later", later.eval()(x), ours.eval()(x)
+
+
 def returned_bias_under_sequence_parallelism(group: dist.ProcessGroup) -> Triples:
     """The caller adds the bias to its part of the sequence; the gradient is that of the whole."""
     ours = te.Linear(
@@ -205,7 +222,7 @@ def fp8(group: dist.ProcessGroup) -> Triples:
                 yield f"{what}, near", (mine - theirs).norm() < 0.2 * theirs.norm(), torch.tensor(True)
 
 
-CHECKS = (layers, single_modules, returned_bias_under_sequence_parallelism, dropout_masks, fp8)
+CHECKS = (layers, single_modules, group_given_later, returned_bias_under_sequence_parallelism, dropout_masks, fp8)
 
 
 def worker(sizes: tuple[int, ...]) -> dict[int, dict[str, tuple[Tensor, Tensor]]]:
@@ -216,6 +233,8 @@ def worker(sizes: tuple[int, ...]) -> dict[int, dict[str, tuple[Tensor, Tensor]]
     for size in sizes:
         groups = [dist.new_group(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
         group = groups[dist.get_rank() // size]
-        results[size] = {name: (ours, expected) for check in CHECKS for name, ours, expected in check(group)}
+        results[size] = {
+            name: (ours.detach(), expected.detach()) for check in CHECKS for name, ours, expected in check(group)
+        }
     dist.destroy_process_group()
     return results
