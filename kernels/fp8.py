@@ -78,7 +78,8 @@ def fp8_linear(
         if region is None or not region.enabled:
             return _wide_linear(x, weight, bias, call)
         if isinstance(region.recipe, DelayedScaling):
-            return _delayed_linear(x, weight, bias, state, call)
+            # its scales change outside of the graph; here and not at import, because `disable` imports torch._dynamo and triton
+            return torch.compiler.disable(_eager_linear)(x, weight, bias, state, call)
         return _linear(x, weight, bias, region.recipe, call)
     return _eager_linear(x, weight, bias, state, call)
 
@@ -163,11 +164,6 @@ def _eager_linear(x: Tensor, weight: Tensor, bias: Tensor | None, state: Fp8Stat
         for name, tensor in (("input", x), ("weight", weight)):
             use.record(name, _amax(tensor.detach()))
     return _wide_linear(x, weight, bias, call)
-
-
-_delayed_linear = torch.compiler.disable(
-    _eager_linear, reason="DelayedScaling changes its scales outside of the graph; Float8CurrentScaling can be compiled"
-)
 
 
 def _wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None, call: _Call) -> Tensor:

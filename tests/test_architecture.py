@@ -1,6 +1,8 @@
 """The rooms, their order, and what pyproject must say of them."""
 
 import ast
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -33,6 +35,14 @@ def test_imports_go_from_launcher_to_recipes_to_kernels_and_never_back(room):
                 assert first not in later, f"{path} imports from {first}"
             if level == 0:
                 assert first not in ROOMS, f"{path}: {first} as a top-level name is another, public package"
+
+
+def test_importing_the_kernels_imports_neither_triton_nor_the_compiler():
+    """torch._dynamo imports triton, and takes a second."""
+    program = (
+        "import sys; from xformer_train.kernels import te; print({'triton', 'torch._dynamo'} & sys.modules.keys())"
+    )
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "set()\n"
 
 
 def test_triton_is_imported_only_by_its_own_files():
