@@ -1,10 +1,10 @@
 """The language-model head and its loss in one op, so that the logits of all tokens never exist at once."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -13,6 +13,8 @@ from .operator import operator
 from .residual_norm import Kernels, uses_triton
 
 IGNORED = -100
+SoftmaxLoss = Callable[[Tensor, Tensor], Tensor]
+"""(logits, labels) -> loss per row, as `softmax_loss_reference_` does it, logits becoming their gradient."""
 _CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB in fp32; smaller chunks spend their time on adding to dweight
 
 
@@ -25,21 +27,35 @@ def linear_cross_entropy(
     Divide by the number of labels outside, where the whole batch is known. The gradient is computed along with the loss,
     unless gradients are off.
     """
+    return chunked_cross_entropy(hidden, weight, bias, labels, functools.partial(_softmax_loss_, kernels=kernels))
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softmax_loss_: SoftmaxLoss
+) -> Tensor:
+    """The sum of softmax_loss_ over the logits hidden @ weight.T + bias, chunk by chunk; arguments as `linear_cross_entropy`'s.
+
+    weight and bias may be one process's rows of the vocabulary, if softmax_loss_ knows of the others. The gradient of hidden
+    is then this process's part of a sum.
+    """
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
-            hidden, weight, bias, labels, kernels
+        return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
+            hidden, weight, bias, labels, softmax_loss_
         )
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    loss = torch.zeros((), dtype=wide, device=hidden.device)
+    loss = _zeros_like(hidden, ())
     for part, label in _chunks(hidden, labels, weight.shape[0]):
-        logits = product(part, weight, bias).to(wide)
-        loss += F.cross_entropy(logits, label, reduction="sum", ignore_index=IGNORED)
+        loss += softmax_loss_(product(part, weight, bias), label).sum()
     return loss
 
 
 def _chunks(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
     rows = max(1, _CHUNK_ELEMENTS // vocabulary)
     return zip(hidden.split(rows), labels.split(rows), strict=True)
+
+
+def _zeros_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A sum over chunks that starts: fp32 or wider, because a running sum in half precision stops growing."""
+    return torch.zeros(shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
 
 
 def softmax_loss_reference_(logits: Tensor, labels: Tensor) -> Tensor:
@@ -71,20 +87,17 @@ def _softmax_loss_(logits: Tensor, labels: Tensor, kernels: Kernels) -> Tensor:
     return softmax_loss_reference_(logits, labels)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, kernels: Kernels
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softmax_loss_: SoftmaxLoss
     ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
+        loss, dweight = _zeros_like(hidden, ()), _zeros_like(weight, weight.shape)
+        dbias = None if bias is None else _zeros_like(bias, bias.shape)
         dhidden = []
-        # fp32, because a half-precision running sum over chunks stops growing
-        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        dbias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
         for part, label in _chunks(hidden, labels, weight.shape[0]):
             dlogits = product(part, weight, bias)  # the logits until the next line
-            loss += _softmax_loss_(dlogits, label, kernels).sum()
+            loss += softmax_loss_(dlogits, label).sum()
             dhidden.append(product(dlogits, weight.t()))
             dweight += weight_gradient(dlogits, part)
             if dbias is not None:

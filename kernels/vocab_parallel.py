@@ -4,17 +4,15 @@ Process r holds rows [r V/t, (r + 1) V/t) of the matrix (V, H), one matrix for b
 rows at the end.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from .cross_entropy import IGNORED, linear_cross_entropy
-from .linear import product, weight_gradient
+from .cross_entropy import IGNORED, chunked_cross_entropy, linear_cross_entropy
 from .tensor_parallel import (
     Group,
     check_divisible,
@@ -26,8 +24,6 @@ from .tensor_parallel import (
     reduce_scatter_to_sequence,
     start_all_reduce_,
 )
-
-_CHUNK_ELEMENTS = 2**25  # this process's logits of one chunk, as in cross_entropy
 
 
 def vocab_parallel_embedding(
@@ -75,16 +71,7 @@ def vocab_parallel_linear_cross_entropy(
         raise ValueError(
             f"hidden has {hidden.shape[0]} rows in all, labels has {labels.shape[0]}; give every process the labels of all rows"
         )
-    if torch.is_grad_enabled():
-        return _VocabParallelCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
-            hidden, weight, bias, labels, shard
-        )
-    rows = max(1, _CHUNK_ELEMENTS // shard.rows)
-    losses = [
-        _softmax_loss_(product(part, weight, bias), label, shard).sum()
-        for part, label in zip(hidden.split(rows), labels.split(rows), strict=True)
-    ]
-    return torch.stack(losses).sum()
+    return chunked_cross_entropy(hidden, weight, bias, labels, functools.partial(_softmax_loss_, shard=shard))
 
 
 @dataclass(frozen=True)
@@ -144,41 +131,3 @@ def _softmax_loss_(logits: Tensor, labels: Tensor, shard: _Vocabulary) -> Tensor
     if wide is not logits:
         logits.copy_(wide)
     return loss
-
-
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """dhidden is partial: the sum over the group is left to what made hidden."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, shard: _Vocabulary
-    ) -> Tensor:
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        loss = torch.zeros((), dtype=wide, device=hidden.device)
-        dhidden = []
-        # fp32, because a half-precision running sum over chunks stops growing
-        dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device)
-        dbias = None if bias is None else torch.zeros(bias.shape, dtype=wide, device=bias.device)
-        rows = max(1, _CHUNK_ELEMENTS // shard.rows)
-        for part, label in zip(hidden.split(rows), labels.split(rows), strict=True):
-            dlogits = product(part, weight, bias)  # the logits until the next line
-            loss += _softmax_loss_(dlogits, label, shard).sum()
-            dhidden.append(product(dlogits, weight.t()))
-            dweight += weight_gradient(dlogits, part)
-            if dbias is not None:
-                dbias += dlogits.sum(0)
-        ctx.save_for_backward(torch.cat(dhidden), dweight, dbias)
-        ctx.dtype = weight.dtype
-        return loss
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden, dweight, dbias = ctx.saved_tensors
-        return (
-            (dhidden * dloss).to(dhidden.dtype),
-            (dweight * dloss).to(ctx.dtype),
-            None if dbias is None else (dbias * dloss).to(ctx.dtype),
-            None,
-            None,
-        )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xformer_train.kernels import tensor_parallel, vocab_parallel
+from xformer_train.kernels import cross_entropy, tensor_parallel, vocab_parallel
 from xformer_train.kernels.cross_entropy import IGNORED, linear_cross_entropy
 from xformer_train.kernels.dropout import keep_mask
 from xformer_train.kernels.rng_tracker import RngStatesTracker, draw_dropout_seeds, seed_tensor_parallel
@@ -275,7 +275,7 @@ def embeddings(group: dist.ProcessGroup) -> Triples:
 def cross_entropies(group: dist.ProcessGroup, dtypes: tuple[torch.dtype, ...] = DTYPES) -> Triples:
     """24 rows of vocabulary, 17 of them real where padded: a process of four then holds padding alone."""
     tokens, width, rows, scale = 12, 5, 24, 0.7
-    vocab_parallel._CHUNK_ELEMENTS = 5 * rows // group.size()  # three chunks, the last one shorter
+    cross_entropy._CHUNK_ELEMENTS = 5 * rows // group.size()  # three chunks, the last one shorter
     labels = torch.randint(0, 17, (tokens,), generator=torch.Generator().manual_seed(8))
     labels[[1, 7]] = IGNORED
     for dtype, parallel, biased, real in cases(dtypes, (False, True), (False, True), (24, 17)):
