@@ -128,12 +128,33 @@ def shard_state_dict(
 def join_state_dicts(shards: Sequence[Mapping[str, Tensor]], partitions: Mapping[str, Partition]) -> dict[str, Tensor]:
     """The full state dict of those of all processes, in the order of ranks; entries without a partition are the first's.
 
-    Raises ValueError if the processes hold different entries, or shards that do not fit together.
+    Raises ValueError if the processes hold different entries, shards that do not fit together, or entries without a
+    partition that are not equal, where a NaN equals nothing.
     """
     differing = {name for shard in shards for name in shard.keys() ^ shards[0].keys()}
     if differing:
         raise ValueError(f"the state dicts of a group differ in {sorted(differing)}; give those of one checkpoint")
     return {
-        name: join_shards([shard[name] for shard in shards], partitions[name], name) if name in partitions else tensor
-        for name, tensor in shards[0].items()
+        name: join_shards([shard[name] for shard in shards], partitions[name], name)
+        if name in partitions
+        else _replicated([shard[name] for shard in shards], name)
+        for name in shards[0]
     }
+
+
+def _replicated(copies: Sequence[Tensor], name: str) -> Tensor:
+    """The first of equal tensors."""
+    first = copies[0]
+    for rank, copy in enumerate(copies):
+        if copy.shape != first.shape or copy.dtype != first.dtype:
+            found = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (copy, first)]
+            difference = f"is {found[0]} on process {rank} and {found[1]} on process 0"
+        elif not torch.equal(copy, first):
+            difference = f"has other values on process {rank} than on process 0"
+        else:
+            continue
+        raise ValueError(
+            f"{name} has no partition and {difference}; mark its parameter with mark_sharded if the processes hold shards of "
+            f"it, or give the state dicts of one checkpoint"
+        )
+    return first

@@ -185,6 +185,22 @@ def test_a_state_dict_goes_to_another_size_and_back():
         assert all(torch.equal(ours[name], theirs[name]) for ours, theirs in zip(again, four, strict=True)), name
 
 
+@pytest.mark.parametrize(
+    ("copy_on_2", "difference"),
+    [
+        (torch.tensor([1.0, 2.5]), "has other values on process 2 than on process 0"),
+        (torch.tensor([1.0]), r"is \(1,\) torch.float32 on process 2 and \(2,\) torch.float32 on process 0"),
+        (torch.tensor([1, 2]), r"is \(2,\) torch.int64 on process 2 and \(2,\) torch.float32 on process 0"),
+    ],
+)
+def test_an_entry_that_all_processes_hold_must_be_the_same_on_all(copy_on_2, difference):
+    shards = [{"norm.bias": torch.tensor([1.0, 2.0])} for _ in range(4)]
+    assert torch.equal(join_state_dicts(shards, {})["norm.bias"], torch.tensor([1.0, 2.0]))
+    shards[2]["norm.bias"] = copy_on_2
+    with pytest.raises(ValueError, match=f"norm.bias has no partition and {difference}"):
+        join_state_dicts(shards, {})
+
+
 def test_a_fork_leaves_the_default_generator_as_it_was():
     tracker = RngStatesTracker("cpu")
     seed_tensor_parallel(3, Processes(2, 1), tracker)
