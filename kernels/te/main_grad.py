@@ -16,6 +16,28 @@ def into_main_grad(weight: Tensor, main_grad: Tensor, *, overwrite: bool) -> Ten
     return _IntoMainGrad.apply(weight, main_grad, overwrite)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def main_grad_of(weight: Tensor) -> Tensor | None:
+    """weight.main_grad; None where there is none, so that autograd hands the gradient to weight.grad.
+
+    Raises ValueError for a shape other than the weight's, and where a hook waits for the gradient in `.grad`, as those of
+    DeepSpeed's ZeRO stages 1 to 3 do: they would never run, and the weight would stay as it is.
+    """
+    main_grad: Tensor | None = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return None
+    shape = tuple(weight.shape)
+    if main_grad.shape != weight.shape:
+        raise ValueError(
+            f"main_grad of a weight of shape {shape} is {tuple(main_grad.shape)}; the shapes must be equal"
+        )
+    if weight._post_accumulate_grad_hooks:
+        raise ValueError(
+            f"main_grad of a weight of shape {shape} would take its gradient from a hook that waits for it in .grad, as "
+            f"DeepSpeed's ZeRO does; delete weight.main_grad, or remove the hook"
+        )
+    return main_grad
+
+
 class _IntoMainGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, main_grad: Tensor, overwrite: bool) -> Tensor:

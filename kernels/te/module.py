@@ -21,7 +21,7 @@ from ..tensor_parallel import (
     reduce_scatter_to_sequence,
     row_parallel_linear,
 )
-from .main_grad import into_main_grad
+from .main_grad import into_main_grad, main_grad_of
 
 Initializer = Callable[[Tensor], Any]
 ParallelMode = Literal["column", "row"]
@@ -37,8 +37,8 @@ class SharedOptions:
     tp_group: the ranks that share the module. tp_size: how many they are; above 1 without tp_group, the group follows with
         `set_tensor_parallel_group` before the first forward, and weights are 0 until then.
     get_rng_state_tracker: gives the tracker whose state `model-parallel-rng` draws what has to differ between the ranks.
-    fuse_wgrad_accumulation: backward adds the gradients of weights to their attribute `main_grad`, a buffer that the trainer
-        allocates; `.grad` of weights stays None, so DeepSpeed, which reads `.grad`, has to leave this off.
+    fuse_wgrad_accumulation: backward adds the gradient of a weight that has the attribute `main_grad`, a buffer that the
+        trainer allocates, to that, and `.grad` of the weight stays None. Other weights get `.grad`, which DeepSpeed reads.
     params_dtype: of the parameters. device: where they are; None: torch's default device; "meta": see `reset_parameters`.
     """
 
@@ -248,14 +248,7 @@ class ProjectionModule(nn.Module):
         """The buffer that takes the gradient of `weight`, None where autograd does."""
         if not (self.options.fuse_wgrad_accumulation and weight.requires_grad and torch.is_grad_enabled()):
             return None
-        main_grad: Tensor | None = getattr(weight, "main_grad", None)
-        if main_grad is None or main_grad.shape != weight.shape:
-            found = "none" if main_grad is None else f"one of shape {tuple(main_grad.shape)}"
-            raise ValueError(
-                f"fuse_wgrad_accumulation=True needs weight.main_grad of shape {tuple(weight.shape)}, there is {found}; "
-                f"allocate it before forward, or leave the option off where the trainer reads .grad, as DeepSpeed does"
-            )
-        return main_grad
+        return main_grad_of(weight)
 
     def _check_parallelism(self, parallel: bool, remedy: str) -> None:
         """Raises ValueError where ranks share the module but divide nothing of it."""

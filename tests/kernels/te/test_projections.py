@@ -215,6 +215,30 @@ def test_main_grad_gets_what_grad_would_and_the_first_micro_batch_overwrites(bui
     torch.testing.assert_close(fused.get_parameter(weights[0]).main_grad, plain.get_parameter(weights[0]).grad)
 
 
+def test_a_weight_without_main_grad_gets_grad():
+    fused, plain = te.LayerNormMLP(16, 16, fuse_wgrad_accumulation=True), te.LayerNormMLP(16, 16)
+    plain.load_state_dict(fused.state_dict())
+    fused.fc1_weight.main_grad = torch.zeros(16, 16)
+    for is_first in (True, False):
+        x = torch.randn(5, 2, 16)
+        fused(x, is_first_microbatch=is_first).square().sum().backward()
+        plain(x).square().sum().backward()
+    torch.testing.assert_close(fused.fc1_weight.main_grad, plain.fc1_weight.grad)
+    assert fused.fc1_weight.grad is None
+    torch.testing.assert_close(fused.fc2_weight.grad, plain.fc2_weight.grad)
+
+
+def test_main_grad_is_filled_by_a_compiled_module():
+    torch.compiler.reset()
+    module, x = te.LayerNormMLP(16, 16, fuse_wgrad_accumulation=True), torch.randn(5, 2, 16)
+    module.fc1_weight.main_grad, module.fc2_weight.main_grad = torch.zeros(2, 16, 16)
+    torch.compile(module, fullgraph=True, backend="aot_eager")(x, is_first_microbatch=True).square().sum().backward()
+    compiled = module.fc1_weight.main_grad.clone()
+    module(x, is_first_microbatch=True).square().sum().backward()
+    torch.testing.assert_close(compiled, module.fc1_weight.main_grad)
+    assert compiled.any()
+
+
 def test_main_grad_is_wider_than_the_weights():
     ours = te.Linear(8, 8, fuse_wgrad_accumulation=True, params_dtype=torch.bfloat16)
     ours.weight.main_grad = torch.zeros(8, 8)
@@ -300,6 +324,14 @@ def test_old_names_of_the_norms_parameters_are_loaded():
     nested.load_state_dict(state)
 
 
+def with_main_grad(main_grad, *, hooked=False):
+    module = te.Linear(8, 8, fuse_wgrad_accumulation=True)
+    module.weight.main_grad = main_grad
+    if hooked:
+        module.weight.register_post_accumulate_grad_hook(lambda _: None)
+    return module(torch.randn(2, 8))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -325,7 +357,8 @@ def test_old_names_of_the_norms_parameters_are_loaded():
             lambda: te.Linear(8, 8, skip_weight_param_allocation=True)(torch.randn(2, 8), weight=torch.randn(8, 8)),
             "bias is missing",
         ),
-        (lambda: te.Linear(8, 8, fuse_wgrad_accumulation=True)(torch.randn(2, 8)), r"main_grad of shape \(8, 8\)"),
+        (lambda: with_main_grad(torch.zeros(8, 4)), r"main_grad of a weight of shape \(8, 8\) is \(8, 4\)"),
+        (lambda: with_main_grad(torch.zeros(8, 8), hooked=True), "a hook that waits for it in .grad"),
     ],
 )
 def test_wrong_use_is_one_clear_error(call, message):
