@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
+
+from .replay import at_end_of_backward, remembered, will_have_gradients
 
 _SLOTS = ("input", "weight", "grad_output")
 
@@ -154,6 +155,22 @@ def active_region() -> Region | None:
     return _REGIONS[-1] if _REGIONS else None
 
 
+def open_regions() -> tuple[Region, ...]:
+    """All regions that are open, innermost last; for `in_regions`."""
+    return tuple(_REGIONS)
+
+
+@contextmanager
+def in_regions(regions: tuple[Region, ...]) -> Iterator[None]:
+    """As inside of these regions and of no other. Their end is not here: no scale changes."""
+    outside = open_regions()
+    _REGIONS[:] = regions
+    try:
+        yield
+    finally:
+        _REGIONS[:] = outside
+
+
 def is_fp8_enabled() -> bool:
     """Whether a forward pass that starts here has FP8 products. In a recomputation layers know it from their first pass."""
     region = active_region()
@@ -225,7 +242,7 @@ class _Step:
     def finish_forward(self) -> None:
         """Updates the scales of inputs and weights."""
         self.closed = True
-        self.counted = torch.is_grad_enabled()
+        self.counted = will_have_gradients()
         if self.counted and self.uses:
             _update(self.uses, ("input", "weight"), forward_dtype)
         for use in self.uses:
@@ -235,7 +252,7 @@ class _Step:
         """Has the scales of gradients updated at the end of the backward pass that is running."""
         if not self._queued:
             self._queued = True
-            Variable._execution_engine.queue_callback(self._finish_backward)
+            at_end_of_backward(self._finish_backward)
 
     def _finish_backward(self) -> None:
         self._queued = False
@@ -316,6 +333,9 @@ class Fp8State(nn.Module):
 
     def begin(self, device: torch.device) -> Use | None:
         """What a forward pass that starts now must use, None for high precision."""
+        return remembered(self, lambda: self._begin(device))
+
+    def _begin(self, device: torch.device) -> Use | None:
         region, last = active_region(), self._last_use
         # torch gives no public way to ask; torch.utils.checkpoint asks in the same way.
         in_backward = torch._C._current_graph_task_id() != -1
