@@ -8,21 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from xformer_train.kernels import fp8
+from xformer_train.kernels import fp8_products
 from xformer_train.kernels.fp8 import (
     DelayedScaling,
     Float8CurrentScaling,
     Format,
     Fp8State,
     check_fp8_features,
-    dgrad,
     fp8_autocast,
     fp8_linear,
     fp8_path,
-    fprop,
-    quantize,
-    wgrad,
 )
+from xformer_train.kernels.fp8_products import dgrad, fprop, quantize, wgrad
 from xformer_train.kernels.linear import linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -308,8 +305,10 @@ def test_operators_keep_torchs_rules(dtype):
     x, inverse, other = torch.randn(5, 32), torch.tensor(2.0), torch.tensor(3.0)
     a, b = torch.randn(5, 32).to(dtype), torch.randn(16, 32).to(E4M3)
     cases = [
-        ("fp8_quantize", (x, scale, dtype, rows, columns))
-        for scale, rows, columns in itertools.product((None, inverse), (True, False), (True, False))
+        ("fp8_quantize", (x, scale, amax, dtype, rows, columns))
+        for scale, amax, rows, columns in itertools.product(
+            (None, inverse), (None, x.abs().max()), (True, False), (True, False)
+        )
     ] + [
         ("fp8_product", (a, b, inverse, other, bias, out_dtype, True))
         for bias, out_dtype in itertools.product((None, torch.randn(16)), (torch.float32, torch.bfloat16))
@@ -363,8 +362,8 @@ def test_what_a_gpu_is_asked_is_legal_there(dtype, tokens, monkeypatch):
     layer, x = Layer(32, 64), torch.randn(tokens, 32, dtype=dtype, requires_grad=True)
     dy = torch.randn(tokens, 64, dtype=dtype)
     emulated = results(layer, x, dy, Float8CurrentScaling())
-    monkeypatch.setattr(fp8, "_has_scaled_mm", lambda device: True)
-    monkeypatch.setattr(fp8, "_quantize", fp8.quantize_reference)
+    monkeypatch.setattr(fp8_products, "has_scaled_mm", lambda device: True)
+    monkeypatch.setattr(fp8_products, "_quantize", fp8_products.quantize_reference)
     monkeypatch.setattr(torch, "_scaled_mm", gpu_scaled_mm)
     for a, b in zip(emulated, results(layer, x, dy, Float8CurrentScaling()), strict=True):
         assert a.dtype == b.dtype

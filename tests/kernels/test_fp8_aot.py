@@ -29,7 +29,7 @@ def _launches():
     for fp8_dtype, dtype, delayed, (rows, columns) in itertools.product(fp8_dtypes, dtypes, (True, False), layouts):
         x, scale = torch.empty(64, 1024, dtype=dtype), torch.ones(()) if delayed else None
         name = f"quantize {dtype} to {fp8_dtype} delayed={delayed} rows={rows} columns={columns}"
-        yield name, partial(quantize, x, scale, fp8_dtype, rows, columns)
+        yield name, partial(quantize, x, scale, None, fp8_dtype, rows, columns)
 
 
 def _print_resources():
