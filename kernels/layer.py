@@ -4,19 +4,22 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .attention import AttentionMask, attention
 from .dropout import draw_seed
-from .linear import linear
-from .mlp import Activation, mlp
+from .fp8 import Fp8State
+from .mlp import Activation, gelu, mlp
+from .projection import ParallelMode, Projection, project, runs_fp8
 from .residual_norm import are_invertible, norm, residual_add, residual_norm
+from .sharding import Partition, shard_parameters
+from .tensor_parallel import ONE_PROCESS, TensorParallel, copy_to_group
 
-# The dropouts of one layer draw from one seed; the site keeps their masks apart.
-_ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE = 1, 2, 3
+# The dropouts of one layer draw from one seed; the site keeps their masks apart, and those of processes where they must differ.
+_ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE, _SITES = 1, 2, 3, 8
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,42 @@ class LayerConfig:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; use 'gelu' or 'gelu_tanh'")
 
 
+class _Affine(NamedTuple):
+    """A LayerNorm's parameters, (H,) each."""
+
+    weight: Tensor
+    bias: Tensor
+
+
+class _Replicated(NamedTuple):
+    """The parameters that every process holds whole; biases (H,)."""
+
+    attention_norm: _Affine
+    mlp_norm: _Affine
+    attention_output_bias: Tensor
+    output_bias: Tensor
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one forward pass has besides its hidden states.
+
+    seed: None where nothing is dropped. invertible: (attention_norm, mlp_norm). token_shape: (B, S) or (T,), of all processes.
+    """
+
+    mask: AttentionMask
+    seed: Tensor | None
+    invertible: tuple[bool, bool]
+    token_shape: torch.Size
+    replicated: _Replicated
+
+
 @dataclass(frozen=True)
 class _Join:
-    """Where a half's projection meets the residual stream, and the LayerNorm behind it."""
+    """Where a half meets the residual stream: bias of the projection that ends it, and the LayerNorm behind."""
 
-    projection: nn.Linear
-    after: nn.LayerNorm
+    bias: Tensor
+    after: _Affine
     site: int
     invertible: bool
 
@@ -91,22 +124,52 @@ class TransformerLayer(nn.Module):
     Each half owns one LayerNorm, `attention_norm` and `mlp_norm`, whichever side it stands on. The rows of `qkv` are all
     queries, then all keys, then all values, each (N, D). Dropout follows `module.training`. A stack of pre-LN layers needs
     one more LayerNorm at its end.
+
+    parallel: the t processes that share the layer. Each has N/t heads and F/t of the feed-forward width; parameters are shards,
+        marked as kernels/sharding.py has it, with the start values of one process if torch is seeded alike on all. With
+        `sequence` hidden states are this process's part of the rows of tokens, as a LayerStack gives them.
+
+    Inside an fp8_autocast region the four projections have FP8 products. normalize_invertible and gelu_checkpoint save nothing
+    there: what a projection keeps of its input is one byte per number.
     """
 
-    def __init__(self, config: LayerConfig) -> None:
+    parallel = ONE_PROCESS  # of subclasses with parameters of their own
+
+    def __init__(self, config: LayerConfig, parallel: TensorParallel = ONE_PROCESS) -> None:
         super().__init__()
-        self.config = config
+        for field in ("num_attention_heads", "intermediate_size"):
+            if getattr(config, field) % parallel.size:
+                raise ValueError(
+                    f"{field}={getattr(config, field)} is not divisible by the {parallel.size} processes that share the layer; "
+                    f"choose a tensor-parallel size that divides it"
+                )
         size, eps = config.hidden_size, config.layer_norm_eps
+        self.config = config
         self.attention_norm = nn.LayerNorm(size, eps=eps)
-        self.qkv = nn.Linear(size, 3 * size)
-        self.attention_output = nn.Linear(size, size)
+        self.qkv = Projection(size, 3 * size)
+        self.attention_output = Projection(size, size)
         self.mlp_norm = nn.LayerNorm(size, eps=eps)
-        self.intermediate = nn.Linear(size, config.intermediate_size)
-        self.output = nn.Linear(config.intermediate_size, size)
+        self.intermediate = Projection(size, config.intermediate_size)
+        self.output = Projection(config.intermediate_size, size)
         self.reset_parameters()
+        self.parallel = parallel
+        columns, fused = Partition(0), Partition(0, (size,) * 3)
+        shards = {"qkv": fused, "intermediate": columns, "attention_output": Partition(1), "output": Partition(1)}
+        partitions = {f"{name}.weight": partition for name, partition in shards.items()}
+        partitions |= {"qkv.bias": fused, "intermediate.bias": columns}
+        shard_parameters(self, partitions, parallel.group)
+        for projection in (self.qkv, self.attention_output, self.intermediate, self.output):
+            projection.out_features, projection.in_features = projection.weight.shape
 
     def reset_parameters(self) -> None:
-        """Weights from N(0, initializer_range), biases 0, LayerNorms the identity; see LayerConfig.adjust_init_range."""
+        """Weights from N(0, initializer_range), biases 0, LayerNorms the identity; see LayerConfig.adjust_init_range.
+
+        Raises ValueError where processes share the layer: they hold shards, and weights are drawn whole.
+        """
+        if self.parallel.size > 1:
+            raise ValueError(
+                f"{self.parallel.size} processes share the layer, whose weights cannot be drawn again; build a new layer"
+            )
         config = self.config
         output_std = config.initializer_range
         if config.adjust_init_range:
@@ -127,13 +190,15 @@ class TransformerLayer(nn.Module):
         *,
         seed: Tensor | None = None,
         invertible: tuple[bool, bool] | None = None,
+        token_shape: torch.Size | None = None,
     ) -> Tensor:
-        """The layer's output, (B, S, H) in the dtype of hidden_states, or (T, H) for a packed batch.
+        """The layer's output, in shape and dtype of hidden_states.
 
-        hidden_states: (B, S, H), or (T, H) where the mask has cu_seqlens. mask: which tokens see which, one object for all
-        layers; None: all see all.
+        hidden_states: (B, S, H), or (T, H) where the mask has cu_seqlens; with parallel.sequence this process's part of their
+        rows, (B * S / t, H) or (T / t, H). mask: which tokens see which, one object for all layers; None: all see all.
         seed: of this pass's dropouts, int64 of shape (), on the device; None: the layer draws one. invertible: this layer's
         answer of `invertible_norms`; None: the layer asks. Both are for stacks, which do either for all their layers at once.
+        token_shape: (B, S) or (T,), of all processes; needed with parallel.sequence, and else that of hidden_states.
         Raises ValueError if the last dim is not hidden_size, and under torch.compile for normalize_invertible without
         `invertible`.
         """
@@ -148,43 +213,42 @@ class TransformerLayer(nn.Module):
             seed = None
         elif seed is None:
             seed = self._draw_seed(hidden_states.device)
+        if token_shape is None:
+            token_shape = hidden_states.shape[:-1]
+        now = _Pass(mask, seed, invertible, token_shape, self._replicated())
         if config.pre_layer_norm:
-            return self._pre_layer_norm(hidden_states, mask, seed, invertible)
-        return self._post_layer_norm(hidden_states, mask, seed, invertible)
+            return self._pre_layer_norm(hidden_states, now)
+        return self._post_layer_norm(hidden_states, now)
 
-    def _pre_layer_norm(
-        self, hidden_states: Tensor, mask: AttentionMask, seed: Tensor | None, invertible: tuple[bool, bool]
-    ) -> Tensor:
-        config, first, second = self.config, self.attention_norm, self.mlp_norm
+    def _pre_layer_norm(self, hidden_states: Tensor, now: _Pass) -> Tensor:
+        config, ours = self.config, now.replicated
         normalized = norm(
             hidden_states,
-            first.weight,
-            first.bias,
-            eps=first.eps,
-            invertible=invertible[0],
+            *ours.attention_norm,
+            eps=config.layer_norm_eps,
+            invertible=now.invertible[0],
             kernels=config.kernels,
         )
-        context = self._attend(normalized, mask, seed)
-        join = _Join(self.attention_output, second, _ATTENTION_OUTPUT_SITE, invertible[1])
-        residual, normalized = self._join(context, hidden_states, join, seed)
+        context = self._attend(normalized, now)
+        join = _Join(ours.attention_output_bias, ours.mlp_norm, _ATTENTION_OUTPUT_SITE, now.invertible[1])
+        residual, normalized = self._join(context, hidden_states, join, now)
         return residual_add(
             self._mlp(normalized),
-            self.output.bias,
+            ours.output_bias,
             residual,
             p=config.hidden_dropout_prob,
-            seed=seed,
-            site=_OUTPUT_SITE,
+            seed=now.seed,
+            site=self._site(_OUTPUT_SITE, self.parallel.divides_tokens),
             kernels=config.kernels,
         )
 
-    def _post_layer_norm(
-        self, hidden_states: Tensor, mask: AttentionMask, seed: Tensor | None, invertible: tuple[bool, bool]
-    ) -> Tensor:
-        context = self._attend(hidden_states, mask, seed)
-        join = _Join(self.attention_output, self.attention_norm, _ATTENTION_OUTPUT_SITE, invertible[0])
-        _, residual = self._join(context, hidden_states, join, seed)
-        join = _Join(self.output, self.mlp_norm, _OUTPUT_SITE, invertible[1])
-        return self._join(self._mlp(residual), residual, join, seed)[1]
+    def _post_layer_norm(self, hidden_states: Tensor, now: _Pass) -> Tensor:
+        ours = now.replicated
+        context = self._attend(hidden_states, now)
+        join = _Join(ours.attention_output_bias, ours.attention_norm, _ATTENTION_OUTPUT_SITE, now.invertible[0])
+        _, residual = self._join(context, hidden_states, join, now)
+        join = _Join(ours.output_bias, ours.mlp_norm, _OUTPUT_SITE, now.invertible[1])
+        return self._join(self._mlp(residual), residual, join, now)[1]
 
     @property
     def drops(self) -> bool:
@@ -195,43 +259,66 @@ class TransformerLayer(nn.Module):
         """The seed of this pass's dropouts, int64 of shape ()."""
         return draw_seed(device)
 
-    def _join(self, x: Tensor, residual: Tensor, join: "_Join", seed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(residual + dropout(x + bias of the projection that made x), its LayerNorm)."""
+    def _site(self, site: int, differs: bool) -> int:
+        """The site of a dropout whose masks differ between the processes or not."""
+        return site + _SITES * self.parallel.rank if differs else site
+
+    def _replicated(self) -> _Replicated:
+        """What every process holds whole, so that backward adds up the gradients of the processes' tokens, in one message."""
+        first, second = self.attention_norm, self.mlp_norm
+        vectors: tuple[Tensor, ...]
+        vectors = (first.weight, first.bias, second.weight, second.bias, self.attention_output.bias, self.output.bias)
+        if self.parallel.divides_tokens:
+            vectors = copy_to_group(torch.cat(vectors), self.parallel.group).chunk(len(vectors))
+        return _Replicated(_Affine(*vectors[:2]), _Affine(*vectors[2:4]), *vectors[4:])
+
+    def _join(self, x: Tensor, residual: Tensor, join: _Join, now: _Pass) -> tuple[Tensor, Tensor]:
+        """(residual + dropout(x + bias), its LayerNorm)."""
         return residual_norm(
             x,
-            join.projection.bias,
+            join.bias,
             residual,
-            join.after.weight,
-            join.after.bias,
-            eps=join.after.eps,
+            *join.after,
+            eps=self.config.layer_norm_eps,
             p=self.config.hidden_dropout_prob,
-            seed=seed,
-            site=join.site,
+            seed=now.seed,
+            site=self._site(join.site, self.parallel.divides_tokens),
             invertible=join.invertible,
             kernels=self.config.kernels,
         )
 
-    def _attend(self, x: Tensor, mask: AttentionMask, seed: Tensor | None) -> Tensor:
+    def _project(self, x: Tensor, projection: Any, mode: ParallelMode) -> Tensor:
+        """x through a projection; the bias of a row-parallel one is left to `residual_norm` and `residual_add`."""
+        bias = projection.bias if mode == "column" else None
+        return project(x, projection.weight, bias, _fp8_state(projection), mode, self.parallel)
+
+    def _attend(self, x: Tensor, now: _Pass) -> Tensor:
         """The attention half up to its projection, without the projection's bias."""
         config = self.config
-        heads = config.num_attention_heads
-        qkv = linear(x, self.qkv.weight, self.qkv.bias)
-        qkv = qkv.view(*x.shape[:-1], 3, heads, config.hidden_size // heads)  # (B, S, 3, N, D)
+        heads = config.num_attention_heads // self.parallel.size
+        qkv = self._project(x, self.qkv, "column")
+        qkv = qkv.view(*now.token_shape, 3, heads, config.hidden_size // config.num_attention_heads)
         context = attention(
-            qkv,
-            mask,
+            qkv,  # (B, S, 3, N/t, D)
+            now.mask,
             config.attention_probs_dropout_prob,
-            seed,
-            _ATTENTION_SITE,
+            now.seed,
+            self._site(_ATTENTION_SITE, differs=True),
             dropout_checkpoint=config.attn_dropout_checkpoint,
             stochastic=config.stochastic_mode,
             kernels=config.kernels,
         )
-        return linear(context, self.attention_output.weight)
+        if self.parallel.divides_tokens:
+            context = context.flatten(0, -2)
+        return self._project(context, self.attention_output, "row")
 
     def _mlp(self, x: Tensor) -> Tensor:
         """The feed-forward half, without the bias of its second projection."""
         config = self.config
+        states = [_fp8_state(projection) for projection in (self.intermediate, self.output)]
+        if any(state is not None and runs_fp8(state, x.device) for state in states):
+            hidden = gelu(self._project(x, self.intermediate, "column"), config.hidden_act)
+            return self._project(hidden, self.output, "row")
         return mlp(
             x,
             self.intermediate.weight,
@@ -240,7 +327,13 @@ class TransformerLayer(nn.Module):
             config.hidden_act,
             gelu_checkpoint=config.gelu_checkpoint,
             kernels=config.kernels,
+            parallel=self.parallel,
         )
+
+
+def _fp8_state(projection: Any) -> Fp8State | None:
+    """None for those of DeepSpeed's layer, whose API knows no FP8."""
+    return getattr(projection, "fp8", None)
 
 
 def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, bool]]:

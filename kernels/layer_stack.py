@@ -1,6 +1,7 @@
-"""The layers of a model in order, and their capture in CUDA graphs."""
+"""The layers of a model in order: their FP8 region, their shares of the tokens, and their capture in CUDA graphs."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch.autograd.function import once_differentiable
 
 from .attention import AttentionMask
 from .dropout import draw_seed
+from .fp8 import Float8CurrentScaling, check_fp8_features, fp8_autocast, is_fp8_enabled
 from .layer import LayerConfig, TransformerLayer, invertible_norms
+from .tensor_parallel import ONE_PROCESS, TensorParallel, gather_from_group, scatter_to_group
 
 _WARM_UPS = 3  # compile the kernels and let the matrix libraries choose theirs, which a capture forbids
 
@@ -22,24 +25,75 @@ class LayerStack(nn.ModuleList):
         for. It needs parameters that stay where they are (not ZeRO stage 3) and padded batches without additive bias, and
         holds one more copy of the layers' gradients. Seeds of dropout are inputs, so every replay draws fresh masks, the
         same ones as without the graph.
+    fp8: FP8 products with `Float8CurrentScaling` in all layers, whatever region is around the stack. False leaves the layers to
+        such a region.
+    parallel: the processes that share the layers, and with `sequence` the rows of tokens between their products: see
+        `TransformerLayer`. What goes in and comes out is replicated.
+
+    Raises ValueError for what does not go together, and with fp8 for sizes per process that are no multiples of 16.
     """
 
-    def __init__(self, config: LayerConfig, depth: int, *, cuda_graph: bool = False) -> None:
-        super().__init__(TransformerLayer(config) for _ in range(depth))
-        self.cuda_graph = cuda_graph
+    def __init__(
+        self,
+        config: LayerConfig,
+        depth: int,
+        *,
+        cuda_graph: bool = False,
+        fp8: bool = False,
+        parallel: TensorParallel = ONE_PROCESS,
+    ) -> None:
+        if cuda_graph and parallel.size > 1:
+            raise ValueError(
+                f"cuda_graph=True captures no collectives, which {parallel.size} processes that share a layer need; turn it off"
+            )
+        super().__init__(TransformerLayer(config, parallel) for _ in range(depth))
+        if fp8:
+            _check_fp8(config, parallel)
+        self.cuda_graph, self.fp8, self.parallel = cuda_graph, fp8, parallel
         self._graphs: dict[Any, _Graph] = {}
 
     def forward(self, hidden_states: Tensor, mask: AttentionMask) -> Tensor:
         """The last layer's output, in shape and dtype of hidden_states: (B, S, H), or (T, H) where the mask has cu_seqlens.
 
-        Raises ValueError for a mask that a CUDA graph cannot take.
+        Raises ValueError for what a CUDA graph cannot take, and with parallel.sequence for tokens that the processes cannot
+        share equally.
         """
         layers = [layer for layer in self if isinstance(layer, TransformerLayer)]
         invertible = invertible_norms(layers)
         drops = any(layer.drops for layer in layers)
         seeds = draw_seed(hidden_states.device, (len(layers),)) if drops else None
-        if not (self.cuda_graph and hidden_states.is_cuda and self.training and torch.is_grad_enabled()):
-            return _run(layers, invertible, hidden_states, seeds, mask)
+        if self.cuda_graph and is_fp8_enabled() and not self.fp8:
+            raise ValueError("cuda_graph=True takes no fp8_autocast region around the stack; build it with fp8=True")
+        with fp8_autocast(fp8_recipe=Float8CurrentScaling()) if self.fp8 else nullcontext():
+            if self.cuda_graph and hidden_states.is_cuda and self.training and torch.is_grad_enabled():
+                return self._replay(layers, invertible, hidden_states, seeds, mask)
+            if not self.parallel.divides_tokens:
+                return _run(layers, invertible, hidden_states, seeds, mask)
+            rows = scatter_to_group(self._rows(hidden_states), self.parallel.group, 0)
+            rows = _run(layers, invertible, rows, seeds, mask, hidden_states.shape[:-1])
+            return gather_from_group(rows, self.parallel.group, 0).view(hidden_states.shape)
+
+    def _rows(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states with one row for each token, (T, H); raises ValueError if the processes cannot share them equally."""
+        rows = hidden_states.flatten(0, -2)
+        if len(rows) % self.parallel.size:
+            *leading, _ = hidden_states.shape
+            sizes = f"T={leading[0]}" if len(leading) == 1 else f"B={leading[0]} times S={leading[1]}"
+            raise ValueError(
+                f"{sizes} tokens are not divisible by the t={self.parallel.size} processes of sequence parallelism; pad the "
+                f"batch, or turn sequence parallelism off"
+            )
+        return rows
+
+    def _replay(
+        self,
+        layers: Sequence[TransformerLayer],
+        invertible: list[tuple[bool, bool]],
+        hidden_states: Tensor,
+        seeds: Tensor | None,
+        mask: AttentionMask,
+    ) -> Tensor:
+        """The layers by the CUDA graph of this shape, captured when it comes first."""
         if mask.cu_seqlens is not None or mask.bias is not None:
             raise ValueError("cuda_graph=True needs masks of causal, key_mask and segment_ids alone; turn it off")
         given = {"seeds": seeds, "key_mask": mask.key_mask, "segment_ids": mask.segment_ids}
@@ -66,11 +120,23 @@ def _run(
     hidden_states: Tensor,
     seeds: Tensor | None,
     mask: AttentionMask,
+    token_shape: torch.Size | None = None,
 ) -> Tensor:
     each = [None] * len(layers) if seeds is None else seeds.unbind()
     for layer, seed, allowed in zip(layers, each, invertible, strict=True):
-        hidden_states = layer(hidden_states, mask, seed=seed, invertible=allowed)
+        hidden_states = layer(hidden_states, mask, seed=seed, invertible=allowed, token_shape=token_shape)
     return hidden_states
+
+
+def _check_fp8(config: LayerConfig, parallel: TensorParallel) -> None:
+    """Raises ValueError for a layer whose products take no FP8 operands, or whose flags would do nothing with them."""
+    for flag in ("normalize_invertible", "gelu_checkpoint"):
+        if getattr(config, flag):
+            raise ValueError(
+                f"{flag}=True saves nothing with fp8=True, which keeps inputs of products in one byte a number; turn one off"
+            )
+    for width in (config.hidden_size, config.intermediate_size):
+        check_fp8_features(config.hidden_size, width // parallel.size)
 
 
 class _Graph:

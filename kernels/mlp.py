@@ -2,6 +2,7 @@
 
 The second bias is not added here: `residual_norm` and `residual_add` add it for free.
 Backward: da = dy @ w2;  df = da * GELU'(f);  db1 = sum_T df;  dw2 = dy.T @ a;  dw1 = df.T @ x;  dx = df @ w1.
+Of t processes each holds F/t rows of w1 and columns of w2; y and dx are sums over them, as in kernels/tensor_parallel.py.
 """
 
 import math
@@ -16,6 +17,14 @@ from torch.autograd.function import once_differentiable
 from .linear import product, weight_gradient
 from .operator import operator
 from .residual_norm import Kernels, uses_triton
+from .tensor_parallel import (
+    ONE_PROCESS,
+    Pending,
+    TensorParallel,
+    start_all_gather,
+    start_all_reduce_,
+    start_reduce_scatter,
+)
 
 Activation = Literal["gelu", "gelu_tanh"]
 _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -37,11 +46,14 @@ def mlp(
     *,
     gelu_checkpoint: bool,
     kernels: Kernels = "auto",
+    parallel: TensorParallel = ONE_PROCESS,
 ) -> Tensor:
-    """GELU(x @ w1.T + b1) @ w2.T, (..., H) in the dtype of x.
+    """GELU(x @ w1.T + b1) @ w2.T, in the shape and dtype of x.
 
     x: (..., H); w1: (F, H); b1: (F,); w2: (H, F); one float dtype. GELU is computed in fp32 or wider on a GPU.
-    Kept for backward: x, GELU's input (..., F) and, unless gelu_checkpoint, its output (..., F).
+    parallel: the t processes of which each holds F/t of F. x and the result are replicated, or with `sequence` this
+        process's part along dim 0.
+    Kept for backward: x, GELU's input (..., F/t) and, unless gelu_checkpoint, its output (..., F/t).
     Raises ValueError for shapes that do not fit, and for float64 on a GPU.
     """
     width, size = w1.shape
@@ -50,7 +62,7 @@ def mlp(
             f"x {tuple(x.shape)}, w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)} and w2 {tuple(w2.shape)} do not fit; "
             f"they must be (..., H), (F, H), (F,) and (H, F)"
         )
-    return _Mlp.apply(x, w1, b1, w2, _Options(activation, gelu_checkpoint, kernels))  # type: ignore[no-any-return, no-untyped-call]
+    return _Mlp.apply(x, w1, b1, w2, _Options(activation, gelu_checkpoint, kernels, parallel))  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class _Options:
     activation: Activation
     gelu_checkpoint: bool
     kernels: Kernels
+    parallel: TensorParallel
 
 
 def gelu_forward_reference(f: Tensor, activation: Activation) -> Tensor:
@@ -120,21 +133,34 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, options: _Options) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        f = product(rows, w1, b1)
+        f = product(_start_gather(rows, options).wait(), w1, b1)
         a = _gelu_forward(f, options.activation, options.kernels)
         ctx.save_for_backward(rows, f, None if options.gelu_checkpoint else a, w1, w2)
         ctx.options = options
-        return product(a, w2).view(*x.shape[:-1], w2.shape[0])
+        return _start_sum_(product(a, w2), options).wait().view(*x.shape[:-1], w2.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, f, a, w1, w2 = ctx.saved_tensors
         options: _Options = ctx.options
-        dy_rows = dy.reshape(-1, dy.shape[-1])
+        dy_rows = _start_gather(dy.reshape(-1, dy.shape[-1]), options).wait()
+        gathering = _start_gather(rows, options)
         df = product(dy_rows, w2.t())  # the gradient of GELU's output until the next line
         db1, recomputed = _gelu_backward_(df, f, options.activation, a is None, options.kernels)
         dw2 = weight_gradient(dy_rows, recomputed if a is None else a)
         del a, recomputed  # (T, F), gone before the last two products ask for memory
-        dx = product(df, w1.t()).view(*dy.shape[:-1], w1.shape[1])
-        return dx, weight_gradient(df, rows), db1, dw2, None
+        summing = _start_sum_(product(df, w1.t()), options)
+        dw1 = weight_gradient(df, gathering.wait())
+        return summing.wait().view(*dy.shape[:-1], w1.shape[1]), dw1, db1, dw2, None
+
+
+def _start_gather(rows: Tensor, options: _Options) -> Pending:
+    """The rows of all processes, where each has a part of them."""
+    return start_all_gather(rows, options.parallel.group) if options.parallel.sequence else Pending(rows)
+
+
+def _start_sum_(rows: Tensor, options: _Options) -> Pending:
+    """The sum over the processes, or where each has a part of the rows, its part of the sum."""
+    start = start_reduce_scatter if options.parallel.sequence else start_all_reduce_
+    return start(rows, options.parallel.group)

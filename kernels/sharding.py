@@ -38,13 +38,35 @@ def mark_sharded(parameter: nn.Parameter, partition: Partition) -> None:
         setattr(parameter, name, value)
 
 
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether `mark_sharded` marked the parameter."""
+    return bool(getattr(parameter, "tensor_model_parallel", False))
+
+
 def partitions_of(module: nn.Module) -> dict[str, Partition]:
     """The partition of every parameter of the module that `mark_sharded` marked, by the names of its state dict."""
     return {
         name: Partition(parameter.partition_dim, parameter.partition_parts)  # type: ignore[attr-defined]
         for name, parameter in module.named_parameters(remove_duplicate=False)
-        if getattr(parameter, "tensor_model_parallel", False)
+        if is_sharded(parameter)
     }
+
+
+@torch.no_grad()
+def shard_parameters(module: nn.Module, partitions: Mapping[str, Partition], group: Group) -> None:
+    """Cuts parameters of the module that are still whole to this process's shards, and marks them, by name.
+
+    For modules that draw their weights whole: seed torch's default generator alike on all processes, and the weights do not
+    depend on the group's size. Each cut parameter is a new nn.Parameter. Raises ValueError as `take_shard` does.
+    """
+    for name, partition in partitions.items():
+        owner, _, own_name = name.rpartition(".")
+        parameter = module.get_parameter(name)
+        if group_size(group) > 1:
+            shard = take_shard(parameter, partition, group_rank(group), group_size(group), name)
+            parameter = nn.Parameter(shard, parameter.requires_grad)
+            setattr(module.get_submodule(owner), own_name, parameter)
+        mark_sharded(parameter, partition)
 
 
 @torch.no_grad()

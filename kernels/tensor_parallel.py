@@ -20,6 +20,7 @@ device lets a collective run beside a product; with NCCL on Hopper that takes CU
 Sources: Shoeybi et al., arXiv 1909.08053 (tensor parallelism); Korthikanti et al., arXiv 2205.05198 (SP).
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,6 +39,43 @@ def group_size(group: Group) -> int:
 
 def group_rank(group: Group) -> int:
     return 0 if group is None else group.rank()
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """The processes that share the weights of a layer; none but this one unless given.
+
+    sequence: whether they share its tokens too, between a row-parallel product and the next column-parallel one. Raises
+    ValueError for sequence without a group.
+    """
+
+    group: Group = None
+    sequence: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sequence and self.group is None:
+            raise ValueError(
+                "sequence=True divides the tokens over the processes of a group, and there is none; give group or leave it out"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TensorParallel":
+        return self  # a process group cannot be copied, and copies of a layer share it
+
+    @property
+    def size(self) -> int:
+        return group_size(self.group)
+
+    @property
+    def rank(self) -> int:
+        return group_rank(self.group)
+
+    @property
+    def divides_tokens(self) -> bool:
+        """Whether this process holds only a part of the tokens between the products."""
+        return self.sequence and self.size > 1
+
+
+ONE_PROCESS = TensorParallel()
 
 
 class Pending:

@@ -11,14 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.attention import AttentionMask
-from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
+from ..kernels.cross_entropy import IGNORED
 from ..kernels.dropout import draw_seed
 from ..kernels.linear import linear
 from ..kernels.mlp import gelu
 from ..kernels.residual_norm import dropout
+from ..kernels.vocab_parallel import vocab_parallel_embedding
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
-from .layers import build_layers, check_positions, initialize, normalized
-from .recipe import Batch, Recipe, head_flops, layer_flops
+from .layers import (
+    build_layers,
+    check_positions,
+    initialize,
+    normalized,
+    shard_vocabulary,
+    vocabulary_logits,
+    vocabulary_loss,
+)
+from .recipe import PLAIN_RUNTIME, Batch, Recipe, Runtime, head_flops, layer_flops
 
 NUM_TOKEN_TYPES = 2  # sentence A and sentence B
 _EMBEDDING_SITE = 1
@@ -28,19 +37,27 @@ class BertForPretraining(nn.Module):
     """BERT with its heads.
 
     sentence_task: nsp or sop adds the pooler and a two-way classifier over [CLS]; with none they do not exist.
+    The processes of runtime.parallel each hold V/t rows of the word embedding and of mlm_bias, and their parts of the layers;
+    inputs, hidden states, logits and losses are replicated.
     """
 
     def __init__(
-        self, model: ModelConfig, layer: LayerFlags, sentence_task: Literal["nsp", "sop", "none"], vocab_size: int
+        self,
+        model: ModelConfig,
+        layer: LayerFlags,
+        sentence_task: Literal["nsp", "sop", "none"],
+        vocab_size: int,
+        runtime: Runtime = PLAIN_RUNTIME,
     ) -> None:
         super().__init__()
         self.config, self.kernels, self.sentence_task = model, layer.kernels, sentence_task
+        self.parallel = runtime.parallel
         size, eps = model.hidden_size, model.layer_norm_eps
         self.word_embeddings = nn.Embedding(vocab_size, size)
         self.position_embeddings = nn.Embedding(model.max_position_embeddings, size)
         self.token_type_embeddings = nn.Embedding(NUM_TOKEN_TYPES, size)
         self.embedding_norm = nn.LayerNorm(size, eps=eps)
-        self.layers = build_layers(model, layer)
+        self.layers = build_layers(model, layer, runtime)
         self.final_norm = nn.LayerNorm(size, eps=eps) if model.pre_layer_norm else None
         self.mlm_transform = nn.Linear(size, size)
         self.mlm_norm = nn.LayerNorm(size, eps=eps)
@@ -56,6 +73,7 @@ class BertForPretraining(nn.Module):
             self.sentence_classifier = nn.Linear(size, 2)
             fresh += [self.pooler, self.sentence_classifier]
         initialize(fresh, model.initializer_range)
+        shard_vocabulary(self, ["word_embeddings.weight", "mlm_bias"], vocab_size, runtime.parallel.group)
 
     def encode(
         self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
@@ -95,8 +113,8 @@ class BertForPretraining(nn.Module):
 
         positions: place of each token in its sequence, (S,) or (T,) int64.
         """
-        hidden = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)
-        hidden = hidden + self.position_embeddings(positions)
+        hidden = vocab_parallel_embedding(input_ids, self.word_embeddings.weight, self.parallel.group)
+        hidden = hidden + self.token_type_embeddings(token_type_ids) + self.position_embeddings(positions)
         hidden = normalized(hidden, self.embedding_norm, self.kernels)
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
@@ -112,7 +130,8 @@ class BertForPretraining(nn.Module):
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry, (..., V), for hidden states (..., H)."""
-        return F.linear(self._mlm_features(hidden), self.word_embeddings.weight, self.mlm_bias)
+        features = self._mlm_features(hidden)
+        return vocabulary_logits(features, self.word_embeddings.weight, self.mlm_bias, self.parallel.group)
 
     def sentence_logits(self, hidden: Tensor) -> Tensor:
         """Scores of the two sentence labels, (B, 2), from the first token of hidden states (B, S, H)."""
@@ -148,11 +167,10 @@ class BertForPretraining(nn.Module):
             first = hidden.index_select(0, first_rows)
             masked_positions = torch.searchsorted(token_positions, masked_positions)
         masked = self._mlm_features(hidden.index_select(0, masked_positions))
-        sums = {
-            "mlm": linear_cross_entropy(
-                masked, self.word_embeddings.weight, self.mlm_bias, masked_labels, kernels=self.kernels
-            )
-        }
+        loss = vocabulary_loss(
+            masked, self.word_embeddings.weight, self.mlm_bias, masked_labels, self.kernels, self.parallel.group
+        )
+        sums = {"mlm": loss}
         if self.sentence_task != "none":
             assert sentence_labels is not None, "a batch without sentence labels for a model with a sentence task"
             scores = self._sentence_logits(first).float()
@@ -160,8 +178,14 @@ class BertForPretraining(nn.Module):
         return sums
 
 
-def _build(model: ModelConfig, layer: LayerFlags, objective: ObjectiveConfig, vocab_size: int) -> BertForPretraining:
-    return BertForPretraining(model, layer, objective.sentence_task, vocab_size)
+def _build(
+    model: ModelConfig,
+    layer: LayerFlags,
+    objective: ObjectiveConfig,
+    vocab_size: int,
+    runtime: Runtime = PLAIN_RUNTIME,
+) -> BertForPretraining:
+    return BertForPretraining(model, layer, objective.sentence_task, vocab_size, runtime)
 
 
 def _loss_counts(batch: Batch, objective: ObjectiveConfig) -> dict[str, int]:

@@ -4,33 +4,48 @@ Source: Radford et al., Language Models are Unsupervised Multitask Learners (GPT
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels.attention import AttentionMask
-from ..kernels.cross_entropy import IGNORED, linear_cross_entropy
+from ..kernels.cross_entropy import IGNORED
 from ..kernels.dropout import draw_seed
 from ..kernels.residual_norm import dropout
+from ..kernels.vocab_parallel import vocab_parallel_embedding
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
-from .layers import build_layers, check_positions, initialize, normalized
-from .recipe import Batch, Recipe, head_flops, layer_flops
+from .layers import (
+    build_layers,
+    check_positions,
+    initialize,
+    normalized,
+    shard_vocabulary,
+    vocabulary_logits,
+    vocabulary_loss,
+)
+from .recipe import PLAIN_RUNTIME, Batch, Recipe, Runtime, head_flops, layer_flops
 
 _EMBEDDING_SITE = 1
 
 
 class GptForPretraining(nn.Module):
-    """GPT with its language-model head."""
+    """GPT with its language-model head.
 
-    def __init__(self, model: ModelConfig, layer: LayerFlags, vocab_size: int) -> None:
+    The processes of runtime.parallel each hold V/t rows of the word embedding and their parts of the layers; inputs, hidden
+    states, logits and losses are replicated.
+    """
+
+    def __init__(
+        self, model: ModelConfig, layer: LayerFlags, vocab_size: int, runtime: Runtime = PLAIN_RUNTIME
+    ) -> None:
         super().__init__()
         if not model.pre_layer_norm:
             raise ValueError("model.pre_layer_norm=false: GPT is a pre-LN model; set it to true")
-        self.config, self.kernels = model, layer.kernels
+        self.config, self.kernels, self.parallel = model, layer.kernels, runtime.parallel
         self.word_embeddings = nn.Embedding(vocab_size, model.hidden_size)
         self.position_embeddings = nn.Embedding(model.max_position_embeddings, model.hidden_size)
-        self.layers = build_layers(model, layer)
+        self.layers = build_layers(model, layer, runtime)
         self.final_norm = nn.LayerNorm(model.hidden_size, eps=model.layer_norm_eps)
         initialize([self.word_embeddings, self.position_embeddings], model.initializer_range)
+        shard_vocabulary(self, ["word_embeddings.weight"], vocab_size, runtime.parallel.group)
 
     def encode(
         self,
@@ -48,7 +63,8 @@ class GptForPretraining(nn.Module):
         check_positions(input_ids, self.config.max_position_embeddings)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden = self.word_embeddings(input_ids) + self.position_embeddings(position_ids)
+        hidden = vocab_parallel_embedding(input_ids, self.word_embeddings.weight, self.parallel.group)
+        hidden = hidden + self.position_embeddings(position_ids)
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
         hidden = dropout(hidden, p=p, seed=seed, site=_EMBEDDING_SITE, kernels=self.kernels)
@@ -58,7 +74,7 @@ class GptForPretraining(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every vocabulary entry as the next token, (..., V), for hidden states (..., H)."""
-        return F.linear(hidden, self.word_embeddings.weight)
+        return vocabulary_logits(hidden, self.word_embeddings.weight, None, self.parallel.group)
 
     def forward(
         self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None, segment_ids: Tensor | None = None
@@ -68,14 +84,25 @@ class GptForPretraining(nn.Module):
         labels: (B, S) int64, the token that follows each position, IGNORED where there is none to predict.
         """
         hidden = self.encode(input_ids, position_ids, segment_ids)
-        loss = linear_cross_entropy(
-            hidden.flatten(0, 1), self.word_embeddings.weight, None, labels.flatten(), kernels=self.kernels
+        loss = vocabulary_loss(
+            hidden.flatten(0, 1),
+            self.word_embeddings.weight,
+            None,
+            labels.flatten(),
+            self.kernels,
+            self.parallel.group,
         )
         return {"clm": loss}
 
 
-def _build(model: ModelConfig, layer: LayerFlags, _: ObjectiveConfig, vocab_size: int) -> GptForPretraining:
-    return GptForPretraining(model, layer, vocab_size)
+def _build(
+    model: ModelConfig,
+    layer: LayerFlags,
+    objective: ObjectiveConfig,
+    vocab_size: int,
+    runtime: Runtime = PLAIN_RUNTIME,
+) -> GptForPretraining:
+    return GptForPretraining(model, layer, vocab_size, runtime)
 
 
 def _loss_counts(batch: Batch, _: ObjectiveConfig) -> dict[str, int]:

@@ -1,15 +1,22 @@
-"""The stack of layers both models share, and how weights outside the layers start."""
+"""What both models share: the stack of layers, the vocabulary's embedding and head, how weights outside the layers start."""
+
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from ..kernels import LayerConfig, LayerStack
 from ..kernels.attention import LARGEST_TRITON_HEAD
+from ..kernels.cross_entropy import linear_cross_entropy
 from ..kernels.linear import cpu_library
 from ..kernels.residual_norm import Kernels, norm
+from ..kernels.sharding import Partition, shard_parameters
+from ..kernels.tensor_parallel import Group, column_parallel_linear, gather_from_group, group_size
+from ..kernels.vocab_parallel import vocab_parallel_linear_cross_entropy
 from .config import LayerFlags, ModelConfig
+from .recipe import Runtime
 
 
-def build_layers(model: ModelConfig, flags: LayerFlags) -> LayerStack:
+def build_layers(model: ModelConfig, flags: LayerFlags, runtime: Runtime) -> LayerStack:
     """num_hidden_layers fresh layers with the model's geometry and the run's flags."""
     config = LayerConfig(
         hidden_size=model.hidden_size,
@@ -30,7 +37,39 @@ def build_layers(model: ModelConfig, flags: LayerFlags) -> LayerStack:
         attn_dropout_checkpoint=flags.attn_dropout_checkpoint,
         stochastic_mode=flags.stochastic_mode,
     )
-    return LayerStack(config, model.num_hidden_layers, cuda_graph=flags.cuda_graph)
+    return LayerStack(
+        config, model.num_hidden_layers, cuda_graph=flags.cuda_graph, fp8=runtime.fp8, parallel=runtime.parallel
+    )
+
+
+def shard_vocabulary(model: nn.Module, names: Sequence[str], vocab_size: int, group: Group) -> None:
+    """Leaves each process of the group V/t rows of the model's parameters of these names, (V, ...).
+
+    Raises ValueError if the processes cannot share vocab_size equally.
+    """
+    if vocab_size % group_size(group):
+        raise ValueError(
+            f"vocab_size={vocab_size} is not divisible by the {group_size(group)} processes of tensor parallelism; pad the "
+            f"vocabulary to a multiple of {group_size(group)}"
+        )
+    shard_parameters(model, dict.fromkeys(names, Partition(0)), group)
+
+
+def vocabulary_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
+    """hidden @ weight.T + bias over the whole vocabulary, (..., V), replicated.
+
+    hidden: (..., H), replicated; weight: (V/t, H) and bias: (V/t,) or None, this process's rows.
+    """
+    return gather_from_group(column_parallel_linear(hidden, weight, bias, group), group)
+
+
+def vocabulary_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, kernels: Kernels, group: Group
+) -> Tensor:
+    """As `linear_cross_entropy`, from this process's rows of weight (V/t, H) and bias (V/t,)."""
+    if group_size(group) == 1:
+        return linear_cross_entropy(hidden, weight, bias, labels, kernels=kernels)
+    return vocab_parallel_linear_cross_entropy(hidden, weight, bias, labels, group)
 
 
 def kernels_text(model: ModelConfig, flags: LayerFlags, device_type: str) -> str:

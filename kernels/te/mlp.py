@@ -11,7 +11,8 @@ from torch.distributed import ProcessGroup
 from ..fp8 import Fp8State
 from ..mlp import Activation as FusedActivation
 from ..mlp import mlp
-from .module import DEFAULT_INIT, Initializer, ParallelMode, Shard, SharedOptions, cast_like, check_positive, runs_fp8
+from ..projection import ParallelMode, runs_fp8
+from .module import DEFAULT_INIT, Initializer, Shard, SharedOptions, cast_like, check_positive
 from .normalization import Normalization, NormalizedModule
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -4,27 +4,19 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..fp8 import Fp8State, fp8_linear, is_fp8_enabled
-from ..linear import linear
+from ..fp8 import Fp8State
+from ..projection import ParallelMode, project, runs_fp8
 from ..sharding import initialize_sharded
-from ..tensor_parallel import (
-    column_parallel_linear,
-    copy_to_group,
-    gather_from_sequence,
-    reduce_from_group,
-    reduce_scatter_to_sequence,
-    row_parallel_linear,
-)
+from ..tensor_parallel import ONE_PROCESS, TensorParallel, copy_to_group
 from .main_grad import into_main_grad, main_grad_of
 
 Initializer = Callable[[Tensor], Any]
-ParallelMode = Literal["column", "row"]
 DEFAULT_INIT: Initializer = functools.partial(nn.init.normal_, mean=0.0, std=0.023)
 
 
@@ -215,27 +207,18 @@ class ProjectionModule(nn.Module):
         is_first_microbatch: bool | None,
     ) -> Tensor:
         """inp @ weight.T + bias: the one way in which a module multiplies. fp8: of this product."""
-        if not runs_fp8(fp8, inp.device):
+        main_grad = None
+        if runs_fp8(fp8, inp.device):
+            check_dtype(inp, weight)
+            main_grad = self._main_grad(weight)
+        else:
             weight = cast_like(inp, self._trained(weight, is_first_microbatch))
             bias = None if bias is None else cast_like(inp, bias)
-            if mode is None:
-                return linear(inp, weight, bias)
-            bias = self._replicated(bias) if mode == "row" else bias
-            multiply = column_parallel_linear if mode == "column" else row_parallel_linear
-            return multiply(inp, weight, bias, self._group(), sequence_parallel=self.options.sequence_parallel)
-        check_dtype(inp, weight)
-        group = None if mode is None else self._group()
-        sequence_parallel = group is not None and self.options.sequence_parallel
-        if mode == "column":
-            inp = gather_from_sequence(inp, group) if sequence_parallel else copy_to_group(inp, group)
-        added = bias if mode != "row" else None
-        main_grad = self._main_grad(weight)
-        out = fp8_linear(inp, weight, added, fp8, is_first_microbatch=is_first_microbatch, main_grad=main_grad)
-        if mode != "row":
-            return out
-        out = (reduce_scatter_to_sequence if sequence_parallel else reduce_from_group)(out, group)
-        bias = self._replicated(bias)
-        return out if bias is None else out + bias.to(out.dtype)
+        bias = self._replicated(bias) if mode == "row" else bias
+        parallel = ONE_PROCESS if mode is None else TensorParallel(self._group(), self.options.sequence_parallel)
+        return project(
+            inp, weight, bias, fp8, mode, parallel, is_first_microbatch=is_first_microbatch, main_grad=main_grad
+        )
 
     def _trained(self, weight: Tensor, is_first_microbatch: bool | None) -> Tensor:
         """The weight, its gradient sent where fuse_wgrad_accumulation wants it."""
@@ -275,11 +258,6 @@ def check_dtype(inp: Tensor, parameter: Tensor) -> None:
         raise ValueError(
             f"the input is {inp.dtype}, the parameters are {parameter.dtype}; convert one of them, or use torch.autocast"
         )
-
-
-def runs_fp8(fp8: Fp8State, device: torch.device) -> bool:
-    """Whether a product that starts now may have FP8 operands, as one that is computed again in backward had them."""
-    return is_fp8_enabled() if torch.compiler.is_compiling() else fp8.begin(device) is not None
 
 
 def check_positive(**sizes: int) -> None:
