@@ -6,6 +6,7 @@ in place of `import transformer_engine.pytorch as te`. They work on a CPU too.
 """
 
 from ..fp8 import DelayedScaling, Float8CurrentScaling, Format, fp8_autocast
+from .checkpoint import checkpoint
 from .linear import LayerNormLinear, Linear
 from .mlp import LayerNormMLP
 from .normalization import LayerNorm, RMSNorm
@@ -23,5 +24,6 @@ __all__ = [
     "RMSNorm",
     "RotaryPositionEmbedding",
     "TransformerLayer",
+    "checkpoint",
     "fp8_autocast",
 ]

@@ -1,0 +1,35 @@
+"""Functions that are computed again in backward in place of keeping what they computed."""
+
+from collections.abc import Callable
+from typing import Any
+
+from .fp8_scaling import in_regions, open_regions
+from .replay import Replay
+
+
+class Recomputed:
+    """A function whose first call is the first pass and whose later calls, in backward, compute the same again.
+
+    They stand in the first one's fp8_autocast regions, and each FP8 product has its recipe and scales of then, whatever ran in
+    between; nothing enters a history of amaxes twice. Generators of random numbers and torch.autocast are up to the caller.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._replay = Replay()
+        self._regions = open_regions()
+        self._started = False
+
+    def __call__(self, *args: Any) -> Any:
+        if self._started:
+            return self._again(*args)
+        self._started = True
+        return self._first(*args)
+
+    def _first(self, *args: Any) -> Any:
+        with self._replay.first():
+            return self._function(*args)
+
+    def _again(self, *args: Any) -> Any:
+        with in_regions(self._regions), self._replay.again():
+            return self._function(*args)
