@@ -233,7 +233,8 @@ def _taking_names(function: Callable[..., Any], names: tuple[str, ...]) -> Calla
 
 
 def _refuse_sequence_parallelism(module: nn.Module, _: Any) -> None:
-    if isinstance(module, ProjectionModule) and module.options.sequence_parallel:
+    marked = any(getattr(parameter, "sequence_parallel", False) for parameter in module.parameters(recurse=False))
+    if marked or (isinstance(module, ProjectionModule) and module.options.sequence_parallel):
         raise ValueError(
             f"distribute_saved_activations=True but {type(module).__name__} has sequence_parallel=True, under which the ranks "
             f"hold different parts already; turn one of them off"
