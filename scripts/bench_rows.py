@@ -8,135 +8,24 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from bench_task import Row, Task, UnavailableError
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, TransformerLayer
 from xformer_train.kernels.layer import invertible_norms
 
+PLAIN = "torch, written out"
 BASELINE = "torch.compile of it"
 OURS = "ours"
+ENGINE = "Transformer Engine, pre-LN"
 
 
-class UnavailableError(Exception):
-    """Why a row cannot be run here."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch and a layer of four times its width: BERT's (post-LN, erf GELU), or if causal GPT's (pre-LN, tanh GELU).
-
-    padding: `none`; `some`, an eighth of every fourth sequence or so; `natural`, lengths spread evenly from 1 to `length`.
-    """
-
-    hidden_size: int
-    num_attention_heads: int
-    batch: int
-    length: int
-    causal: bool = False
-    padding: Literal["none", "some", "natural"] = "none"
-
-    def lengths(self) -> Tensor:
-        """Real tokens of each sequence, (batch,) int64, always the same ones."""
-        full = torch.full((self.batch,), self.length)
-        if self.padding == "some":
-            full[:: max(2, self.batch // 4)] -= self.length // 8
-        if self.padding == "natural":
-            spread = torch.linspace(1, self.length, self.batch).round().long()
-            return spread[torch.randperm(self.batch, generator=torch.Generator().manual_seed(0))]
-        return full
-
-
-SHAPES = {
-    "bert-tiny": Shape(128, 2, 16, 128, padding="some"),
-    "bert-tiny-natural": Shape(128, 2, 16, 128, padding="natural"),
-    "bert-base": Shape(768, 12, 8, 128, padding="some"),
-    "bert-large-128": Shape(1024, 16, 64, 128),
-    "bert-large-512": Shape(1024, 16, 16, 512),
-    "bert-large-1k-tokens": Shape(1024, 16, 8, 128),
-    "bert-large-128-natural": Shape(1024, 16, 64, 128, padding="natural"),
-    "bert-large-512-natural": Shape(1024, 16, 16, 512, padding="natural"),
-    "gpt2-medium": Shape(1024, 16, 8, 1024, causal=True),
-    "gpt-1.3b": Shape(2048, 16, 4, 2048, causal=True),
-}
-CPU_SHAPES = ["bert-tiny", "bert-base"]
-GPU_SHAPES = [name for name, shape in SHAPES.items() if shape.hidden_size >= 1024]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every row of a shape computes: this layer, with these weights, on sequences of these lengths."""
-
-    shape: Shape
-    config: LayerConfig
-    dtype: torch.dtype
-    key_mask: Tensor
-    """(B, S) bool on the device, True = a token."""
-    weights: dict[str, Tensor]
-    """Of a `TransformerLayer`."""
-
-    @property
-    def device(self) -> torch.device:
-        return self.key_mask.device
-
-    @property
-    def padded(self) -> bool:
-        """Whether the rows need the mask; without padding all go without one, which frees the choice of their kernels."""
-        return self.shape.padding != "none"
-
-    def additive_mask(self) -> Tensor | None:
-        """(B, 1, 1, S), 0 at tokens and far below it at padding; None without padding."""
-        if not self.padded:
-            return None
-        bias = torch.zeros(self.key_mask.shape, device=self.device, dtype=self.dtype)
-        return bias.masked_fill_(~self.key_mask, torch.finfo(self.dtype).min / 2)[:, None, None]
-
-    def without_dropout(self) -> "Task":
-        return replace(self, config=replace(self.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-
-
-def make_task(shape: Shape, dtype: torch.dtype, device: torch.device, p: float) -> Task:
-    """The layer of `shape` at dropout p."""
-    config = LayerConfig(
-        shape.hidden_size,
-        shape.num_attention_heads,
-        4 * shape.hidden_size,
-        hidden_act="gelu_tanh" if shape.causal else "gelu",
-        hidden_dropout_prob=p,
-        attention_probs_dropout_prob=p,
-        pre_layer_norm=shape.causal,
-    )
-    torch.manual_seed(0)
-    weights = TransformerLayer(config).to(device, dtype).state_dict()
-    for value in weights.values():
-        if value.dim() == 1:  # a bias of 0 or a scale of 1 could be left out unseen
-            value.add_(torch.randn_like(value), alpha=0.1)
-    key_mask = torch.arange(shape.length) < shape.lengths()[:, None]
-    return Task(shape, config, dtype, key_mask.to(device), weights)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One way to compute the layer, ready to run.
-
-    call: hidden states (B, S, H) to the same; of a packed row (T, H), the real tokens alone.
-    dtype: None for that of the task. captured: bench_layer captures its step as a CUDA graph. counts_memory: whether what it
-    saves goes through autograd and what a step takes through the allocator, where they can be counted.
-    """
-
-    module: nn.Module
-    call: Callable[[Tensor], Tensor]
-    packed: bool = False
-    dtype: torch.dtype | None = None
-    captured: bool = False
-    counts_memory: bool = True
-
-
-def rows_of(task: Task) -> dict[str, Callable[[], Row]]:
+def layer_rows(task: Task) -> dict[str, Callable[[], Row]]:
     """How to make each row, by name; ours first."""
     stock = _gpt2_block if task.shape.causal else _bert_layer
     return {
@@ -147,14 +36,14 @@ def rows_of(task: Task) -> dict[str, Callable[[], Row]]:
         f"{OURS}, unpadded": lambda: _ours_unpadded(task),
         f"{OURS}, CUDA graph": lambda: _ours_captured(task),
         f"{OURS}, stack's CUDA graph": lambda: _ours_in_a_stack(task),
-        "torch, written out": lambda: plain(task),
-        BASELINE: lambda: _compiled(task),
-        "torch.compile, CUDA graph": lambda: _compiled_captured(task),
+        PLAIN: lambda: plain(task),
+        BASELINE: lambda: compiled_plain(task),
+        "torch.compile, CUDA graph": lambda: _captured_plain(task),
         f"transformers {'GPT2Block' if task.shape.causal else 'BertLayer'}": lambda: stock(task),
         "nn.TransformerEncoderLayer": lambda: _encoder_layer(task),
         "torch, Liger's LayerNorm": lambda: _liger(task),
         "DeepSpeed's kernel, fp16": lambda: _deepspeed(task),
-        "Transformer Engine, pre-LN": lambda: _transformer_engine(task),
+        ENGINE: lambda: transformer_engine(task),
     }
 
 
@@ -194,17 +83,29 @@ def _our_layer(config: LayerConfig, task: Task) -> TransformerLayer:
     return layer
 
 
-class PlainLayer(nn.Module):
-    """The layer as one would write it with torch's own functions."""
+def self_attention(qkv: Tensor, heads: int, p: float, causal: bool, bias: Tensor | None = None) -> Tensor:
+    """(B, S, H) by torch's own function, of qkv (B, S, 3 H): all queries, all keys, all values."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v, bias, dropout_p=p, is_causal=causal).transpose(1, 2).flatten(2)
 
-    def __init__(self, config: LayerConfig, causal: bool, norm: Callable[..., nn.Module] = nn.LayerNorm) -> None:
+
+class PlainLayer(nn.Module):
+    """The layer as one would write it with torch's own functions, or with modules of the same arguments."""
+
+    def __init__(
+        self,
+        config: LayerConfig,
+        causal: bool,
+        norm: Callable[..., nn.Module] = nn.LayerNorm,
+        linear: Callable[..., nn.Module] = nn.Linear,
+    ) -> None:
         super().__init__()
         size, width = config.hidden_size, config.intermediate_size
         self.heads, self.p, self.causal = config.num_attention_heads, config.hidden_dropout_prob, causal
         self.pre_layer_norm = config.pre_layer_norm
         self.approximate = "tanh" if config.hidden_act == "gelu_tanh" else "none"
-        self.qkv, self.attention_output = nn.Linear(size, 3 * size), nn.Linear(size, size)
-        self.intermediate, self.output = nn.Linear(size, width), nn.Linear(width, size)
+        self.qkv, self.attention_output = linear(size, 3 * size), linear(size, size)
+        self.intermediate, self.output = linear(size, width), linear(width, size)
         self.attention_norm, self.mlp_norm = (norm(size, eps=config.layer_norm_eps) for _ in range(2))
 
     def forward(self, x: Tensor, bias: Tensor | None) -> Tensor:
@@ -217,17 +118,16 @@ class PlainLayer(nn.Module):
         return y
 
     def _attend(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        context = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=self.p, is_causal=self.causal)
-        return F.dropout(self.attention_output(context.transpose(1, 2).flatten(2)), self.p)
+        context = self_attention(self.qkv(x), self.heads, self.p, self.causal, bias)
+        return F.dropout(self.attention_output(context), self.p)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
         return F.dropout(self.output(F.gelu(self.intermediate(x), approximate=self.approximate)), self.p)
 
 
-def plain_layer(task: Task, norm: Callable[..., nn.Module] = nn.LayerNorm) -> PlainLayer:
-    """The written-out layer with the weights of the task, whose names it shares."""
-    layer = PlainLayer(task.config, task.shape.causal, norm).to(task.device, task.dtype)
+def plain_layer(task: Task, *modules: Callable[..., nn.Module]) -> PlainLayer:
+    """The written-out layer with the weights of the task, whose names it shares; modules: its norm, its linear."""
+    layer = PlainLayer(task.config, task.shape.causal, *modules).to(task.device, task.dtype)
     layer.load_state_dict(task.weights)
     return layer
 
@@ -238,7 +138,8 @@ def plain(task: Task) -> Row:
     return Row(layer, lambda x: layer(x, bias))
 
 
-def _compiled(task: Task, mode: str | None = None) -> Row:
+def compiled_plain(task: Task, mode: str | None = None) -> Row:
+    """The written-out layer, compiled."""
     if task.device.type == "cpu" and shutil.which("c++") is None:
         raise UnavailableError("needs a C++ compiler")
     layer, bias = plain_layer(task), task.additive_mask()
@@ -247,9 +148,9 @@ def _compiled(task: Task, mode: str | None = None) -> Row:
     return Row(layer, lambda x: compiled(x, bias))
 
 
-def _compiled_captured(task: Task) -> Row:
+def _captured_plain(task: Task) -> Row:
     _need_cuda(task)
-    row = _compiled(task, mode="reduce-overhead")
+    row = compiled_plain(task, mode="reduce-overhead")
 
     def call(x: Tensor) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
@@ -354,7 +255,8 @@ def _deepspeed(task: Task) -> Row:
     return Row(layer, lambda x: _first(layer(x, bias)), dtype=torch.float16, counts_memory=False)
 
 
-def _transformer_engine(task: Task) -> Row:
+def transformer_engine(task: Task) -> Row:
+    """The package of that name, with weights of its own."""
     _need("transformer_engine")
     _need_cuda(task)
     from transformer_engine.pytorch import TransformerLayer as EngineLayer  # type: ignore[import-not-found]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from bench_rows import Row, Task
+from bench_task import Row, Task
 from torch import Tensor
 
 from xformer_train.kernels.saved_activations import count_saved_bytes

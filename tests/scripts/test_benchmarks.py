@@ -95,6 +95,28 @@ def test_every_row_is_measured_or_listed_with_its_reason(bench, monkeypatch, tmp
     assert all(record["row"] in printed for record in records)
 
 
+def test_rows_in_fp8_and_stages_of_te_modules_are_checked_and_measured(bench, monkeypatch, tmp_path):
+    monkeypatch.setitem(bench.SHAPES, "small", bench.Shape(32, 2, 3, 8, causal=True, te_stages=True))
+    monkeypatch.setattr("shutil.which", lambda _: None)  # no torch.compile, which takes half a minute
+    monkeypatch.setattr(bench, "default_device", lambda: torch.device("cpu"))
+    out = tmp_path / "layer.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench_layer.py", "--shapes", "small", "--rounds", "1", "--out", str(out)])
+    bench.main()
+    records = {record["row"]: record for record in map(json.loads, out.read_text().splitlines()[1:])}
+    checked = {name: record["error"] for name, record in records.items() if record.get("error") is not None}
+    in_fp8 = {name for name in checked if "FP8" in name}
+    assert len(checked) == 7
+    assert len(in_fp8) == 3
+    assert all(name.endswith("(emulated)") for name in in_fp8)  # a CPU gains nothing, and the table says so
+    assert all((error > 1e-5) == (name in in_fp8) for name, error in checked.items())
+    assert records["torch, written out"]["speed_over_torch"] == 1
+    assert records.keys() - checked.keys() == {
+        "torch, written out",
+        "torch.compile of it",
+        "Transformer Engine, pre-LN",
+    }
+
+
 def test_the_steps_of_two_engines_are_timed_without_data(script, monkeypatch):
     bench = script("bench_train")
     arguments = argparse.Namespace(micro_batch_size=2, layers=1, steps=3, turns=1)
