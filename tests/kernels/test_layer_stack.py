@@ -1,5 +1,6 @@
 """A stack of layers against the layers one by one."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, layer
 from xformer_train.kernels.dropout import draw_seed
+from xformer_train.kernels.tensor_parallel import TensorParallel
 
 CONFIG = LayerConfig(24, 3, 40, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, initializer_range=0.3)
 MASK = AttentionMask(causal=True)
@@ -48,3 +50,62 @@ def test_a_cuda_graph_is_no_matter_without_a_gpu():
     x = torch.randn(2, 9, 24, requires_grad=True)
     stack(x, MASK).sum().backward()
     assert x.grad is not None
+
+
+@dataclasses.dataclass
+class Processes:
+    """A process group as far as a stack looks at it before its first collective."""
+
+    count: int
+
+    def size(self):
+        return self.count
+
+    def rank(self):
+        return 0
+
+    def __deepcopy__(self, memo):
+        raise TypeError("process groups cannot be copied")
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes", "options", "message"),
+    [
+        (2, {}, {}, "num_attention_heads=3 is not divisible by the 2 processes"),
+        (3, {}, {}, "intermediate_size=40 is not divisible by the 3 processes"),
+        (3, {"intermediate_size": 42}, {"cuda_graph": True}, "cuda_graph=True captures no collectives"),
+        (3, {"hidden_size": 48, "intermediate_size": 48}, {"fp8": True}, None),
+        (3, {"hidden_size": 24, "intermediate_size": 48}, {"fp8": True}, "FP8 products need multiples of 16 on each"),
+    ],
+)
+def test_sizes_and_options_that_processes_cannot_share_are_refused(processes, changes, options, message):
+    def build():
+        config = dataclasses.replace(CONFIG, **changes)
+        return LayerStack(config, 1, parallel=TensorParallel(Processes(processes)), **options)
+
+    if message is None:
+        assert build()[0].qkv.weight.shape == (48, 48)
+        return
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [((2, 7, 24), "B=2 times S=7"), ((14, 24), "T=14")])
+def test_tokens_that_processes_cannot_share_are_refused(shape, sizes):
+    config = dataclasses.replace(CONFIG, intermediate_size=42)
+    stack = LayerStack(config, 1, parallel=TensorParallel(Processes(3), sequence=True))
+    with pytest.raises(ValueError, match=f"{sizes} tokens are not divisible by the t=3 processes"):
+        stack(torch.randn(shape), MASK)
+
+
+def test_sequence_parallelism_needs_a_group():
+    with pytest.raises(ValueError, match="sequence=True"):
+        TensorParallel(sequence=True)
+
+
+def test_a_copy_of_a_shared_stack_shares_the_group_and_weights_are_not_drawn_again():
+    config = dataclasses.replace(CONFIG, intermediate_size=42)
+    stack = copy.deepcopy(LayerStack(config, 1, parallel=TensorParallel(Processes(3))))
+    assert stack.parallel.size == 3
+    with pytest.raises(ValueError, match="build a new layer"):
+        stack[0].reset_parameters()

@@ -5,8 +5,10 @@ import torch
 import torch.nn.functional as F
 
 from xformer_train.kernels.cross_entropy import IGNORED
+from xformer_train.kernels.tensor_parallel import TensorParallel
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
+from xformer_train.recipes.recipe import Runtime
 
 transformers = pytest.importorskip("transformers")
 
@@ -224,6 +226,35 @@ def test_a_sequence_longer_than_the_positions_is_refused():
     gpt = RECIPES["gpt"].build_model(model, LayerFlags(), ObjectiveConfig(type="clm"), VOCABULARY)
     with pytest.raises(ValueError, match="41 positions, max_position_embeddings=40"):
         gpt.encode(torch.zeros(1, 41, dtype=torch.int64))
+
+
+class TwoProcesses:
+    """A process group as far as a model looks at it while it is built."""
+
+    def size(self):
+        return 2
+
+    def rank(self):
+        return 1
+
+
+@pytest.mark.parametrize(("kind", "task"), [("bert", "mlm"), ("gpt", "clm")])
+def test_a_vocabulary_that_processes_cannot_share_is_refused(kind, task):
+    runtime, model = Runtime(parallel=TensorParallel(TwoProcesses())), ModelConfig(type=kind, **SIZES)
+    with pytest.raises(ValueError, match="vocab_size=101 is not divisible by the 2 processes"):
+        RECIPES[kind].build_model(model, LayerFlags(), ObjectiveConfig(type=task), VOCABULARY, runtime)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("bert", "mlm"), ("gpt", "clm")])
+def test_the_layers_of_a_model_take_fp8_from_the_runtime(kind, task):
+    model = ModelConfig(type=kind, **SIZES)
+    ids = torch.randint(0, VOCABULARY, (2, 16))
+    hidden = []
+    for fp8 in (False, True):
+        torch.manual_seed(0)
+        built = RECIPES[kind].build_model(model, LayerFlags(), ObjectiveConfig(type=task), VOCABULARY, Runtime(fp8=fp8))
+        hidden.append(built.eval().encode(ids))
+    assert 0 < (hidden[0] - hidden[1]).norm() < 0.2 * hidden[0].norm()
 
 
 def test_flops_follow_the_published_count_for_bert_large():
