@@ -1,4 +1,7 @@
-"""Batch arithmetic: train_batch_size = micro_batch_size * gradient_accumulation_steps * processes. Torch-free."""
+"""Batch arithmetic: train_batch_size = micro_batch_size * gradient_accumulation_steps * replicas. Torch-free.
+
+A replica is one copy of the model: a process, or with tensor parallelism the processes that share it.
+"""
 
 from dataclasses import dataclass
 from math import isqrt
@@ -13,11 +16,11 @@ class BatchPlan:
     train_batch_size: int
     micro_batch_size: int
     gradient_accumulation_steps: int
-    world_size: int
+    num_replicas: int
 
 
-def solve_batch(training: TrainingConfig, world_size: int) -> BatchPlan:
-    """The batch of a run over `world_size` data-parallel processes.
+def solve_batch(training: TrainingConfig, num_replicas: int) -> BatchPlan:
+    """The batch of a run with `num_replicas` replicas of the model.
 
     Any two of the three keys give the third. One alone leaves gradient_accumulation_steps at 1. Raises ValueError, with
     the nearest consistent values, when the keys contradict each other, and when neither batch size is given.
@@ -27,74 +30,74 @@ def solve_batch(training: TrainingConfig, world_size: int) -> BatchPlan:
     if train is None and micro is None:
         raise ValueError(
             "training.train_batch_size: no batch size is given; give training.train_batch_size (sequences per step, over "
-            "all processes) or training.micro_batch_size (sequences per forward pass of one process), or both"
+            "all replicas of the model) or training.micro_batch_size (sequences per forward pass of one replica), or both"
         )
     if train is None:
         assert micro is not None, "checked above"
         accumulation = accumulation or 1
-        return BatchPlan(micro * accumulation * world_size, micro, accumulation, world_size)
+        return BatchPlan(micro * accumulation * num_replicas, micro, accumulation, num_replicas)
     if micro is None:
-        micro = train // ((accumulation or 1) * world_size)
+        micro = train // ((accumulation or 1) * num_replicas)
         accumulation = accumulation or 1
     elif accumulation is None:
-        accumulation = train // (micro * world_size)
-    if micro * accumulation * world_size != train:
-        raise ValueError(_contradiction(training, world_size))
-    return BatchPlan(train, micro, accumulation, world_size)
+        accumulation = train // (micro * num_replicas)
+    if micro * accumulation * num_replicas != train:
+        raise ValueError(_contradiction(training, num_replicas))
+    return BatchPlan(train, micro, accumulation, num_replicas)
 
 
-def _contradiction(training: TrainingConfig, world_size: int) -> str:
+def _contradiction(training: TrainingConfig, num_replicas: int) -> str:
     train, micro = training.train_batch_size, training.micro_batch_size
     accumulation = training.gradient_accumulation_steps
     assert train is not None, "a contradiction needs a train_batch_size"
     given = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
     factors = [f"{key} {value}" for key, value in given.items() if value is not None]
-    processes = f"{world_size} {'process' if world_size == 1 else 'processes'}"
+    replicas = f"{num_replicas} {'replica' if num_replicas == 1 else 'replicas'}"
     needs = (
-        f"must be {micro * accumulation * world_size}, which is"
+        f"must be {micro * accumulation * num_replicas}, which is"
         if micro and accumulation
         else "must be a multiple of"
-        if factors or world_size > 1
+        if factors or num_replicas > 1
         else "must be"
     )
     choices = "; ".join(
-        f"{plan.train_batch_size} = {plan.micro_batch_size} x {plan.gradient_accumulation_steps} x {world_size}"
-        for plan in nearest_plans(training, world_size)
+        f"{plan.train_batch_size} = {plan.micro_batch_size} x {plan.gradient_accumulation_steps} x {num_replicas}"
+        for plan in nearest_plans(training, num_replicas)
     )
     return (
-        f"training.train_batch_size: got {train}, {needs} {' times '.join([*factors, processes])}; nearest that fit "
-        f"(train_batch_size = micro_batch_size x gradient_accumulation_steps x processes): {choices}"
+        f"training.train_batch_size: got {train}, {needs} {' times '.join([*factors, replicas])}; nearest that fit "
+        f"(train_batch_size = micro_batch_size x gradient_accumulation_steps x replicas of the model): {choices}"
     )
 
 
-def nearest_plans(training: TrainingConfig, world_size: int) -> list[BatchPlan]:
+def nearest_plans(training: TrainingConfig, num_replicas: int) -> list[BatchPlan]:
     """Consistent plans near a contradictory one, each of which changes as few of the given keys as it can.
 
-    First those that keep train_batch_size, where the number of processes divides it, then its nearest multiples.
+    First those that keep train_batch_size, where the number of replicas divides it, then its nearest multiples.
     """
     train, micro = training.train_batch_size, training.micro_batch_size
     accumulation = training.gradient_accumulation_steps
     assert train is not None, "a contradiction needs a train_batch_size"
     plans: list[BatchPlan] = []
-    if train % world_size == 0:
-        share = train // world_size
+    if train % num_replicas == 0:
+        share = train // num_replicas
         divisors = _divisors(share)
         if micro is not None:
             near = min(divisors, key=lambda size: (abs(size - micro), size))
-            plans.append(BatchPlan(train, near, share // near, world_size))
+            plans.append(BatchPlan(train, near, share // near, num_replicas))
         if accumulation is not None:
             near = min(divisors, key=lambda steps: (abs(steps - accumulation), steps))
-            plans.append(BatchPlan(train, share // near, near, world_size))
+            plans.append(BatchPlan(train, share // near, near, num_replicas))
     for lower in (True, False):
         if micro is not None:
-            steps = train // (micro * world_size) + (not lower)
-            plans.append(BatchPlan(micro * steps * world_size, micro, steps, world_size))
+            steps = train // (micro * num_replicas) + (not lower)
+            plans.append(BatchPlan(micro * steps * num_replicas, micro, steps, num_replicas))
         else:
             steps = accumulation or 1
-            size = train // (steps * world_size) + (not lower)
-            plans.append(BatchPlan(size * steps * world_size, size, steps, world_size))
+            size = train // (steps * num_replicas) + (not lower)
+            plans.append(BatchPlan(size * steps * num_replicas, size, steps, num_replicas))
     if micro is not None and accumulation is not None:
-        plans.append(BatchPlan(micro * accumulation * world_size, micro, accumulation, world_size))
+        plans.append(BatchPlan(micro * accumulation * num_replicas, micro, accumulation, num_replicas))
     unique = dict.fromkeys(plan for plan in plans if plan.train_batch_size > 0)
     return sorted(unique, key=lambda plan: (abs(plan.train_batch_size - train), plan.train_batch_size))
 

@@ -1,6 +1,6 @@
 """Checkpoints: written whole or not at all, found by id, checked before anything is loaded, never executing what they hold.
 
-    checkpoints/step00000200/   DeepSpeed's files, rng_rank{r}.pt, state.json, copies of config and tokenizer
+    checkpoints/step00000200/   DeepSpeed's files, rng_replica{N}.pt, state.json, copies of config and tokenizer
     checkpoints/latest          id of the newest complete checkpoint
     checkpoints/.ID.tmp/        a save in progress, or one that was interrupted
 
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.sharding import join_state_dicts
 from .checkpoint_files import (
     copy_into,
     file_access,
@@ -30,6 +31,7 @@ from .checkpoint_files import (
     write_file,
     write_text,
 )
+from .checkpoint_resharding import load_resharded, model_files, own_part, partitions_from, partitions_record
 from .topology import Topology
 
 LATEST = "latest"
@@ -68,13 +70,19 @@ def save(
             engine.save_checkpoint(str(folder), tag=unfinished.name, save_latest=False)
         if problems:
             raise problems[0]
-        write_file(random_state(topology.device), unfinished / f"rng_rank{topology.rank}.pt")
+        if topology.tensor_rank == 0:  # the processes of a replica draw alike
+            write_file(random_state(topology.device), unfinished / f"rng_replica{topology.replica}.pt")
 
     def finish() -> None:
         if topology.is_main:
             for name, source in extra_files.items():
                 copy_into(source, unfinished / name)
-            record = {**state, "engine": _engine_facts(engine), "files": file_sizes(unfinished, leave_out=_STATE)}
+            record = {
+                **state,
+                "engine": _engine_facts(engine),
+                "partitions": partitions_record(engine.module),
+                "files": file_sizes(unfinished, leave_out=_STATE),
+            }
             write_text(unfinished / _STATE, json.dumps(record, indent=1) + "\n")
             # What a full disk could refuse comes before the renames, which need no space.
             write_text(pointer, checkpoint_id + "\n")
@@ -140,7 +148,8 @@ def resolve(path: Path, wanted_id: str) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was told about the run, and what it noted itself: `engine` (zero_stage, world_size, precision), `files`.
+    """What `save` was told about the run, and what it noted itself: `engine` (zero_stage,
+    world_size, tensor_parallel, precision), `partitions`, `files`.
 
     Raises ValueError if `checkpoint` is not a complete checkpoint.
     """
@@ -159,7 +168,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def check(checkpoint: Path, model: Mapping[str, Any], engine_facts: Mapping[str, Any] | None) -> dict[str, Any]:
     """`read_state(checkpoint)`, after making sure that it can be loaded into a run like this.
 
-    model: config of the run's model. engine_facts: zero_stage, world_size and precision of the run; None to ask for the
+    model: config of the run's model. engine_facts: what `read_state` has as `engine`, of the run; None to ask for the
     weights alone. Raises ValueError for another model, unequal engine facts, missing or cut files.
     """
     state = read_state(checkpoint)
@@ -189,8 +198,8 @@ def check(checkpoint: Path, model: Mapping[str, Any], engine_facts: Mapping[str,
 def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topology) -> bool:
     """Put weights, optimizer, loss scale and random state of `checkpoint` into this process; True if the latter was possible.
 
-    To be called by every process. The random state belongs to a process, so it is restored only in a run of as many
-    processes. Learning rate, weight decay, clipping and the like stay those of this run. model: config of the run's model.
+    To be called by every process. The random state belongs to a replica of the model, so it is restored only in a run of as
+    many replicas. Learning rate, weight decay, clipping and the like stay those of this run. model: config of the run's model.
     Raises ValueError as `check` does, and for a file that holds more than tensors and plain values.
     """
     if engine.load_universal_checkpoint():
@@ -199,37 +208,42 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
     optimizer = engine.basic_optimizer
     settings = [{key: group[key] for key in optimizer.defaults} for group in optimizer.param_groups]
     clipping = getattr(engine.optimizer, "clip_grad", None)
-    with file_access(engine):
-        engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    theirs = state["engine"]
+    if theirs["tensor_parallel"] == topology.tensor_parallel:
+        with file_access(engine):
+            engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    else:
+        load_resharded(engine, checkpoint, state, topology)
     # DeepSpeed and torch bring these back from the checkpoint, which would silently undo a change in the run config.
     for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(setting)
     if clipping is not None:
         engine.optimizer.clip_grad = clipping
 
-    same_processes = bool(state["engine"]["world_size"] == topology.world_size)
-    if same_processes:
-        restore_random_state(read_file(checkpoint / f"rng_rank{topology.rank}.pt"), topology.device)
-    return same_processes
+    same_replicas = bool(theirs["world_size"] // theirs["tensor_parallel"] == topology.num_replicas)
+    if same_replicas:
+        restore_random_state(read_file(checkpoint / f"rng_replica{topology.replica}.pt"), topology.device)
+    return same_replicas
 
 
-def load_weights(module: torch.nn.Module, checkpoint: Path, model: Mapping[str, Any]) -> None:
+def load_weights(module: torch.nn.Module, checkpoint: Path, model: Mapping[str, Any], topology: Topology) -> None:
     """Put the weights of `checkpoint` into a module that no engine holds yet, at any ZeRO stage and number of processes.
 
     model: config of the module. Raises ValueError as `load` does, but asks for no equal stage, processes or precision.
     """
     check(checkpoint, model, None)
-    module.load_state_dict(weights(checkpoint))
+    module.load_state_dict(own_part(weights(checkpoint), module, topology))
 
 
 def weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The module's state dict in `checkpoint`, on the CPU, in the dtype of training; fp32 from ZeRO stage 3.
+    """The module's whole state dict in `checkpoint`, on the CPU, in the dtype of training; fp32 from ZeRO stage 3.
 
     Raises ValueError for a file that holds more than tensors and plain values.
     """
-    if read_state(checkpoint)["engine"]["zero_stage"] < 3:
-        module: dict[str, Tensor] = read_file(checkpoint / "mp_rank_00_model_states.pt")["module"]
-        return module
+    state = read_state(checkpoint)
+    if state["engine"]["zero_stage"] < 3:
+        files = model_files(checkpoint, state["engine"]["tensor_parallel"])
+        return join_state_dicts([file["module"] for file in files], partitions_from(state))
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     # DeepSpeed's merge of the shards unpickles anything and prints as it goes: what it is to read is proved harmless first.
@@ -298,10 +312,11 @@ def _check_engine(checkpoint: Path, theirs: Mapping[str, Any], ours: Mapping[str
         raise ValueError(
             f"{checkpoint} was written at ZeRO stage {theirs['zero_stage']}, this run has stage {ours['zero_stage']}; {remedy}"
         )
-    if ours["zero_stage"] > 0 and theirs["world_size"] != ours["world_size"]:
+    places = [f"{each['world_size']} processes, {each['tensor_parallel']} to a replica" for each in (theirs, ours)]
+    if ours["zero_stage"] > 0 and places[0] != places[1]:
         raise ValueError(
-            f"{checkpoint} was written at ZeRO stage {theirs['zero_stage']} by {theirs['world_size']} processes, each with its "
-            f"share of the optimizer's state, this run has {ours['world_size']}; start as many, or use load.what=weights"
+            f"{checkpoint} was written at ZeRO stage {theirs['zero_stage']} by {places[0]}, each with its share of the "
+            f"optimizer's state, this run has {places[1]}; start as many, or use load.what=weights"
         )
 
 
@@ -312,6 +327,7 @@ def _engine_facts(engine: Any) -> dict[str, Any]:
     return {
         "zero_stage": int(engine.zero_optimization_stage()),
         "world_size": int(engine.world_size),
+        "tensor_parallel": int(engine.mp_world_size),
         "precision": precision,
         "deepspeed": deepspeed.__version__,
     }

@@ -103,7 +103,7 @@ def train(
             status=2,
         )
     with _reported_errors(debug):
-        loaded = _load(config, sets, values)
+        loaded = _load(config, sets, values, _world_size(1))
         if not debug:
             _quieten_libraries()
         from .topology import quiet
@@ -120,20 +120,22 @@ def show(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption
     with _reported_errors(debug):
         from .config_loading import dump_config
 
-        loaded = _load(config, sets, {})
+        loaded = _load(config, sets, {}, _world_size(None))
         typer.echo(dump_config(loaded.config, loaded.origins), nl=False)
 
 
 @config_app.command("check")
 def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False) -> None:
-    """Say what is wrong with a run config, or how its batch is divided (over WORLD_SIZE processes; default 1)."""
+    """Say what is wrong with a run config, or how its batch is divided (over WORLD_SIZE processes; default parallel.tensor)."""
     with _reported_errors(debug):
         from .batch import solve_batch
+        from .config_checks import num_replicas
 
-        batch = solve_batch(_load(config, sets, {}).config.training, _world_size())
+        loaded = _load(config, sets, {}, _world_size(None)).config
+        batch = solve_batch(loaded.training, num_replicas(loaded, _world_size(None)))
         typer.echo(
             f"{config}: valid; {batch.train_batch_size} sequences per step = micro-batch {batch.micro_batch_size} x "
-            f"accumulation {batch.gradient_accumulation_steps} x processes {batch.world_size}"
+            f"accumulation {batch.gradient_accumulation_steps} x replicas {batch.num_replicas}"
         )
 
 
@@ -145,16 +147,19 @@ def schema() -> None:
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
-def _load(config: Path | None, sets: list[str] | None, flags: dict[str, Any]) -> "LoadedConfig":
+def _load(config: Path | None, sets: list[str] | None, flags: dict[str, Any], world_size: int | None) -> "LoadedConfig":
     if config is None:
         _leave("error: no run config is given; use --config FILE, or --help", status=2)
     from .config_loading import load_config
 
-    return load_config(config, sets or (), flags, _world_size())
+    return load_config(config, sets or (), flags, world_size)
 
 
-def _world_size() -> int:
-    text = os.environ.get("WORLD_SIZE", "1")
+def _world_size(default: int | None) -> int | None:
+    """The number of processes that a launcher started."""
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        return default
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"environment variable WORLD_SIZE is {text!r}, must be a number of processes, 1 or more")
     return int(text)

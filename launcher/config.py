@@ -64,25 +64,26 @@ class TrainingConfig(Section):
     train_batch_size: PositiveInt | None = None
     """Sequences per optimizer step, over all processes; any two of the three batch keys give the third."""
     micro_batch_size: PositiveInt | None = None
-    """Sequences per forward pass of one process."""
+    """Sequences per forward pass of one replica of the model: a process, or parallel.tensor of them."""
     gradient_accumulation_steps: PositiveInt | None = None
-    """Micro-batches of one process per optimizer step."""
+    """Micro-batches of one replica per optimizer step."""
     max_steps: PositiveInt | None = None
     """Length of the run in optimizer steps, counted from step 0, or from the loaded step with load.rewarmup; give this or
     num_epochs."""
     num_epochs: PositiveInt | None = None
     """Length of the run in passes over the data."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
-    """auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU. fp8 is not available in this version."""
+    """auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU. fp8 is bf16 with FP8 operands in the layers' matrix
+    products: docs/fp8.md."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
 
 
 class ParallelConfig(Section):
     tensor: PositiveInt = 1
-    """Processes that share one layer; only 1 in this version."""
+    """Processes that share every layer, the embedding and the head; the others hold further replicas of the model."""
     sequence: bool = False
-    """Split sequences over those processes too; only false in this version."""
+    """Split the tokens between the products of a layer over those processes too: less memory, the same communication."""
 
 
 class CheckpointConfig(Section):
@@ -110,7 +111,7 @@ class EvalConfig(Section):
     every_steps: PositiveInt | None = None
     """null evaluates once, at the end of the run, when there is held-out data."""
     batches: PositiveInt | None = None
-    """Most micro-batches per process and evaluation; null for the whole held-out set."""
+    """Most micro-batches per replica and evaluation; null for the whole held-out set."""
 
 
 class LoggingConfig(Section):

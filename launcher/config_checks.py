@@ -26,6 +26,7 @@ OWNERS = {
     "optimizer": ("optimizer",),
     "zero_optimization": ("optimizer.type",),
 }
+FP8_MULTIPLE = 16  # of kernels/fp8.py, which imports torch
 FILE_NAME_RULE = "a plain name: no slash, no white space at its ends, no dot at its start"
 
 
@@ -37,8 +38,11 @@ class Fault:
     text: str
 
 
-def faults(config: RunConfig, world_size: int) -> Iterator[Fault]:
-    """Every broken rule of a run config whose single values are all valid."""
+def faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
+    """Every broken rule of a run config whose single values are all valid.
+
+    world_size: processes of the run; None: as many as one replica of the model takes.
+    """
     yield from _run_faults(config)
     yield from _model_faults(config)
     yield from _tokenizer_and_objective_faults(config)
@@ -46,8 +50,9 @@ def faults(config: RunConfig, world_size: int) -> Iterator[Fault]:
     yield from _schedule_faults(config)
     yield from _optimizer_faults(config)
     yield from _training_faults(config)
+    yield from _parallel_faults(config, world_size)
+    yield from _fp8_faults(config)
     yield from _batch_and_deepspeed_faults(config, world_size)
-    yield from _unavailable(config)
     yield from _checkpoint_faults(config)
 
 
@@ -231,33 +236,80 @@ def _training_faults(config: RunConfig) -> Iterator[Fault]:
         )
 
 
-def _batch_and_deepspeed_faults(config: RunConfig, world_size: int) -> Iterator[Fault]:
+def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
+    tensor, key = config.parallel.tensor, "parallel.tensor"
+    if (world_size or tensor) % tensor:
+        processes = f"{world_size} {'process' if world_size == 1 else 'processes'}"
+        yield Fault(
+            (key,), f"got {tensor}, which does not divide the {processes} of the run; start a multiple of {tensor}"
+        )
+    for name, size in _shared_sizes(config):
+        if size % tensor:
+            yield Fault((key, name), f"got {tensor}, must divide {name} {size}: {_divisors_text(size)}")
+    if tensor > 1 and config.layer.cuda_graph:
+        yield Fault(
+            ("layer.cuda_graph", key),
+            f"got true, but a graph cannot hold what the {tensor} processes of {key} send each other; set false",
+        )
+    if not config.parallel.sequence:
+        return
+    if tensor == 1:
+        yield Fault(
+            ("parallel.sequence", key),
+            "got true, but it divides tokens over the processes of parallel.tensor, which is 1; set false, or parallel.tensor",
+        )
+    if config.layer.unpad:
+        yield Fault(
+            ("parallel.sequence", "layer.unpad"),
+            "got true, but with layer.unpad the number of tokens changes from batch to batch, and the processes cannot always "
+            "share it equally; set either to false",
+        )
+
+
+def _shared_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
+    """What the processes of parallel.tensor share equally."""
+    yield "model.num_attention_heads", config.model.num_attention_heads
+    yield "model.intermediate_size", config.model.intermediate_size
+    if config.model.vocab_size != "auto":
+        yield "model.vocab_size", config.model.vocab_size
+    if config.parallel.sequence:
+        yield "data.max_seq_length", config.data.max_seq_length
+
+
+def _divisors_text(number: int) -> str:
+    divisors = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return ", ".join(divisors[:8]) + (", ..." if len(divisors) > 8 else "")
+
+
+def _fp8_faults(config: RunConfig) -> Iterator[Fault]:
+    if config.training.precision != "fp8":
+        return
+    tensor = config.parallel.tensor
+    sizes = {"model.hidden_size": config.model.hidden_size, "model.intermediate_size": config.model.intermediate_size}
+    for name, size in sizes.items():
+        if size % (FP8_MULTIPLE * tensor):
+            on_each = "" if tensor == 1 else f" times parallel.tensor {tensor}"
+            yield Fault(
+                (name, "training.precision", "parallel.tensor"),
+                f"got {size}, but the matrix products of training.precision fp8 need a multiple of {FP8_MULTIPLE}{on_each}",
+            )
+
+
+def _batch_and_deepspeed_faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
     batch_keys = ("training.train_batch_size", "training.micro_batch_size", "training.gradient_accumulation_steps")
     batch = None
     try:
-        batch = solve_batch(config.training, world_size)
+        batch = solve_batch(config.training, num_replicas(config, world_size))
     except ValueError as error:
         yield Fault(batch_keys, str(error).removeprefix(f"{batch_keys[0]}: "))
     precision = config.training.precision
-    known = None if precision == "auto" or precision == "fp8" else precision  # noqa: PLR1714 (mypy narrows by ==)
-    for key, text in deepspeed_faults(config, batch, known):
+    for key, text in deepspeed_faults(config, batch, None if precision == "auto" else precision):
         yield Fault((f"deepspeed.{key}", *OWNERS.get(key.split(".")[0], ())), text)
 
 
-def _unavailable(config: RunConfig) -> Iterator[Fault]:
-    if config.training.precision == "fp8":
-        yield Fault(
-            ("training.precision",), "got 'fp8', which this version cannot train with; set auto, bf16, fp16 or fp32"
-        )
-    if config.parallel.tensor > 1:
-        yield Fault(
-            ("parallel.tensor",),
-            f"got {config.parallel.tensor}, but this version cannot split a layer over processes; set 1",
-        )
-    if config.parallel.sequence:
-        yield Fault(
-            ("parallel.sequence",), "got true, but this version cannot split a sequence over processes; set false"
-        )
+def num_replicas(config: RunConfig, world_size: int | None) -> int:
+    """Replicas of the model among the processes of a run, at least 1. world_size: as in `faults`."""
+    return max(1, (world_size or config.parallel.tensor) // config.parallel.tensor)
 
 
 def _checkpoint_faults(config: RunConfig) -> Iterator[Fault]:

@@ -55,12 +55,13 @@ class LoadedConfig:
 
 
 def load_config(
-    path: Path | str, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None, world_size: int = 1
+    path: Path | str, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None, world_size: int | None = 1
 ) -> LoadedConfig:
     """The run config in the YAML or JSON file `path`, changed by `sets` ("a.b=c", c in YAML) and `flags` (key to value).
 
-    The batch is checked for `world_size` processes. A DeepSpeed file named under `deepspeed` is read too, and its contents
-    take the place of its path, so that the resolved config is complete. Raises ConfigError with all problems.
+    The batch is checked for `world_size` processes; None: as many as one replica of the model takes. A DeepSpeed file named
+    under `deepspeed` is read too, and its contents take the place of its path, so that the resolved config is complete.
+    Raises ConfigError with all problems.
     """
     layers = _Layers(Path(path))
     for text in sets:
@@ -157,7 +158,7 @@ class _Layers:
         self.values["deepspeed"] = tree.values
         self.origins |= {("deepspeed", *key): f"{found}:{line}" for key, line in tree.lines.items()}
 
-    def validate(self, world_size: int) -> RunConfig:
+    def validate(self, world_size: int | None) -> RunConfig:
         """The config, or a ConfigError with what is wrong with single values and between those that are right."""
         wrong: set[KeyPath] = set()
         config, errors = _try(self.values)

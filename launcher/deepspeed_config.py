@@ -29,7 +29,7 @@ REMOVED_KEYS = frozenset(
     """amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop
     quantize_training sparse_attention sparse_gradients""".split()  # noqa: SIM905
 )
-NO_SPLITTING = "this version splits the batch over processes, and nothing else"
+OUR_SPLITTING = "the section parallel decides what processes share"
 REFUSED_KEYS = {
     "scheduler": "the section schedule decides the learning rate",
     "torch_autocast": "training.precision decides the precision",
@@ -38,15 +38,15 @@ REFUSED_KEYS = {
     "autotuning": "the batch sizes of the section training are not searched for",
     "hybrid_engine": "it is for generation, which a pretraining run does not do",
     "weight_quantization": "training.precision decides the precision",
-    "pipeline": NO_SPLITTING,
-    "tensor_parallel": NO_SPLITTING,
-    "expert_parallel": NO_SPLITTING,
-    "sequence_parallel_size": NO_SPLITTING,
+    "pipeline": OUR_SPLITTING,
+    "tensor_parallel": OUR_SPLITTING,
+    "expert_parallel": OUR_SPLITTING,
+    "sequence_parallel_size": OUR_SPLITTING,
 }
 # DeepSpeed's Adam is AdamW unless adam_w_mode is false.
 OPTIMIZER_TYPES = {"lamb": "lamb", "adam": "adamw", "adamw": "adamw"}
 NEVER = 2**31
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # fp8 is bf16 to DeepSpeed
 
 
 def deepspeed_config(
@@ -66,8 +66,9 @@ def deepspeed_config(
     result = copy.deepcopy(_given(config))
     for key in ("optimizer", "fp16", "bf16", *REFUSED_KEYS):
         result.pop(key, None)
-    if precision != "fp32":
-        result[precision] = {**_section(_given(config), precision), "enabled": True}
+    section = "bf16" if precision == "fp8" else precision
+    if section != "fp32":
+        result[section] = {**_section(_given(config), section), "enabled": True}
     return result | {
         "train_batch_size": batch.train_batch_size,
         "train_micro_batch_size_per_gpu": batch.micro_batch_size,
@@ -122,7 +123,7 @@ def _owned(config: RunConfig, batch: BatchPlan | None, precision: Precision | No
         chosen = f"training.precision {config.training.precision}"
         chosen += f" (here {precision}), for which it" if config.training.precision == "auto" else ", for which it"
         yield "fp16.enabled", chosen, precision == "fp16"
-        yield "bf16.enabled", chosen, precision == "bf16"
+        yield "bf16.enabled", chosen, precision in ("bf16", "fp8")
     optimizer = config.optimizer
     for name in _param_names(optimizer.type):
         yield f"optimizer.params.{name}", f"optimizer.{name}", getattr(optimizer, name)
@@ -169,11 +170,16 @@ def _zero_faults(config: RunConfig, zero: Any) -> Iterator[tuple[str, str]]:
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield "zero_optimization.stage", f"got {_show(stage)}, must be 0, 1, 2 or 3"
-    elif stage and config.optimizer.type == "lamb":
+    elif stage in (1, 2) and config.optimizer.type == "lamb" and zero.get("round_robin_gradients"):
+        yield (
+            "zero_optimization.round_robin_gradients",
+            "got true, but then it is not known which parameters a shard holds, which optimizer.type lamb must know; set false",
+        )
+    elif stage == 3 and config.parallel.tensor > 1:
         yield (
             "zero_optimization.stage",
-            f"got {stage}, but ZeRO flattens parameters into one vector, and the trust ratios of optimizer.type lamb, one "
-            "for each parameter, would be wrong; set stage 0, or optimizer.type adamw",
+            f"got 3, which with parallel.tensor {config.parallel.tensor} would leave checkpoints that cannot be put together "
+            "again; set stage 2, or parallel.tensor 1",
         )
     elif stage == 3 and config.layer.cuda_graph:
         yield (

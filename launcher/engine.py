@@ -6,9 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from .topology import Topology
+from ..kernels.sharding import is_sharded
+from .topology import TensorParallelUnit, Topology
 
 
 def build_engine(
@@ -16,7 +19,7 @@ def build_engine(
 ) -> Any:
     """A `deepspeed.DeepSpeedEngine` around `model`, moved to this process's device, that steps `optimizer`.
 
-    Weights are equal on all processes afterwards (the main process's), and neither they nor the optimizer's state have
+    Replicas are equal afterwards (to the first), and neither they nor the optimizer's state have
     seen a step. ds_config: contents of a DeepSpeed JSON, without an optimizer or scheduler of its own.
     """
     import deepspeed  # here, as its import must come after `topology.quiet`
@@ -27,11 +30,18 @@ def build_engine(
         # At stage 0 DeepSpeed reports no norm in fp32, and in fp16 one that holds the loss scale: `_clip_before_step`
         # measures and clips the unscaled gradient instead.
         ds_config = {**ds_config, "gradient_clipping": 0.0}
+    parameters = [param for group in optimizer.param_groups for param in group["params"]]
+    sharded = [is_sharded(param) for param in parameters]
     with _no_steps(optimizer):
-        engine, *_ = deepspeed.initialize(model=model.to(topology.device), optimizer=optimizer, config=ds_config)
+        engine, *_ = deepspeed.initialize(
+            model=model.to(topology.device),
+            optimizer=optimizer,
+            config=ds_config,
+            mpu=TensorParallelUnit(topology) if topology.tensor_parallel > 1 else None,
+        )
     if stage == 0:
-        _clip_before_step(engine, optimizer, clipping)
-        if topology.world_size == 1:
+        _clip_before_step(engine, optimizer, clipping, sharded, topology.tensor_group)
+        if topology.num_replicas == 1:
             # Its all-reduce among one copies every gradient into a buffer and back, for nothing.
             engine.enable_backward_allreduce = False
     return engine
@@ -75,13 +85,26 @@ def _no_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         del optimizer.step  # uncovers the method of the class
 
 
-def _clip_before_step(engine: Any, optimizer: torch.optim.Optimizer, max_norm: float) -> None:
-    """Before every step of `optimizer`, note its gradient norm and scale the gradient down to `max_norm` (0: leave it)."""
+def _clip_before_step(
+    engine: Any, optimizer: torch.optim.Optimizer, max_norm: float, sharded: list[bool], group: ProcessGroup | None
+) -> None:
+    """Before every step of `optimizer`, note its gradient norm and scale the gradient down to `max_norm` (0: leave it).
+
+    sharded: for each parameter, by position, whether the processes of `group` hold parts of it.
+    """
     engine.stage0_grad_norm = None
 
     def clip(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [p for group in stepping.param_groups for p in group["params"] if p.grad is not None]
-        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        parameters = [param for group in stepping.param_groups for param in group["params"]]
+        gradients = [param.grad for param in parameters if param.grad is not None]
+        if group is None:
+            norm = get_total_norm(gradients)
+        else:
+            parts = [p.grad for p, part in zip(parameters, sharded, strict=True) if part and p.grad is not None]
+            wholes = [p.grad for p, part in zip(parameters, sharded, strict=True) if not part and p.grad is not None]
+            square = get_total_norm(parts).square()
+            dist.all_reduce(square, group=group)
+            norm = (square + get_total_norm(wholes).square()).sqrt()
         if max_norm > 0:
             clip_grads_with_norm_(parameters, max_norm, norm)
         engine.stage0_grad_norm = norm

@@ -4,14 +4,33 @@ Source: You et al., Large Batch Optimization for Deep Learning, arXiv 1904.00962
 compares the three conventions in use.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 Convention = Literal["paper", "nvidia", "deepspeed"]
 _PIECE_NUMEL = 1 << 18
+
+
+class Segment(NamedTuple):
+    """The part of one parameter that lies in a flat shard; place: the parameter's, among all in the order of the groups."""
+
+    place: int
+    start: int
+    numel: int
+
+
+class Slice(NamedTuple):
+    """A flat shard (numel,) of several parameters, their segments in it, and the parameters of which any process has one."""
+
+    flat: Tensor
+    segments: list[Segment]
+    places: list[int]
 
 
 class Lamb(torch.optim.Optimizer):
@@ -27,7 +46,10 @@ class Lamb(torch.optim.Optimizer):
     Every option can differ by parameter group. State: exp_avg and exp_avg_sq in fp32 (fp64 for fp64 parameters),
     whatever the parameter's dtype; step, a CPU tensor, counted for each parameter. A parameter without gradient is
     left alone.
-    Under ZeRO the optimizer would see flat shards in place of tensors: the norms, hence the update, would be wrong.
+    sharded: for each parameter, in the order of params, whether it is this process's part of a tensor that the processes of
+        `group` hold together, under tensor parallelism: its norms are then those of the whole tensor, by one all-reduce of
+        two numbers per sharded parameter and group. None: none is.
+    Under ZeRO the optimizer sees flat shards in place of tensors, and needs `divide` before its first step.
     Raises ValueError for options out of range and for sparse gradients.
     """
 
@@ -43,8 +65,15 @@ class Lamb(torch.optim.Optimizer):
         convention: Convention = "paper",
         max_coeff: float | None = 10.0,
         min_coeff: float | None = 0.01,
+        sharded: Sequence[bool] | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self._trust_ratios: dict[int, Tensor] = {}
+        # by position, because wrappers put copies in the place of the parameters
+        self._sharded, self._group = sharded, group
+        self._slices: dict[int, Slice] = {}
+        self._data_group: ProcessGroup | None = None
+        self._device: torch.device | None = None
         options = {
             "lr": lr,
             "betas": betas,
@@ -60,11 +89,25 @@ class Lamb(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._trust_ratios = {}
+        self.__dict__.setdefault("_sharded", None)
+        self.__dict__.setdefault("_slices", {})
+        for name in ("_group", "_data_group", "_device"):
+            self.__dict__.setdefault(name, None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Nothing; the group is checked and joins the others."""
         super().add_param_group(param_group)
         _check_options(self.param_groups[-1])
+
+    def divide(self, slices: Sequence[Slice], group: ProcessGroup, device: torch.device) -> None:
+        """From now on the parameters of a step are `slices`, flat shards of the tensors given at first, as ZeRO makes them.
+
+        Trust ratios stay those of whole tensors: norms are summed over `group`, whose processes hold the other shards of the
+        same tensors, by one all-reduce on `device` in every call of `step`. What is in no segment is neither read nor
+        written. All processes must step the same slices in the same order.
+        """
+        self._slices = {id(each.flat): each for each in slices}
+        self._data_group, self._device = group, device
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -73,14 +116,19 @@ class Lamb(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._slices:
+            for group in self.param_groups:
+                for flat in group["params"]:
+                    if flat.grad is not None:
+                        self._step_slice(group, self._slices[id(flat)])
+            return loss
         self._trust_ratios = {}
         num_params_before = 0
         for group in self.param_groups:
             indices = [i for i, param in enumerate(group["params"]) if param.grad is not None]
             if indices:
-                ratios = self._step_group(group, [group["params"][i] for i in indices])
-                keys = (num_params_before + i for i in indices)
-                self._trust_ratios.update(zip(keys, ratios.unbind(), strict=True))
+                params = [group["params"][i] for i in indices]
+                self._step_group(group, params, [num_params_before + i for i in indices])
             num_params_before += len(group["params"])
         return loss
 
@@ -112,21 +160,109 @@ class Lamb(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(param, dtype=_state_dtype(param), memory_format=torch.preserve_format)
         return state
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> Tensor:
-        """Trust ratios (len(params),) of one step over params, which all belong to group and have gradients."""
+    def _step_group(self, group: dict[str, Any], params: list[Tensor], places: list[int]) -> None:
+        """One step over whole params, which all belong to group and have gradients. places: of each among all parameters."""
         if any(param.grad.is_sparse for param in params):  # type: ignore[union-attr]
             raise ValueError("Lamb got a sparse gradient, and needs dense ones; build the embedding with sparse=False")
         states = [self._state_of(param) for param in params]
         torch._foreach_add_([state["step"] for state in states], 1)
         weights = [param.to(_state_dtype(param)) for param in params]  # the parameter itself unless it is bf16 or fp16
-        updates, lr_factors = _updates(group, weights, params, states)
-        ratios = _trust_ratios_of(group, weights, updates)
-        # One ratio per tensor, broadcast: it stays on the device.
-        torch._foreach_addcmul_(weights, updates, ratios.unbind(), [-group["lr"] * factor for factor in lr_factors])
+        pieces = _Pieces(
+            weights,
+            [param.grad.to(_state_dtype(param)) for param in params],  # type: ignore[union-attr]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [int(state["step"]) for state in states] if group["bias_correction"] else [],
+        )
+        self._step_pieces(group, pieces, places, places)
         for param, weight in zip(params, weights, strict=True):
             if weight is not param:
                 param.copy_(weight)
-        return ratios
+
+    def _step_slice(self, group: dict[str, Any], own: Slice) -> None:
+        """One step over the segments of one flat shard."""
+        state = self._state_of(own.flat)
+        state["step"] += 1
+        weights = own.flat.to(_state_dtype(own.flat))
+        assert own.flat.grad is not None, "asked by the caller"
+
+        def cut(flat: Tensor) -> list[Tensor]:
+            return [flat[segment.start : segment.start + segment.numel] for segment in own.segments]
+
+        pieces = _Pieces(
+            cut(weights),
+            cut(own.flat.grad.to(weights.dtype)),
+            cut(state["exp_avg"]),
+            cut(state["exp_avg_sq"]),
+            [int(state["step"])] * len(own.segments) if group["bias_correction"] else [],
+        )
+        self._step_pieces(group, pieces, [segment.place for segment in own.segments], own.places)
+        if weights is not own.flat:
+            own.flat.copy_(weights)
+
+    def _step_pieces(self, group: dict[str, Any], pieces: "_Pieces", own: Sequence[int], places: Sequence[int]) -> None:
+        """Updates the weights of the pieces. own: the parameter of each; places: the parameters of the call, of any process."""
+        updates, lr_factors = _updates(group, pieces)
+        ratios = self._ratios(group, pieces.weights, updates, own, places)
+        by_place = dict(zip(places, ratios.unbind(), strict=True))
+        self._trust_ratios.update(by_place)
+        # One ratio per tensor, broadcast: it stays on the device.
+        torch._foreach_addcmul_(
+            pieces.weights,
+            updates,
+            [by_place[place] for place in own],
+            [-group["lr"] * factor for factor in lr_factors],
+        )
+
+    def _ratios(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        updates: list[Tensor],
+        own: Sequence[int],
+        places: Sequence[int],
+    ) -> Tensor:
+        """Trust ratios (len(places),) under the group's convention and bounds."""
+        if group["convention"] == "nvidia" and group["weight_decay"] == 0:
+            return torch.ones(len(places), device=self._device or weights[0].device)
+        if self._slices:
+            weight_norms, update_norms = self._summed_norms(weights, updates, own, places)
+        else:
+            weight_norms, update_norms = weight_and_update_norms(weights, updates)
+        shared = [i for i, place in enumerate(places) if self._sharded is not None and self._sharded[place]]
+        if shared and self._group is not None:
+            squares = torch.stack([weight_norms[shared], update_norms[shared]]).square()
+            dist.all_reduce(squares, group=self._group)
+            weight_norms[shared], update_norms[shared] = squares.sqrt()
+        ratios = weight_norms / update_norms
+        if group["min_coeff"] is not None or group["max_coeff"] is not None:
+            ratios.clamp_(group["min_coeff"], group["max_coeff"])
+        ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
+        return ratios.to(weights[0].device) if weights else ratios
+
+    def _summed_norms(
+        self, weights: list[Tensor], updates: list[Tensor], own: Sequence[int], places: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Norms (len(places),) of the tensors of which the processes of the data group hold pieces, on `self._device`."""
+        squares = torch.zeros(2, len(places), device=self._device)
+        if weights:
+            columns = {place: column for column, place in enumerate(places)}
+            norms = torch.stack(weight_and_update_norms(weights, updates)).to(squares)
+            squares[:, [columns[place] for place in own]] = norms.square()
+        dist.all_reduce(squares, group=self._data_group)
+        weight_norms, update_norms = squares.sqrt()
+        return weight_norms, update_norms
+
+
+@dataclass
+class _Pieces:
+    """What one step changes: tensors of equal shapes and wide dtype, and the steps of each, none without bias correction."""
+
+    weights: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[int]
 
 
 def weight_and_update_norms(weights: list[Tensor], updates: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -145,47 +281,33 @@ def _norms(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(piece_norms.split([len(pieces) for pieces in pieces_of])))
 
 
-def _updates(
-    group: dict[str, Any], weights: list[Tensor], params: list[Tensor], states: list[dict[str, Any]]
-) -> tuple[list[Tensor], list[float]]:
+def _updates(group: dict[str, Any], pieces: _Pieces) -> tuple[list[Tensor], list[float]]:
     """Updates u before the trust ratio, and the factors that bias correction puts on lr; moves the moments on."""
+    if not pieces.weights:
+        return [], []
     beta1, beta2 = group["betas"]
-    exp_avgs = [state["exp_avg"] for state in states]
-    exp_avg_sqs = [state["exp_avg_sq"] for state in states]
-    grads = [param.grad.to(_state_dtype(param)) for param in params]  # type: ignore[union-attr]
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    torch._foreach_lerp_(pieces.exp_avgs, pieces.grads, 1 - beta1)
+    torch._foreach_mul_(pieces.exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(pieces.exp_avg_sqs, pieces.grads, pieces.grads, 1 - beta2)
 
-    steps = [int(state["step"]) for state in states] if group["bias_correction"] else []
+    steps = pieces.steps
     corrections1 = [1 - beta1**step for step in steps]
     sqrt_corrections2 = [(1 - beta2**step) ** 0.5 for step in steps]
     in_update = bool(steps) and group["convention"] != "deepspeed"
-    lr_factors = [1.0] * len(weights)
+    lr_factors = [1.0] * len(pieces.weights)
     if steps and not in_update:
         lr_factors = [root / c for root, c in zip(sqrt_corrections2, corrections1, strict=True)]
 
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    denominators = torch._foreach_sqrt(pieces.exp_avg_sqs)
     if in_update:
         torch._foreach_div_(denominators, sqrt_corrections2)
     torch._foreach_add_(denominators, group["eps"])
     if in_update:
         torch._foreach_mul_(denominators, corrections1)
-    updates = torch._foreach_div(exp_avgs, denominators)
+    updates = torch._foreach_div(pieces.exp_avgs, denominators)
     if group["weight_decay"] != 0:
-        torch._foreach_add_(updates, weights, alpha=group["weight_decay"])
+        torch._foreach_add_(updates, pieces.weights, alpha=group["weight_decay"])
     return list(updates), lr_factors
-
-
-def _trust_ratios_of(group: dict[str, Any], weights: list[Tensor], updates: list[Tensor]) -> Tensor:
-    """Trust ratios (len(weights),) under the group's convention and bounds."""
-    if group["convention"] == "nvidia" and group["weight_decay"] == 0:
-        return weights[0].new_ones(len(weights))
-    weight_norms, update_norms = weight_and_update_norms(weights, updates)
-    ratios = weight_norms / update_norms
-    if group["min_coeff"] is not None or group["max_coeff"] is not None:
-        ratios.clamp_(group["min_coeff"], group["max_coeff"])
-    return torch.where((weight_norms > 0) & (update_norms > 0), ratios, 1.0)
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:

@@ -3,7 +3,9 @@
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
+from ..kernels.sharding import is_sharded
 from .config import OptimizerConfig
 from .lamb import Lamb
 
@@ -28,9 +30,12 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: torch.nn.Module, config: OptimizerConfig, tensor_group: ProcessGroup | None = None
+) -> torch.optim.Optimizer:
     """LAMB or AdamW over the parameter groups of model, at the base learning rate; the schedule sets it from then on.
 
+    tensor_group: the processes among which the model's sharded parameters are divided.
     Raises ValueError for AdamW without bias correction, which PyTorch does not have.
     """
     groups = parameter_groups(model, config.weight_decay)
@@ -44,6 +49,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.op
             convention=config.convention,
             max_coeff=config.max_coeff,
             min_coeff=config.min_coeff,
+            sharded=[is_sharded(param) for group in groups for param in group["params"]],
+            group=tensor_group,
         )
     if not config.bias_correction:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from ..kernels.sharding import is_sharded
 from ..recipes.layers import kernels_text
 from .engine import grad_norm, loss_scale, skipped_steps
 from .lamb import Lamb
@@ -115,7 +116,10 @@ def startup_facts(
 ) -> StartupFacts:
     """What the start-up report says. loaded: from which checkpoint, or None."""
     config, data, model = setup.config, setup.data, setup.engine.module
-    parameters = {id(p): getattr(p, "ds_numel", p.numel()) for p in model.parameters()}  # ZeRO stage 3 empties p
+    sharers = setup.topology.tensor_parallel
+    parameters = {  # ZeRO stage 3 empties p
+        id(p): getattr(p, "ds_numel", p.numel()) * (sharers if is_sharded(p) else 1) for p in model.parameters()
+    }
     in_embeddings = {
         id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
@@ -130,12 +134,14 @@ def startup_facts(
         num_parameters_without_embeddings=sum(n for key, n in parameters.items() if key not in in_embeddings),
         train_batch_size=setup.batch.train_batch_size,
         micro_batch_size=setup.batch.micro_batch_size,
-        num_replicas=setup.topology.world_size,
+        num_replicas=setup.topology.num_replicas,
+        tensor_parallel=sharers,
+        sequence_parallel=config.parallel.sequence,
         gradient_accumulation_steps=setup.batch.gradient_accumulation_steps,
         max_seq_length=config.data.max_seq_length,
         precision=setup.precision,
         precision_reason=precision_reason,
-        kernels=kernels_text(setup.config.model, setup.config.layer, setup.topology.device.type),
+        kernels=kernels_text(config.model, config.layer, setup.topology.device, fp8=setup.precision == "fp8"),
         devices=", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
         num_documents=data.sizes.documents,
         num_tokens=data.sizes.tokens,

@@ -21,9 +21,12 @@ class StartupFacts:
     num_parameters_without_embeddings: int
     train_batch_size: int
     micro_batch_size: int
-    """Sequences per process and micro-batch."""
+    """Sequences per replica and micro-batch."""
     num_replicas: int
-    """Processes that train on different samples."""
+    """Copies of the model, which train on different samples."""
+    tensor_parallel: int
+    """Processes that share one replica."""
+    sequence_parallel: bool
     gradient_accumulation_steps: int
     max_seq_length: int
     precision: str
@@ -77,9 +80,10 @@ class ClosingFacts:
 
 def startup_report(facts: StartupFacts) -> str:
     """The start-up report: a title and aligned lines, without a newline at the end."""
+    replica, replicas = ("process", "processes") if facts.tensor_parallel == 1 else ("replica", "replicas")
     batch = (
-        f"{facts.train_batch_size:,} sequences = {facts.micro_batch_size:,} per process"
-        f" x {_counted(facts.num_replicas, 'process', 'processes')}"
+        f"{facts.train_batch_size:,} sequences = {facts.micro_batch_size:,} per {replica}"
+        f" x {_counted(facts.num_replicas, replica, replicas)}"
         f" x {_counted(facts.gradient_accumulation_steps, 'micro-batch', 'micro-batches')}"
     )
     lines = [
@@ -93,6 +97,7 @@ def startup_report(facts: StartupFacts) -> str:
         ("precision", f"{facts.precision}: {facts.precision_reason}"),
         ("kernels", facts.kernels),
         ("devices", facts.devices),
+        *_parallel_line(facts),
         ("data", _data_text(facts)),
         ("tokenizer", f"{facts.tokenizer_kind}, {facts.vocab_size:,} symbols"),
         ("steps", _steps_text(facts)),
@@ -102,6 +107,13 @@ def startup_report(facts: StartupFacts) -> str:
         ("output", facts.run_dir),
     ]
     return _aligned(f"run {facts.name}", lines, text_width=88)
+
+
+def _parallel_line(facts: StartupFacts) -> list[tuple[str, str]]:
+    if facts.tensor_parallel == 1:
+        return []
+    shared = "layers, embedding, head and tokens" if facts.sequence_parallel else "layers, embedding and head"
+    return [("parallel", f"{facts.tensor_parallel} processes share the {shared} of a replica")]
 
 
 def closing_summary(facts: ClosingFacts) -> str:

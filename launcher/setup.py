@@ -1,5 +1,6 @@
 """What must be there before the first step: checkpoint, tokenizer, data, vocabulary, and where the run stands."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,10 +153,14 @@ def open_data(
 
 
 def vocabulary_size(config: RunConfig, tokenizer: RunTokenizer) -> int:
-    """Rows of the word embedding. Raises ValueError if model.vocab_size is too small for the tokenizer."""
+    """Rows of the word embedding, over all processes that share it.
+
+    Raises ValueError if model.vocab_size is too small for the tokenizer.
+    """
     wanted, symbols = config.model.vocab_size, tokenizer.vocab_size
     if wanted == "auto":
-        return -(-symbols // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+        multiple = math.lcm(_VOCAB_MULTIPLE, config.parallel.tensor)
+        return -(-symbols // multiple) * multiple
     if wanted < symbols:
         raise ValueError(
             f"model.vocab_size={wanted:,} is smaller than the tokenizer's {symbols:,} symbols; raise it, or set it to auto"

@@ -16,7 +16,7 @@ from .topology import Topology
 
 @dataclass(frozen=True)
 class StepData:
-    """This process's share of one step."""
+    """This replica's share of one step."""
 
     micro_batches: Sequence[Batch]
     counts: dict[str, int]
@@ -26,22 +26,22 @@ class StepData:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step computed, over all processes; tensors on the device, so that nobody waits for them unread."""
+    """What one step computed, over all replicas; tensors on the device, so that nobody waits for them unread."""
 
     sums: dict[str, Tensor]
-    """This process's summed loss of each part, fp32 scalars."""
+    """This replica's summed loss of each part, fp32 scalars."""
     totals: Tensor
-    """Terms of each part over all processes, then the real tokens, fp64 (parts + 1,)."""
+    """Terms of each part over all replicas, then the real tokens, fp64 (parts + 1,)."""
 
 
-def step_positions(first: int, batch: BatchPlan, rank: int) -> list[np.ndarray]:
-    """Positions of each micro-batch of one process, (micro_batch_size,) int64 each.
+def step_positions(first: int, batch: BatchPlan, replica: int) -> list[np.ndarray]:
+    """Positions of each micro-batch of one replica of the model, (micro_batch_size,) int64 each.
 
-    first: position of the first sample of the step. Processes take consecutive blocks, so the samples of a step are the
+    first: position of the first sample of the step. Replicas take consecutive blocks, so the samples of a step are the
     same whatever the number of processes.
     """
     share = batch.micro_batch_size * batch.gradient_accumulation_steps
-    start = first + rank * share
+    start = first + replica * share
     return list(np.arange(start, start + share, dtype=np.int64).reshape(-1, batch.micro_batch_size))
 
 
@@ -65,13 +65,13 @@ def read_step(
 def train_step(engine: Any, data: StepData, topology: Topology) -> StepResult:
     """Forward and backward of every micro-batch, then one optimizer step.
 
-    The loss of the step is, over parts, sum / count with the counts of all processes and micro-batches. DeepSpeed averages
+    The loss of the step is, over parts, sum / count with the counts of all replicas and micro-batches. DeepSpeed averages
     gradients over both, hence the division by their number here.
     """
     parts = list(data.counts)
     own = torch.tensor([*data.counts.values(), data.real_tokens], dtype=torch.float64).to(topology.device)
     totals = topology.sum(own)
-    norms = (totals[:-1].clamp(min=1) / (topology.world_size * len(data.micro_batches))).float()
+    norms = (totals[:-1].clamp(min=1) / (topology.num_replicas * len(data.micro_batches))).float()
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches:
         losses: Mapping[str, Tensor] = engine(**_on_device(micro_batch, topology.device))
@@ -83,7 +83,7 @@ def train_step(engine: Any, data: StepData, topology: Topology) -> StepResult:
 
 
 def mean_losses(result: StepResult, topology: Topology) -> dict[str, float]:
-    """The step's loss by part, averaged over all processes; waits for the device."""
+    """The step's loss by part, averaged over all replicas; waits for the device."""
     sums = topology.sum(torch.stack([result.sums[part] for part in result.sums]).double())
     means = sums / result.totals[:-1].clamp(min=1)
     return dict(zip(result.sums, means.tolist(), strict=True))
@@ -99,17 +99,17 @@ def evaluate(
 ) -> dict[str, float]:
     """Mean held-out loss by part over the first pass of the stream, the same samples with the same masks each time.
 
-    most_batches: look at no more micro-batches per process. Every process runs the model equally often, which ZeRO stage 3
+    most_batches: look at no more micro-batches per replica. Every replica runs the model equally often, which ZeRO stage 3
     needs; one that is out of samples repeats the first and does not count it.
     """
-    micro, world = batch.micro_batch_size, topology.world_size
-    rounds = -(-stream.num_samples // (micro * world))
+    micro, replicas = batch.micro_batch_size, topology.num_replicas
+    rounds = -(-stream.num_samples // (micro * replicas))
     rounds = rounds if most_batches is None else min(rounds, most_batches)
     totals: dict[str, Tensor] = {}
     engine.eval()
     with torch.no_grad():
         for index in range(rounds):
-            start = (index * world + topology.rank) * micro
+            start = (index * replicas + topology.replica) * micro
             positions = np.arange(start, min(start + micro, stream.num_samples), dtype=np.int64)
             samples = stream.batch(positions if len(positions) else np.zeros(1, dtype=np.int64))
             losses = engine(**_on_device(samples, topology.device))

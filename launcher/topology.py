@@ -1,6 +1,7 @@
 """The processes of a run: how many there are, which one this is, its device, and the few things they agree on.
 
-Runs as one plain process, under the `deepspeed` launcher, torchrun, srun or mpirun; gloo on CPU, nccl on CUDA.
+Runs as one plain process, under the `deepspeed` launcher, torchrun, srun or mpirun; gloo on CPU, nccl on CUDA. With tensor
+parallelism over t processes, ranks 0 .. t - 1 hold one replica of the model, t .. 2t - 1 the next, and so on.
 """
 
 import ctypes
@@ -14,10 +15,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
+
+from .deepspeed_config import Precision
 
 # Launchers that give every process a rank under names of their own, not as RANK, LOCAL_RANK and WORLD_SIZE.
 _FOREIGN_RANKS = {
@@ -37,11 +41,32 @@ class Topology:
     local_rank: int
     """Number of this process on its machine."""
     device: torch.device
+    tensor_parallel: int = 1
+    """Processes that hold one replica of the model together."""
+    tensor_group: dist.ProcessGroup | None = None
+    """Those of this process's replica; None where it is alone."""
+    data_group: dist.ProcessGroup | None = None
+    """The processes that hold the same part of the model as this one, one of each replica; None where all processes do."""
 
     @property
     def is_main(self) -> bool:
         """True for the one process that prints and writes shared files."""
         return self.rank == 0
+
+    @property
+    def num_replicas(self) -> int:
+        """Replicas of the model; they train on different samples."""
+        return self.world_size // self.tensor_parallel
+
+    @property
+    def tensor_rank(self) -> int:
+        """Number of this process in its replica."""
+        return self.rank % self.tensor_parallel
+
+    @property
+    def replica(self) -> int:
+        """Number of this process's replica."""
+        return self.rank // self.tensor_parallel
 
     def barrier(self) -> None:
         """Return when every process has come here."""
@@ -49,17 +74,22 @@ class Topology:
             dist.barrier()
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Elementwise sum of `tensor` over the processes, same on each; the argument is left as it is."""
+        """Elementwise sum of `tensor` over the replicas, same on each process; the argument is left as it is.
+
+        tensor: equal on the processes of a replica.
+        """
         total = tensor.detach().clone()
-        if self.world_size > 1:
-            dist.all_reduce(total)
+        if self.num_replicas > 1:
+            dist.all_reduce(total, group=self.data_group)
         return total
 
     def any(self, flag: bool) -> bool:
         """True on every process if `flag` is true on at least one."""
         if self.world_size == 1:
             return flag
-        return bool(self.sum(torch.tensor([int(flag)], dtype=torch.int32, device=self.device)).item())
+        flags = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags)
+        return bool(flags.item())
 
     def broadcast(self, value: Any) -> Any:
         """The main process's `value`, a small picklable object, on every process."""
@@ -99,11 +129,41 @@ def quiet(debug: bool) -> None:
         handler.setLevel(level)
 
 
-def start_processes(hang_timeout_s: float) -> Topology:
-    """This process's place in the run, with the process group up and DeepSpeed told of it.
+class TensorParallelUnit:
+    """The groups of a run as DeepSpeed asks for them, its `mpu`."""
 
-    hang_timeout_s: a process that waits longer than this for another in a collective gives up.
-    Raises ValueError if the launcher's environment is incomplete.
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def get_model_parallel_rank(self) -> int:
+        return self._topology.tensor_rank
+
+    def get_model_parallel_world_size(self) -> int:
+        return self._topology.tensor_parallel
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._topology.tensor_group
+
+    def get_data_parallel_rank(self) -> int:
+        return self._topology.replica
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._topology.num_replicas
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
+        return self._topology.data_group
+
+    def get_data_parallel_group_ranks(self) -> list[int]:
+        first = self.get_model_parallel_rank()
+        return list(range(first, self._topology.world_size, self._topology.tensor_parallel))
+
+
+def start_processes(hang_timeout_s: float, tensor_parallel: int = 1) -> Topology:
+    """This process's place in the run, with the process groups up and DeepSpeed told of them.
+
+    hang_timeout_s: a process that waits longer than this for another in a collective gives up. tensor_parallel: processes that
+    hold one replica of the model together.
+    Raises ValueError if the launcher's environment is incomplete, or tensor_parallel does not divide the processes.
     """
     timeout = timedelta(seconds=hang_timeout_s)
     if dist.is_initialized():
@@ -114,6 +174,10 @@ def start_processes(hang_timeout_s: float) -> Topology:
     distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[misc]
 
     rank, local_rank, world_size = _place(os.environ)
+    if world_size % tensor_parallel:
+        raise ValueError(
+            f"parallel.tensor={tensor_parallel} does not divide the {world_size} processes of the run; start a multiple of it"
+        )
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed insists on it
     _choose_accelerator()
     if torch.cuda.is_available():
@@ -142,7 +206,18 @@ def start_processes(hang_timeout_s: float) -> Topology:
         _switch_off_shared_memory_op()
         keep_freed_memory()
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-    return Topology(rank, world_size, local_rank, device)
+    tensor_group = data_group = None
+    if tensor_parallel > 1:
+        ranks = np.arange(world_size).reshape(-1, tensor_parallel)
+        tensor_group, data_group = _own_group(ranks, rank), _own_group(ranks.T, rank)
+    return Topology(rank, world_size, local_rank, device, tensor_parallel, tensor_group, data_group)
+
+
+def _own_group(ranks: np.ndarray, rank: int) -> dist.ProcessGroup | None:
+    """The group of this process among groups of one row of `ranks` each, all of which every process must help to make."""
+    groups = [dist.new_group(row.tolist()) for row in ranks]
+    own: dist.ProcessGroup = groups[int(np.argwhere(ranks == rank)[0, 0])]
+    return own
 
 
 def stop_processes() -> None:
@@ -155,24 +230,22 @@ def stop_processes() -> None:
     deepspeed.comm.destroy_process_group()
 
 
-def precision(
-    requested: Literal["auto", "fp32", "bf16", "fp16", "fp8"], device: torch.device
-) -> tuple[Literal["fp32", "bf16", "fp16"], str]:
-    """(fp32 | bf16 | fp16, why): the number format that `training.precision` means on this device.
+def precision(requested: Literal["auto", "fp32", "bf16", "fp16", "fp8"], device: torch.device) -> tuple[Precision, str]:
+    """(fp32 | bf16 | fp16 | fp8, why): the number format that `training.precision` means on this device.
 
     Raises ValueError for a format that the device cannot train in.
     """
-    if requested == "fp8":
-        raise ValueError("training.precision=fp8 is not available in this version; use bf16")
     on_gpu = device.type == "cuda"
     if requested == "fp16" and not on_gpu:
         raise ValueError("training.precision=fp16 needs a GPU and this run has none; use fp32, bf16 or auto")
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
-    if requested == "bf16" and not has_bf16:
+    if requested in ("bf16", "fp8") and not has_bf16:
         raise ValueError(
-            f"training.precision=bf16 needs a GPU that computes in bf16 and {torch.cuda.get_device_name(device)} does "
+            f"training.precision={requested} needs a GPU that computes in bf16 and {torch.cuda.get_device_name(device)} does "
             "not; use fp16 or auto"
         )
+    if requested == "fp8":
+        return "fp8", "as the config says; bf16 outside the layers' matrix products"
     if requested != "auto":
         return requested, "as the config says"
     if not on_gpu:

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..kernels.tensor_parallel import TensorParallel
 from ..recipes import RECIPES
 from ..recipes.loader import prefetch
+from ..recipes.recipe import Runtime
 from . import checkpoint
 from .batch import solve_batch
 from .config import RunConfig
@@ -54,7 +56,7 @@ def run(loaded: LoadedConfig, *, resume: bool) -> None:
     Raises ValueError for what the user can mend, OSError for what the file system refuses.
     """
     started_s = time.monotonic()
-    topology = start_processes(loaded.config.reliability.hang_timeout_s)
+    topology = start_processes(loaded.config.reliability.hang_timeout_s, loaded.config.parallel.tensor)
     try:
         with StopRequest(topology) as stop:
             setup, progress = _prepare(loaded, topology, resume=resume)
@@ -84,7 +86,7 @@ def _prepare(loaded: LoadedConfig, topology: Topology, *, resume: bool) -> tuple
 
     config = loaded.config
     number_format, why = precision(config.training.precision, topology.device)
-    batch = solve_batch(config.training, topology.world_size)
+    batch = solve_batch(config.training, topology.num_replicas)
     ds_config = deepspeed_config(config, batch, number_format, loaded.origins)
     directory = by_main(topology, lambda: open_run_directory(config, resume=resume))
     log_to_file(directory, topology.rank)
@@ -137,13 +139,18 @@ def _build(
 ) -> tuple[Any, torch.optim.Optimizer]:
     """The engine around a new model, with weights from that checkpoint if one is given, and the optimizer inside it."""
     torch.manual_seed(config.seed)
-    model = RECIPES[config.model.type].build_model(config.model, config.layer, config.objective, vocab_size)
+    runtime = Runtime(
+        fp8=config.training.precision == "fp8",
+        parallel=TensorParallel(topology.tensor_group, config.parallel.sequence),
+    )
+    recipe = RECIPES[config.model.type]
+    model = recipe.build_model(config.model, config.layer, config.objective, vocab_size, runtime)
     if weights is not None:
-        checkpoint.load_weights(model, weights, model_facts(config, vocab_size))
-    optimizer = build_optimizer(model, config.optimizer)
+        checkpoint.load_weights(model, weights, model_facts(config, vocab_size), topology)
+    optimizer = build_optimizer(model, config.optimizer, topology.tensor_group)
     engine = build_engine(model, optimizer, ds_config, topology)
-    # Weights start equal everywhere; dropout must differ between processes.
-    torch.manual_seed(int(np.random.SeedSequence([config.seed, topology.rank]).generate_state(1, np.uint64)[0] >> 1))
+    # Weights start equal everywhere; dropout must differ between replicas, whose processes draw alike.
+    torch.manual_seed(int(np.random.SeedSequence([config.seed, topology.replica]).generate_state(1, np.uint64)[0] >> 1))
     return engine, optimizer
 
 
@@ -154,7 +161,7 @@ def _loop(setup: Setup, stop: StopRequest, progress: Progress, started_s: float)
     best: tuple[float, int] | None = None
 
     def read(step: int) -> StepData:
-        positions = step_positions(start.position + (step - start.step) * batch_size, setup.batch, topology.rank)
+        positions = step_positions(start.position + (step - start.step) * batch_size, setup.batch, topology.replica)
         return read_step(setup.data.train, positions, setup.loss_counts, setup.recipe.real_tokens)
 
     log = _open_log(setup, start) if topology.is_main else None

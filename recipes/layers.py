@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ..kernels import LayerConfig, LayerStack
 from ..kernels.attention import LARGEST_TRITON_HEAD
 from ..kernels.cross_entropy import linear_cross_entropy
+from ..kernels.fp8 import fp8_path
 from ..kernels.linear import cpu_library
 from ..kernels.residual_norm import Kernels, norm
 from ..kernels.sharding import Partition, shard_parameters
@@ -38,7 +40,12 @@ def build_layers(model: ModelConfig, flags: LayerFlags, runtime: Runtime) -> Lay
         stochastic_mode=flags.stochastic_mode,
     )
     return LayerStack(
-        config, model.num_hidden_layers, cuda_graph=flags.cuda_graph, fp8=runtime.fp8, parallel=runtime.parallel
+        config,
+        model.num_hidden_layers,
+        cuda_graph=flags.cuda_graph,
+        fp8=runtime.fp8,
+        activation_checkpointing=runtime.activation_checkpointing,
+        parallel=runtime.parallel,
     )
 
 
@@ -72,9 +79,9 @@ def vocabulary_loss(
     return vocab_parallel_linear_cross_entropy(hidden, weight, bias, labels, group)
 
 
-def kernels_text(model: ModelConfig, flags: LayerFlags, device_type: str) -> str:
-    """Which kernels compute the layers on a device of this type, in words."""
-    on_gpu = device_type == "cuda"
+def kernels_text(model: ModelConfig, flags: LayerFlags, device: torch.device, *, fp8: bool) -> str:
+    """Which kernels compute the layers on this device, in words; fp8: whether their products are in FP8."""
+    on_gpu = device.type == "cuda"
     if on_gpu and flags.kernels == "auto":
         triton = "attention, LayerNorm, GELU, dropout and the loss"
         if model.hidden_size // model.num_attention_heads > LARGEST_TRITON_HEAD:
@@ -85,6 +92,8 @@ def kernels_text(model: ModelConfig, flags: LayerFlags, device_type: str) -> str
         text, padding = f"PyTorch ({where})", "; no padding outside attention"
     if flags.cuda_graph:
         text += "; a CUDA graph of all layers" if on_gpu else "; no CUDA graph"
+    if fp8:
+        text += f"; {fp8_path(device)}"
     return text + padding if flags.unpad else text
 
 

@@ -285,7 +285,7 @@ def engine_times(
     config: RunConfig, topology: Topology, number_format: Precision, steps: int, turns: int
 ) -> dict[str, float]:
     """Median seconds per step of each model, over all steps of a turn but the first two; a row that fails is left out."""
-    ds_config = deepspeed_config(config, solve_batch(config.training, topology.world_size), number_format)
+    ds_config = deepspeed_config(config, solve_batch(config.training, topology.num_replicas), number_format)
     graph = config.model_copy(update={"layer": config.layer.model_copy(update={"cuda_graph": True})})
     with topology.device:  # where drawing the first weights takes no time
         models = our_model(config), our_model(graph), stock_model(config)

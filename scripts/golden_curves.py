@@ -130,7 +130,7 @@ def made_up_text(documents: int = 1500) -> str:
 def loss_curve(task: GoldenTask, seed: int, steps: int = STEPS, *, plain: bool = False) -> list[float]:
     """The training loss of each of the first `steps` steps, all parts of it added."""
     config, stream = task.config, task.data.train
-    recipe, batch = RECIPES[config.model.type], solve_batch(config.training, world_size=1)
+    recipe, batch = RECIPES[config.model.type], solve_batch(config.training, num_replicas=1)
     assert isinstance(config.model.vocab_size, int), "open_task sets it"
     torch.manual_seed(seed)
     model = recipe.build_model(config.model, config.layer, config.objective, config.model.vocab_size)

@@ -8,14 +8,19 @@ from multiprocessing import get_context
 from typing import Any
 
 
-def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 100) -> list[Any]:
     """What `function(*args)` returned in each of `world_size` processes, by rank. It must stand in an importable module."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with ProcessPoolExecutor(world_size, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(_run, function, rank, world_size, port, args) for rank in range(world_size)]
-        return [future.result(timeout=100) for future in futures]
+        return [future.result(timeout=timeout_s) for future in futures]
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def _run(function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...]) -> Any:

@@ -127,7 +127,7 @@ def resume_worker(folder: Path, stages: list[int]) -> dict[str, Any]:
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.zero_()
-        checkpoint.load_weights(module, target / "half", MODEL)
+        checkpoint.load_weights(module, target / "half", MODEL, topology)
         results[f"saved {stage}"] = (saved, [p.detach() for p in module.parameters()])
     results["full disk"] = _save_with_a_full_disk_on_process_1(folder / "full", topology)
     stop_processes()

@@ -35,9 +35,9 @@ def test_without_a_batch_size_the_error_names_the_keys_to_give(accumulation):
 @pytest.mark.parametrize(
     "keys,world_size,message",
     [
-        ((10, 3, None), 1, "got 10, must be a multiple of micro_batch_size 3 times 1 process; .* 9 = 3 x 3 x 1"),
-        ((10, None, None), 4, "got 10, must be a multiple of 4 processes; .* 8 = 2 x 1 x 4; 12 = 3 x 1 x 4"),
-        ((100, None, 3), 8, "must be a multiple of gradient_accumulation_steps 3 times 8 processes"),
+        ((10, 3, None), 1, "got 10, must be a multiple of micro_batch_size 3 times 1 replica; .* 9 = 3 x 3 x 1"),
+        ((10, None, None), 4, "got 10, must be a multiple of 4 replicas; .* 8 = 2 x 1 x 4; 12 = 3 x 1 x 4"),
+        ((100, None, 3), 8, "must be a multiple of gradient_accumulation_steps 3 times 8 replicas"),
         ((32, 8, 3), 2, "got 32, must be 48, which is micro_batch_size 8 times gradient_accumulation_steps 3 times 2"),
         ((2, 8, None), 1, "got 2, .* 2 = 2 x 1 x 1; 8 = 8 x 1 x 1"),
         ((3, None, None), 8, "got 3, .* 8 = 1 x 1 x 8"),

@@ -135,7 +135,7 @@ def test_weights_alone_start_a_new_optimizer(alone, engine, tmp_path):
     save(engine, tmp_path, "a", 1, alone)
     fresh = tiny_engine(alone, 0, "fp32").module
     assert not equal_weights(fresh.parameters(), engine.module.parameters())
-    checkpoint.load_weights(fresh, tmp_path / "a", MODEL)
+    checkpoint.load_weights(fresh, tmp_path / "a", MODEL, alone)
     assert equal_weights(fresh.parameters(), engine.module.parameters())
 
 
@@ -154,7 +154,7 @@ def test_state_and_extra_files_are_inside_and_latest_names_the_newest(alone, eng
     assert (folder / "a/tokenizer/tokenizer.json").read_text() == "{}"
     state = checkpoint.read_state(folder / "a")
     assert (state["step"], state["samples"], state["engine"]["world_size"]) == (1, 24, 1)
-    assert {"tokenizer/tokenizer.json", "rng_rank0.pt", "mp_rank_00_model_states.pt"} <= state["files"].keys()
+    assert {"tokenizer/tokenizer.json", "rng_replica0.pt", "mp_rank_00_model_states.pt"} <= state["files"].keys()
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "latest"]
 
 
@@ -336,13 +336,13 @@ def test_a_sharded_checkpoint_of_another_number_of_processes_is_refused(alone, t
 
 def test_missing_and_cut_files_are_named(alone, engine, tmp_path):
     save(engine, tmp_path, "a", 1, alone)
-    file = tmp_path / "a/rng_rank0.pt"
+    file = tmp_path / "a/rng_replica0.pt"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
-    with pytest.raises(ValueError, match=rf"rng_rank0\.pt has {len(content) - 1} bytes instead of {len(content)}"):
+    with pytest.raises(ValueError, match=rf"rng_replica0\.pt has {len(content) - 1} bytes instead of {len(content)}"):
         checkpoint.load(engine, tmp_path / "a", MODEL, alone)
     file.unlink()
-    with pytest.raises(ValueError, match=r"rng_rank0\.pt is missing"):
+    with pytest.raises(ValueError, match=r"rng_replica0\.pt is missing"):
         checkpoint.load(engine, tmp_path / "a", MODEL, alone)
 
 
@@ -363,7 +363,7 @@ class Evil:
         return os.system, (self.command,)
 
 
-@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "rng_rank0.pt"])
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "rng_replica0.pt"])
 @pytest.mark.parametrize("kind", ["torch", "pickle"])
 def test_code_in_a_checkpoint_is_not_executed(alone, engine, tmp_path, name, kind):
     save(engine, tmp_path, "a", 1, alone)

@@ -208,7 +208,7 @@ def test_config_show_prints_what_loads_back_and_what_set_each_key(runs):
 def test_config_check_says_how_the_batch_is_divided(runs, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     result = invoke("config", "check", "--config", "run.yaml")
-    assert result.stdout == "run.yaml: valid; 8 sequences per step = micro-batch 2 x accumulation 1 x processes 4\n"
+    assert result.stdout == "run.yaml: valid; 8 sequences per step = micro-batch 2 x accumulation 1 x replicas 4\n"
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert invoke("config", "check", "--config", "run.yaml").exit_code == 2
 

@@ -87,11 +87,14 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "training.train_batch_size: got 7, must be",
         ),
         (
-            "training: {train_batch_size: 8, max_steps: 1, precision: fp8}",
-            "training.precision: got 'fp8', which this version",
+            "training: {train_batch_size: 8, max_steps: 1, precision: fp8}\nmodel: {intermediate_size: 3080}",
+            "model.intermediate_size: got 3080, but the matrix products of training.precision fp8 need a multiple of 16",
         ),
-        ("parallel: {tensor: 2}", "parallel.tensor: got 2, but this version cannot"),
-        ("parallel: {sequence: true}", "parallel.sequence: got true, but this version cannot"),
+        ("parallel: {tensor: 2}", "parallel.tensor: got 2, which does not divide the 1 process of the run"),
+        (
+            "parallel: {sequence: true}",
+            "parallel.sequence: got true, but it divides tokens over the processes of parallel.tensor, which is 1",
+        ),
         ("checkpoint: {id_format: latest}", "checkpoint.id_format: got 'latest', must hold {step}"),
         ("checkpoint: {id_format: 'e{epoch}'}", "checkpoint.id_format: got 'e{epoch}', must hold {step}"),
         (
@@ -122,8 +125,8 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "load.rewarmup: got true, but load.what weights starts a new run",
         ),
         (
-            "optimizer: {type: lamb}\ndeepspeed: {zero_optimization: {stage: 2}}",
-            "deepspeed.zero_optimization.stage: got 2, but ZeRO flattens parameters into one vector",
+            "optimizer: {type: lamb}\ndeepspeed: {zero_optimization: {stage: 2, round_robin_gradients: true}}",
+            "deepspeed.zero_optimization.round_robin_gradients: got true, but then it is not known which parameters",
         ),
         (
             "deepspeed: {bf16: {enabled: true}}\ntraining: {precision: fp16, max_steps: 1, train_batch_size: 1}",
@@ -150,7 +153,8 @@ def test_an_impossible_combination_is_refused(problems, text, message):
         "data: {validation_fraction: 0.1}\neval: {every_steps: 5}",
         "schedule: {type: EE, total_steps: 5, warmup_proportion: 0.5}",
         "schedule: {type: wsd, warmup_proportion: 0.8}",
-        "optimizer: {type: lamb}\ndeepspeed: {zero_optimization: {stage: 0}}",
+        "optimizer: {type: lamb}\ndeepspeed: {zero_optimization: {stage: 3}}",
+        "deepspeed: {zero_optimization: {stage: 2, round_robin_gradients: true}}",
         "deepspeed: {fp16: {enabled: true}}",  # whether auto comes to fp16 is known at the start of the run
         "load: {path: x, rewarmup: true}",
         "data: {sources: [{kind: builtin, weight: 1}, {kind: hf, path: x, split: y, subset: z, weight: 0.5}]}",
@@ -163,7 +167,55 @@ def test_a_possible_combination_is_accepted(load, text):
 def test_the_batch_is_checked_for_the_number_of_processes(load, problems):
     load(MINIMAL, world_size=4)
     [problem] = problems(MINIMAL, world_size=3)
-    assert "training.train_batch_size: got 8, must be a multiple of 3 processes" in problem
+    assert "training.train_batch_size: got 8, must be a multiple of 3 replicas" in problem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "parallel: {tensor: 4}\nmodel: {num_attention_heads: 6, intermediate_size: 3080}",
+            "parallel.tensor: got 4, must divide model.num_attention_heads 6: 1, 2, 3, 6",
+        ),
+        (
+            "parallel: {tensor: 4}\nmodel: {intermediate_size: 1022}",
+            "parallel.tensor: got 4, must divide model.intermediate_size 1022: 1, 2, 7, 14, 73, 146, 511, 1022",
+        ),
+        (
+            "parallel: {tensor: 4}\nmodel: {vocab_size: 30522}",
+            "parallel.tensor: got 4, must divide model.vocab_size 30522",
+        ),
+        (
+            "parallel: {tensor: 4, sequence: true}\ndata: {max_seq_length: 126}",
+            "parallel.tensor: got 4, must divide data.max_seq_length 126",
+        ),
+        (
+            "parallel: {tensor: 4, sequence: true}\nlayer: {unpad: true}",
+            "parallel.sequence: got true, but with layer.unpad the number of tokens changes",
+        ),
+        ("parallel: {tensor: 4}\nlayer: {cuda_graph: true}", "layer.cuda_graph: got true, but a graph cannot hold"),
+        (
+            "parallel: {tensor: 4}\ndeepspeed: {zero_optimization: {stage: 3}}",
+            "deepspeed.zero_optimization.stage: got 3, which with parallel.tensor 4 would leave checkpoints",
+        ),
+        (
+            "parallel: {tensor: 4}\nmodel: {hidden_size: 240, num_attention_heads: 4}\n"
+            "training: {precision: fp8, train_batch_size: 8, max_steps: 1}",
+            "model.hidden_size: got 240, but the matrix products of training.precision fp8 need a multiple of 16 times "
+            "parallel.tensor 4",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_shared_is_refused(problems, text, message):
+    [problem] = problems(text + "\n" + ("" if "training:" in text else MINIMAL), world_size=4)
+    assert problem.partition(": ")[2].startswith(message), problem
+
+
+def test_processes_that_share_a_replica_count_once_in_the_batch(load, problems):
+    load(MINIMAL + "parallel: {tensor: 3, sequence: true}\ndata: {max_seq_length: 96}\n", world_size=12)
+    load(MINIMAL + "parallel: {tensor: 2}\n", world_size=None)
+    [problem] = problems(MINIMAL + "parallel: {tensor: 2}\n", world_size=6)
+    assert "training.train_batch_size: got 8, must be a multiple of 3 replicas" in problem
 
 
 def test_a_causal_objective_has_no_sentence_task_unless_one_is_asked_for(load):

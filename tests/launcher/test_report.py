@@ -14,6 +14,8 @@ STARTUP = StartupFacts(
     train_batch_size=256,
     micro_batch_size=32,
     num_replicas=2,
+    tensor_parallel=1,
+    sequence_parallel=False,
     gradient_accumulation_steps=4,
     max_seq_length=128,
     precision="bf16",
@@ -55,6 +57,17 @@ def test_the_report_derives_the_batch_in_words():
     assert "256 sequences = 32 per process x 2 processes x 4 micro-batches," in startup_report(STARTUP)
     single = dataclasses.replace(STARTUP, train_batch_size=32, num_replicas=1, gradient_accumulation_steps=1)
     assert "32 sequences = 32 per process x 1 process x 1 micro-batch," in startup_report(single)
+
+
+def test_the_report_says_what_processes_share():
+    assert "parallel" not in startup_report(STARTUP)
+    shared = dataclasses.replace(STARTUP, tensor_parallel=4)
+    text = startup_report(shared)
+    assert "256 sequences = 32 per replica x 2 replicas x 4 micro-batches," in text
+    assert "4 processes share the layers, embedding and head of a replica" in text
+    assert "embedding, head and tokens of a replica" in startup_report(
+        dataclasses.replace(shared, sequence_parallel=True)
+    )
 
 
 def test_the_report_is_aligned_and_fits_a_screen():

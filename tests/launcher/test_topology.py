@@ -100,6 +100,8 @@ def test_a_restart_by_torchrun_reads_none_of_the_keys_of_the_attempt_before(envi
         ("bf16", CPU, False, "bf16"),
         ("fp16", GPU, True, "fp16"),
         ("fp32", GPU, True, "fp32"),
+        ("fp8", GPU, True, "fp8"),
+        ("fp8", CPU, True, "fp8"),
     ],
 )
 def test_precision_is_what_was_asked_for_or_the_best_of_the_device(environment, requested, device, has_bf16, chosen):
@@ -115,8 +117,7 @@ def test_precision_is_what_was_asked_for_or_the_best_of_the_device(environment, 
     [
         ("fp16", CPU, r"training\.precision=fp16 needs a GPU"),
         ("bf16", GPU, r"training\.precision=bf16 needs a GPU that computes in bf16 and Some GPU does not"),
-        ("fp8", CPU, r"training\.precision=fp8 is not available"),
-        ("fp8", GPU, r"training\.precision=fp8 is not available"),
+        ("fp8", GPU, r"training\.precision=fp8 needs a GPU that computes in bf16"),
     ],
 )
 def test_a_precision_that_the_device_has_not_is_refused(environment, requested, device, message):
