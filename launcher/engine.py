@@ -11,7 +11,9 @@ from torch.distributed import ProcessGroup
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..kernels.sharding import is_sharded
+from .lamb import Lamb
 from .topology import TensorParallelUnit, Topology
+from .zero_slices import zero_slices
 
 
 def build_engine(
@@ -44,6 +46,11 @@ def build_engine(
         if topology.num_replicas == 1:
             # Its all-reduce among one copies every gradient into a buffer and back, for nothing.
             engine.enable_backward_allreduce = False
+    elif isinstance(optimizer, Lamb):
+        slices = zero_slices(engine, {id(param): place for place, param in enumerate(parameters)})
+        everyone = dist.group.WORLD
+        assert everyone is not None, "the process group of the run is up"
+        optimizer.divide(slices, topology.data_group or everyone, topology.device)
     return engine
 
 

@@ -66,6 +66,7 @@ def root(tmp_path_factory):
     start(
         4,
         (gpt, named("gpt4", TWO, SEQUENCE), False),
+        (bert, named("bert4zero1", TWO, "deepspeed.zero_optimization.stage=1"), False),
         (gpt, named("gpt4zero1", TWO, "deepspeed.zero_optimization.stage=1"), False),
         (gpt, named("gpt4zero2", TWO, SEQUENCE, "deepspeed.zero_optimization.stage=2", half), False),
         (gpt, named("gpt4zero2", TWO, SEQUENCE, "deepspeed.zero_optimization.stage=2"), True),
@@ -81,6 +82,7 @@ def root(tmp_path_factory):
     ("name", "like"),
     [
         ("bert2", "bert1"),
+        ("bert4zero1", "bert1"),
         ("gpt4", "gpt1"),
         ("gpt4zero1", "gpt1"),
         ("gpt4zero2", "gpt1"),  # resumed half way
