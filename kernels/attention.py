@@ -11,7 +11,7 @@ Only the first knows packed batches; for the others the sequences are padded her
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from .operator import operator
 from .residual_norm import Kernels, uses_triton
 
 LARGEST_TRITON_HEAD = 128
+Recompute = Literal["nothing", "dropout", "core"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,7 @@ def attention(
     seed: Tensor | None,
     site: int,
     *,
-    dropout_checkpoint: bool = False,
+    recompute: Recompute = "nothing",
     stochastic: bool = False,
     kernels: Kernels = "auto",
 ) -> Tensor:
@@ -143,8 +144,8 @@ def attention(
 
     qkv: (B, S, 3, N, D), or (T, 3, N, D) where the mask has cu_seqlens; any float dtype.
     p: dropout of the probabilities; seed: int64 scalar tensor, None for no dropout.
-    dropout_checkpoint: do not keep the probabilities after dropout; the Triton path and the one without dropout keep nothing
-        of size S * S in any case.
+    recompute: what backward computes again in place of keeping it: with `dropout` the probabilities after dropout, with `core`
+        those before it too, from scores on. The Triton path and the one without dropout keep nothing of size S * S anyway.
     stochastic: let the Triton backward add dQ atomically where that is faster; its last bits then vary from run to run.
     Raises ValueError for a packed qkv without a mask that has cu_seqlens, and the other way round.
     """
@@ -161,7 +162,7 @@ def attention(
     bias = mask.additive(qkv.shape[1] if mask.max_length is None else mask.max_length, qkv)
     if seed is not None:
         return _AttentionWithDropout.apply(  # type: ignore[no-any-return, no-untyped-call]
-            qkv, bias, rows, seed, (p, site), dropout_checkpoint
+            qkv, bias, rows, seed, (p, site), recompute
         )
     q, k, v = (part.transpose(1, 2) for part in _padded(qkv, rows, bias).unbind(2))
     return _unpadded(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2), rows)
@@ -254,6 +255,15 @@ def _bmm(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tenso
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)
 
 
+def _scores(parts: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """q k' / sqrt(D) + bias, (B * N, S, S), of the parts of `_heads_first`."""
+    q, k, _ = parts.unbind()
+    scores = _bmm(q, k.transpose(1, 2), 1 / math.sqrt(q.shape[-1]))
+    if bias is not None:
+        scores.unflatten(0, (-1, heads)).add_(bias)
+    return scores
+
+
 def _fake_product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     heads, size = qkv.shape[-2:]
     batch, length = qkv.shape[:2] if bias is None or rows is None else (bias.shape[0], bias.shape[-1])
@@ -281,13 +291,20 @@ def _product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *res
     padded = _padded(qkv, rows, bias)
     batch, length, _, heads, size = padded.shape
     parts = _heads_first(padded)
-    scores = _bmm(parts[0], parts[1].transpose(1, 2), 1 / math.sqrt(size))
-    if bias is not None:
-        scores.view(batch, heads, length, length).add_(bias)
+    scores = _scores(parts, bias, heads)
     probabilities = torch.softmax(scores, -1)
     dropped = torch.mul(probabilities, keep_mask(scores.shape, p, seed, site), out=scores)
     context = _bmm(dropped, parts[2], keep_scale(p)).view(batch, heads, length, size).transpose(1, 2).flatten(2)
     return _unpadded(context, rows), parts, probabilities, dropped if keep_dropped else qkv.new_empty(0)
+
+
+@operator(
+    "attention_probabilities(Tensor parts, Tensor? bias, int heads) -> Tensor",
+    lambda parts, bias, heads: parts.new_empty((*parts.shape[1:3], parts.shape[2])),
+)
+def _probabilities(parts: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """The probabilities before dropout, (B * N, S, S), once more."""
+    return torch.softmax(_scores(parts, bias, heads), -1)
 
 
 @operator(
@@ -317,7 +334,7 @@ class _AttentionWithDropout(torch.autograd.Function):
     """softmax(q k' / sqrt(D) + bias), dropout, times v; the mask is drawn again in backward.
 
     rows: None, or those of a packed batch, which is padded within forward and within backward, so that what is kept of qkv
-    is packed. checkpoint: keep the probabilities before dropout only, and multiply by the mask again in backward.
+    is packed.
     """
 
     @staticmethod
@@ -328,21 +345,23 @@ class _AttentionWithDropout(torch.autograd.Function):
         rows: Tensor | None,
         seed: Tensor,
         dropout: tuple[float, int],
-        checkpoint: bool,
+        recompute: Recompute,
     ) -> Tensor:
-        out, parts, probabilities, dropped = _product_forward(qkv, bias, rows, seed, *dropout, not checkpoint)
-        kept = parts if rows is None else qkv
-        ctx.save_for_backward(kept, probabilities, None if checkpoint else dropped, rows, seed)
-        ctx.dropout = dropout
+        keeps_dropped = recompute == "nothing"
+        out, parts, probabilities, dropped = _product_forward(qkv, bias, rows, seed, *dropout, keeps_dropped)
+        kept = (None, None, bias) if recompute == "core" else (probabilities, dropped if keeps_dropped else None, None)
+        ctx.save_for_backward(parts if rows is None else qkv, *kept, rows, seed)
+        ctx.heads, ctx.dropout = qkv.shape[-2], dropout
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        parts, probabilities, dropped, rows, seed = ctx.saved_tensors
+        parts, probabilities, dropped, bias, rows, seed = ctx.saved_tensors
         if rows is not None:
-            heads = parts.shape[-2]
-            scores = probabilities.unflatten(0, (-1, heads))
+            scores = bias if probabilities is None else probabilities.unflatten(0, (-1, ctx.heads))
             parts, dout = _heads_first(_padded(parts, rows, scores)), _padded(dout, rows, scores)
+        if probabilities is None:
+            probabilities = _probabilities(parts, bias, ctx.heads)
         dqkv = _product_backward(dout, parts, probabilities, dropped, seed, *ctx.dropout)
         return _unpadded(dqkv, rows), None, None, None, None, None

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionMask, attention
+from .attention import AttentionMask, Recompute, attention
 from .dropout import draw_seed
 from .fp8 import Fp8State
 from .mlp import Activation, gelu, mlp
@@ -96,12 +96,14 @@ class _Pass:
     """What one forward pass has besides its hidden states.
 
     seed: None where nothing is dropped. invertible: (attention_norm, mlp_norm). token_shape: (B, S) or (T,), of all processes.
+    recompute: of attention.
     """
 
     mask: AttentionMask
     seed: Tensor | None
     invertible: tuple[bool, bool]
     token_shape: torch.Size
+    recompute: Recompute
     replicated: _Replicated
 
 
@@ -191,6 +193,7 @@ class TransformerLayer(nn.Module):
         seed: Tensor | None = None,
         invertible: tuple[bool, bool] | None = None,
         token_shape: torch.Size | None = None,
+        recompute_attention: bool = False,
     ) -> Tensor:
         """The layer's output, in shape and dtype of hidden_states.
 
@@ -199,6 +202,7 @@ class TransformerLayer(nn.Module):
         seed: of this pass's dropouts, int64 of shape (), on the device; None: the layer draws one. invertible: this layer's
         answer of `invertible_norms`; None: the layer asks. Both are for stacks, which do either for all their layers at once.
         token_shape: (B, S) or (T,), of all processes; needed with parallel.sequence, and else that of hidden_states.
+        recompute_attention: keep no attention probabilities, but compute scores and softmax again in backward.
         Raises ValueError if the last dim is not hidden_size, and under torch.compile for normalize_invertible without
         `invertible`.
         """
@@ -215,7 +219,10 @@ class TransformerLayer(nn.Module):
             seed = self._draw_seed(hidden_states.device)
         if token_shape is None:
             token_shape = hidden_states.shape[:-1]
-        now = _Pass(mask, seed, invertible, token_shape, self._replicated())
+        recompute: Recompute = "dropout" if config.attn_dropout_checkpoint else "nothing"
+        if recompute_attention:
+            recompute = "core"
+        now = _Pass(mask, seed, invertible, token_shape, recompute, self._replicated())
         if config.pre_layer_norm:
             return self._pre_layer_norm(hidden_states, now)
         return self._post_layer_norm(hidden_states, now)
@@ -304,7 +311,7 @@ class TransformerLayer(nn.Module):
             config.attention_probs_dropout_prob,
             now.seed,
             self._site(_ATTENTION_SITE, differs=True),
-            dropout_checkpoint=config.attn_dropout_checkpoint,
+            recompute=now.recompute,
             stochastic=config.stochastic_mode,
             kernels=config.kernels,
         )

@@ -1,8 +1,9 @@
-"""The layers of a model in order: their FP8 region, their shares of the tokens, and their capture in CUDA graphs."""
+"""The layers of a model in order: what backward computes again, FP8, shares of the tokens, and capture in CUDA graphs."""
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from .attention import AttentionMask
 from .dropout import draw_seed
 from .fp8 import Float8CurrentScaling, check_fp8_features, fp8_autocast, is_fp8_enabled
 from .layer import LayerConfig, TransformerLayer, invertible_norms
+from .recomputation import recompute_in_backward
 from .tensor_parallel import ONE_PROCESS, TensorParallel, gather_from_group, scatter_to_group
 
+ActivationCheckpointing = Literal["none", "selective", "full"]
 _WARM_UPS = 3  # compile the kernels and let the matrix libraries choose theirs, which a capture forbids
 
 
@@ -27,6 +30,9 @@ class LayerStack(nn.ModuleList):
         same ones as without the graph.
     fp8: FP8 products with `Float8CurrentScaling` in all layers, whatever region is around the stack. False leaves the layers to
         such a region.
+    activation_checkpointing: what backward computes again. `selective`: the attention core, scores, softmax and dropout, whose
+        B * N * S * S probabilities are large and cheap; where they are not kept anyway, on the Triton path and without dropout,
+        it changes nothing. `full`: all of a layer but its input; it costs a second forward pass.
     parallel: the processes that share the layers, and with `sequence` the rows of tokens between their products: see
         `TransformerLayer`. What goes in and comes out is replicated.
 
@@ -40,16 +46,27 @@ class LayerStack(nn.ModuleList):
         *,
         cuda_graph: bool = False,
         fp8: bool = False,
+        activation_checkpointing: ActivationCheckpointing = "none",
         parallel: TensorParallel = ONE_PROCESS,
     ) -> None:
         if cuda_graph and parallel.size > 1:
             raise ValueError(
                 f"cuda_graph=True captures no collectives, which {parallel.size} processes that share a layer need; turn it off"
             )
+        if activation_checkpointing not in get_args(ActivationCheckpointing):
+            raise ValueError(
+                f"activation_checkpointing={activation_checkpointing!r} is unknown; use 'none', 'selective' or 'full'"
+            )
+        if cuda_graph and activation_checkpointing == "full":
+            raise ValueError(
+                "activation_checkpointing='full' computes layers again in backward, but cuda_graph=True holds the memory of "
+                "all that a graph computes; turn one off"
+            )
         super().__init__(TransformerLayer(config, parallel) for _ in range(depth))
         if fp8:
             _check_fp8(config, parallel)
         self.cuda_graph, self.fp8, self.parallel = cuda_graph, fp8, parallel
+        self.activation_checkpointing = activation_checkpointing
         self._graphs: dict[Any, _Graph] = {}
 
     def forward(self, hidden_states: Tensor, mask: AttentionMask) -> Tensor:
@@ -68,9 +85,9 @@ class LayerStack(nn.ModuleList):
             if self.cuda_graph and hidden_states.is_cuda and self.training and torch.is_grad_enabled():
                 return self._replay(layers, invertible, hidden_states, seeds, mask)
             if not self.parallel.divides_tokens:
-                return _run(layers, invertible, hidden_states, seeds, mask)
+                return self._run(layers, invertible, hidden_states, seeds, mask)
             rows = scatter_to_group(self._rows(hidden_states), self.parallel.group, 0)
-            rows = _run(layers, invertible, rows, seeds, mask, hidden_states.shape[:-1])
+            rows = self._run(layers, invertible, rows, seeds, mask, hidden_states.shape[:-1])
             return gather_from_group(rows, self.parallel.group, 0).view(hidden_states.shape)
 
     def _rows(self, hidden_states: Tensor) -> Tensor:
@@ -104,7 +121,7 @@ class LayerStack(nn.ModuleList):
             def run(hidden: Tensor, *tensors: Tensor) -> Tensor:
                 named = dict(zip(inputs, tensors, strict=True))
                 padded = AttentionMask(mask.causal, named.get("key_mask"), named.get("segment_ids"))
-                return _run(layers, invertible, hidden, named.get("seeds"), padded)
+                return self._run(layers, invertible, hidden, named.get("seeds"), padded)
 
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
             self._graphs[key] = _Graph(run, [hidden_states, *inputs.values()], parameters)
@@ -113,19 +130,28 @@ class LayerStack(nn.ModuleList):
             graph, hidden_states, *inputs.values(), *graph.parameters
         )
 
+    def _run(
+        self,
+        layers: Sequence[TransformerLayer],
+        invertible: Sequence[tuple[bool, bool]],
+        hidden_states: Tensor,
+        seeds: Tensor | None,
+        mask: AttentionMask,
+        token_shape: torch.Size | None = None,
+    ) -> Tensor:
+        each = [None] * len(layers) if seeds is None else seeds.unbind()
+        selective, full = (self.activation_checkpointing == choice for choice in ("selective", "full"))
+        for layer, seed, allowed in zip(layers, each, invertible, strict=True):
+            options = {"invertible": allowed, "token_shape": token_shape, "recompute_attention": selective}
+            run = functools.partial(_run_layer, layer, mask, options)
+            hidden_states = recompute_in_backward(run, hidden_states, seed) if full else run(hidden_states, seed)
+        return hidden_states
 
-def _run(
-    layers: Sequence[TransformerLayer],
-    invertible: Sequence[tuple[bool, bool]],
-    hidden_states: Tensor,
-    seeds: Tensor | None,
-    mask: AttentionMask,
-    token_shape: torch.Size | None = None,
-) -> Tensor:
-    each = [None] * len(layers) if seeds is None else seeds.unbind()
-    for layer, seed, allowed in zip(layers, each, invertible, strict=True):
-        hidden_states = layer(hidden_states, mask, seed=seed, invertible=allowed, token_shape=token_shape)
-    return hidden_states
+
+def _run_layer(
+    layer: TransformerLayer, mask: AttentionMask, options: dict[str, Any], hidden_states: Tensor, seed: Tensor | None
+) -> Any:
+    return layer(hidden_states, mask, seed=seed, **options)
 
 
 def _check_fp8(config: LayerConfig, parallel: TensorParallel) -> None:

@@ -3,6 +3,9 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+from torch.utils.checkpoint import checkpoint
+
 from .fp8_scaling import in_regions, open_regions
 from .replay import Replay
 
@@ -33,3 +36,10 @@ class Recomputed:
     def _again(self, *args: Any) -> Any:
         with in_regions(self._regions), self._replay.again():
             return self._function(*args)
+
+
+def recompute_in_backward(function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), of which args alone are kept. It draws no random numbers: dropout's seeds are among args."""
+    # a trace has no first pass: what it holds is values of the graph
+    call = function if torch.compiler.is_compiling() else Recomputed(function)
+    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)

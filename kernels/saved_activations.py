@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .layer import LayerConfig
+from .layer_stack import ActivationCheckpointing
 
 _SEED_BYTES = 8
 
@@ -22,12 +23,14 @@ def saved_activations(
     triton_attention: bool,
     training: bool = True,
     tokens: int | None = None,
+    activation_checkpointing: ActivationCheckpointing = "none",
 ) -> dict[str, int]:
     """Bytes of each tensor that one layer keeps from forward to backward, by name; their sum is what the layer keeps.
 
     batch, length: B and S. tokens: rows of a packed batch, None for a padded one. dtype: of hidden states and parameters.
     triton_attention: whether attention runs in the Triton kernels, by the rule in `kernels.attention`; all else is kept
-    alike on every path. training: False switches dropout off, as `module.eval()` does.
+    alike on every path. training: False switches dropout off, as `module.eval()` does. activation_checkpointing: of a
+    `LayerStack`.
 
     The input is counted and the output is not, since it is the next layer's input. Parameters are not counted, nor masks,
     which all layers share. normalize_invertible is taken to act: a LayerNorm with too small weights keeps its input all the
@@ -39,11 +42,15 @@ def saved_activations(
     padded_rows = batch * length
     rows = padded_rows if tokens is None else tokens
     drops_probabilities = training and config.attention_probs_dropout_prob > 0
+    drops = drops_probabilities or (training and config.hidden_dropout_prob > 0)
+    seed = {"dropout_seed": _SEED_BYTES} if drops else {}
+    if activation_checkpointing == "full":
+        return {"input": rows * H * size} | seed
     kept = {"input": rows * H * size, "qkv": 3 * rows * H * size, "context": rows * H * size}
     if triton_attention:
         kept["log_sum_exp"] = N * rows * wide
     elif drops_probabilities:
-        kept["probabilities"] = batch * N * length**2 * size
+        kept["probabilities"] = 0 if activation_checkpointing == "selective" else batch * N * length**2 * size
         kept["dropped_probabilities"] = 0 if config.attn_dropout_checkpoint else kept["probabilities"]
     else:
         kept["log_sum_exp"] = N * padded_rows * wide
@@ -57,9 +64,7 @@ def saved_activations(
     if config.normalize_invertible:
         second_norm_input = "input" if config.pre_layer_norm else "mlp_residual"
         kept |= dict.fromkeys((second_norm_input, "attention_residual", "norm_mean"), 0)
-    if drops_probabilities or (training and config.hidden_dropout_prob > 0):
-        kept["dropout_seed"] = _SEED_BYTES
-    return {name: count for name, count in kept.items() if count > 0}
+    return {name: count for name, count in kept.items() if count > 0} | seed
 
 
 def count_saved_bytes(forward: Callable[[], Tensor], apart_from: Iterable[Tensor]) -> int:

@@ -6,15 +6,15 @@ Self-attention is kernels/attention.py's. Queries of one stream over keys of ano
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..attention import AttentionMask, attention
 from ..dropout import keep_mask, keep_scale
+from ..recomputation import recompute_in_backward
 
 MaskType = Literal["no_mask", "padding", "causal", "padding_causal", "arbitrary"]
 
@@ -103,28 +103,18 @@ class Dropping:
 def self_attention(qkv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool) -> Tensor:
     """(B, S, N * D) of qkv (B, S, 3, N, D), of any strides, or (T, N * D) of (T, 3, N, D) for a packed batch.
 
-    A query that sees no key gives zeros and passes no gradient. recompute: keep qkv alone for backward.
+    A query that sees no key gives zeros and passes no gradient. recompute: `core` of kernels/attention.py.
     """
-    call = functools.partial(_self_attention, mask=seen.mask, dropping=dropping)
-    return _seeing(_recomputed(call, qkv) if recompute else call(qkv), seen)
+    context = attention(
+        qkv, seen.mask, dropping.p, dropping.seed, dropping.site, recompute="core" if recompute else "nothing"
+    )
+    return _seeing(context, seen)
 
 
 def cross_attention(q: Tensor, kv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool) -> Tensor:
     """(B, Sq, N * D) of q (B, Sq, N, D) and kv (B, Sk, 2, N, D); the rest as in `self_attention`."""
     call = functools.partial(_cross_attention, bias=seen.mask.bias, dropping=dropping)
-    return _seeing(_recomputed(call, q, kv) if recompute else call(q, kv), seen)
-
-
-def _recomputed(call: Any, *tensors: Tensor) -> Tensor:
-    # its dropout draws from a seed, so that there is no generator to restore
-    out: Tensor = checkpoint(call, *tensors, use_reentrant=False, preserve_rng_state=False)
-    return out
-
-
-def _self_attention(qkv: Tensor, mask: AttentionMask, dropping: Dropping) -> Tensor:
-    # A mask of its own: torch.compile lets a recomputed function change nothing from outside, and a mask keeps what it makes.
-    own = AttentionMask(mask.causal, mask.key_mask, None, mask.bias, mask.cu_seqlens, mask.max_length)
-    return attention(qkv, own, dropping.p, dropping.seed, dropping.site)
+    return _seeing(recompute_in_backward(call, q, kv) if recompute else call(q, kv), seen)
 
 
 def _cross_attention(q: Tensor, kv: Tensor, bias: Tensor | None, dropping: Dropping) -> Tensor:

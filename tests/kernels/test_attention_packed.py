@@ -34,14 +34,14 @@ def with_gradient(qkv, mask, dy, p, **options):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("drop_product", [False, True])
+@pytest.mark.parametrize("recompute", ["nothing", "dropout", "core"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_packed_attention_equals_padded_attention_under_the_same_dropout(p, drop_product, causal):
+def test_packed_attention_equals_padded_attention_under_the_same_dropout(p, recompute, causal):
     qkv = torch.randn(4, SIZE, 3, HEADS, DIM, dtype=torch.float64)
     dy = torch.randn(4, SIZE, HEADS * DIM, dtype=torch.float64) * REAL[..., None]
     padded_mask = AttentionMask(causal=causal, key_mask=REAL)
-    padded = with_gradient(qkv, padded_mask, dy, p, dropout_checkpoint=drop_product)
-    packed = with_gradient(qkv[REAL], packed_mask(causal=causal), dy[REAL], p, dropout_checkpoint=drop_product)
+    padded = with_gradient(qkv, padded_mask, dy, p, recompute=recompute)
+    packed = with_gradient(qkv[REAL], packed_mask(causal=causal), dy[REAL], p, recompute=recompute)
     for one, other in zip(padded, packed, strict=True):
         torch.testing.assert_close(one[REAL], other)
 
@@ -56,7 +56,8 @@ def test_a_max_length_above_the_longest_sequence_changes_nothing_without_dropout
 def test_gradcheck_of_packed_attention_with_dropout():
     qkv = torch.randn(5, 3, 2, 3, dtype=torch.float64, requires_grad=True)
     mask = packed_mask(4, causal=True, lengths=torch.tensor([2, 3]))
-    assert torch.autograd.gradcheck(lambda a: attention(a, mask, 0.4, SEED, SITE, dropout_checkpoint=True), (qkv,))
+    for recompute in ("dropout", "core"):
+        assert torch.autograd.gradcheck(lambda a, r=recompute: attention(a, mask, 0.4, SEED, SITE, recompute=r), (qkv,))
 
 
 def test_what_is_kept_of_the_projection_is_packed():
@@ -68,7 +69,7 @@ def test_what_is_kept_of_the_projection_is_packed():
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        attention(qkv, packed_mask(), 0.3, SEED, SITE, dropout_checkpoint=True)
+        attention(qkv, packed_mask(), 0.3, SEED, SITE, recompute="dropout")
     rows, seed = 14 * 8, 8
     assert sorted(kept) == sorted([qkv.nbytes, 4 * HEADS * SIZE * SIZE * 4, rows, seed])
 

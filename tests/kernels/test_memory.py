@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer, attention
+from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, TransformerLayer, attention
 from xformer_train.kernels.saved_activations import count_saved_bytes, saved_activations
 
 BATCH, LENGTH = 3, 7
@@ -78,6 +78,41 @@ def test_a_layer_and_a_stack_keep_what_the_formula_says(pre_layer_norm, flags, d
     assert counted(stack[:1], x) == expected
     assert counted(stack, x) == 3 * expected
     assert counted(stack.eval(), x) == 3 * formula(config, dtype, training=False)
+
+
+@DROPOUTS
+@pytest.mark.parametrize("flags", [{}, dict.fromkeys(FLAGS, True)], ids=["no flags", "all flags"])
+@PLACEMENTS
+@pytest.mark.parametrize("choice", ["selective", "full"])
+def test_a_stack_with_activation_checkpointing_keeps_what_the_formula_says(choice, pre_layer_norm, flags, dropouts):
+    config = config_of(pre_layer_norm, flags, dropouts)
+    stack, x = LayerStack(config, 3, activation_checkpointing=choice), input_of(torch.float32)
+    expected = formula(config, torch.float32, activation_checkpointing=choice)
+    assert count_saved_bytes(lambda: stack(x, AttentionMask()), stack.parameters()) == 3 * expected
+    assert expected <= formula(config, torch.float32)
+
+
+@pytest.mark.usefixtures("attention_of_triton")
+@pytest.mark.parametrize("choice", ["selective", "full"])
+def test_activation_checkpointing_on_the_path_of_triton(choice):
+    """Selective changes nothing there."""
+    config, x = config_of(True, {}), input_of(torch.float32)
+    options = {"triton_attention": True, "activation_checkpointing": choice}
+    stack = LayerStack(config, 3, activation_checkpointing=choice)
+    counted = count_saved_bytes(lambda: stack(x, AttentionMask()), stack.parameters())
+    assert counted == 3 * formula(config, torch.float32, **options)
+    kept_less = counted < 3 * formula(config, torch.float32, triton_attention=True)
+    assert kept_less == (choice == "full")
+
+
+@pytest.mark.parametrize("choice", ["selective", "full"])
+def test_of_a_packed_batch_activation_checkpointing_keeps_tokens_only(choice):
+    config = config_of(True, {}, (0.2, 0.2))
+    mask = AttentionMask(cu_seqlens=torch.tensor([0, 7, 9, 14], dtype=torch.int32), max_length=LENGTH)
+    shallow, deep = (LayerStack(config, depth, activation_checkpointing=choice) for depth in (1, 3))
+    x = input_of(torch.float32, (14, 24))
+    one, three = (count_saved_bytes(lambda s=s: s(x, mask), s.parameters()) for s in (shallow, deep))
+    assert three - one == 2 * formula(config, torch.float32, tokens=14, activation_checkpointing=choice)
 
 
 @pytest.fixture

@@ -66,9 +66,9 @@ def explicit_attention(qkv, bias, mask):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
-@pytest.mark.parametrize("drop_product", [False, True])
+@pytest.mark.parametrize("recompute", ["nothing", "dropout", "core"])
 @pytest.mark.parametrize("kind", ["full", "padding", "causal", "segments", "bias"])
-def test_attention_equals_the_explicit_formula(p, drop_product, kind):
+def test_attention_equals_the_explicit_formula(p, recompute, kind):
     batch, size, heads, dim = 2, 7, 3, 5
     qkv = randn(batch, size, 3, heads, dim)
     key_mask = torch.ones(batch, size, dtype=torch.bool)
@@ -84,13 +84,11 @@ def test_attention_equals_the_explicit_formula(p, drop_product, kind):
     seed = SEED if p else None
     mask = keep_mask(torch.Size([batch, heads, size, size]), p, SEED, 1) * keep_scale(p) if p else 1.0
     torch.testing.assert_close(
-        attention(qkv, allowed, p, seed, 1, dropout_checkpoint=drop_product),
+        attention(qkv, allowed, p, seed, 1, recompute=recompute),
         explicit_attention(qkv, allowed.additive(size, qkv), mask),
     )
     if p:
-        assert torch.autograd.gradcheck(
-            lambda a: attention(a, allowed, p, seed, 1, dropout_checkpoint=drop_product), (qkv,)
-        )
+        assert torch.autograd.gradcheck(lambda a: attention(a, allowed, p, seed, 1, recompute=recompute), (qkv,))
 
 
 def test_a_query_sees_only_what_the_bias_allows():
