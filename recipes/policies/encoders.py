@@ -1,0 +1,125 @@
+"""Policies of encoders of text."""
+
+from typing import Any
+
+from .policy import Description
+from .shipped_policy import ShippedPolicy, below, sizes
+
+
+class BertPolicy(ShippedPolicy):
+    layer_class = "bert.modeling_bert.BertLayer"
+    optional = ("crossattention",)
+    qkv = (
+        *below("attention.self", "query", "key", "value"),
+        *below("crossattention.self", "query", "key", "value"),
+    )
+    out = ("attention.output.dense", "crossattention.output.dense")
+    wide = ("intermediate.dense",)
+    narrow = ("output.dense",)
+    arguments = (
+        *sizes("attention.self", num_attention_heads="num_attention_heads", all_head_size="hidden_size"),
+        *sizes("crossattention.self", num_attention_heads="num_attention_heads", all_head_size="hidden_size"),
+    )
+    norm_paths = ("attention.output.LayerNorm", "output.LayerNorm")
+    embedding_paths = ("embeddings.word_embeddings",)
+    head_paths = ("predictions.decoder",)
+
+    @staticmethod
+    def describe(config: Any) -> Description:
+        return Description(
+            activation=config.hidden_act,
+            layer_norm_eps=config.layer_norm_eps,
+            pre_layer_norm=False,
+            causal=config.is_decoder,
+            hidden_dropout=config.hidden_dropout_prob,
+            attention_dropout=config.attention_probs_dropout_prob,
+        )
+
+
+class RobertaPolicy(BertPolicy):
+    layer_class = "roberta.modeling_roberta.RobertaLayer"
+    head_paths = ("lm_head.decoder",)
+
+
+class XLMRobertaPolicy(RobertaPolicy):
+    layer_class = "xlm_roberta.modeling_xlm_roberta.XLMRobertaLayer"
+
+
+class CamembertPolicy(RobertaPolicy):
+    layer_class = "camembert.modeling_camembert.CamembertLayer"
+
+
+class ElectraPolicy(BertPolicy):
+    layer_class = "electra.modeling_electra.ElectraLayer"
+    head_paths = ("generator_lm_head",)
+
+
+class DistilBertPolicy(ShippedPolicy):
+    layer_class = "distilbert.modeling_distilbert.TransformerBlock"
+    qkv = below("attention", "q_lin", "k_lin", "v_lin")
+    out = ("attention.out_lin",)
+    wide = ("ffn.lin1",)
+    narrow = ("ffn.lin2",)
+    arguments = sizes("attention", n_heads="n_heads", dim="dim")
+    norm_paths = ("sa_layer_norm", "output_layer_norm")
+    embedding_paths = ("embeddings.word_embeddings",)
+    head_paths = ("vocab_projector",)
+
+    @staticmethod
+    def describe(config: Any) -> Description:
+        return Description(
+            activation=config.activation,
+            layer_norm_eps=1e-12,  # written in the layer, not in the config
+            pre_layer_norm=False,
+            causal=False,
+            hidden_dropout=config.dropout,
+            attention_dropout=config.attention_dropout,
+        )
+
+
+class AlbertPolicy(ShippedPolicy):
+    layer_class = "albert.modeling_albert.AlbertLayer"
+    qkv = below("attention", "query", "key", "value")
+    out = ("attention.dense",)
+    wide = ("ffn",)
+    narrow = ("ffn_output",)
+    arguments = sizes("attention", num_attention_heads="num_attention_heads", all_head_size="hidden_size")
+    embedding_paths = ("embeddings.word_embeddings",)
+    head_paths = ("predictions.decoder",)
+
+
+class DebertaV2Policy(ShippedPolicy):
+    layer_class = "deberta_v2.modeling_deberta_v2.DebertaV2Layer"
+    optional = ("attention.self.pos_",)  # absent where content and position share their projections
+    qkv = below("attention.self", "query_proj", "key_proj", "value_proj", "pos_key_proj", "pos_query_proj")
+    out = ("attention.output.dense",)
+    wide = ("intermediate.dense",)
+    narrow = ("output.dense",)
+    arguments = sizes("attention.self", num_attention_heads="num_attention_heads", all_head_size="hidden_size")
+    embedding_paths = ("embeddings.word_embeddings",)
+    head_paths = ("predictions.decoder",)
+    whole = ("attention.self.pos_dropout",)  # of the embeddings of distances, which all heads share
+
+
+class MobileBertPolicy(ShippedPolicy):
+    layer_class = "mobilebert.modeling_mobilebert.MobileBertLayer"
+    qkv = below("attention.self", "query", "key", "value")
+    out = ("attention.output.dense",)
+    wide = ("intermediate.dense", "ffn[0].intermediate.dense", "ffn[1].intermediate.dense", "ffn[2].intermediate.dense")
+    narrow = ("output.dense", "ffn[0].output.dense", "ffn[1].output.dense", "ffn[2].output.dense")
+    optional = ("ffn",)
+    arguments = sizes("attention.self", num_attention_heads="num_attention_heads", all_head_size="true_hidden_size")
+    whole = ("bottleneck", "output.bottleneck")  # they feed normalizations, which need whole rows
+
+
+POLICIES: tuple[type[ShippedPolicy], ...] = (
+    BertPolicy,
+    RobertaPolicy,
+    XLMRobertaPolicy,
+    CamembertPolicy,
+    ElectraPolicy,
+    DistilBertPolicy,
+    AlbertPolicy,
+    DebertaV2Policy,
+    MobileBertPolicy,
+)
