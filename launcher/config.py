@@ -75,6 +75,9 @@ class TrainingConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU. fp8 is bf16 with FP8 operands in the layers' matrix
     products: docs/fp8.md."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What backward computes again in place of keeping it: selective is the attention probabilities, where there are any; full
+    is all of a layer but its input, for the time of a second forward pass. docs/memory.md has the bytes."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
 

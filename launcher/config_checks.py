@@ -223,6 +223,12 @@ def _optimizer_faults(config: RunConfig) -> Iterator[Fault]:
 
 def _training_faults(config: RunConfig) -> Iterator[Fault]:
     training = config.training
+    if training.activation_checkpointing == "full" and config.layer.cuda_graph:
+        yield Fault(
+            ("training.activation_checkpointing", "layer.cuda_graph"),
+            "got full, but a graph of layer.cuda_graph holds the memory of all that it computes; set selective or none, or "
+            "layer.cuda_graph false",
+        )
     if training.max_steps is None and training.num_epochs is None:
         yield Fault(
             ("training.max_steps", "training.num_epochs"),

@@ -141,6 +141,7 @@ def _build(
     torch.manual_seed(config.seed)
     runtime = Runtime(
         fp8=config.training.precision == "fp8",
+        activation_checkpointing=config.training.activation_checkpointing,
         parallel=TensorParallel(topology.tensor_group, config.parallel.sequence),
     )
     recipe = RECIPES[config.model.type]

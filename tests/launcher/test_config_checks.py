@@ -19,6 +19,10 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
         ("model: {type: gpt, pre_layer_norm: false}\nobjective: {type: clm}", "model.pre_layer_norm: got false, but"),
         ("model: {type: gpt}\nobjective: {type: clm, sentence_task: nsp}", "objective.sentence_task: got 'nsp', but"),
         ("model: {type: gpt}\nobjective: {type: clm}\nlayer: {unpad: true}", "layer.unpad: got true, but samples of"),
+        (
+            "layer: {cuda_graph: true}\ntraining: {max_steps: 1, train_batch_size: 1, activation_checkpointing: full}",
+            "training.activation_checkpointing: got full, but a graph of layer.cuda_graph holds the memory",
+        ),
         ("layer: {unpad: true, cuda_graph: true}", "layer.cuda_graph: got true, but without padding every batch has"),
         (
             "layer: {cuda_graph: true}\noptimizer: {type: adamw}\ndeepspeed: {zero_optimization: {stage: 3}}",
