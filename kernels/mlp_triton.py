@@ -25,7 +25,7 @@ def _tanh_gelu_gate(x):
 
 
 @triton.jit
-def _gelu(x, TANH: tl.constexpr):
+def gelu(x, TANH: tl.constexpr):
     if TANH:
         gate = _tanh_gelu_gate(x)
     else:
@@ -34,7 +34,7 @@ def _gelu(x, TANH: tl.constexpr):
 
 
 @triton.jit
-def _gelu_and_slope(x, TANH: tl.constexpr):
+def gelu_and_slope(x, TANH: tl.constexpr):
     """GELU(x) and its derivative."""
     if TANH:
         gate = _tanh_gelu_gate(x)
@@ -55,7 +55,7 @@ def _gelu_forward_kernel(
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(f_ptr + offsets, mask=offsets < elements, other=0.0).to(tl.float32)
-    tl.store(a_ptr + offsets, _gelu(x, TANH).to(a_ptr.dtype.element_ty), mask=offsets < elements)
+    tl.store(a_ptr + offsets, gelu(x, TANH).to(a_ptr.dtype.element_ty), mask=offsets < elements)
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles"])
@@ -83,7 +83,7 @@ def _gelu_backward_kernel(
         offsets = rows[:, None] * F + columns[None, :]
         x = tl.load(f_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
         da = tl.load(da_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-        a, slope = _gelu_and_slope(x, TANH)
+        a, slope = gelu_and_slope(x, TANH)
         df = da * slope
         tl.store(df_ptr + offsets, df.to(df_ptr.dtype.element_ty), mask=valid)
         if RECOMPUTE:

@@ -1,0 +1,210 @@
+"""GPU kernels of fp8_mlp.py: GELU, and its gradient with that of the bias before it, cast to FP8 on their way to memory."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .fp8_products import empty_cast, padded
+from .fp8_triton import TILE_COLUMNS, TILE_ROWS, current_scale, magnitude_bits, quantize, raise_amax, store_cast
+from .mlp import Activation
+from .mlp_triton import gelu, gelu_and_slope
+from .residual_norm_triton import sum_partials
+
+_BLOCK = 4096
+_AMAX_PROGRAMS = 1056  # each raises one amax in memory, which the device does one after the other
+_BACKWARD_ROWS, _BACKWARD_COLUMNS = 64, 64  # half a cast's tile, for two operands
+_ROW_PARTS = 64  # programs per strip of columns in backward, the same on every GPU
+
+
+@triton.jit
+def _rounded_gelu(f, TANH: tl.constexpr):
+    """GELU(f), fp32, rounded to the dtype of f."""
+    return gelu(f.to(tl.float32), TANH).to(f.dtype).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _gelu_amax_kernel(
+    f_ptr,  # (elements,)
+    amax_ptr,  # () fp32 out, and zero before
+    elements,
+    tiles,  # tiles per program
+    BLOCK: tl.constexpr,
+    TANH: tl.constexpr,
+):
+    largest = tl.zeros((BLOCK,), tl.int32)
+    first = tl.program_id(0).to(tl.int64) * tiles
+    for tile in range(first, first + tiles):
+        offsets = tile * BLOCK + tl.arange(0, BLOCK)
+        f = tl.load(f_ptr + offsets, mask=offsets < elements, other=0.0)
+        largest = tl.maximum(largest, magnitude_bits(_rounded_gelu(f, TANH)))
+    raise_amax(amax_ptr, tl.max(largest))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _gelu_quantize_kernel(
+    f_ptr,  # (T, F)
+    scale_ptr,  # () fp32; unused with CURRENT
+    amax_ptr,  # () fp32; without CURRENT out, and zero before
+    rows_ptr,  # (T, F) FP8 out
+    columns_ptr,  # (F, T') FP8 out; unused without WITH_COLUMNS
+    scale_inv_ptr,  # () fp32 out
+    num_rows,
+    num_padded,  # T', a multiple of 16
+    F,
+    LARGEST: tl.constexpr,
+    CURRENT: tl.constexpr,
+    TANH: tl.constexpr,
+    WITH_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    scale = current_scale(amax_ptr, LARGEST) if CURRENT else tl.load(scale_ptr)
+    row_tile, column_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    a = _rounded_gelu(tl.load(f_ptr + row * F + column, mask=(row < num_rows) & (column < F), other=0.0), TANH)
+    if not CURRENT:
+        raise_amax(amax_ptr, tl.max(magnitude_bits(a)))
+    store_cast(
+        a, scale, rows_ptr, columns_ptr, row_tile, column_tile, num_rows, num_padded, F,
+        LARGEST, True, WITH_COLUMNS, ROWS, COLUMNS,
+    )  # fmt: skip
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(scale_inv_ptr, tl.div_rn(1.0, scale))
+
+
+@triton.jit(do_not_specialize=["num_rows", "tiles"])
+def _gelu_backward_kernel(
+    da_ptr,  # (T, F); without CAST out: df
+    f_ptr,  # (T, F)
+    scale_ptr,  # () fp32; unused without CAST
+    amax_ptr,  # () fp32 out, and zero before
+    rows_ptr,  # (T, F) FP8 out; unused without WITH_ROWS
+    columns_ptr,  # (F, T') FP8 out; unused without WITH_COLUMNS
+    scale_inv_ptr,  # () fp32 out; unused without CAST
+    partial_ptr,  # (row parts, F) fp32 out: sums of df over the rows of each part
+    num_rows,
+    num_padded,  # T', a multiple of 16
+    tiles,  # tiles per program
+    F,
+    LARGEST: tl.constexpr,
+    CAST: tl.constexpr,
+    TANH: tl.constexpr,
+    WITH_ROWS: tl.constexpr,
+    WITH_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    part, column_tile = tl.program_id(1), tl.program_id(0)
+    scale = tl.load(scale_ptr) if CAST else 1.0
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    largest = tl.zeros((COLUMNS,), tl.int32)
+    first = part.to(tl.int64) * tiles
+    for row_tile in range(first, first + tiles):
+        row = row_tile * ROWS + tl.arange(0, ROWS)
+        inside = (row < num_rows)[:, None] & (column < F)[None, :]
+        offsets = row[:, None] * F + column[None, :]
+        f = tl.load(f_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        da = tl.load(da_ptr + offsets, mask=inside, other=0.0)
+        _, slope = gelu_and_slope(f, TANH)
+        wide = da.to(tl.float32) * slope
+        total += tl.sum(wide, 0)
+        rounded = wide.to(da.dtype)
+        df = rounded.to(tl.float32)
+        largest = tl.maximum(largest, tl.max(magnitude_bits(df), 0))
+        if CAST:
+            store_cast(
+                df, scale, rows_ptr, columns_ptr, row_tile, column_tile, num_rows, num_padded, F,
+                LARGEST, WITH_ROWS, WITH_COLUMNS, ROWS, COLUMNS,
+            )  # fmt: skip
+        else:
+            tl.store(da_ptr + offsets, rounded, mask=inside)
+    tl.store(partial_ptr + part.to(tl.int64) * F + column, total, mask=column < F)
+    raise_amax(amax_ptr, tl.max(largest))
+    if CAST and (part == 0) & (column_tile == 0):
+        tl.store(scale_inv_ptr, tl.div_rn(1.0, scale))
+
+
+def gelu_quantize(
+    f: Tensor, scale: Tensor | None, activation: Activation, dtype: torch.dtype, columns: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As gelu_quantize_reference; without a scale a first pass over f reads the amax of GELU(f), which is not stored."""
+    f = f.contiguous()
+    rows_q, columns_q, amax, scale_inv = empty_cast(f, dtype, True, columns)
+    amax.zero_()
+    T, F = f.shape
+    tanh = activation == "gelu_tanh"
+    if scale is None:
+        tiles = max(1, triton.cdiv(triton.cdiv(f.numel(), _BLOCK), _AMAX_PROGRAMS))
+        programs = max(1, triton.cdiv(f.numel(), _BLOCK * tiles))
+        _gelu_amax_kernel[(programs,)](f, amax, f.numel(), tiles, BLOCK=_BLOCK, TANH=tanh, num_warps=8)
+    grid = (max(1, triton.cdiv(T, TILE_ROWS)), triton.cdiv(F, TILE_COLUMNS))
+    _gelu_quantize_kernel[grid](
+        f,
+        amax if scale is None else scale,
+        amax,
+        rows_q,
+        columns_q,
+        scale_inv,
+        T,
+        padded(T),
+        F,
+        LARGEST=torch.finfo(dtype).max,
+        CURRENT=scale is None,
+        TANH=tanh,
+        WITH_COLUMNS=columns,
+        ROWS=TILE_ROWS,
+        COLUMNS=TILE_COLUMNS,
+        num_warps=8,
+    )
+    return rows_q, columns_q, amax, scale_inv
+
+
+def gelu_backward_quantize(
+    da: Tensor,
+    f: Tensor,
+    scale: Tensor | None,
+    activation: Activation,
+    dtype: torch.dtype,
+    rows: bool,
+    columns: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As gelu_backward_quantize_reference; without a scale df goes to the place of da, and is cast from there.
+
+    A pass that computes df twice would read and write as many bytes.
+    """
+    cast_rows, cast_columns = (rows, columns) if scale is not None else (False, False)
+    rows_q, columns_q, amax, scale_inv = empty_cast(f, dtype, cast_rows, cast_columns)
+    amax.zero_()
+    T, F = f.shape
+    tiles = max(1, triton.cdiv(triton.cdiv(T, _BACKWARD_ROWS), _ROW_PARTS))
+    parts = max(1, triton.cdiv(T, _BACKWARD_ROWS * tiles))
+    partial = torch.empty(parts, 1, F, device=f.device)
+    _gelu_backward_kernel[(triton.cdiv(F, _BACKWARD_COLUMNS), parts)](
+        da,
+        f,
+        scale,
+        amax,
+        rows_q,
+        columns_q,
+        scale_inv,
+        partial,
+        T,
+        padded(T),
+        tiles,
+        F,
+        LARGEST=torch.finfo(dtype).max,
+        CAST=scale is not None,
+        TANH=activation == "gelu_tanh",
+        WITH_ROWS=cast_rows,
+        WITH_COLUMNS=cast_columns,
+        ROWS=_BACKWARD_ROWS,
+        COLUMNS=_BACKWARD_COLUMNS,
+        num_warps=8,
+    )
+    if scale is None:
+        rows_q, columns_q, _, scale_inv = quantize(da, None, amax, dtype, rows, columns)
+    (db1,) = sum_partials(partial, [f])
+    return rows_q, columns_q, amax, scale_inv, db1
