@@ -8,8 +8,8 @@ Source of the norm: Ba et al., Layer Normalization, arXiv 1607.06450.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import astuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from .dropout import keep_mask, keep_scale
 from .operator import operator
+from .residual_norm_options import Gradients, Kernels, Options, Saved, check_shapes, make_options
 
-Kernels = Literal["auto", "reference"]
-Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
 # Recovering x_hat = (y - bias) / weight multiplies the rounding error of y by about (|bias| + |weight|) / |weight|. Above
 # these bounds the gradient of a column's weight is off by more than about a percent, so that column's call keeps the input.
 _LARGEST_AMPLIFICATION = {torch.float64: 1e12, torch.float32: 1e4, torch.float16: 32.0, torch.bfloat16: 8.0}
@@ -49,9 +48,9 @@ def residual_norm(  # noqa: PLR0913 - the tensors of two ops
     by nobody. Only for parameters that `are_invertible` allows; with others their gradients are wrong.
     Raises ValueError for shapes that do not fit, and on a GPU for float64 or H over 8192.
     """
-    _check_shapes(x, bias, residual, weight, norm_bias)
-    options = _options(eps, p, seed, site, invertible, kernels)
-    return _ResidualNorm.apply(  # type: ignore[no-any-return, no-untyped-call]
+    check_shapes(x, bias, residual, weight, norm_bias)
+    options = make_options(eps, p, seed, site, invertible, kernels)
+    return ResidualNormFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
         x, bias, residual, weight, norm_bias, seed if options.p > 0 else None, options
     )
 
@@ -60,9 +59,9 @@ def norm(
     z: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float, invertible: bool = False, kernels: Kernels = "auto"
 ) -> Tensor:
     """LayerNorm(z) * weight + norm_bias, with the shape and dtype of z: `residual_norm` without anything to add."""
-    _check_shapes(None, None, z, weight, norm_bias)
-    options = _options(eps, 0.0, None, 0, invertible, kernels)
-    return _Norm.apply(z, weight, norm_bias, options)  # type: ignore[no-any-return, no-untyped-call]
+    check_shapes(None, None, z, weight, norm_bias)
+    options = make_options(eps, 0.0, None, 0, invertible, kernels)
+    return NormFunction.apply(z, weight, norm_bias, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def residual_add(
@@ -76,8 +75,8 @@ def residual_add(
     kernels: Kernels = "auto",
 ) -> Tensor:
     """z = residual + dropout(x + bias), the end of a pre-LN layer; arguments as in `residual_norm`. Keeps no activation."""
-    _check_shapes(x, bias, residual, None, None)
-    options = _options(0.0, p, seed, site, False, kernels)
+    check_shapes(x, bias, residual, None, None)
+    options = make_options(0.0, p, seed, site, False, kernels)
     return _ResidualAdd.apply(  # type: ignore[no-any-return, no-untyped-call]
         x, bias, residual, seed if options.p > 0 else None, options
     )
@@ -85,7 +84,7 @@ def residual_add(
 
 def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int, kernels: Kernels = "auto") -> Tensor:
     """dropout(x) of (..., H), with the mask drawn from (seed, site); x itself when seed is None or p = 0. Keeps no mask."""
-    options = _options(0.0, p, seed, site, False, kernels)
+    options = make_options(0.0, p, seed, site, False, kernels)
     return x if options.p == 0 else _Dropout.apply(x, seed, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -113,56 +112,6 @@ def are_invertible(weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: t
     amplifications = (torch.stack(list(biases)).abs().float() + magnitudes) / magnitudes
     worst: list[float] = amplifications.amax(1).tolist()
     return [w <= _LARGEST_AMPLIFICATION[dtype] for w in worst]  # inf and nan (weight = 0) compare false
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the ops below are asked for besides tensors.
-
-    p: 0 means no dropout, and then seed is None. inverted: the backward pass gets y instead of z and mean.
-    """
-
-    eps: float
-    p: float
-    site: int
-    inverted: bool
-    kernels: Kernels
-
-
-class Saved(NamedTuple):
-    """What the backward of the norm gets from its forward.
-
-    kept: (T, H), z or, if inverted, y; mean: (T,) or None if inverted; rstd: (T,); weight, norm_bias: (H,);
-    bias: (H,) or None; seed: int64 scalar or None. mean and rstd are fp32, fp64 for fp64 input.
-    """
-
-    kept: Tensor
-    mean: Tensor | None
-    rstd: Tensor
-    weight: Tensor
-    norm_bias: Tensor
-    bias: Tensor | None
-    seed: Tensor | None
-
-
-def _options(eps: float, p: float, seed: Tensor | None, site: int, inverted: bool, kernels: Kernels) -> Options:
-    if not 0 <= p < 1:
-        raise ValueError(f"p={p} is not a dropout probability; it must be in [0, 1)")
-    return Options(eps, 0.0 if seed is None else p, site, inverted, kernels)
-
-
-def _check_shapes(
-    x: Tensor | None, bias: Tensor | None, residual: Tensor, weight: Tensor | None, norm_bias: Tensor | None
-) -> None:
-    if x is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
-        raise ValueError(
-            f"x is {tuple(x.shape)} {x.dtype}, residual is {tuple(residual.shape)} {residual.dtype}; they must be alike"
-        )
-    for name, vector in (("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
-        if vector is not None and vector.shape != residual.shape[-1:]:
-            raise ValueError(
-                f"{name} has shape {tuple(vector.shape)}, the last dim of the input is {residual.shape[-1]}"
-            )
 
 
 def residual_add_forward_reference(
@@ -194,12 +143,19 @@ def residual_norm_forward_reference(
     norm_bias: Tensor,
     seed: Tensor | None,
     options: Options,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z and y (T, H), mean and rstd (T,), from x and residual (T, H); without x, z is residual."""
+    """z and y (T, H), mean and rstd (T,), from x and residual (T, H); without x, z is residual.
+
+    amax: (), fp32, zero; becomes max |y|.
+    """
     z = residual if x is None else residual_add_forward_reference(x, bias, residual, seed, options)
     wide = torch.promote_types(z.dtype, torch.float32)
     y, mean, rstd = torch.native_layer_norm(z.to(wide), weight.shape, weight.to(wide), norm_bias.to(wide), options.eps)
-    return z, y.to(z.dtype), mean.flatten(), rstd.flatten()
+    y = y.to(z.dtype)
+    if amax is not None and y.numel():
+        amax.copy_(y.abs().amax())
+    return z, y, mean.flatten(), rstd.flatten()
 
 
 def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved, options: Options) -> Gradients:
@@ -230,31 +186,36 @@ def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved
     return dx_out, dbias, dresidual_out, dweight.to(weight.dtype), dnorm_bias.to(norm_bias.dtype)
 
 
-_OPTIONS = "float eps, float p, int site, bool inverted, str kernels"
+_OPTIONS = "float eps, float p, int site, bool inverted, str kernels, bool amax=False"
 
 
-def _fake_norm_forward(x: Tensor | None, _: Tensor | None, residual: Tensor, *__: Any) -> tuple[Tensor, ...]:
+def _fake_norm_forward(x: Tensor | None, _: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(residual.dtype, torch.float32)
     z = residual.new_empty(0 if x is None else residual.shape)
     mean, rstd = (residual.new_empty(residual.shape[0], dtype=wide) for _ in range(2))
-    return z, residual.new_empty(residual.shape), mean, rstd
+    amax = residual.new_empty(() if Options(*rest[3:]).amax else 0, dtype=torch.float32)
+    return z, residual.new_empty(residual.shape), mean, rstd, amax
 
 
 @operator(
     "residual_norm_forward(Tensor? x, Tensor? bias, Tensor residual, Tensor weight, Tensor norm_bias, Tensor? seed, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_norm_forward,
 )
 def _norm_forward(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """z, y (T, H), mean and rstd (T,) on the path that the options and the device choose; without x, z is empty."""
+    """z, y (T, H), mean, rstd (T,) and max |y| () on the path that the options and the device choose.
+
+    Without x, z is empty, and without options.amax max |y|.
+    """
     weight, norm_bias, seed, *values = rest
     options = Options(*values)
     if uses_triton(residual, options.kernels):
         from .residual_norm_triton import residual_norm_forward as forward
     else:
         forward = residual_norm_forward_reference
-    z, y, mean, rstd = forward(x, bias, residual, weight, norm_bias, seed, options)
-    return residual.new_empty(0) if x is None else z, y, mean, rstd
+    amax = residual.new_zeros(() if options.amax else 0, dtype=torch.float32)
+    results = forward(x, bias, residual, weight, norm_bias, seed, options, amax if options.amax else None)
+    return residual.new_empty(0) if x is None else results[0], *results[1:], amax
 
 
 def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -314,22 +275,25 @@ def _add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *values:
     return dz.new_empty(0) if dx is dz else dx, dz.new_empty(0) if dbias is None else dbias
 
 
-class _ResidualNorm(torch.autograd.Function):
+class ResidualNormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         weight, norm_bias, seed, options = rest
         rows = residual.reshape(-1, residual.shape[-1])
         x_rows = x.reshape(rows.shape)
-        z, y, mean, rstd = _norm_forward(x_rows, bias, rows, weight, norm_bias, seed, *astuple(options))
+        z, y, mean, rstd, amax = _norm_forward(x_rows, bias, rows, weight, norm_bias, seed, *astuple(options))
         kept = y if options.inverted else z
         ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
         ctx.options = options
         ctx.set_materialize_grads(False)
-        return z.view(residual.shape), y.view(residual.shape)
+        if not options.amax:
+            return z.view(residual.shape), y.view(residual.shape)
+        ctx.mark_non_differentiable(amax)
+        return z.view(residual.shape), y.view(residual.shape), amax
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dz: Tensor | None, dy: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
         given = dy if dz is None else dz
         if given is None:
             return (None,) * 7
@@ -343,19 +307,25 @@ class _ResidualNorm(torch.autograd.Function):
         return dx_out, None if saved.bias is None else dbias, dresidual, dweight, dnorm_bias, None, None
 
 
-class _Norm(torch.autograd.Function):
+class NormFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, norm_bias: Tensor, options: Options) -> Tensor:
+    def forward(ctx: Any, z: Tensor, weight: Tensor, norm_bias: Tensor, options: Options) -> Any:
         rows = z.reshape(-1, z.shape[-1])
-        _, y, mean, rstd = _norm_forward(None, None, rows, weight, norm_bias, None, *astuple(options))
+        _, y, mean, rstd, amax = _norm_forward(None, None, rows, weight, norm_bias, None, *astuple(options))
         kept = y if options.inverted else rows
         ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, None, None))
         ctx.options = options
-        return y.view(z.shape)
+        ctx.set_materialize_grads(False)
+        if not options.amax:
+            return y.view(z.shape)
+        ctx.mark_non_differentiable(amax)
+        return y.view(z.shape), amax
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 4
         saved = Saved(*ctx.saved_tensors)
         dy_rows = dy.reshape(saved.kept.shape)
         dz, dweight, dnorm_bias = _norm_backward(None, dy_rows, *saved, *astuple(ctx.options))[2:]

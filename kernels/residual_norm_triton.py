@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .dropout import drop_threshold, keep_scale
 from .dropout_triton import keep_rows
-from .residual_norm import Gradients, Options, Saved
+from .fp8_triton import magnitude_bits, raise_amax
+from .residual_norm_options import Gradients, Options, Saved
 
 _LARGEST_H = 8192
 _TILE_ELEMENTS = 2048  # 8 warps of 8 elements a thread: one 128-bit load of a 16-bit type
@@ -45,6 +46,7 @@ def _norm_forward_kernel(
     mean_ptr,  # (T,) fp32 out
     rstd_ptr,  # (T,) fp32 out
     seed_ptr,  # () int64; unused without DROPS
+    amax_ptr,  # () fp32 out, and zero before; unused without WITH_AMAX
     num_rows,
     tiles,  # tiles per program
     eps,
@@ -57,6 +59,7 @@ def _norm_forward_kernel(
     HAS_X: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPS: tl.constexpr,
+    WITH_AMAX: tl.constexpr,
 ):
     columns = tl.arange(0, COLUMNS)
     inside = columns < H
@@ -66,6 +69,7 @@ def _norm_forward_kernel(
     if HAS_BIAS:
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     seed = tl.load(seed_ptr) if DROPS else 0
+    largest = tl.zeros((ROWS, COLUMNS), tl.int32)
     first = tl.program_id(0) * tiles
     for tile in range(first, first + tiles):
         rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -81,10 +85,14 @@ def _norm_forward_kernel(
         mean = tl.sum(z, 1) / H
         centred = tl.where(inside[None, :], z - mean[:, None], 0.0)
         rstd = tl.rsqrt(tl.sum(centred * centred, 1) / H + eps)
-        y = centred * rstd[:, None] * weight + norm_bias
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
+        y = (centred * rstd[:, None] * weight + norm_bias).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + offsets, y, mask=valid)
+        if WITH_AMAX:
+            largest = tl.maximum(largest, magnitude_bits(tl.where(valid, y.to(tl.float32), 0.0)))
         tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
         tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    if WITH_AMAX:
+        raise_amax(amax_ptr, tl.max(largest))
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles", "site", "threshold"])
@@ -298,6 +306,7 @@ def residual_norm_forward(
     norm_bias: Tensor,
     seed: Tensor | None,
     options: Options,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `residual_norm_forward_reference`."""
     num_rows, H = residual.shape
@@ -318,6 +327,7 @@ def residual_norm_forward(
         mean,
         rstd,
         seed,
+        amax,
         num_rows,
         _FORWARD_TILES,
         options.eps,
@@ -325,6 +335,7 @@ def residual_norm_forward(
         HAS_X=x is not None,
         HAS_BIAS=bias is not None,
         DROPS=seed is not None,
+        WITH_AMAX=amax is not None,
         **tile,
     )
     return z, y, mean, rstd

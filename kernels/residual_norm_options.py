@@ -1,0 +1,63 @@
+"""What the ops of residual_norm.py are asked for, and what their backward passes get from their forward passes."""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+Kernels = Literal["auto", "reference"]
+Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the ops are asked for besides tensors.
+
+    p: 0 means no dropout, and then seed is None. inverted: the backward pass gets y instead of z and mean.
+    amax: the forward pass of a norm gives max |y| too, see kernels/fp8_norm.py.
+    """
+
+    eps: float
+    p: float
+    site: int
+    inverted: bool
+    kernels: Kernels
+    amax: bool = False
+
+
+class Saved(NamedTuple):
+    """What the backward of the norm gets from its forward.
+
+    kept: (T, H), z or, if inverted, y; mean: (T,) or None if inverted; rstd: (T,); weight, norm_bias: (H,);
+    bias: (H,) or None; seed: int64 scalar or None. mean and rstd are fp32, fp64 for fp64 input.
+    """
+
+    kept: Tensor
+    mean: Tensor | None
+    rstd: Tensor
+    weight: Tensor
+    norm_bias: Tensor
+    bias: Tensor | None
+    seed: Tensor | None
+
+
+def make_options(eps: float, p: float, seed: Tensor | None, site: int, inverted: bool, kernels: Kernels) -> Options:
+    """Raises ValueError for a p that is no probability."""
+    if not 0 <= p < 1:
+        raise ValueError(f"p={p} is not a dropout probability; it must be in [0, 1)")
+    return Options(eps, 0.0 if seed is None else p, site, inverted, kernels)
+
+
+def check_shapes(
+    x: Tensor | None, bias: Tensor | None, residual: Tensor, weight: Tensor | None, norm_bias: Tensor | None
+) -> None:
+    """Raises ValueError where x or a vector does not fit residual (..., H)."""
+    if x is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
+        raise ValueError(
+            f"x is {tuple(x.shape)} {x.dtype}, residual is {tuple(residual.shape)} {residual.dtype}; they must be alike"
+        )
+    for name, vector in (("bias", bias), ("weight", weight), ("norm_bias", norm_bias)):
+        if vector is not None and vector.shape != residual.shape[-1:]:
+            raise ValueError(
+                f"{name} has shape {tuple(vector.shape)}, the last dim of the input is {residual.shape[-1]}"
+            )
