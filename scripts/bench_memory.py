@@ -24,7 +24,7 @@ from bench_device import machine_line
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from xformer_train.kernels import LayerConfig, TransformerLayer
+from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
 from xformer_train.kernels.saved_activations import count_saved_bytes, saved_activations
 from xformer_train.launcher.batch import BatchPlan
 from xformer_train.launcher.config import RunConfig
@@ -33,18 +33,21 @@ from xformer_train.launcher.deepspeed_config import deepspeed_config
 from xformer_train.launcher.optim import build_optimizer
 from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.recipes import RECIPES
+from xformer_train.recipes.recipe import Runtime
 
 CONFIGS = {128: "configs/bert_large_seq128.yaml", 512: "configs/bert_large_seq512.yaml"}
 VOCAB_SIZE = 30528  # BERT's 30,522 symbols, rounded up as the launcher does
 DTYPE, SIZE = torch.bfloat16, torch.bfloat16.itemsize
 FLAGS = ("normalize_invertible", "gelu_checkpoint", "attn_dropout_checkpoint")
 # What a cell of the table may name, the cheapest in time first: normalize_invertible reads and writes as much as the norm
-# does without it, gelu_checkpoint writes GELU's output a second time. attn_dropout_checkpoint drops nothing on a GPU.
+# does without it, gelu_checkpoint writes GELU's output a second time, full activation checkpointing computes the layers a
+# second time. attn_dropout_checkpoint and selective checkpointing drop nothing on a GPU.
 CHOICES = {
     "none": (),
     "normalize_invertible": ("normalize_invertible",),
     "gelu_checkpoint": ("gelu_checkpoint",),
     "both": ("normalize_invertible", "gelu_checkpoint"),
+    "full": ("full",),
 }
 CARDS_GB = (16, 32, 80, 141)
 MICRO_BATCHES = {  # the tutorial's 12 to 128, and what larger cards ask for
@@ -77,8 +80,9 @@ class Training:
 
 @functools.cache
 def training(length: int, flags: tuple[str, ...] = (), num_layers: int = 24) -> Training:
-    """The run for sequences of `length` tokens with these memory flags and no other."""
+    """The run for sequences of `length` tokens with these memory flags, `full` among them, and no other."""
     chosen = [f"layer.{flag}={str(flag in flags).lower()}" for flag in FLAGS]
+    chosen.append(f"training.activation_checkpointing={'full' if 'full' in flags else 'none'}")
     config = load_config(CONFIGS[length], [*chosen, f"model.num_hidden_layers={num_layers}"]).config
     with torch.device("meta"):
         model = build_model(config)
@@ -87,7 +91,8 @@ def training(length: int, flags: tuple[str, ...] = (), num_layers: int = 24) -> 
 
 def build_model(config: RunConfig) -> Any:
     """A `BertForPretraining` on torch's default device."""
-    return RECIPES["bert"].build_model(config.model, config.layer, config.objective, VOCAB_SIZE)
+    runtime = Runtime(activation_checkpointing=config.training.activation_checkpointing)
+    return RECIPES["bert"].build_model(config.model, config.layer, config.objective, VOCAB_SIZE, runtime)
 
 
 def step_bytes(run: Training, batch: int, *, triton_attention: bool = True) -> dict[str, int]:
@@ -98,7 +103,10 @@ def step_bytes(run: Training, batch: int, *, triton_attention: bool = True) -> d
     """
     layer, numel, tokens, masked = run.layer, run.num_parameters, batch * run.length, run.num_masked(batch)
     H, F, V = layer.hidden_size, layer.intermediate_size, VOCAB_SIZE
-    kept = saved_activations(layer, batch, run.length, DTYPE, triton_attention=triton_attention)
+    checkpointing = run.config.training.activation_checkpointing
+    of_layer = functools.partial(saved_activations, layer, batch, run.length, DTYPE, triton_attention=triton_attention)
+    kept = of_layer(activation_checkpointing=checkpointing)
+    recomputed = sum(of_layer().values()) - sum(kept.values())  # of the layer whose backward runs
     hidden, inner, projection = tokens * H * SIZE, tokens * F * SIZE, H * F * SIZE
     states = {"weights": SIZE * numel, "fp32 weights and moments": 12 * numel, "gradients": SIZE * numel}
     activations = {
@@ -113,7 +121,8 @@ def step_bytes(run: Training, batch: int, *, triton_attention: bool = True) -> d
         "backward of the head": V * H * (4 + SIZE),
         # The vocabulary's gradient waits for that of the embedding. In the layer there are the gradients of its output, of
         # the residual, of GELU (and GELU's output, if recomputed) and of one projection; later of both, and of the input.
-        "backward of the last layer": V * H * SIZE
+        "backward of the last layer": recomputed
+        + V * H * SIZE
         + 2 * hidden
         + max(inner * (2 if layer.gelu_checkpoint else 1) + projection, inner + 2 * projection + hidden),
         "optimizer step": 12 * numel,  # gradients in fp32, LAMB's denominators and updates
@@ -142,41 +151,48 @@ def largest_batch(run: Training, card_gb: float) -> int:
 
 
 def layer_records(length: int, device: torch.device) -> list[dict[str, Any]]:
-    """What one layer of BERT-Large keeps of 512 tokens under every choice of flags: counted here, and by the formula.
+    """What one layer of BERT-Large keeps of 512 tokens under every choice of flags, and with activation checkpointing without
+    flags and with all: counted here, and by the formula.
 
     On a GPU also by how much the peak of a forward and backward pass grows with every layer.
     """
     records = []
-    for pre_layer_norm, *values in itertools.product([True, False], *([[False, True]] * len(FLAGS))):
+    choices = [("none", values) for values in itertools.product([False, True], repeat=len(FLAGS))]
+    choices += itertools.product(("selective", "full"), ([False] * len(FLAGS), [True] * len(FLAGS)))
+    for pre_layer_norm, (checkpointing, values) in itertools.product([True, False], choices):
         flags = dict(zip(FLAGS, values, strict=True))
         config = replace(training(length).layer, pre_layer_norm=pre_layer_norm, **flags)  # type: ignore[arg-type]
         batch, on_gpu = 512 // length, device.type == "cuda"
-        with device:
-            stack = [TransformerLayer(config).to(DTYPE) for _ in range(6 if on_gpu else 1)]
+
+        def stack_of(depth: int, config: LayerConfig = config, choice: Any = checkpointing) -> LayerStack:
+            with device:
+                return LayerStack(config, depth, activation_checkpointing=choice).to(DTYPE)
+
         x = torch.randn(batch, length, config.hidden_size, device=device, dtype=DTYPE, requires_grad=True)
-        formula = functools.partial(saved_activations, config, batch, length, DTYPE)
+        formula = functools.partial(
+            saved_activations, config, batch, length, DTYPE, activation_checkpointing=checkpointing
+        )
+        layer = stack_of(1)
         records.append(
             {
                 "length": length,
                 "placement": "pre-LN" if pre_layer_norm else "post-LN",
+                "checkpointing": checkpointing,
                 **flags,
-                "counted": count_saved_bytes(functools.partial(stack[0], x), stack[0].parameters()),
+                "counted": count_saved_bytes(functools.partial(layer, x, AttentionMask()), layer.parameters()),
                 "formula_here": sum(formula(triton_attention=on_gpu).values()),
                 "formula_triton": sum(formula(triton_attention=True).values()),
-                "peak_growth": (peak_of_stack(stack, x) - peak_of_stack(stack[:2], x)) // 4 if on_gpu else None,
+                "peak_growth": (peak_of_stack(stack_of(6), x) - peak_of_stack(stack_of(2), x)) // 4 if on_gpu else None,
             }
         )
     return records
 
 
-def peak_of_stack(stack: list[TransformerLayer], x: Tensor) -> int:
+def peak_of_stack(stack: LayerStack, x: Tensor) -> int:
     """Most bytes that forward and backward add to what is allocated on the GPU, gradients of the parameters being there."""
 
     def run() -> None:
-        hidden = x
-        for layer in stack:
-            hidden = layer(hidden)
-        hidden.sum().backward()  # type: ignore[no-untyped-call]
+        stack(x, AttentionMask()).sum().backward()
 
     run()
     torch.cuda.reset_peak_memory_stats()
@@ -230,16 +246,17 @@ def allocations(task: Callable[[], Any]) -> tuple[Any, int, int]:
 
 def step_records(topology: Topology) -> list[dict[str, Any]]:
     """What the parts of a step of a two-layer BERT-Large hold, estimated and counted on a CPU."""
-    run, batch = training(128, num_layers=2), 4
-    expected = step_bytes(run, batch, triton_attention=False)
+    run, full, batch = training(128, num_layers=2), training(128, ("full",), num_layers=2), 4
+    expected, expected_full = (step_bytes(each, batch, triton_attention=False) for each in (run, full))
+    kept = ("layers", "embedding norm", "final norm", "head")
 
-    def start() -> Step:
+    def start(run: Training) -> Step:
         step = Step(run, batch, topology)
         for _ in range(2):
             step.micro_batch()
         return step
 
-    step, held, _ = allocations(start)
+    step, held, _ = allocations(functools.partial(start, run))
     loss, activations, _ = allocations(step.forward)
     _, freed, _ = allocations(lambda: step.engine.backward(loss))
     step.engine.step()
@@ -247,21 +264,24 @@ def step_records(topology: Topology) -> list[dict[str, Any]]:
     _, _, peak = allocations(step.engine.step)
     parts = {
         "between steps": (("weights", "fp32 weights and moments"), held),
-        "activations": (("layers", "embedding norm", "final norm", "head"), activations),
+        "activations": (kept, activations),
         "gradients": (("gradients",), activations + freed),
         "optimizer step": (("optimizer step",), peak),
     }
-    return [
+    _, activations_full, _ = allocations(start(full).forward)
+    records = [
         {"part": part, "estimated": sum(expected[name] for name in names), "counted": counted}
         for part, (names, counted) in parts.items()
     ]
+    estimated_full = sum(expected_full[name] for name in kept)
+    return [*records, {"part": "activations, full", "estimated": estimated_full, "counted": activations_full}]
 
 
 def peak_records(topology: Topology) -> list[dict[str, Any]]:
-    """The peak of BERT-Large's step on this GPU at the largest micro-batch that should fit, with no flag and with both."""
+    """The peak of BERT-Large's step on this GPU at the largest micro-batch that should fit, with no flag, both and full."""
     records = []
     card_gb = torch.cuda.get_device_properties(topology.device).total_memory / 1e9
-    for length, name in itertools.product(CONFIGS, ("none", "both")):
+    for length, name in itertools.product(CONFIGS, ("none", "both", "full")):
         run = training(length, CHOICES[name])
         batch = largest_batch(run, card_gb)
         step = Step(run, batch, topology)
