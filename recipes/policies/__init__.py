@@ -6,5 +6,15 @@ A policy says where a model keeps the projections of its transformer layers. tra
 from .layers import AllReduceConv1D, AllReduceLinear
 from .lookup import policies_for
 from .policy import Description, Layer, Policy
+from .shard import full_state_dict, shard
 
-__all__ = ["AllReduceConv1D", "AllReduceLinear", "Description", "Layer", "Policy", "policies_for"]
+__all__ = [
+    "AllReduceConv1D",
+    "AllReduceLinear",
+    "Description",
+    "Layer",
+    "Policy",
+    "full_state_dict",
+    "policies_for",
+    "shard",
+]

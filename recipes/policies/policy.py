@@ -136,7 +136,7 @@ class Policy(ABC):
 
     @staticmethod
     def replicated() -> list[str]:
-        """Ours: modules of a layer that stay whole, because they compute the same on every process."""
+        """Ours: modules of a layer that stay whole, because they compute the same on every process; they may be absent."""
         return []
 
     @staticmethod

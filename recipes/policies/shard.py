@@ -1,0 +1,194 @@
+"""Tensor-parallel training of a transformers model: slices it in place, with the collectives that its gradients need.
+
+The model keeps its classes, call signatures and names of parameters. Between the projections into attention or MLP and those
+out of it a process computes its own heads and columns; everything else is replicated, or with sequence parallelism divided by
+token.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.sharding import is_sharded, join_shards, mark_sharded, partitions_of, take_shard
+from ...kernels.tensor_parallel import TensorParallel, sum_gradient_over
+from .layers import (
+    AllReduceConv1D,
+    AllReduceLinear,
+    ColumnParallelConv1D,
+    ColumnParallelLinear,
+    Sharded,
+    VocabParallelEmbedding,
+    VocabParallelLinear,
+    become,
+)
+from .lookup import policies_for
+from .paths import first_missing, get, owner_of
+from .plan import Plan, Projection, is_conv1d, make_plan
+from .policy import Policy
+from .rank_random import RankRandom
+from .sequence import check_sequence_parallel, divide_sequence
+
+Policies = type[Policy] | Sequence[type[Policy]] | None
+
+
+def shard(
+    model: nn.Module, tp_group: dist.ProcessGroup, policy: Policies = None, sequence_parallel: bool = False
+) -> None:
+    """Turns a whole model into this process's part of it, in place; call it on every process of the group.
+
+    model: on the device that the group communicates from; the values of the group's first process are taken.
+    policy: one, or one for each class of layers; None: those shipped for the model.
+    sequence_parallel: divides the tokens between the products too, over the same processes.
+
+    Afterwards every process must be given the same batch, and have torch's (and numpy's) default generators seeded alike:
+    dropout of whole activations is then equal on all, that of attention probabilities and of intermediate activations differs.
+    A parameter that is cut carries the marks of `kernels.sharding.mark_sharded`. Attention weights that a model returns are
+    those of this process's heads. Call it before optimizers or DeepSpeed engines are made.
+
+    Raises ValueError without a group, for a model without a policy, for a model that is sharded already, under
+    sequence_parallel for a model that does not support it, and one for all rules that do not fit.
+    """
+    if tp_group is None:
+        raise ValueError(
+            "tp_group is None; give the process group that shares the model, torch.distributed.group.WORLD for all processes"
+        )
+    plan = make_plan(model, resolve_policies(model, policy), tp_group.size())
+    if sequence_parallel:
+        check_sequence_parallel(model, plan)
+    _broadcast(model, tp_group)
+    apply_plan(model, plan, TensorParallel(tp_group, sequence_parallel))
+
+
+def resolve_policies(model: nn.Module, policy: Policies) -> list[type[Policy]]:
+    """The policies given, or those shipped for the model. Raises ValueError if there are none."""
+    if policy is None:
+        return policies_for(model)
+    return [policy] if isinstance(policy, type) else list(policy)
+
+
+def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
+    """Carries out the plan on a model whose weights are equal on all processes."""
+    random = RankRandom(parallel)
+    for module, replacement in plan.replaced_modules:
+        become(module, replacement)
+    _cut(model, plan, parallel)
+    for projection in plan.projections:
+        _replace(projection, parallel, random)
+    for place in plan.places:
+        for path, value in place.arguments.items():
+            owner, name = owner_of(place.module, path)
+            setattr(owner, name, value)
+        for path in place.policy.shared_by_heads():
+            sum_gradient_over(get(place.module, path), parallel.group)
+        for path in place.policy.replicated():
+            _draw_alike(place.module, path, random)
+        place.module.register_forward_hook(lambda *_: random.leave(), always_call=True)  # when an error kept it from it
+    if parallel.divides_tokens:
+        divide_sequence(model, plan, parallel, random)
+
+
+def full_state_dict(model: nn.Module, tp_group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """The state dict that the model had before `shard`, bit for bit, on the CPU of every process; call it on all of the group.
+
+    Parameters that are tied are one tensor.
+    """
+    partitions = partitions_of(model)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    whole: dict[int, Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name not in partitions:
+            state[name] = tensor.detach().cpu()
+            continue
+        parameter = parameters[name]
+        if id(parameter) not in whole:
+            shards = [torch.empty_like(tensor) for _ in range(tp_group.size())]
+            dist.all_gather(shards, tensor.detach().contiguous(), tp_group)
+            joined = join_shards([one.cpu() for one in shards], partitions[name], name)
+            whole[id(parameter)] = joined[: getattr(parameter, "vocabulary_size", None)]
+        state[name] = whole[id(parameter)]
+    return state
+
+
+@torch.no_grad()
+def _broadcast(model: nn.Module, group: dist.ProcessGroup) -> None:
+    first = dist.get_global_rank(group, 0)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # the others follow from the config
+            dist.broadcast(tensor, first, group)
+
+
+@torch.no_grad()
+def _cut(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
+    """Puts this process's shards in the place of the parameters, wherever the model holds them."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((module, name))
+    for projection in plan.projections:
+        for name, partition in projection.cuts.items():
+            parameter = model.get_parameter(name)
+            if is_sharded(parameter):
+                continue  # tied to one that is cut already
+            padded = _pad_vocabulary(parameter, parallel.size) if projection.block == "vocabulary" else parameter
+            own = take_shard(padded, partition, parallel.rank, parallel.size, name)
+            shard = nn.Parameter(own, parameter.requires_grad)
+            mark_sharded(shard, partition)
+            if projection.block == "vocabulary":
+                shard.vocabulary_size = len(parameter)  # type: ignore[attr-defined]
+            for owner, own_name in owners[id(parameter)]:
+                setattr(owner, own_name, shard)
+
+
+def _pad_vocabulary(x: Tensor, size: int) -> Tensor:
+    """x with zeros behind its rows, up to a multiple of `size`."""
+    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, -len(x) % size))
+
+
+def _replace(projection: Projection, parallel: TensorParallel, random: RankRandom) -> None:
+    module = projection.module
+    reversed = is_conv1d(module)
+    classes: dict[str, Any] = {
+        "column": ColumnParallelConv1D if reversed else ColumnParallelLinear,
+        "row": AllReduceConv1D if reversed else AllReduceLinear,
+        "embedding": VocabParallelEmbedding,
+        "head": VocabParallelLinear,
+    }
+    _set_sizes(module)
+    if projection.replace is None and isinstance(module, nn.Embedding) and projection.kind == "column":
+        return  # a column of each row is all it needs
+    become(module, projection.replace or classes[projection.kind], keep_overrides=projection.kind == "embedding")
+    if not isinstance(module, Sharded):
+        module.mp_group = parallel.group  # type: ignore[assignment]
+        return
+    module.parallel = parallel if projection.block != "vocabulary" else TensorParallel(parallel.group)
+    module.in_attention = projection.block == "attention"
+    if projection.block != "vocabulary" and not parallel.divides_tokens:
+        module.random = random
+    if isinstance(module, VocabParallelLinear):
+        module.vocabulary_size = module.weight.vocabulary_size  # type: ignore[attr-defined]
+
+
+def _set_sizes(module: nn.Module) -> None:
+    """Makes the sizes that a module says it has those of its tensors."""
+    rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
+    names = {"out_features": rows, "in_features": columns, "num_embeddings": rows, "embedding_dim": columns}
+    if is_conv1d(module):
+        names = {"nx": rows, "nf": columns}
+    for name, size in names.items():
+        if hasattr(module, name):
+            setattr(module, name, size)
+
+
+def _draw_alike(layer: nn.Module, path: str, random: RankRandom) -> None:
+    """Lets the modules at a path draw what all processes draw, though they stand between two products."""
+    module = None if first_missing(layer, path) else get(layer, path)
+    if module is None:
+        return  # left out by the config
+    paused: list[Tensor | None] = []
+    module.register_forward_pre_hook(lambda *_: paused.append(random.pause()))
+    module.register_forward_hook(lambda *_: random.resume(paused.pop()))

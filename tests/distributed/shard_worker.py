@@ -1,0 +1,226 @@
+"""What each of four processes does for test_shard.py: sharded models beside whole ones, in groups of two and of four."""
+
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from distributed.hf_models import MODELS
+from torch import Tensor, nn
+
+from xformer_train.kernels.sharding import join_shards, partitions_of
+from xformer_train.recipes.policies import full_state_dict, shard
+
+Results = dict[str, Any]
+OVER_FOUR = ("bert", "gpt2", "gpt_neox", "opt", "t5_gated", "bart", "mobilebert", "clip", "wav2vec2")
+SEQUENCE_PARALLEL = ("bert", "electra", "distilbert", "gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "llama")
+TRAINED = ("bert", "gpt2", "llama", "t5")
+CHECKPOINTED = ("bert", "gpt2", "llama", "bart", "deberta_v2", "wav2vec2")
+
+
+def tensors_of(value: Any, name: str = "") -> dict[str, Tensor]:
+    """All float tensors in a model's output, by path, but attention weights."""
+    if isinstance(value, Tensor):
+        return {name: value.detach()} if value.is_floating_point() else {}
+    if isinstance(value, dict):
+        items = [(key, one) for key, one in value.items() if "past" not in key]
+    elif isinstance(value, (tuple, list)):
+        items = list(enumerate(value))
+    else:
+        return {}
+    return {path: one for key, inner in items for path, one in tensors_of(inner, f"{name}.{key}").items()}
+
+
+def whole_gradients(model: nn.Module, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """The gradients of the model as one process would have them."""
+    partitions = partitions_of(model)
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is None:
+            continue
+        gradient = parameter.grad
+        if name in partitions:
+            shards = [torch.empty_like(gradient) for _ in range(group.size())]
+            dist.all_gather(shards, gradient.contiguous(), group)
+            gradient = join_shards(shards, partitions[name])[: getattr(parameter, "vocabulary_size", None)]
+        gradients[name] = gradient
+    return gradients
+
+
+def error(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """The largest difference of each tensor, in units of its largest value if that is above 1; infinite if one is missing."""
+    return {
+        name: ((ours[name] - expected[name]).abs().max() / expected[name].abs().max().clamp(min=1)).item()
+        if name in ours and name in expected
+        else float("inf")
+        for name in ours.keys() | expected.keys()
+    }
+
+
+def sharded(name: str, group: dist.ProcessGroup, sequence_parallel: bool = False, **fields: Any) -> nn.Module:
+    """The small model in shards; its weights are drawn differently on each process, the first's count."""
+    model = MODELS[name].build(seed=group.rank(), **fields)
+    shard(model, group, sequence_parallel=sequence_parallel)
+    return model
+
+
+def run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The output's tensors; gradients are left on the parameters."""
+    output = model(**inputs)
+    output.loss.backward()
+    return tensors_of(output)
+
+
+def equals_one_process(name: str, group: dist.ProcessGroup) -> Results:
+    whole, ours = MODELS[name].build(), sharded(name, group)
+    inputs = MODELS[name].make_inputs()
+    if name != "clip":  # gives the hidden states of its towers only through them
+        inputs["output_hidden_states"] = True
+    before, joined = whole.state_dict(), full_state_dict(ours, group)
+    outputs = error(run(ours, inputs), run(whole, inputs))
+    gradients = error(
+        whole_gradients(ours, group), {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
+    )
+    return {
+        "outputs": outputs,
+        "gradients": gradients,
+        "state": {n: before.keys() == joined.keys() and torch.equal(before[n], joined[n]) for n in before},
+        "share": sum(p.numel() for p in ours.parameters()) / sum(p.numel() for p in whole.parameters()),
+    }
+
+
+def equals_one_process_in_sequence(name: str, group: dist.ProcessGroup) -> Results:
+    whole, ours = MODELS[name].build(), sharded(name, group, sequence_parallel=True)
+    inputs = MODELS[name].make_inputs()
+    outputs = error(run(ours, inputs), run(whole, inputs))
+    gradients = error(
+        whole_gradients(ours, group), {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
+    )
+    return {"outputs": outputs, "gradients": gradients}
+
+
+def steps(name: str, group: dist.ProcessGroup) -> Results:
+    """Losses of five steps of AdamW, of the sharded model and of the whole one."""
+    losses = []
+    for model in (sharded(name, group), MODELS[name].build()):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses.append([])
+        for step in range(5):
+            loss = model(**MODELS[name].make_inputs(seed=step)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    return {"losses": losses}
+
+
+def dropout(name: str, group: dist.ProcessGroup, sequence_parallel: bool = False) -> Results:
+    """Training with dropout: what is equal on all processes, and what a replay under gradient checkpointing makes of it."""
+    inputs, gradients, outputs = MODELS[name].make_inputs(), [], []
+    for checkpointing in (False, True):
+        model = sharded(name, group, sequence_parallel).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(7)
+        np.random.seed(7)
+        outputs.append(run(model, inputs))
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    replicated = {n: own for n, own in gradients[0].items() if n not in partitions_of(model)}
+    with torch.no_grad():
+        again = tensors_of(model(**inputs))
+    return {
+        "equal": {n: equal_on_all(tensor, group) for n, tensor in (replicated | outputs[0]).items()},
+        "replay": error(*gradients),
+        "drops": max(error(outputs[0], again).values()),
+    }
+
+
+def dropout_in_sequence(name: str, group: dist.ProcessGroup) -> Results:
+    return dropout(name, group, sequence_parallel=True)
+
+
+def hidden_masks(name: str, group: dist.ProcessGroup) -> Results:
+    """Whether processes drop the same of the hidden states, without and with sequence parallelism."""
+    equal = []
+    for sequence_parallel in (False, True):
+        model = sharded(name, group, sequence_parallel).train()
+        masks: list[Tensor] = []
+        drop = model.bert.encoder.layer[1].output.dropout
+        drop.register_forward_hook(lambda module, args, output, masks=masks: masks.append((output == 0).float()))
+        torch.manual_seed(3)
+        model(**MODELS[name].make_inputs())
+        equal.append(equal_on_all(masks[0], group))
+    return {"equal": equal}
+
+
+def equal_on_all(tensor: Tensor, group: dist.ProcessGroup) -> bool:
+    copies = [torch.empty_like(tensor) for _ in range(group.size())]
+    dist.all_gather(copies, tensor.contiguous(), group)
+    return all(torch.equal(copy, copies[0]) for copy in copies)
+
+
+def attention_masks(name: str, group: dist.ProcessGroup) -> Results:
+    """Whether processes with equal heads get equal contexts, in evaluation and in training with attention dropout."""
+    model = MODELS[name].build(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.5)
+    attention = model.bert.encoder.layer[0].attention
+    with torch.no_grad():
+        for projection in (attention.self.query, attention.self.key, attention.self.value):
+            projection.weight.copy_(projection.weight[:4].repeat(4, 1))
+            projection.bias.copy_(projection.bias[:4].repeat(4))
+    shard(model, group)
+    contexts: list[Tensor] = []
+    attention.output.dense.register_forward_pre_hook(lambda _, args: contexts.append(args[0].detach()))
+    for training in (False, True):
+        torch.manual_seed(3)
+        model.train(training)(**MODELS[name].make_inputs())
+    return {"equal": [equal_on_all(context, group) for context in contexts]}
+
+
+def autocast(name: str, group: dist.ProcessGroup) -> Results:
+    """Losses under torch.autocast, and whether every gradient is finite and of its parameter's dtype."""
+    losses, sound = [], True
+    for model in (sharded(name, group), MODELS[name].build()):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**MODELS[name].make_inputs()).loss
+        loss.backward()
+        losses.append(loss.item())
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        sound &= all(bool(g.isfinite().all()) and g.dtype == torch.float32 for g in gradients)
+    return {"losses": losses, "sound": sound}
+
+
+CHECKS: list[tuple[Callable[[str, dist.ProcessGroup], Results], tuple[str, ...], int]] = [
+    (equals_one_process, tuple(MODELS), 2),
+    (equals_one_process, OVER_FOUR, 4),
+    (equals_one_process_in_sequence, SEQUENCE_PARALLEL, 2),
+    (equals_one_process_in_sequence, ("bert", "gpt2"), 4),
+    (steps, TRAINED, 2),
+    (dropout, CHECKPOINTED, 2),
+    (dropout_in_sequence, ("bert", "gpt2"), 2),
+    (attention_masks, ("bert",), 2),
+    (hidden_masks, ("bert",), 2),
+    (autocast, ("bert", "gpt2"), 2),
+]
+
+
+def worker() -> dict[tuple[str, str, int], Results]:
+    """By check, model and group size: what the check found, or the error it ended with. Groups of two take turns."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    rank = dist.get_rank()
+    halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]  # ranks within the group are not those of the world
+    results: dict[tuple[str, str, int], Results] = {}
+    for check, names, size in CHECKS:
+        for index, name in enumerate(names):
+            if size == 2 and index % 2 != rank % 2:
+                continue
+            try:
+                result = check(name, halves[rank % 2] if size == 2 else dist.group.WORLD)
+            except Exception:
+                result = {"error": traceback.format_exc()}
+            results[check.__name__, name, size] = result
+    dist.destroy_process_group()
+    return results

@@ -1,0 +1,93 @@
+"""Sharded models of transformers against whole ones, in groups of two and four of four processes."""
+
+import pytest
+from distributed.hf_models import MODELS
+from distributed.shard_worker import CHECKS, OVER_FOUR, SEQUENCE_PARALLEL, worker
+from distributed.spawn import run_processes
+
+# Sums in another order in fp32: some units of the last place of values up to some tens, and their sums over tokens.
+OUTPUTS, GRADIENTS = 1e-5, 1e-4
+
+
+@pytest.fixture(scope="module")
+def results():
+    """By check, model and group size: what each process that ran it found."""
+    found = {}
+    for by_process in run_processes(worker, 4, timeout_s=300):
+        for key, result in by_process.items():
+            found.setdefault(key, []).append(result)
+    return found
+
+
+def of(results, check, name, size):
+    found = results[check, name, size]
+    assert len(found) == size
+    for result in found:
+        assert "error" not in result, result["error"]
+    return found
+
+
+def largest(errors):
+    return max(errors.items(), key=lambda item: item[1])
+
+
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in MODELS), *((name, 4) for name in OVER_FOUR)])
+def test_outputs_gradients_and_state_are_those_of_one_process(results, name, size):
+    for result in of(results, "equals_one_process", name, size):
+        name_and_error = largest(result["outputs"])
+        assert name_and_error[1] < OUTPUTS, name_and_error
+        assert len(result["outputs"]) >= 4  # the hidden states too
+        name_and_error = largest(result["gradients"])
+        assert name_and_error[1] < GRADIENTS, name_and_error
+        assert all(result["state"].values()), [n for n, equal in result["state"].items() if not equal]
+        assert result["share"] < 0.75  # what is left whole is mostly positions and the heads of tiny models
+
+
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in SEQUENCE_PARALLEL), ("bert", 4), ("gpt2", 4)])
+def test_sequence_parallel_models_compute_the_same(results, name, size):
+    for result in of(results, "equals_one_process_in_sequence", name, size):
+        for errors, tolerance in ((result["outputs"], OUTPUTS), (result["gradients"], GRADIENTS)):
+            name_and_error = largest(errors)
+            assert name_and_error[1] < tolerance, name_and_error
+
+
+@pytest.mark.parametrize("name", [name for check, names, _ in CHECKS if check.__name__ == "steps" for name in names])
+def test_five_steps_of_an_optimizer_have_the_same_losses(results, name):
+    for result in of(results, "steps", name, 2):
+        ours, expected = result["losses"]
+        assert ours == pytest.approx(expected, abs=1e-4)  # AdamW's first steps are signs, whatever the gradient's size
+        assert len(set(expected)) == 5
+
+
+@pytest.mark.parametrize(
+    ("check", "name"),
+    [(check.__name__, name) for check, names, _ in CHECKS if check.__name__.startswith("dropout") for name in names],
+)
+def test_dropout_keeps_replicas_equal_and_is_replayed_by_gradient_checkpointing(results, check, name):
+    for result in of(results, check, name, 2):
+        assert all(result["equal"].values()), [n for n, equal in result["equal"].items() if not equal]
+        assert set(result["replay"].values()) == {0.0}
+        assert result["drops"] > 0 or name == "llama"  # which has no dropout by default
+
+
+def test_dropout_of_attention_differs_over_the_processes(results):
+    for result in of(results, "attention_masks", "bert", 2):
+        assert result["equal"] == [True, False]
+
+
+def test_dropout_of_hidden_states_differs_where_the_tokens_do(results):
+    for result in of(results, "hidden_masks", "bert", 2):
+        assert result["equal"] == [True, False]
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_models_train_under_autocast(results, name):
+    for result in of(results, "autocast", name, 2):
+        assert result["sound"]
+        ours, expected = result["losses"]
+        assert ours == pytest.approx(expected, rel=5e-3)  # bf16 has 8 bits
+
+
+def test_every_check_ran_on_every_process_of_its_groups(results):
+    expected = {(check.__name__, name, size) for check, names, size in CHECKS for name in names}
+    assert results.keys() == expected
