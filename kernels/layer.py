@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .attention import AttentionMask, Recompute, attention
 from .dropout import draw_seed
 from .fp8 import Fp8State
-from .mlp import Activation, gelu, mlp
-from .projection import ParallelMode, Projection, project, runs_fp8
-from .residual_norm import are_invertible, norm, residual_add, residual_norm
+from .fp8_norm import norm_before, residual_norm_before
+from .mlp import Activation, mlp
+from .projection import ParallelMode, Projection, project, project_mlp, runs_fp8
+from .residual_norm import are_invertible, residual_add
 from .sharding import Partition, shard_parameters
 from .tensor_parallel import ONE_PROCESS, TensorParallel, copy_to_group
 
@@ -229,18 +230,19 @@ class TransformerLayer(nn.Module):
 
     def _pre_layer_norm(self, hidden_states: Tensor, now: _Pass) -> Tensor:
         config, ours = self.config, now.replicated
-        normalized = norm(
+        normalized, amax = norm_before(
+            _fp8_state(self.qkv),
             hidden_states,
             *ours.attention_norm,
             eps=config.layer_norm_eps,
             invertible=now.invertible[0],
             kernels=config.kernels,
         )
-        context = self._attend(normalized, now)
+        context = self._attend(normalized, amax, now)
         join = _Join(ours.attention_output_bias, ours.mlp_norm, _ATTENTION_OUTPUT_SITE, now.invertible[1])
-        residual, normalized = self._join(context, hidden_states, join, now)
+        residual, normalized, amax = self._join(context, hidden_states, join, now, _fp8_state(self.intermediate))
         return residual_add(
-            self._mlp(normalized),
+            self._mlp(normalized, amax),
             ours.output_bias,
             residual,
             p=config.hidden_dropout_prob,
@@ -251,11 +253,11 @@ class TransformerLayer(nn.Module):
 
     def _post_layer_norm(self, hidden_states: Tensor, now: _Pass) -> Tensor:
         ours = now.replicated
-        context = self._attend(hidden_states, now)
+        context = self._attend(hidden_states, None, now)
         join = _Join(ours.attention_output_bias, ours.attention_norm, _ATTENTION_OUTPUT_SITE, now.invertible[0])
-        _, residual = self._join(context, hidden_states, join, now)
+        _, residual, amax = self._join(context, hidden_states, join, now, _fp8_state(self.intermediate))
         join = _Join(ours.output_bias, ours.mlp_norm, _OUTPUT_SITE, now.invertible[1])
-        return self._join(self._mlp(residual), residual, join, now)[1]
+        return self._join(self._mlp(residual, amax), residual, join, now, None)[1]
 
     @property
     def drops(self) -> bool:
@@ -279,9 +281,12 @@ class TransformerLayer(nn.Module):
             vectors = copy_to_group(torch.cat(vectors), self.parallel.group).chunk(len(vectors))
         return _Replicated(_Affine(*vectors[:2]), _Affine(*vectors[2:4]), *vectors[4:])
 
-    def _join(self, x: Tensor, residual: Tensor, join: _Join, now: _Pass) -> tuple[Tensor, Tensor]:
-        """(residual + dropout(x + bias), its LayerNorm)."""
-        return residual_norm(
+    def _join(
+        self, x: Tensor, residual: Tensor, join: _Join, now: _Pass, behind: Fp8State | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(residual + dropout(x + bias), its LayerNorm, the amax of that if the product of `behind` makes use of it)."""
+        return residual_norm_before(
+            behind,
             x,
             join.bias,
             residual,
@@ -294,16 +299,16 @@ class TransformerLayer(nn.Module):
             kernels=self.config.kernels,
         )
 
-    def _project(self, x: Tensor, projection: Any, mode: ParallelMode) -> Tensor:
+    def _project(self, x: Tensor, projection: Any, mode: ParallelMode, amax: Tensor | None = None) -> Tensor:
         """x through a projection; the bias of a row-parallel one is left to `residual_norm` and `residual_add`."""
         bias = projection.bias if mode == "column" else None
-        return project(x, projection.weight, bias, _fp8_state(projection), mode, self.parallel)
+        return project(x, projection.weight, bias, _fp8_state(projection), mode, self.parallel, amax=amax)
 
-    def _attend(self, x: Tensor, now: _Pass) -> Tensor:
-        """The attention half up to its projection, without the projection's bias."""
+    def _attend(self, x: Tensor, amax: Tensor | None, now: _Pass) -> Tensor:
+        """The attention half up to its projection, without the projection's bias. amax: of x, if it is known."""
         config = self.config
         heads = config.num_attention_heads // self.parallel.size
-        qkv = self._project(x, self.qkv, "column")
+        qkv = self._project(x, self.qkv, "column", amax)
         qkv = qkv.view(*now.token_shape, 3, heads, config.hidden_size // config.num_attention_heads)
         context = attention(
             qkv,  # (B, S, 3, N/t, D)
@@ -319,18 +324,16 @@ class TransformerLayer(nn.Module):
             context = context.flatten(0, -2)
         return self._project(context, self.attention_output, "row")
 
-    def _mlp(self, x: Tensor) -> Tensor:
-        """The feed-forward half, without the bias of its second projection."""
+    def _mlp(self, x: Tensor, amax: Tensor | None) -> Tensor:
+        """The feed-forward half, without the bias of its second projection. amax: of x, if it is known."""
         config = self.config
-        states = [_fp8_state(projection) for projection in (self.intermediate, self.output)]
-        if any(state is not None and runs_fp8(state, x.device) for state in states):
-            hidden = gelu(self._project(x, self.intermediate, "column"), config.hidden_act)
-            return self._project(hidden, self.output, "row")
+        parameters = self.intermediate.weight, self.intermediate.bias, self.output.weight
+        first, second = _fp8_state(self.intermediate), _fp8_state(self.output)
+        if first is not None and second is not None and runs_fp8(first, x.device):
+            return project_mlp(x, *parameters, config.hidden_act, (first, second), self.parallel, amax=amax)
         return mlp(
             x,
-            self.intermediate.weight,
-            self.intermediate.bias,
-            self.output.weight,
+            *parameters,
             config.hidden_act,
             gelu_checkpoint=config.gelu_checkpoint,
             kernels=config.kernels,

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .fp8 import Fp8State, fp8_linear, is_fp8_enabled
+from .fp8_mlp import MainGrads, fp8_mlp
 from .linear import linear
+from .mlp import Activation
 from .tensor_parallel import (
     TensorParallel,
     column_parallel_linear,
@@ -37,7 +39,7 @@ def runs_fp8(fp8: Fp8State, device: torch.device) -> bool:
     return is_fp8_enabled() if torch.compiler.is_compiling() else fp8.begin(device) is not None
 
 
-def project(
+def project(  # noqa: PLR0913 - of a product in high precision, in FP8 and over processes
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -47,14 +49,15 @@ def project(
     *,
     is_first_microbatch: bool | None = None,
     main_grad: Tensor | None = None,
+    amax: Tensor | None = None,
 ) -> Tensor:
     """x @ weight.T + bias, (..., N) in the dtype of x, with FP8 products where fp8_autocast says so.
 
     x: (..., K); weight: (N, K), this process's shard; bias: (N,) or None. Outside of FP8 regions they have one dtype. With
     parallel.sequence the part of x or of the result that is not sharded by its features is this process's part along dim 0, and
     the gradient of a row-parallel bias is that part's: see `sum_gradient_over`.
-    fp8: of this product; None: it never takes FP8 operands. is_first_microbatch, main_grad: of FP8 products, see `fp8_linear`.
-    Raises ValueError for shapes that do not fit.
+    fp8: of this product; None: it never takes FP8 operands. is_first_microbatch, main_grad, amax: of FP8 products, see
+    `fp8_linear`. Raises ValueError for shapes that do not fit.
     """
     group, sequence = parallel.group, parallel.sequence
     if fp8 is None or not runs_fp8(fp8, x.device):
@@ -63,10 +66,54 @@ def project(
         multiply = column_parallel_linear if mode == "column" else row_parallel_linear
         return multiply(x, weight, bias, group, sequence_parallel=sequence)
     if mode == "column":
-        x = gather_from_sequence(x, group) if sequence else copy_to_group(x, group)
+        x, amax = _all_tokens(x, amax, parallel)
     added = bias if mode != "row" else None
-    out = fp8_linear(x, weight, added, fp8, is_first_microbatch=is_first_microbatch, main_grad=main_grad)
+    out = fp8_linear(x, weight, added, fp8, is_first_microbatch=is_first_microbatch, main_grad=main_grad, amax=amax)
     if mode != "row":
         return out
-    out = (reduce_scatter_to_sequence if sequence else reduce_from_group)(out, group)
+    out = _summed(out, parallel)
     return out if bias is None else out + bias.to(out.dtype)  # behind the sum, or it would be added t times
+
+
+def project_mlp(  # noqa: PLR0913 - as fp8_mlp
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    activation: Activation,
+    fp8: tuple[Fp8State, Fp8State],
+    parallel: TensorParallel,
+    *,
+    is_first_microbatch: bool | None = None,
+    main_grads: MainGrads = (None, None),
+    amax: Tensor | None = None,
+) -> Tensor:
+    """GELU(x @ w1.T + b1) @ w2.T by `fp8_mlp`, in the shape and dtype of x: a column-parallel product and a row-parallel one.
+
+    w1: (F/t, H), b1: (F/t,), w2: (H, F/t), this process's shards. fp8: of the two products. amax: of x.
+    """
+    x, amax = _all_tokens(x, amax, parallel)
+    out = fp8_mlp(
+        x,
+        w1,
+        b1,
+        w2,
+        activation,
+        *fp8,
+        is_first_microbatch=is_first_microbatch,
+        main_grads=main_grads,
+        amax=amax,
+    )
+    return _summed(out, parallel)
+
+
+def _all_tokens(x: Tensor, amax: Tensor | None, parallel: TensorParallel) -> tuple[Tensor, Tensor | None]:
+    """What a column-parallel product reads, with its amax if that of this process's x is the whole's."""
+    if parallel.sequence:
+        return gather_from_sequence(x, parallel.group), None if parallel.divides_tokens else amax
+    return copy_to_group(x, parallel.group), amax
+
+
+def _summed(out: Tensor, parallel: TensorParallel) -> Tensor:
+    """What the processes' results of a row-parallel product add up to."""
+    return (reduce_scatter_to_sequence if parallel.sequence else reduce_from_group)(out, parallel.group)

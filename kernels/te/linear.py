@@ -95,12 +95,17 @@ class Linear(ProjectionModule):
         return (out, returned) if self.return_bias else out
 
     def _apply_projection(
-        self, inp: Tensor, weight: Tensor | None, bias: Tensor | None, is_first_microbatch: bool | None
+        self,
+        inp: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        is_first_microbatch: bool | None,
+        amax: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The product with the bias added or, for return_bias, beside it."""
+        """The product with the bias added or, for return_bias, beside it. amax: of inp."""
         weight, bias = self._choose(weight, bias)
         added, returned = (None, self._returned(bias)) if self.return_bias else (bias, None)
-        return self._project(inp, weight, added, self.fp8, self.parallel_mode, is_first_microbatch), returned
+        return self._project(inp, weight, added, self.fp8, self.parallel_mode, is_first_microbatch, amax), returned
 
     def _returned(self, bias: Tensor | None) -> Tensor | None:
         """The bias for the caller, who adds it to this rank's output."""
@@ -172,7 +177,7 @@ class LayerNormLinear(NormalizedModule, Linear):
 
         Arguments and errors as in `Linear.forward`.
         """
-        normalized = self._normalize(self._enter(inp, self.in_features, "in_features"))
-        out, returned = self._apply_projection(normalized, weight, bias, is_first_microbatch)
+        normalized, amax = self._normalize(self._enter(inp, self.in_features, "in_features"), self.fp8)
+        out, returned = self._apply_projection(normalized, weight, bias, is_first_microbatch, amax)
         extra = ((returned,) if self.return_bias else ()) + ((normalized,) if self.return_layernorm_output else ())
         return (out, *extra) if extra else out

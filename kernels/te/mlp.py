@@ -11,8 +11,8 @@ from torch.distributed import ProcessGroup
 from ..fp8 import Fp8State
 from ..mlp import Activation as FusedActivation
 from ..mlp import mlp
-from ..projection import ParallelMode, runs_fp8
-from .module import DEFAULT_INIT, Initializer, Shard, SharedOptions, cast_like, check_positive
+from ..projection import ParallelMode, project_mlp, runs_fp8
+from .module import DEFAULT_INIT, Initializer, Shard, SharedOptions, cast_like, check_dtype, check_positive
 from .normalization import Normalization, NormalizedModule
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -114,32 +114,39 @@ class LayerNormMLP(NormalizedModule):
         self._allocate("fc2_bias", (hidden_size,) if bias else None)
 
     def forward(
-        self, inp: Tensor, is_first_microbatch: bool | None = None, *, normalized: Tensor | None = None
+        self,
+        inp: Tensor,
+        is_first_microbatch: bool | None = None,
+        *,
+        normalized: Tensor | None = None,
+        amax: Tensor | None = None,
     ) -> Tensor | tuple[Tensor | None, ...]:
         """(..., H) -> (..., H); a tuple (output, fc2_bias if return_bias, LayerNorm(inp) if return_layernorm_output).
 
-        is_first_microbatch: see `Linear.forward`. normalized: LayerNorm(inp), where an op before has computed it already.
-        Raises ValueError for a wrong last dim or dtype.
+        is_first_microbatch: see `Linear.forward`. normalized: LayerNorm(inp), where an op before has computed it already;
+        amax: of normalized, if it is known. Raises ValueError for a wrong last dim or dtype.
         """
         inp = self._enter(inp, self.hidden_size, "hidden_size")
         if normalized is None:
-            normalized = self._normalize(inp)
-        out = self._transform(normalized, is_first_microbatch)
+            normalized, amax = self._normalize(inp, self.fc1_fp8)
+        out = self._transform(normalized, amax, is_first_microbatch)
         bias = self._replicated(self.fc2_bias)
         if bias is not None and not self.return_bias:
             out = out + cast_like(out, bias)
         extra = ((bias,) if self.return_bias else ()) + ((normalized,) if self.return_layernorm_output else ())
         return (out, *extra) if extra else out
 
-    def _transform(self, x: Tensor, is_first_microbatch: bool | None) -> Tensor:
-        """Both products and what is between them, without the second bias."""
-        if self._fuses(x):
-            assert self.fc1_bias is not None, "see _fuses"
-            w1, w2 = (self._trained(weight, is_first_microbatch) for weight in (self.fc1_weight, self.fc2_weight))
-            w1, b1, w2 = (cast_like(x, parameter) for parameter in (w1, self.fc1_bias, w2))
-            return mlp(x, w1, b1, w2, _FUSED[self.activation], gelu_checkpoint=False)
+    def _transform(self, x: Tensor, amax: Tensor | None, is_first_microbatch: bool | None) -> Tensor:
+        """Both products and what is between them, without the second bias. amax: of x."""
+        if self.activation in _FUSED and self.fc1_bias is not None:
+            if runs_fp8(self.fc1_fp8, x.device):
+                return self._in_fp8(x, self.fc1_bias, amax, is_first_microbatch)
+            if self.options.ranks == 1:
+                w1, w2 = (self._trained(weight, is_first_microbatch) for weight in (self.fc1_weight, self.fc2_weight))
+                w1, b1, w2 = (cast_like(x, parameter) for parameter in (w1, self.fc1_bias, w2))
+                return mlp(x, w1, b1, w2, _FUSED[self.activation], gelu_checkpoint=False)
         modes: tuple[ParallelMode | None, ...] = ("column", "row") if self.set_parallel_mode else (None, None)
-        hidden = self._project(x, self.fc1_weight, self.fc1_bias, self.fc1_fp8, modes[0], is_first_microbatch)
+        hidden = self._project(x, self.fc1_weight, self.fc1_bias, self.fc1_fp8, modes[0], is_first_microbatch, amax)
         if self.activation in _GATES:
             gate, value = hidden.chunk(2, -1)
             hidden = _GATES[self.activation](gate) * value
@@ -147,10 +154,22 @@ class LayerNormMLP(NormalizedModule):
             hidden = _FUNCTIONS[self.activation](hidden)
         return self._project(hidden, self.fc2_weight, None, self.fc2_fp8, modes[1], is_first_microbatch)
 
-    def _fuses(self, x: Tensor) -> bool:
-        """Whether the op that is both products and a GELU can compute this."""
-        fits = self.activation in _FUSED and self.use_bias and self.options.ranks == 1
-        return fits and not any(runs_fp8(fp8, x.device) for fp8 in (self.fc1_fp8, self.fc2_fp8))
+    def _in_fp8(self, x: Tensor, b1: Tensor, amax: Tensor | None, is_first_microbatch: bool | None) -> Tensor:
+        w1, w2 = self.fc1_weight, self.fc2_weight
+        for weight in (w1, w2):
+            check_dtype(x, weight)
+        return project_mlp(
+            x,
+            w1,
+            b1,
+            w2,
+            _FUSED[self.activation],
+            (self.fc1_fp8, self.fc2_fp8),
+            self._shared_by(self.set_parallel_mode),
+            is_first_microbatch=is_first_microbatch,
+            main_grads=(self._main_grad(w1), self._main_grad(w2)),
+            amax=amax,
+        )
 
     def extra_repr(self) -> str:
         return f"{self.hidden_size}, {self.ffn_hidden_size}, activation={self.activation}, bias={self.use_bias}"

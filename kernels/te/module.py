@@ -205,8 +205,9 @@ class ProjectionModule(nn.Module):
         fp8: Fp8State,
         mode: ParallelMode | None,
         is_first_microbatch: bool | None,
+        amax: Tensor | None = None,
     ) -> Tensor:
-        """inp @ weight.T + bias: the one way in which a module multiplies. fp8: of this product."""
+        """inp @ weight.T + bias: the one way in which a module multiplies. fp8: of this product. amax: of inp."""
         main_grad = None
         if runs_fp8(fp8, inp.device):
             check_dtype(inp, weight)
@@ -215,10 +216,14 @@ class ProjectionModule(nn.Module):
             weight = cast_like(inp, self._trained(weight, is_first_microbatch))
             bias = None if bias is None else cast_like(inp, bias)
         bias = self._replicated(bias) if mode == "row" else bias
-        parallel = ONE_PROCESS if mode is None else TensorParallel(self._group(), self.options.sequence_parallel)
+        parallel, first = self._shared_by(mode is not None), is_first_microbatch
         return project(
-            inp, weight, bias, fp8, mode, parallel, is_first_microbatch=is_first_microbatch, main_grad=main_grad
+            inp, weight, bias, fp8, mode, parallel, is_first_microbatch=first, main_grad=main_grad, amax=amax
         )
+
+    def _shared_by(self, shards: bool) -> TensorParallel:
+        """The ranks that share a product. shards: whether each has a part of its weight."""
+        return TensorParallel(self._group(), self.options.sequence_parallel) if shards else ONE_PROCESS
 
     def _trained(self, weight: Tensor, is_first_microbatch: bool | None) -> Tensor:
         """The weight, its gradient sent where fuse_wgrad_accumulation wants it."""

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..residual_norm import norm
+from ..fp8 import Fp8State
+from ..fp8_norm import norm_before
 from .module import Initializer, ProjectionModule, check_dtype, check_positive
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
@@ -24,10 +25,17 @@ def normalize(inp: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> T
     inp: (..., H); weight, bias: (H,), as `effective_weight` gives it.
     LayerNorm: (inp - mean) / sqrt(var + eps) * weight + bias; RMSNorm: inp / sqrt(mean(inp^2) + eps) * weight.
     """
+    return normalize_before(None, inp, weight, bias, eps)[0]
+
+
+def normalize_before(
+    fp8: Fp8State | None, inp: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """What `normalize` gives, and of a LayerNorm its amax where the product behind, that of fp8, makes use of it."""
     if bias is not None:
-        return norm(inp, weight, bias, eps=eps)
+        return norm_before(fp8, inp, weight, bias, eps=eps)
     wide = torch.promote_types(inp.dtype, torch.float32)
-    return F.rms_norm(inp.to(wide), weight.shape, weight.to(wide), eps).to(inp.dtype)
+    return F.rms_norm(inp.to(wide), weight.shape, weight.to(wide), eps).to(inp.dtype), None
 
 
 def effective_weight(weight: Tensor, zero_centered_gamma: bool) -> Tensor:
@@ -127,6 +135,7 @@ class NormalizedModule(ProjectionModule):
         assert weight is not None, "a norm has a weight"
         return effective_weight(weight, self.zero_centered_gamma), self._replicated(self.layer_norm_bias)
 
-    def _normalize(self, inp: Tensor) -> Tensor:
+    def _normalize(self, inp: Tensor, fp8: Fp8State) -> tuple[Tensor, Tensor | None]:
+        """As `normalize_before`; fp8: of the module's first product."""
         check_dtype(inp, self.layer_norm_weight)
-        return normalize(inp, *self.norm_parameters(), self.eps)
+        return normalize_before(fp8, inp, *self.norm_parameters(), self.eps)

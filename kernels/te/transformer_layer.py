@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ..attention import AttentionMask
-from ..residual_norm import dropout, residual_add, residual_norm
+from ..fp8 import Fp8State
+from ..fp8_norm import residual_norm_before
+from ..residual_norm import dropout, residual_add
 from ..rng_tracker import DropoutSeeds, draw_dropout_seeds
 from ..tensor_parallel import group_rank
 from .attention import MultiheadAttention
@@ -15,7 +17,7 @@ from .core_attention import Dropping, MaskType, Visibility, check_mask_type, cro
 from .layer_options import LayerOptions
 from .mlp import LayerNormMLP
 from .module import ProjectionModule, cast_like
-from .normalization import LayerNorm, RMSNorm, effective_weight, normalize
+from .normalization import LayerNorm, RMSNorm, effective_weight, normalize_before
 
 # The dropouts of a layer draw from one seed or two; the site keeps their masks apart.
 _SELF_SITE, _SELF_OUTPUT_SITE, _CROSS_SITE, _CROSS_OUTPUT_SITE, _MLP_SITE, _SITES = 1, 2, 3, 4, 5, 8
@@ -126,7 +128,7 @@ class TransformerLayer(ProjectionModule):
         )
         self._check_encoder_output(x, encoder_output, enc_dec_attn_mask)
         if encoder_output is not None:
-            x, _ = self._join(out, bias, residual, now, _SELF_OUTPUT_SITE)
+            x, *_ = self._join(out, bias, residual, now, _SELF_OUTPUT_SITE)
             out, bias, residual = self._cross_half(x, encoder_output, enc_dec_attn_mask, enc_dec_attn_mask_type, now)
             return self._mlp_half(out, bias, residual, now, _CROSS_OUTPUT_SITE)
         return self._mlp_half(out, bias, residual, now, _SELF_OUTPUT_SITE)
@@ -151,8 +153,8 @@ class TransformerLayer(ProjectionModule):
     def _mlp_half(self, out: Tensor, bias: Tensor | None, residual: Tensor, now: _Pass, site: int) -> Tensor:
         """The layer's output from that of the attention half before."""
         mlp, config = self.layernorm_mlp, self.config
-        x, normalized = self._join(out, bias, residual, now, site, mlp.norm_parameters())
-        out, bias, *_ = mlp(x, now.is_first_microbatch, normalized=normalized)
+        x, normalized, amax = self._join(out, bias, residual, now, site, mlp.norm_parameters(), mlp.fc1_fp8)
+        out, bias, *_ = mlp(x, now.is_first_microbatch, normalized=normalized, amax=amax)
         residual = normalized if config.apply_residual_connection_post_layernorm else x
         if not config.output_layernorm:
             return self._join(out, bias, residual, now, _MLP_SITE)[0]
@@ -169,8 +171,12 @@ class TransformerLayer(ProjectionModule):
         now: _Pass,
         site: int,
         norm: tuple[Tensor, Tensor | None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """z = residual + droppath(dropout(out + bias)) and its norm, z itself without one. norm: of `normalize`."""
+        behind: Fp8State | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """z = residual + droppath(dropout(out + bias)), its norm, z itself without one, and the norm's amax.
+
+        norm: of `normalize`. behind: of the product behind it, see `normalize_before`.
+        """
         p, eps = self.config.hidden_dropout, self.config.layernorm_epsilon
         seed = None if now.seeds is None else now.seeds.hidden
         drops_path = self.training and self.config.drop_path_rate > 0 and site != _CROSS_OUTPUT_SITE
@@ -180,10 +186,13 @@ class TransformerLayer(ProjectionModule):
             dropped = dropout(out if bias is None else out + bias, p=p, seed=seed, site=site)
             z = residual + dropped * self._kept_samples(out, now.cu_seqlens)
         elif norm is not None and norm[1] is not None:
-            return residual_norm(out, bias, residual, norm[0], norm[1], eps=eps, p=p, seed=seed, site=site)
+            weight, norm_bias = norm[0], norm[1]
+            return residual_norm_before(
+                behind, out, bias, residual, weight, norm_bias, eps=eps, p=p, seed=seed, site=site
+            )
         else:
             z = residual_add(out, bias, residual, p=p, seed=seed, site=site)
-        return z, z if norm is None else normalize(z, *norm, eps)
+        return (z, z, None) if norm is None else (z, *normalize_before(behind, z, *norm, eps))
 
     def _kept_samples(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
         """For drop_path, 0 for a dropped sample and 1 / (1 - rate) for a kept one, in a shape that multiplies x."""
