@@ -7,15 +7,14 @@ import inspect
 import json
 import os
 import sys
-import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .cli_errors import leave, reported_errors
 from .flags import FLAGS, values_by_key
 
 if TYPE_CHECKING:
@@ -89,20 +88,20 @@ def train(
     values = values_by_key(flags)
     if context.invoked_subcommand is not None:
         if config or sets or resume or values:
-            _leave(
+            leave(
                 f"error: options of {context.invoked_subcommand} stand behind it, and those of training have no effect",
                 2,
             )
         return
     if config is None:
-        _leave("error: no run config is given; use --config FILE, or --help", status=2)
+        leave("error: no run config is given; use --config FILE, or --help", status=2)
     if resume not in (None, "auto"):
-        _leave(
+        leave(
             f"error: --resume got {resume!r}, must be auto; --load_training_checkpoint DIR --load_checkpoint_id ID loads a "
             "certain checkpoint",
             status=2,
         )
-    with _reported_errors(debug):
+    with reported_errors(debug):
         loaded = _load(config, sets, values, _world_size(1))
         if not debug:
             _quieten_libraries()
@@ -117,7 +116,7 @@ def train(
 @config_app.command("show")
 def show(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False) -> None:
     """Print every key of a run config, and behind it what set it."""
-    with _reported_errors(debug):
+    with reported_errors(debug):
         from .config_loading import dump_config
 
         loaded = _load(config, sets, {}, _world_size(None))
@@ -127,7 +126,7 @@ def show(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption
 @config_app.command("check")
 def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False) -> None:
     """Say what is wrong with a run config, or how its batch is divided (over WORLD_SIZE processes; default parallel.tensor)."""
-    with _reported_errors(debug):
+    with reported_errors(debug):
         from .batch import solve_batch
         from .config_checks import num_replicas
 
@@ -149,7 +148,7 @@ def schema() -> None:
 
 def _load(config: Path | None, sets: list[str] | None, flags: dict[str, Any], world_size: int | None) -> "LoadedConfig":
     if config is None:
-        _leave("error: no run config is given; use --config FILE, or --help", status=2)
+        leave("error: no run config is given; use --config FILE, or --help", status=2)
     from .config_loading import load_config
 
     return load_config(config, sets or (), flags, world_size)
@@ -163,34 +162,6 @@ def _world_size(default: int | None) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise ValueError(f"environment variable WORLD_SIZE is {text!r}, must be a number of processes, 1 or more")
     return int(text)
-
-
-@contextmanager
-def _reported_errors(debug: bool) -> Iterator[None]:
-    """Turns errors that are meant for the user into text on stderr and an exit status; all others pass."""
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-        problems = getattr(error, "problems", None)
-        if problems is None:
-            _leave(f"error{_rank_note()}: {error}", status=1)
-        _leave("\n".join(problems), status=2)
-
-
-def _leave(message: str, status: int) -> NoReturn:
-    """Ends the process with a message on stderr.
-
-    Status 2 is for the command line and the run config, which are the same in every process, so one of them reports.
-    """
-    if status != 2 or os.environ.get("RANK", "0") == "0":
-        typer.echo(message, err=True)
-    raise typer.Exit(status)
-
-
-def _rank_note() -> str:
-    return f" (rank {os.environ.get('RANK', '0')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
 
 
 def _quieten_libraries() -> None:

@@ -1,0 +1,37 @@
+"""What the command line says of errors, and the status it leaves with: 1 for a failure, 2 for wrong usage."""
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+
+
+@contextmanager
+def reported_errors(debug: bool) -> Iterator[None]:
+    """Turns errors that are meant for the user into text on stderr and an exit status; all others pass."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        problems = getattr(error, "problems", None)
+        if problems is None:
+            leave(f"error{_rank_note()}: {error}", status=1)
+        leave("\n".join(problems), status=2)
+
+
+def leave(message: str, status: int) -> NoReturn:
+    """Ends the process with a message on stderr.
+
+    Status 2 is for the command line and the run config, which are the same in every process, so one of them reports.
+    """
+    if status != 2 or os.environ.get("RANK", "0") == "0":
+        typer.echo(message, err=True)
+    raise typer.Exit(status)
+
+
+def _rank_note() -> str:
+    return f" (rank {os.environ.get('RANK', '0')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
