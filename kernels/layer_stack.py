@@ -1,5 +1,6 @@
 """The layers of a model in order: what backward computes again, FP8, shares of the tokens, and capture in CUDA graphs."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -141,9 +142,10 @@ class LayerStack(nn.ModuleList):
     ) -> Tensor:
         each = [None] * len(layers) if seeds is None else seeds.unbind()
         selective, full = (self.activation_checkpointing == choice for choice in ("selective", "full"))
+        call = _run_layer_with_own_mask if full and torch.compiler.is_compiling() else _run_layer
         for layer, seed, allowed in zip(layers, each, invertible, strict=True):
             options = {"invertible": allowed, "token_shape": token_shape, "recompute_attention": selective}
-            run = functools.partial(_run_layer, layer, mask, options)
+            run = functools.partial(call, layer, mask, options)
             hidden_states = recompute_in_backward(run, hidden_states, seed) if full else run(hidden_states, seed)
         return hidden_states
 
@@ -152,6 +154,11 @@ def _run_layer(
     layer: TransformerLayer, mask: AttentionMask, options: dict[str, Any], hidden_states: Tensor, seed: Tensor | None
 ) -> Any:
     return layer(hidden_states, mask, seed=seed, **options)
+
+
+def _run_layer_with_own_mask(layer: TransformerLayer, mask: AttentionMask, *rest: Any) -> Any:
+    # torch.compile lets a recomputed function change nothing from outside, and a mask keeps what it makes
+    return _run_layer(layer, dataclasses.replace(mask, _made={}), *rest)
 
 
 def _check_fp8(config: LayerConfig, parallel: TensorParallel) -> None:

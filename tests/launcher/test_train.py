@@ -199,3 +199,13 @@ def test_accumulation_does_not_change_the_loss(tmp_path):
     whole, parts = losses(tmp_path / "runs" / "whole"), losses(tmp_path / "runs" / "parts")
     # fp32 sums in another order, fed back through 12 Adam steps
     assert list(whole.values()) == pytest.approx(list(parts.values()), rel=2e-5)
+
+
+@pytest.mark.parametrize("base", [merged(BERT, {"layer.unpad": True}), GPT], ids=["bert without padding", "gpt"])
+def test_activation_checkpointing_changes_no_bit_of_a_run(base, tmp_path):
+    """With dropout and accumulation."""
+    path = write_config(tmp_path, base, training__max_steps=3)
+    start(path, "name=none")
+    for choice in ("selective", "full"):
+        start(path, f"name={choice}", f"training.activation_checkpointing={choice}")
+        assert_same_run(tmp_path, "none", choice, 3)
