@@ -46,48 +46,86 @@ def checkpoint(  # noqa: PLR0913 - Transformer Engine's parameters and torch's
         it is given.
     distribute_saved_activations: keep 1/t of args[0] on each of the t ranks of tp_group, which must hold it alike, and gather
         it in backward. args[0] itself is not touched; what else keeps it, keeps it whole.
-    get_rng_state_tracker: gives the tracker, get_states() and set_states(), from which the function draws; None: it draws
-        from torch's generators.
+    get_rng_state_tracker: gives the tracker, with get_states() and set_states(), from which the function draws besides torch.
     use_reentrant, preserve_rng_state, context_fn, determinism_check, debug: as in torch.utils.checkpoint. Reentrant is torch's
         older way, without torch.autograd.grad. It is left for the other where it would lose gradients, which are those of
         tensors inside of lists and dicts, and all if no argument has one; and with distribute_saved_activations.
     Under torch.no_grad() it calls the function, no more.
-
     Raises ValueError for arguments of the wrong kind; with distribute_saved_activations for a missing tp_group, an args[0] that
     is no tensor or that the ranks cannot share equally, and modules with sequence_parallel=True in the function: their ranks
     hold different parts already.
     """
-    named = distribute_saved_activations, get_rng_state_tracker or get_cuda_rng_tracker, tp_group
-    if get_rng_state_tracker is not None and get_cuda_rng_tracker is not None:
-        raise ValueError("get_rng_state_tracker and get_cuda_rng_tracker are two names of one argument; give one")
-    (distribute_saved_activations, get_rng_state_tracker, tp_group), args = _by_form(named, args)
-    _check_kinds(function, distribute_saved_activations, get_rng_state_tracker, tp_group)
-    if use_reentrant and (context_fn is not torch_checkpoint.noop_context_fn or debug):
-        raise ValueError("use_reentrant=True goes without context_fn and debug; give use_reentrant=False")
+    get_tracker = _one_name(get_rng_state_tracker, get_cuda_rng_tracker)
+    sharing, args = _by_form((distribute_saved_activations, get_tracker, tp_group), args)
+    torchs = _TorchOptions(use_reentrant, preserve_rng_state, context_fn, determinism_check, debug)
+    return _checkpoint(function, args, kwargs, _Sharing(*sharing), torchs)
+
+
+@dataclass(frozen=True)
+class _Sharing:
+    """Transformer Engine's options of `checkpoint`."""
+
+    distribute_saved_activations: bool
+    get_rng_state_tracker: Callable[[], Any] | None
+    tp_group: ProcessGroup | None
+
+    def __post_init__(self) -> None:
+        distribute, get_tracker, group = self.distribute_saved_activations, self.get_rng_state_tracker, self.tp_group
+        if not isinstance(distribute, bool):
+            raise ValueError(f"distribute_saved_activations is {distribute!r}; it must be True or False")
+        if get_tracker is not None and not callable(get_tracker):
+            raise ValueError(
+                f"get_rng_state_tracker is {get_tracker!r}; it must be None or a function that gives the tracker"
+            )
+        if group is not None and not isinstance(group, ProcessGroup):
+            raise ValueError(f"tp_group is {group!r}; it must be None or a process group of torch.distributed")
+
+
+@dataclass(frozen=True)
+class _TorchOptions:
+    """Those of torch.utils.checkpoint."""
+
+    use_reentrant: bool
+    preserve_rng_state: bool
+    context_fn: Callable[[], Any]
+    determinism_check: str
+    debug: bool
+
+    def __post_init__(self) -> None:
+        if self.use_reentrant and (self.context_fn is not torch_checkpoint.noop_context_fn or self.debug):
+            raise ValueError("use_reentrant=True goes without context_fn and debug; give use_reentrant=False")
+
+
+def _checkpoint(
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    sharing: _Sharing,
+    torchs: _TorchOptions,
+) -> Any:
+    if not callable(function):
+        raise ValueError(f"function is {function!r}; it must be callable")
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
+    get_tracker = sharing.get_rng_state_tracker
     if torch.compiler.is_compiling():
-        if distribute_saved_activations or get_rng_state_tracker is not None:
+        if sharing.distribute_saved_activations or get_tracker is not None:
             raise ValueError("torch.compile traces no tp_group and no RNG tracker of a checkpoint; call it outside")
         # The trace has a node of its own for it, with the random numbers; FP8 scales are values in the trace.
         return torch_checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
-    call = _Call(
-        function, tuple(kwargs), get_rng_state_tracker() if get_rng_state_tracker and preserve_rng_state else None
-    )
+    call = _Call(function, tuple(kwargs), get_tracker() if get_tracker and torchs.preserve_rng_state else None)
     inputs = [*args, *kwargs.values()]
-    if distribute_saved_activations:
-        inputs[0] = call.distribute(inputs[0] if args else None, tp_group)
-    elif use_reentrant and _reentrant_keeps_gradients(inputs):
-        return _Reentrant.apply(call, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]
-    return torch_checkpoint.checkpoint(
-        call,
-        *inputs,
-        use_reentrant=False,
-        preserve_rng_state=preserve_rng_state,
-        context_fn=context_fn,
-        determinism_check=determinism_check,
-        debug=debug,
-    )
+    if sharing.distribute_saved_activations:
+        inputs[0] = call.distribute(inputs[0] if args else None, sharing.tp_group)
+    elif torchs.use_reentrant and _reentrant_keeps_gradients(inputs):
+        return _Reentrant.apply(call, torchs.preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]
+    return torch_checkpoint.checkpoint(call, *inputs, **vars(torchs) | {"use_reentrant": False})
+
+
+def _one_name(get_rng_state_tracker: Any, get_cuda_rng_tracker: Any) -> Any:
+    if get_rng_state_tracker is not None and get_cuda_rng_tracker is not None:
+        raise ValueError("get_rng_state_tracker and get_cuda_rng_tracker are two names of one argument; give one")
+    return get_cuda_rng_tracker if get_rng_state_tracker is None else get_rng_state_tracker
 
 
 def _by_form(named: tuple[Any, Any, Any], args: tuple[Any, ...]) -> tuple[tuple[Any, Any, Any], tuple[Any, ...]]:
@@ -101,19 +139,6 @@ def _by_form(named: tuple[Any, Any, Any], args: tuple[Any, ...]) -> tuple[tuple[
             f"name"
         )
     return (args[0], args[1], args[2]), args[3:]
-
-
-def _check_kinds(function: Any, distribute_saved_activations: Any, get_rng_state_tracker: Any, tp_group: Any) -> None:
-    if not callable(function):
-        raise ValueError(f"function is {function!r}; it must be callable")
-    if not isinstance(distribute_saved_activations, bool):
-        raise ValueError(f"distribute_saved_activations is {distribute_saved_activations!r}; it must be True or False")
-    if get_rng_state_tracker is not None and not callable(get_rng_state_tracker):
-        raise ValueError(
-            f"get_rng_state_tracker is {get_rng_state_tracker!r}; it must be None or a function that gives the tracker"
-        )
-    if tp_group is not None and not isinstance(tp_group, ProcessGroup):
-        raise ValueError(f"tp_group is {tp_group!r}; it must be None or a process group of torch.distributed")
 
 
 def _reentrant_keeps_gradients(inputs: Sequence[Any]) -> bool:
