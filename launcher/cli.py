@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import launch_cli
 from .cli_errors import leave, reported_errors
 from .flags import FLAGS, values_by_key
+from .rank_status import recorded
 
 if TYPE_CHECKING:
     from .config_loading import LoadedConfig
@@ -26,6 +28,7 @@ SPELLING = {"token_normalize_func": lambda token: token.replace("_", "-"), "help
 app = typer.Typer(name="xformer-train", add_completion=False, pretty_exceptions_enable=False, context_settings=SPELLING)
 config_app = typer.Typer(help="Show, check or describe run configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.command("launch")(launch_cli.launch)
 
 ConfigOption = Annotated[
     Path | None,
@@ -40,7 +43,8 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Tracebacks, and all 
 
 def main() -> None:
     """Runs the command line of this process and exits with its status."""
-    app()
+    with recorded():
+        app()
 
 
 def _with_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -1,0 +1,135 @@
+"""Runs one command for `xformer-train launch` on one machine, and leaves no process of it behind.
+
+Started directly or through ssh, as a script, so it imports the standard library only. The first line of stdin is a JSON object:
+    command       list of arguments
+    directory     where it runs
+    environment   variables that are set beside those of this machine
+    processes     how many processes of a run it starts here
+Each further line is the name of a signal to pass on, such as SIGTERM. The end of stdin means that `launch` is gone or its
+connection is, and ends the command. Exit code: the command's (128 + N after signal N); 1 if it came to an end with processes
+of it left running, whatever its code.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+GRACE_S = 30.0
+"""Time to save a checkpoint for processes that lost their launcher."""
+_QUIET_EXIT_S = 2.0  # helpers of a process, such as multiprocessing's resource tracker, outlive it a little
+_POLL_S = 0.1
+_RANK_VARIABLES = ("RANK", "LOCAL_RANK")
+
+
+def main() -> int:
+    with open(sys.stdin.fileno(), "rb", buffering=0, closefd=False) as unbuffered:  # the next lines are for `select`
+        line = unbuffered.readline()
+    if not line:
+        return 1
+    order = json.loads(line)
+    command = subprocess.Popen(
+        order["command"],
+        cwd=order["directory"],
+        env=_environment(order),
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    lost_control = _pass_signals_on(command)
+    if lost_control:
+        _end(command.pid, GRACE_S)
+    code = command.wait()
+    left = _wait_until_empty(command.pid, _QUIET_EXIT_S)
+    if left:
+        print(f"the launcher ended and left {left} processes running; they are stopped", file=sys.stderr, flush=True)
+        _end(command.pid, GRACE_S)
+    if code < 0:
+        return 128 - code
+    return code or int(bool(left) or lost_control)
+
+
+def _environment(order: dict[str, Any]) -> dict[str, str]:
+    """The command's variables: those of this machine, changed by the order, and one thread per core for all processes here."""
+    environment = {**os.environ, **order["environment"]}
+    for name in _RANK_VARIABLES:
+        environment.pop(name, None)  # the launcher sets them, and by them its processes are known
+    cores = len(os.sched_getaffinity(0))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // order["processes"])))
+    return environment
+
+
+def _pass_signals_on(command: subprocess.Popen[bytes]) -> bool:
+    """Returns when the command has ended (False) or stdin has (True)."""
+    pending = b""
+    while command.poll() is None:
+        if not select.select([sys.stdin.fileno()], [], [], _POLL_S)[0]:
+            continue
+        received = os.read(sys.stdin.fileno(), 4096)
+        if not received:
+            return True
+        *lines, pending = (pending + received).split(b"\n")
+        for name in lines:
+            _send(command.pid, signal.Signals[name.decode()])
+    return False
+
+
+def _send(session: int, number: signal.Signals) -> None:
+    """Sends a signal to the processes of the run, or to the whole session before they are there and where it must kill.
+
+    The launcher between is spared: it would give its processes the signal one after another, and kill them after 30 s.
+    """
+    members = _members(session)
+    ranks = [pid for pid, parent in members.items() if _is_rank(pid) and not _is_rank(parent)]
+    for pid in members if number == signal.SIGKILL or not ranks else ranks:
+        with suppress(ProcessLookupError):  # it has ended since
+            os.kill(pid, number)
+
+
+def _end(session: int, grace_s: float) -> None:
+    _send(session, signal.SIGTERM)
+    if _wait_until_empty(session, grace_s):
+        _send(session, signal.SIGKILL)
+        _wait_until_empty(session, grace_s)
+
+
+def _wait_until_empty(session: int, timeout_s: float) -> int:
+    """Processes of the session that are left when it is empty or the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while (left := len(_members(session))) and time.monotonic() < deadline:
+        time.sleep(_POLL_S)
+    return left
+
+
+def _members(session: int) -> dict[int, int]:
+    """The parent of each process of the session that has not ended."""
+    members = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text()
+        except OSError:
+            continue  # it has ended since
+        # The name, in parentheses, may hold spaces; behind it: state, parent, process group, session.
+        state, parent, _, its_session = stat[stat.rindex(")") + 2 :].split()[:4]
+        if int(its_session) == session and state != "Z":
+            members[int(folder.name)] = int(parent)
+    return members
+
+
+def _is_rank(pid: int) -> bool:
+    """Whether a launcher told this process its place in the run, or it was started by one that was told."""
+    try:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    names = {variable.partition(b"=")[0].decode(errors="replace") for variable in variables}
+    return names.issuperset(_RANK_VARIABLES)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

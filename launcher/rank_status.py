@@ -1,0 +1,94 @@
+"""How each process of a launched run ended: a small file per rank, which tells `launch` what no launcher's exit code does.
+
+The deepspeed launcher exits with 0 in some failures, and ends with one process's code in all others. Quick to import.
+"""
+
+import json
+import os
+import platform
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FOLDER_VARIABLE = "XFORMER_TRAIN_STATUS_DIR"
+"""Environment variable with the folder of these files; set by `launch` and by no one else."""
+
+_RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+_MOST_CAUSES = 10  # of an exit: ours are two or three deep
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """The end of one process."""
+
+    rank: int
+    host: str
+    exit_code: int
+    time_s: float
+    """When, in seconds since 1970, by the clock of its host."""
+    text: str
+    """The traceback, or the message where the error was meant for the user; empty after a success."""
+
+
+@contextmanager
+def recorded() -> Iterator[None]:
+    """Writes how this process left the block, if `launch` has asked for it; changes nothing else."""
+    folder = os.environ.get(FOLDER_VARIABLE)
+    rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), None)
+    if folder is None or rank is None:
+        yield
+        return
+    exit_code, text = 0, ""
+    try:
+        yield
+    except SystemExit as leaving:
+        exit_code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        text = _message(leaving) if exit_code else ""
+        raise
+    except BaseException as error:
+        exit_code, text = 1, _traceback(error)
+        raise
+    finally:
+        _write(Path(folder), RankStatus(int(rank), platform.node(), exit_code, time.time(), text))
+
+
+def read_statuses(folder: Path) -> dict[int, RankStatus]:
+    """The statuses that are there, by rank."""
+    statuses = (RankStatus(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("rank*.json"))
+    return {status.rank: status for status in sorted(statuses, key=lambda status: status.rank)}
+
+
+def first_failure(statuses: dict[int, RankStatus]) -> RankStatus | None:
+    """The failure that came first; the later ones follow from it, as a rule: their peer was gone."""
+    failures = [status for status in statuses.values() if status.exit_code]
+    # A process that only left with the others has nothing to say.
+    return min(failures, key=lambda status: (not status.text, status.time_s), default=None)
+
+
+def _traceback(error: BaseException) -> str:
+    """The traceback without the command line's own frames, which say nothing of the run."""
+    described = traceback.TracebackException.from_exception(error)
+    kept = [frame for frame in described.stack if f"{os.sep}typer{os.sep}" not in frame.filename]
+    described.stack = traceback.StackSummary.from_list(kept)
+    return "".join(described.format())
+
+
+def _message(leaving: SystemExit) -> str:
+    """What the command line said before it left: the text of the error that it turned into an exit status."""
+    error: BaseException | None = leaving
+    for _ in range(_MOST_CAUSES):
+        error = error.__context__ if error is not None else None
+        if isinstance(error, ValueError | OSError):
+            return f"error: {error}\n"
+    return ""
+
+
+def _write(folder: Path, status: RankStatus) -> None:
+    # Whatever happens here, the process ends as it would have: without its file it is reported as silent.
+    with suppress(OSError):
+        temporary = folder / f".rank{status.rank}.tmp"
+        temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
+        temporary.replace(folder / f"rank{status.rank}.json")

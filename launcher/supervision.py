@@ -1,0 +1,197 @@
+"""The processes of a launched run, seen from the machine that launched it: start, signals, the first failure, the end."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import host_process
+from .rank_status import FOLDER_VARIABLE, RankStatus, first_failure, read_statuses
+
+SSH = (
+    "ssh",
+    # No question that nobody answers, and an end to a connection that is gone: it says nothing by itself.
+    *("-o", "BatchMode=yes"),
+    *("-o", "ConnectTimeout=10"),
+    *("-o", "ServerAliveInterval=5"),
+    *("-o", "ServerAliveCountMax=3"),
+)
+
+SSH_FAILED = 255
+"""Exit code of ssh where the trouble is its own."""
+
+_FAREWELL_S = 15.0
+"""Time for the other machines to find the end of a failed one by themselves, and say so, before each of two signals."""
+_POLL_S = 0.1
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass(frozen=True)
+class HostCommand:
+    """What is run on one machine."""
+
+    command: Sequence[str]
+    directory: str
+    environment: dict[str, str]
+    """Variables beside those of the machine."""
+    processes: int
+    """Processes of the run that it starts there."""
+    host: str | None = None
+    """Where, through ssh; None: on this machine."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended."""
+
+    exit_code: int
+    text: str
+    """What failed, the traceback of the first process to fail last; empty after a success."""
+
+
+@dataclass
+class _Host:
+    """A machine while the run is on it."""
+
+    command: HostCommand
+    process: subprocess.Popen[bytes]
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = self.command.host or "this machine"
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.process.stdin is not None, "started with a pipe"
+        with suppress(OSError):  # it has ended, or its connection has
+            self.process.stdin.write(number.name.encode() + b"\n")
+            self.process.stdin.flush()
+
+
+def run_hosts(commands: Sequence[HostCommand], status_folder: Path, world_size: int) -> Outcome:
+    """Runs the commands to their end, and says how the run of `world_size` processes ended.
+
+    Signals to this process are passed on to those of the run, and waited for. Once a machine has failed, the others are given
+    time to end, then SIGTERM, then SIGKILL. status_folder: an empty folder that all machines see.
+    """
+    hosts: list[_Host] = []
+    received: list[signal.Signals] = []
+    try:
+        with _handled(hosts, received):
+            hosts += [_start(command, status_folder) for command in commands]
+            _wait(hosts)
+    finally:
+        for host in hosts:  # the end of their stdin ends them, if something went wrong here
+            assert host.process.stdin is not None, "started with a pipe"
+            with suppress(OSError):
+                host.process.stdin.close()
+    codes = {host.name: host.process.returncode for host in hosts}
+    return _outcome(codes, read_statuses(status_folder), world_size, received)
+
+
+def _start(command: HostCommand, status_folder: Path) -> _Host:
+    script = [sys.executable, host_process.__file__]
+    start = script if command.host is None else [*SSH, command.host, shlex.join(script)]
+    # In a session of its own, as Ctrl-C in the terminal would reach it too, and end ssh at once.
+    process = subprocess.Popen(start, stdin=subprocess.PIPE, start_new_session=True)
+    order = {
+        "command": list(command.command),
+        "directory": command.directory,
+        "environment": {**command.environment, FOLDER_VARIABLE: str(status_folder)},
+        "processes": command.processes,
+    }
+    assert process.stdin is not None, "started with a pipe"
+    with suppress(OSError):  # it has failed already; its exit code says so
+        process.stdin.write(json.dumps(order).encode() + b"\n")
+        process.stdin.flush()
+    return _Host(command, process)
+
+
+@contextmanager
+def _handled(hosts: list[_Host], received: list[signal.Signals]) -> Iterator[None]:
+    """Passes signals on while it lasts. A hang-up is a request to end: the terminal is gone, the run need not be lost."""
+
+    def handle(number: int, frame: object) -> None:
+        received.append(signal.Signals(number))
+        passed_on = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+        for host in hosts:
+            host.send(passed_on)
+
+    previous = {number: signal.signal(number, handle) for number in _PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _wait(hosts: list[_Host]) -> None:
+    """Returns when all have ended, which they must soon after one has failed."""
+    last_words = [signal.SIGTERM, signal.SIGKILL]
+    deadline = None
+    while running := [host for host in hosts if host.process.poll() is None]:
+        failed = [host for host in hosts if host.process.poll()]
+        if failed and deadline is None:
+            deadline = time.monotonic() + _FAREWELL_S
+        if deadline is not None and time.monotonic() > deadline:
+            if not last_words:  # not even its connection ends
+                for host in running:
+                    host.process.kill()
+            else:
+                word = last_words.pop(0)
+                for host in running:
+                    host.send(word)
+            deadline = time.monotonic() + _FAREWELL_S
+        time.sleep(_POLL_S)
+
+
+def _outcome(
+    codes: dict[str, int], statuses: dict[int, RankStatus], world_size: int, received: Sequence[signal.Signals]
+) -> Outcome:
+    """codes: exit status of each machine's command."""
+    silent = [rank for rank in range(world_size) if rank not in statuses]
+    failed = {host: _shell_code(code) for host, code in codes.items() if code}
+    first = first_failure(statuses)
+    if (
+        not silent
+        and len({status.exit_code for status in statuses.values()}) == 1
+        and (first is None or not first.text)
+    ):
+        # All as one: a success, or an end that they agreed on.
+        code = statuses[0].exit_code
+        if code or not failed:
+            return Outcome(code, f"all processes ended with {_described(code)}" if code else "")
+    lines = [f"{host}: the launcher ended with {_described(code)}" for host, code in failed.items()]
+    if silent:
+        lines.append(f"{_ranks(silent)} ended without a word: killed from outside (for memory?), or the host is lost")
+    if first is None:
+        from_signal = 128 + received[0] if received else None
+        return Outcome(from_signal or next(iter(failed.values()), 1), "\n".join(lines))
+    later = [rank for rank, status in statuses.items() if status.exit_code and rank != first.rank]
+    if later:
+        lines.append(f"{_ranks(later)} failed after rank {first.rank}")
+    lines.append(f"rank {first.rank} on {first.host} ended with {_described(first.exit_code)}")
+    return Outcome(first.exit_code, "\n".join([*lines, *first.text.rstrip().splitlines()]))
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
+
+
+def _shell_code(code: int) -> int:
+    """A child's exit status as a shell reports it; the deepspeed launcher makes 256 - N of signal N."""
+    lowest = 256 - max(signal.valid_signals())
+    return 128 - code if code < 0 else 128 + 256 - code if code >= lowest and code != SSH_FAILED else code
+
+
+def _described(code: int) -> str:
+    if code == SSH_FAILED:
+        return f"exit code {code}: ssh could not connect, or lost its connection"
+    number = code - 128
+    name = f" ({signal.Signals(number).name})" if number in signal.valid_signals() and number < 32 else ""
+    return f"exit code {code}{name}"
