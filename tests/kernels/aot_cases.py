@@ -68,6 +68,10 @@ def _residual_norm_cases() -> Iterator[Case]:
                 partial(module.residual_norm_forward, x, vector, x, vector, vector, seed, options),
             )
             yield Case(
+                f"residual_norm_forward {name} amax",
+                partial(module.residual_norm_forward, x, vector, x, vector, vector, seed, options, torch.zeros(())),
+            )
+            yield Case(
                 f"residual_add_forward {name}", partial(module.residual_add_forward, x, vector, x, seed, options)
             )
             yield Case(f"residual_add_backward {name}", partial(module.residual_add_backward, x, vector, seed, options))
@@ -81,6 +85,10 @@ def _residual_norm_cases() -> Iterator[Case]:
         yield Case(
             f"norm_forward {size}",
             partial(module.residual_norm_forward, None, None, x, vector, vector, None, options),
+        )
+        yield Case(
+            f"norm_forward {size} amax",
+            partial(module.residual_norm_forward, None, None, x, vector, vector, None, options, torch.zeros(())),
         )
         for inverted in (False, True):
             saved = Saved(x, None if inverted else row, row, vector, vector, None, None)

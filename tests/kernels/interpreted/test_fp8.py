@@ -1,4 +1,4 @@
-"""The casts of fp8_triton.py and fp8_mlp_triton.py against their references.
+"""The casts of fp8_triton.py and fp8_mlp_triton.py, and the amax of residual_norm_triton.py, against their references.
 
 Triton's interpreter rounds to FP8 wrongly, so every number that is cast here is one that FP8 holds; GELU of other numbers is
 cast to fp32, which the kernels take for an FP8 type. On a GPU, rounding is tested too.
@@ -14,6 +14,8 @@ from xformer_train.kernels.fp8_mlp import gelu_backward_quantize_reference, gelu
 from xformer_train.kernels.fp8_mlp_triton import gelu_backward_quantize, gelu_quantize
 from xformer_train.kernels.fp8_products import fp8_path, quantize_reference
 from xformer_train.kernels.fp8_triton import quantize
+from xformer_train.kernels.residual_norm_options import Options
+from xformer_train.kernels.residual_norm_triton import residual_norm_forward
 
 from .conftest import ON_GPU
 
@@ -138,3 +140,24 @@ def test_rounding_of_gelu(activation):
             assert_equal(gelu_quantize(f, scale, activation, dtype, True), quantize(a, scale, None, dtype, True, True))
             *ours, _ = gelu_backward_quantize(da.clone(), f, scale, activation, dtype, True, True)
             assert_equal(ours, quantize(df, scale, None, dtype, True, True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 1), (1000, 63), (7, 1600), (0, 32)])
+def test_the_amax_of_a_norm_is_that_of_what_it_stores(shape, dtype):
+    """The bias of the norm is larger than anything else, so that rows and columns beyond the edge would be seen."""
+    torch.manual_seed(sum(shape))
+    x, residual, vector = (
+        torch.randn(shape, dtype=dtype),
+        torch.randn(shape, dtype=dtype),
+        torch.rand(shape[1]).to(dtype),
+    )
+    norm_bias, options = torch.full_like(vector, -9), Options(1e-5, 0.3, 2, False, "auto")
+    for added, bias, seed in ((x, vector, torch.tensor(5)), (x, None, None), (None, None, None)):
+        amax = torch.zeros(())
+        _, y, *_ = residual_norm_forward(added, bias, residual, vector, norm_bias, seed, options, amax)
+        assert amax == (y.abs().max().float() if y.numel() else 0)
+    if residual.numel():
+        residual[-1, -1] = math.nan
+        residual_norm_forward(None, None, residual, vector, norm_bias, None, options, amax)
+        assert amax.isnan()
