@@ -1,11 +1,13 @@
-"""Checkpoints of tensor-parallel runs put together, and taken apart again for another number of processes.
+"""Checkpoints put together, and taken apart again for another ZeRO stage, number of replicas or tensor-parallel size.
 
-Each process of a replica writes the parts it holds; state.json says how the parts make up the whole.
+Each process writes the parts it holds: DeepSpeed's files have the numbers, layout_rank{r}.json says which part of which
+parameter lies where in them, and `partitions` in state.json how the processes of a replica cut a parameter.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +21,12 @@ from ..kernels.sharding import (
     take_shard,
 )
 from .checkpoint_files import read_file
+from .optimizer_slices import slices_of
 from .topology import Topology
 
-_WRAPPED = "optimizer_state_dict"  # where DeepSpeed's fp16 and bf16 wrappers of stage 0 keep the state of our optimizer
+MOMENTS = ("exp_avg", "exp_avg_sq")
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps")
+_LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def partitions_record(module: torch.nn.Module) -> dict[str, Any]:
@@ -31,8 +36,24 @@ def partitions_record(module: torch.nn.Module) -> dict[str, Any]:
 
 def partitions_from(state: Mapping[str, Any]) -> dict[str, Partition]:
     """How each divided parameter of a checkpoint with this state.json is cut."""
-    record = state.get("partitions", {})
-    return {name: Partition(dim, None if parts is None else tuple(parts)) for name, (dim, parts) in record.items()}
+    return {
+        name: Partition(dim, None if parts is None else tuple(parts))
+        for name, (dim, parts) in state["partitions"].items()
+    }
+
+
+def layout_record(engine: Any) -> dict[str, Any]:
+    """JSON values: the shape of each parameter on this process, and for each tensor of the optimizer its segments.
+
+    A segment is [name, start in the tensor, offset in the parameter, numel], all flattened.
+    """
+    names = [name for name, _ in engine.module.named_parameters()]
+    parameters = [parameter for _, parameter in engine.module.named_parameters()]
+    slices = slices_of(engine, {id(parameter): place for place, parameter in enumerate(parameters)})
+    return {
+        "shapes": {name: list(_shape(parameter)) for name, parameter in zip(names, parameters, strict=True)},
+        "segments": [[[names[place], *where] for place, *where in each.segments] for each in slices],
+    }
 
 
 def own_part(full: Mapping[str, Tensor], module: torch.nn.Module, topology: Topology) -> dict[str, Tensor]:
@@ -40,60 +61,185 @@ def own_part(full: Mapping[str, Tensor], module: torch.nn.Module, topology: Topo
     return shard_state_dict(full, partitions_of(module), topology.tensor_rank, topology.tensor_parallel)
 
 
-def model_files(checkpoint: Path, tensor_parallel: int) -> list[dict[str, Any]]:
-    """Contents of the file of each process of a replica, in order of rank; of ZeRO stage 0, 1 or 2."""
-    return [read_file(checkpoint / f"mp_rank_{rank:02d}_model_states.pt") for rank in range(tensor_parallel)]
+def whole_weights(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The module's whole state dict, on the CPU, in the dtype of training; from ZeRO stage 3 parameters alone, in fp32."""
+    saved = Saved(checkpoint, state)
+    if state["engine"]["zero_stage"] == 3:
+        return {name: saved.whole(name, "weight") for name in saved.names}
+    files = [saved.model_file(tensor_rank)["module"] for tensor_rank in range(saved.tensor_parallel)]
+    return join_state_dicts(files, saved.partitions)
 
 
-def load_resharded(engine: Any, checkpoint: Path, state: Mapping[str, Any], topology: Topology) -> None:
-    """Weights, optimizer state, loss scale and counters of a checkpoint of ZeRO stage 0 with another tensor-parallel size.
+class _Part(NamedTuple):
+    """Part of a parameter in one of a checkpoint's tensors, flattened; number: of the tensor in the optimizer's state dict."""
 
-    state: of the checkpoint. Every process reads all files, so for a moment it holds a whole model with its moments.
+    replica: int
+    number: int
+    start: int
+    offset: int
+    numel: int
+
+
+class Saved:
+    """The weights and moments in a checkpoint by name of the parameter, whatever processes wrote it.
+
+    Files are mapped into memory, so that only what is asked for is read.
     """
-    partitions = partitions_from(state)
-    files = model_files(checkpoint, state["engine"]["tensor_parallel"])
-    full = join_state_dicts([file["module"] for file in files], partitions)
-    engine.module.load_state_dict(own_part(full, engine.module, topology))
-    ours = partitions_of(engine.module)
 
-    def reshard(name: str, parts: Sequence[Tensor]) -> Tensor:
-        if parts[0].dim() == 0 or not (name in partitions or name in ours):
-            return parts[0]
-        whole = join_shards(parts, partitions[name], name) if name in partitions else parts[0]
-        if name not in ours:
-            return whole
-        return take_shard(whole, ours[name], topology.tensor_rank, topology.tensor_parallel, name)
+    def __init__(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
+        self.checkpoint, self.partitions = checkpoint, partitions_from(state)
+        facts = state["engine"]
+        self.stage, self.tensor_parallel = int(facts["zero_stage"]), int(facts["tensor_parallel"])
+        self._replicas = int(facts["world_size"]) // self.tensor_parallel if self.stage > 0 else 1
+        self._files: dict[Path, Any] = {}
+        self._parts: list[dict[str, list[_Part]]] = []
+        self._shapes: list[dict[str, list[int]]] = []
+        for tensor_rank in range(self.tensor_parallel):
+            layouts = [self._layout(replica, tensor_rank) for replica in range(self._replicas)]
+            self._shapes.append(layouts[0]["shapes"])
+            parts: dict[str, list[_Part]] = {name: [] for name in layouts[0]["shapes"]}
+            for replica, layout in enumerate(layouts):
+                for number, segments in enumerate(layout["segments"]):
+                    for name, *where in segments:
+                        parts[name].append(_Part(replica, number, *where))
+            self._parts.append(parts)
 
-    optimizer = _resharded_optimizer([file["optimizer"] for file in files], _names_by_position(engine), reshard)
-    engine.optimizer.load_state_dict(optimizer)
-    for counter in ("global_steps", "global_samples", "skipped_steps"):
-        setattr(engine, counter, files[0][counter])
+    @property
+    def names(self) -> list[str]:
+        """Of all parameters."""
+        return list(self._shapes[0])
+
+    def whole(self, name: str, key: str) -> Tensor:
+        """The fp32 weight ("weight") or a moment of a parameter, as one process would hold it."""
+        shards = [self._shard(tensor_rank, name, key) for tensor_rank in range(self.tensor_parallel)]
+        return join_shards(shards, self.partitions[name], name) if name in self.partitions else shards[0]
+
+    def step(self, name: str) -> Tensor:
+        """How many steps the moments of a parameter have seen, ()."""
+        part = self._parts[0][name][0]
+        step: Tensor = self._optimizer(part.replica, 0)["state"][part.number]["step"]
+        return step
+
+    def stepped(self, name: str) -> bool:
+        """Whether the parameter has moments."""
+        part = self._parts[0][name][0]
+        return part.number in self._optimizer(part.replica, 0)["state"]
+
+    def model_file(self, tensor_rank: int) -> dict[str, Any]:
+        """DeepSpeed's file of the module and the counters."""
+        name = f"mp_rank_{tensor_rank:02d}_model_states.pt"
+        return self._read(name if self.stage < 3 else f"zero_pp_rank_0_{name}")
+
+    def _shard(self, tensor_rank: int, name: str, key: str) -> Tensor:
+        shape = self._shapes[tensor_rank][name]
+        parts = self._parts[tensor_rank][name]
+        tensors = [self._tensor(part, tensor_rank, name, key).reshape(-1) for part in parts]
+        shard = torch.empty(torch.Size(shape).numel(), dtype=tensors[0].dtype)
+        for part, tensor in zip(parts, tensors, strict=True):
+            shard[part.offset : part.offset + part.numel] = tensor[part.start : part.start + part.numel]
+        return shard.view(shape)
+
+    def _tensor(self, part: _Part, tensor_rank: int, name: str, key: str) -> Tensor:
+        optimizer = self._optimizer(part.replica, tensor_rank)
+        if key == "weight" and optimizer["weights"] is None:
+            weight: Tensor = self.model_file(tensor_rank)["module"][name]
+            return weight
+        tensor: Tensor = optimizer["weights"][part.number] if key == "weight" else optimizer["state"][part.number][key]
+        return tensor
+
+    def _optimizer(self, replica: int, tensor_rank: int) -> dict[str, Any]:
+        """`state` by index of the tensor, and `weights`, fp32 in the same order; None where they are the module's."""
+        if self.stage == 0:
+            inner = self.model_file(tensor_rank)["optimizer"]
+            if "fp32_groups" not in inner:
+                return {"state": inner["state"], "weights": None}
+            copies = [copy for group in inner["fp32_groups"] for copy in group]
+            return {"state": inner["optimizer_state_dict"]["state"], "weights": copies}
+        pattern = f"*zero_pp_rank_{replica}_mp_rank_{tensor_rank:02d}_optim_states.pt"
+        (path,) = self.checkpoint.glob(pattern)
+        inner = self._read(path.name)["optimizer_state_dict"]
+        if self.stage == 3:
+            return {"state": inner["optimizer_state_dict"]["state"], "weights": inner["fp32_flat_groups"]}
+        return {"state": inner["base_optimizer_state"]["state"], "weights": inner["single_partition_of_fp32_groups"]}
+
+    def _layout(self, replica: int, tensor_rank: int) -> Any:
+        rank = replica * self.tensor_parallel + tensor_rank
+        return json.loads((self.checkpoint / f"layout_rank{rank}.json").read_text(encoding="utf-8"))
+
+    def _read(self, name: str) -> Any:
+        path = self.checkpoint / name
+        if path not in self._files:
+            self._files[path] = read_file(path, mapped=True)
+        return self._files[path]
 
 
-def _names_by_position(engine: Any) -> list[str]:
-    """Names of the parameters in the order in which the optimizer counts them."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    wrapped = getattr(
-        engine.optimizer, "fp16_groups", None
-    )  # the model's parameters, where the optimizer has fp32 copies
-    groups = [group["params"] for group in engine.optimizer.param_groups] if wrapped is None else wrapped
-    return [names[id(parameter)] for group in groups for parameter in group]
+@torch.no_grad()
+def load_resharded(engine: Any, checkpoint: Path, state: Mapping[str, Any], topology: Topology) -> None:
+    """Weights, moments, loss scale and counters of a checkpoint that other processes or another ZeRO stage wrote.
+
+    state: of the checkpoint. Numbers are copied, not computed: fp32 weights and moments are equal bit for bit. For models
+    without buffers, as BERT and GPT are.
+    """
+    saved = Saved(checkpoint, state)
+    partitions = partitions_of(engine.module)
+    parameters = dict(engine.module.named_parameters())
+    names = list(parameters)
+
+    def own(name: str, key: str) -> Tensor:
+        """This process's part of a parameter's weight or moment, flattened."""
+        whole = saved.whole(name, key)
+        if name in partitions:
+            whole = take_shard(whole, partitions[name], topology.tensor_rank, topology.tensor_parallel, name)
+        return whole.reshape(-1)
+
+    for each in slices_of(engine, {id(parameters[name]): place for place, name in enumerate(names)}):
+        stepped = [name for name in (names[place] for place in each.places) if saved.stepped(name)]
+        moments = {key: torch.zeros_like(each.tensor, dtype=torch.float32) for key in MOMENTS if stepped}
+        for place, start, offset, numel in each.segments:
+            for key, tensor in (("weight", each.tensor), *moments.items()):
+                tensor.view(-1)[start : start + numel] = own(names[place], key)[offset : offset + numel]
+        if stepped:
+            # fused optimizers count on the device
+            on = each.tensor.device if engine.basic_optimizer.defaults.get("fused") else torch.device("cpu")
+            step = saved.step(stepped[0]).to(on, torch.float32, copy=True)
+            engine.basic_optimizer.state[each.tensor] = {**moments, "step": step}
+    for name, parameter in parameters.items():
+        _set_weight(parameter, own(name, "weight"))
+    _set_counters(engine, saved.model_file(0), state)
 
 
-def _resharded_optimizer(
-    saved: Sequence[Mapping[str, Any]], names: Sequence[str], reshard: Callable[[str, Sequence[Tensor]], Tensor]
-) -> dict[str, Any]:
-    """One optimizer state dict of those of all processes. reshard: this process's part of those of a named parameter."""
-    if _WRAPPED in saved[0]:
-        inner = _resharded_optimizer([each[_WRAPPED] for each in saved], names, reshard)
-        by_name = iter(names)
-        copies = [
-            [reshard(next(by_name), parts) for parts in zip(*groups, strict=True)]
-            for groups in zip(*(each["fp32_groups"] for each in saved), strict=True)
-        ]
-        return {**saved[0], _WRAPPED: inner, "fp32_groups": copies}
-    states = {
-        index: {key: reshard(names[index], [each["state"][index][key] for each in saved]) for key in state}
-        for index, state in saved[0]["state"].items()
-    }
-    return {**saved[0], "state": states}
+def loss_scaler_record(engine: Any) -> dict[str, float]:
+    """JSON values: the state of fp16's loss scale, empty in other precisions."""
+    scaler = _loss_scaler(engine)
+    return {name: getattr(scaler, name) for name in _LOSS_SCALER if hasattr(scaler, name)}
+
+
+def _set_counters(engine: Any, file: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    for counter in _COUNTERS:
+        setattr(engine, counter, file[counter])
+    scaler = _loss_scaler(engine)
+    for name, value in state["loss_scaler"].items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
+
+
+def _loss_scaler(engine: Any) -> Any:
+    """What holds the loss scale: under ZeRO an object of its own, at stage 0 the wrapper's settings; None without fp16."""
+    if not engine.fp16_enabled():
+        return None
+    return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
+
+
+def _set_weight(parameter: Any, weight: Tensor) -> None:
+    """Puts a flat weight into a parameter, at ZeRO stage 3 into this process's share of it."""
+    if not hasattr(parameter, "ds_tensor"):
+        parameter.view(-1).copy_(weight)
+        return
+    share = parameter.partition_numel()
+    offset = parameter.ds_process_group.rank() * share
+    numel = min(max(parameter.ds_numel - offset, 0), share)
+    parameter.ds_tensor[:numel].copy_(weight[offset : offset + numel])
+
+
+def _shape(parameter: Any) -> tuple[int, ...]:
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

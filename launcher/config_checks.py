@@ -299,6 +299,12 @@ def _fp8_faults(config: RunConfig) -> Iterator[Fault]:
                 (name, "training.precision", "parallel.tensor"),
                 f"got {size}, but the matrix products of training.precision fp8 need a multiple of {FP8_MULTIPLE}{on_each}",
             )
+    for flag in ("normalize_invertible", "gelu_checkpoint"):
+        if getattr(config.layer, flag):
+            yield Fault(
+                (f"layer.{flag}", "training.precision"),
+                "got true, but saves nothing with training.precision fp8, which keeps one byte of each number; set false",
+            )
 
 
 def _batch_and_deepspeed_faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:

@@ -175,12 +175,6 @@ def _zero_faults(config: RunConfig, zero: Any) -> Iterator[tuple[str, str]]:
             "zero_optimization.round_robin_gradients",
             "got true, but then it is not known which parameters a shard holds, which optimizer.type lamb must know; set false",
         )
-    elif stage == 3 and config.parallel.tensor > 1:
-        yield (
-            "zero_optimization.stage",
-            f"got 3, which with parallel.tensor {config.parallel.tensor} would leave checkpoints that cannot be put together "
-            "again; set stage 2, or parallel.tensor 1",
-        )
     elif stage == 3 and config.layer.cuda_graph:
         yield (
             "zero_optimization.stage",

@@ -12,8 +12,8 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..kernels.sharding import is_sharded
 from .lamb import Lamb
+from .optimizer_slices import slices_of
 from .topology import TensorParallelUnit, Topology
-from .zero_slices import zero_slices
 
 
 def build_engine(
@@ -47,7 +47,7 @@ def build_engine(
             # Its all-reduce among one copies every gradient into a buffer and back, for nothing.
             engine.enable_backward_allreduce = False
     elif isinstance(optimizer, Lamb):
-        slices = zero_slices(engine, {id(param): place for place, param in enumerate(parameters)})
+        slices = slices_of(engine, {id(param): place for place, param in enumerate(parameters)})
         everyone = dist.group.WORLD
         assert everyone is not None, "the process group of the run is up"
         optimizer.divide(slices, topology.data_group or everyone, topology.device)

@@ -6,31 +6,17 @@ compares the three conventions in use.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from .optimizer_slices import Slice
+
 Convention = Literal["paper", "nvidia", "deepspeed"]
 _PIECE_NUMEL = 1 << 18
-
-
-class Segment(NamedTuple):
-    """The part of one parameter that lies in a flat shard; place: the parameter's, among all in the order of the groups."""
-
-    place: int
-    start: int
-    numel: int
-
-
-class Slice(NamedTuple):
-    """A flat shard (numel,) of several parameters, their segments in it, and the parameters of which any process has one."""
-
-    flat: Tensor
-    segments: list[Segment]
-    places: list[int]
 
 
 class Lamb(torch.optim.Optimizer):
@@ -102,11 +88,12 @@ class Lamb(torch.optim.Optimizer):
     def divide(self, slices: Sequence[Slice], group: ProcessGroup, device: torch.device) -> None:
         """From now on the parameters of a step are `slices`, flat shards of the tensors given at first, as ZeRO makes them.
 
-        Trust ratios stay those of whole tensors: norms are summed over `group`, whose processes hold the other shards of the
-        same tensors, by one all-reduce on `device` in every call of `step`. What is in no segment is neither read nor
-        written. All processes must step the same slices in the same order.
+        Their places count the parameters in the order of the groups. Trust ratios stay those of whole tensors: norms are
+        summed over `group`, whose processes hold the other shards of the same tensors, by one all-reduce on `device` in every
+        call of `step`. What is in no segment is neither read nor written. All processes must step the same slices in the
+        same order.
         """
-        self._slices = {id(each.flat): each for each in slices}
+        self._slices = {id(each.tensor): each for each in slices}
         self._data_group, self._device = group, device
 
     @torch.no_grad()
@@ -181,24 +168,24 @@ class Lamb(torch.optim.Optimizer):
 
     def _step_slice(self, group: dict[str, Any], own: Slice) -> None:
         """One step over the segments of one flat shard."""
-        state = self._state_of(own.flat)
+        state = self._state_of(own.tensor)
         state["step"] += 1
-        weights = own.flat.to(_state_dtype(own.flat))
-        assert own.flat.grad is not None, "asked by the caller"
+        weights = own.tensor.to(_state_dtype(own.tensor))
+        assert own.tensor.grad is not None, "asked by the caller"
 
         def cut(flat: Tensor) -> list[Tensor]:
             return [flat[segment.start : segment.start + segment.numel] for segment in own.segments]
 
         pieces = _Pieces(
             cut(weights),
-            cut(own.flat.grad.to(weights.dtype)),
+            cut(own.tensor.grad.to(weights.dtype)),
             cut(state["exp_avg"]),
             cut(state["exp_avg_sq"]),
             [int(state["step"])] * len(own.segments) if group["bias_correction"] else [],
         )
         self._step_pieces(group, pieces, [segment.place for segment in own.segments], own.places)
-        if weights is not own.flat:
-            own.flat.copy_(weights)
+        if weights is not own.tensor:
+            own.tensor.copy_(weights)
 
     def _step_pieces(self, group: dict[str, Any], pieces: "_Pieces", own: Sequence[int], places: Sequence[int]) -> None:
         """Updates the weights of the pieces. own: the parameter of each; places: the parameters of the call, of any process."""

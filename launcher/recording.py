@@ -141,7 +141,7 @@ def startup_facts(
         max_seq_length=config.data.max_seq_length,
         precision=setup.precision,
         precision_reason=precision_reason,
-        kernels=kernels_text(config.model, config.layer, setup.topology.device, fp8=setup.precision == "fp8"),
+        kernels=kernels_text(config.model, config.layer, setup.runtime, setup.topology.device),
         devices=", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
         num_documents=data.sizes.documents,
         num_tokens=data.sizes.tokens,

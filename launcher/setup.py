@@ -8,8 +8,9 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..kernels.tensor_parallel import TensorParallel
 from ..recipes.data import PreparedData, prepare_data
-from ..recipes.recipe import Batch, Recipe
+from ..recipes.recipe import Batch, Recipe, Runtime
 from ..recipes.tokenizer import RunTokenizer, build_tokenizer, load_tokenizer
 from . import checkpoint
 from .batch import BatchPlan
@@ -42,6 +43,7 @@ class Setup:
 
     config: RunConfig
     topology: Topology
+    runtime: Runtime
     recipe: Recipe
     batch: BatchPlan
     directory: RunDirectory
@@ -166,6 +168,15 @@ def vocabulary_size(config: RunConfig, tokenizer: RunTokenizer) -> int:
             f"model.vocab_size={wanted:,} is smaller than the tokenizer's {symbols:,} symbols; raise it, or set it to auto"
         )
     return wanted
+
+
+def runtime_of(config: RunConfig, topology: Topology) -> Runtime:
+    """How the model of this run computes."""
+    return Runtime(
+        fp8=config.training.precision == "fp8",
+        activation_checkpointing=config.training.activation_checkpointing,
+        parallel=TensorParallel(topology.tensor_group, config.parallel.sequence),
+    )
 
 
 def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:

@@ -12,10 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..kernels.tensor_parallel import TensorParallel
 from ..recipes import RECIPES
 from ..recipes.loader import prefetch
-from ..recipes.recipe import Runtime
 from . import checkpoint
 from .batch import solve_batch
 from .config import RunConfig
@@ -38,6 +36,7 @@ from .setup import (
     open_data,
     open_tokenizer,
     phase_steps,
+    runtime_of,
     starting_progress,
     vocabulary_size,
 )
@@ -105,17 +104,21 @@ def _prepare(loaded: LoadedConfig, topology: Topology, *, resume: bool) -> tuple
     data = open_data(config, topology, batch, tokenizer, say)
 
     engine, optimizer = _build(config, topology, ds_config, vocab_size, source if weights_only else None)
+    _seed_dropout(config, topology, 0)
     progress, told = Progress(), None
     if source is not None:
         state = checkpoint.read_state(source)
         progress = by_main(topology, lambda: starting_progress(config, state, data.fingerprint, continued=continued))
         random_state = not weights_only and checkpoint.load(engine, source, facts, topology)
+        if not random_state:
+            _seed_dropout(config, topology, progress.step)
         told = loaded_text(source, progress, weights_only=weights_only, random_state=random_state)
     by_main(topology, lambda: checkpoint.refuse_later(directory.checkpoints, progress.step))
     total_steps = progress.phase_start + phase_steps(config, data, batch)
     setup = Setup(
         config=config,
         topology=topology,
+        runtime=runtime_of(config, topology),
         recipe=RECIPES[config.model.type],
         batch=batch,
         directory=directory,
@@ -139,20 +142,18 @@ def _build(
 ) -> tuple[Any, torch.optim.Optimizer]:
     """The engine around a new model, with weights from that checkpoint if one is given, and the optimizer inside it."""
     torch.manual_seed(config.seed)
-    runtime = Runtime(
-        fp8=config.training.precision == "fp8",
-        activation_checkpointing=config.training.activation_checkpointing,
-        parallel=TensorParallel(topology.tensor_group, config.parallel.sequence),
-    )
-    recipe = RECIPES[config.model.type]
-    model = recipe.build_model(config.model, config.layer, config.objective, vocab_size, runtime)
+    build_model = RECIPES[config.model.type].build_model
+    model = build_model(config.model, config.layer, config.objective, vocab_size, runtime_of(config, topology))
     if weights is not None:
         checkpoint.load_weights(model, weights, model_facts(config, vocab_size), topology)
     optimizer = build_optimizer(model, config.optimizer, topology.tensor_group)
-    engine = build_engine(model, optimizer, ds_config, topology)
-    # Weights start equal everywhere; dropout must differ between replicas, whose processes draw alike.
-    torch.manual_seed(int(np.random.SeedSequence([config.seed, topology.replica]).generate_state(1, np.uint64)[0] >> 1))
-    return engine, optimizer
+    return build_engine(model, optimizer, ds_config, topology), optimizer
+
+
+def _seed_dropout(config: RunConfig, topology: Topology, step: int) -> None:
+    """Weights start equal everywhere; dropout must differ between replicas, whose processes draw alike, and by step."""
+    entropy = [config.seed, topology.replica, *([step] if step else [])]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
 
 
 def _loop(setup: Setup, stop: StopRequest, progress: Progress, started_s: float) -> ClosingFacts:

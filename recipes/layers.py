@@ -79,11 +79,13 @@ def vocabulary_loss(
     return vocab_parallel_linear_cross_entropy(hidden, weight, bias, labels, group)
 
 
-def kernels_text(model: ModelConfig, flags: LayerFlags, device: torch.device, *, fp8: bool) -> str:
-    """Which kernels compute the layers on this device, in words; fp8: whether their products are in FP8."""
+def kernels_text(model: ModelConfig, flags: LayerFlags, runtime: Runtime, device: torch.device) -> str:
+    """Which kernels compute the layers on this device, in words."""
     on_gpu = device.type == "cuda"
     if on_gpu and flags.kernels == "auto":
         triton = "attention, LayerNorm, GELU, dropout and the loss"
+        if runtime.parallel.size > 1:
+            triton = "attention, LayerNorm, GELU and dropout"  # the loss over a divided vocabulary is PyTorch's
         if model.hidden_size // model.num_attention_heads > LARGEST_TRITON_HEAD:
             triton = triton.removeprefix("attention, ") + "; PyTorch for attention, whose heads are too wide"
         text, padding = f"Triton for {triton}; cuBLAS for matrix products", "; no padding"
@@ -92,7 +94,7 @@ def kernels_text(model: ModelConfig, flags: LayerFlags, device: torch.device, *,
         text, padding = f"PyTorch ({where})", "; no padding outside attention"
     if flags.cuda_graph:
         text += "; a CUDA graph of all layers" if on_gpu else "; no CUDA graph"
-    if fp8:
+    if runtime.fp8:
         text += f"; {fp8_path(device)}"
     return text + padding if flags.unpad else text
 

@@ -141,7 +141,7 @@ def loss_curve(task: GoldenTask, seed: int, steps: int = STEPS, *, plain: bool =
     torch.manual_seed(seed)  # what is drawn from now on is dropout
     losses = []
     for step in range(steps):
-        positions = step_positions(step * batch.train_batch_size, batch, rank=0)
+        positions = step_positions(step * batch.train_batch_size, batch, replica=0)
         data = read_step(stream, positions, lambda b: recipe.loss_counts(b, config.objective), recipe.real_tokens)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config.schedule, config.optimizer.lr, STEPS, step)

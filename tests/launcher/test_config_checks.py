@@ -94,6 +94,10 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "training: {train_batch_size: 8, max_steps: 1, precision: fp8}\nmodel: {intermediate_size: 3080}",
             "model.intermediate_size: got 3080, but the matrix products of training.precision fp8 need a multiple of 16",
         ),
+        (
+            "training: {train_batch_size: 8, max_steps: 1, precision: fp8}\nlayer: {gelu_checkpoint: true}",
+            "layer.gelu_checkpoint: got true, but saves nothing with training.precision fp8",
+        ),
         ("parallel: {tensor: 2}", "parallel.tensor: got 2, which does not divide the 1 process of the run"),
         (
             "parallel: {sequence: true}",
@@ -198,10 +202,6 @@ def test_the_batch_is_checked_for_the_number_of_processes(load, problems):
             "parallel.sequence: got true, but with layer.unpad the number of tokens changes",
         ),
         ("parallel: {tensor: 4}\nlayer: {cuda_graph: true}", "layer.cuda_graph: got true, but a graph cannot hold"),
-        (
-            "parallel: {tensor: 4}\ndeepspeed: {zero_optimization: {stage: 3}}",
-            "deepspeed.zero_optimization.stage: got 3, which with parallel.tensor 4 would leave checkpoints",
-        ),
         (
             "parallel: {tensor: 4}\nmodel: {hidden_size: 240, num_attention_heads: 4}\n"
             "training: {precision: fp8, train_batch_size: 8, max_steps: 1}",
