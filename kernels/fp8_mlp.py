@@ -1,9 +1,9 @@
 """The feed-forward half of a layer, GELU(x @ w1.T + b1) @ w2.T, with FP8 products and the casts between them inside of GELU.
 
-GELU's output and the gradient of its input exist in FP8 alone, as the products read them:
   forward   x -> FP8;  f = x @ w1.T + b1;  GELU(f) -> FP8;  y = GELU(f) @ w2.T
   backward  dy -> FP8;  da = dy @ w2;  df = da * GELU'(f) -> FP8;  db1 = sum_T df;  dw2, dw1, dx
-f and da have the dtype of x. GELU(f) and df are rounded to it before they are cast, as if they had been in memory.
+f and da have the dtype of x. GELU(f) and df are rounded to it before they are cast, as if they had been in memory. On a GPU
+they are not, but for df under current scaling, which takes the place of da until its amax is known.
 """
 
 from typing import Any, NamedTuple

@@ -7,6 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from xformer_train.kernels import te
 from xformer_train.kernels.fp8 import Fp8State, fp8_linear
+from xformer_train.kernels.fp8_mlp import fp8_mlp
+from xformer_train.kernels.residual_norm import norm
 
 DELAYED = te.DelayedScaling(fp8_format=te.Format.HYBRID, amax_history_len=16, amax_compute_algo="max")
 RECIPES = [DELAYED, te.Float8CurrentScaling()]
@@ -62,6 +64,20 @@ def test_a_linear_layer_is_fp8_linear():
     assert not torch.equal(out, module(x))
     with te.fp8_autocast(), te.fp8_autocast(enabled=False):
         assert torch.equal(module(x), torch.nn.functional.linear(x, module.weight, module.bias))
+
+
+@pytest.mark.parametrize(("name", "activation"), [("gelu", "gelu_tanh"), ("gelu_erf", "gelu")])
+def test_a_feed_forward_half_is_fp8_mlp(name, activation):
+    module, x = te.LayerNormMLP(32, 64, activation=name), torch.randn(7, 3, 32)
+    torch.nn.init.normal_(module.fc1_bias)
+    torch.nn.init.normal_(module.fc2_bias)
+    for recipe in RECIPES:
+        out = InFp8(module, recipe)(x)
+        normalized = norm(x, module.layer_norm_weight, module.layer_norm_bias, eps=1e-5)
+        parameters = module.fc1_weight, module.fc1_bias, module.fc2_weight
+        with te.fp8_autocast(fp8_recipe=recipe):
+            expected = fp8_mlp(normalized, *parameters, activation, Fp8State(), Fp8State())
+        assert torch.equal(out, expected + module.fc2_bias)
 
 
 @pytest.mark.parametrize("name", MODULES)
