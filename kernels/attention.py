@@ -327,7 +327,7 @@ def _product_backward(dout: Tensor, parts: Tensor, probabilities: Tensor, droppe
     dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype)
     _bmm(dscores, k, 1 / math.sqrt(size), out=dparts[0])
     _bmm(dscores.transpose(1, 2), q, 1 / math.sqrt(size), out=dparts[1])
-    return dparts.unflatten(1, (batch, -1)).permute(1, 3, 0, 2, 4).contiguous()
+    return dparts.unflatten(1, (batch, dout.shape[2] // size)).permute(1, 3, 0, 2, 4).contiguous()
 
 
 class _AttentionWithDropout(torch.autograd.Function):

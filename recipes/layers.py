@@ -96,6 +96,8 @@ def kernels_text(model: ModelConfig, flags: LayerFlags, runtime: Runtime, device
         text += "; a CUDA graph of all layers" if on_gpu else "; no CUDA graph"
     if runtime.fp8:
         text += f"; {fp8_path(device)}"
+    if runtime.activation_checkpointing != "none":
+        text += f"; {runtime.activation_checkpointing} activation checkpointing"
     return text + padding if flags.unpad else text
 
 
