@@ -5,6 +5,7 @@ A policy says where a model keeps the projections of its transformer layers. tra
 
 from .layers import AllReduceConv1D, AllReduceLinear
 from .lookup import policies_for
+from .parallelize import parallelize
 from .policy import Description, Layer, Policy
 from .shard import full_state_dict, shard
 
@@ -15,6 +16,7 @@ __all__ = [
     "Layer",
     "Policy",
     "full_state_dict",
+    "parallelize",
     "policies_for",
     "shard",
 ]

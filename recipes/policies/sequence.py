@@ -22,8 +22,8 @@ from .rank_random import RankRandom
 from .shipped import SHIPPED
 
 
-def check_sequence_parallel(model: nn.Module, plan: Plan) -> None:
-    """Raises ValueError if the layers of the model are not known to work on parts of a sequence."""
+def check_sequence_parallel(plan: Plan) -> None:
+    """Raises ValueError if the layers of a model are not known to work on parts of a sequence."""
     reason = None
     for place in plan.places:
         if not place.policy.norms():

@@ -58,7 +58,7 @@ def shard(
         )
     plan = make_plan(model, resolve_policies(model, policy), tp_group.size())
     if sequence_parallel:
-        check_sequence_parallel(model, plan)
+        check_sequence_parallel(plan)
     _broadcast(model, tp_group)
     apply_plan(model, plan, TensorParallel(tp_group, sequence_parallel))
 

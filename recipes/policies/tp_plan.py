@@ -1,5 +1,7 @@
 """Policies out of the tensor-parallel plans that configs of transformers carry."""
 
+import copyreg
+from abc import ABCMeta
 from typing import Any
 
 from torch import nn
@@ -12,6 +14,12 @@ _STYLES = {
     "rowwise": "row",
     "replicated_with_grad_allreduce": "shared",
 }
+
+
+class _OfPlan(ABCMeta):
+    """The class of policies made here. They are pickled as the config, so that processes can be sent them."""
+
+    config: Any
 
 
 def policy_of_plan(config: Any) -> type[Policy]:
@@ -42,7 +50,15 @@ def policy_of_plan(config: Any) -> type[Policy]:
     methods: dict[str, Any] = {rule: staticmethod(lambda layers=layers: list(layers)) for rule, layers in rules.items()}
     methods["shared_by_heads"] = staticmethod(lambda: list(shared))
     methods["original_layer_class"] = staticmethod(lambda: _layer_class(config, *stacks))
-    return type(f"{name.removesuffix('Config')}PlanPolicy", (Policy,), methods)
+    policy: Any = _OfPlan(f"{name.removesuffix('Config')}PlanPolicy", (Policy,), methods | {"config": config})
+    return policy  # type: ignore[no-any-return]
+
+
+def _reduce(policy: Any) -> tuple[Any, tuple[Any]]:
+    return policy_of_plan, (policy.config,)
+
+
+copyreg.pickle(_OfPlan, _reduce)
 
 
 def _layer_class(config: Any, stack: str) -> type[nn.Module]:

@@ -12,18 +12,22 @@ VOCABULARY = 53  # odd: neither 2 nor 4 processes share it equally
 
 @dataclass(frozen=True)
 class Small:
-    """A model class of transformers by name, the fields of its config, and a function that makes the forward's arguments."""
+    """A model class, one of transformers by name, the fields of its config, and a function that makes the forward's arguments.
 
-    model: str
+    policy: of a config, None: the shipped one.
+    """
+
+    model: str | type[torch.nn.Module]
     fields: dict[str, Any]
     inputs: Callable[[torch.Generator], dict[str, Any]]
+    policy: Callable[[Any], Any] | None = None
 
     def build(self, seed: int = 0, **fields: Any) -> torch.nn.Module:
         """The model in evaluation mode, weights drawn with the seed; biases too, which would be zero."""
         import transformers
 
         transformers.logging.set_verbosity_error()
-        cls = getattr(transformers, self.model)
+        cls: Any = getattr(transformers, self.model) if isinstance(self.model, str) else self.model
         torch.manual_seed(seed)
         model = cls(cls.config_class(**self.fields | fields))
         with torch.no_grad():

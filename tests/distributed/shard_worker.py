@@ -9,12 +9,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from distributed.hf_models import MODELS
+from distributed.own_policies import MODELS_WITH_POLICIES
 from torch import Tensor, nn
 
 from xformer_train.kernels.sharding import join_shards, partitions_of
 from xformer_train.recipes.policies import full_state_dict, shard
 
 Results = dict[str, Any]
+ALL = MODELS | MODELS_WITH_POLICIES
 OVER_FOUR = ("bert", "gpt2", "gpt_neox", "opt", "t5_gated", "bart", "mobilebert", "clip", "wav2vec2")
 SEQUENCE_PARALLEL = ("bert", "electra", "distilbert", "gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "llama")
 TRAINED = ("bert", "gpt2", "llama", "t5")
@@ -62,8 +64,9 @@ def error(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, flo
 
 def sharded(name: str, group: dist.ProcessGroup, sequence_parallel: bool = False, **fields: Any) -> nn.Module:
     """The small model in shards; its weights are drawn differently on each process, the first's count."""
-    model = MODELS[name].build(seed=group.rank(), **fields)
-    shard(model, group, sequence_parallel=sequence_parallel)
+    small = ALL[name]
+    model = small.build(seed=group.rank(), **fields)
+    shard(model, group, small.policy and small.policy(model.config), sequence_parallel)
     return model
 
 
@@ -75,8 +78,8 @@ def run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def equals_one_process(name: str, group: dist.ProcessGroup) -> Results:
-    whole, ours = MODELS[name].build(), sharded(name, group)
-    inputs = MODELS[name].make_inputs()
+    whole, ours = ALL[name].build(), sharded(name, group)
+    inputs = ALL[name].make_inputs()
     if name != "clip":  # gives the hidden states of its towers only through them
         inputs["output_hidden_states"] = True
     before, joined = whole.state_dict(), full_state_dict(ours, group)
@@ -193,7 +196,7 @@ def autocast(name: str, group: dist.ProcessGroup) -> Results:
 
 
 CHECKS: list[tuple[Callable[[str, dist.ProcessGroup], Results], tuple[str, ...], int]] = [
-    (equals_one_process, tuple(MODELS), 2),
+    (equals_one_process, tuple(ALL), 2),
     (equals_one_process, OVER_FOUR, 4),
     (equals_one_process_in_sequence, SEQUENCE_PARALLEL, 2),
     (equals_one_process_in_sequence, ("bert", "gpt2"), 4),

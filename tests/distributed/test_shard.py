@@ -1,8 +1,7 @@
 """Sharded models of transformers against whole ones, in groups of two and four of four processes."""
 
 import pytest
-from distributed.hf_models import MODELS
-from distributed.shard_worker import CHECKS, OVER_FOUR, SEQUENCE_PARALLEL, worker
+from distributed.shard_worker import ALL, CHECKS, OVER_FOUR, SEQUENCE_PARALLEL, worker
 from distributed.spawn import run_processes
 
 # Sums in another order in fp32: some units of the last place of values up to some tens, and their sums over tokens.
@@ -31,12 +30,12 @@ def largest(errors):
     return max(errors.items(), key=lambda item: item[1])
 
 
-@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in MODELS), *((name, 4) for name in OVER_FOUR)])
+@pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in ALL), *((name, 4) for name in OVER_FOUR)])
 def test_outputs_gradients_and_state_are_those_of_one_process(results, name, size):
     for result in of(results, "equals_one_process", name, size):
         name_and_error = largest(result["outputs"])
         assert name_and_error[1] < OUTPUTS, name_and_error
-        assert len(result["outputs"]) >= 4  # the hidden states too
+        assert len(result["outputs"]) >= 4  # hidden states too
         name_and_error = largest(result["gradients"])
         assert name_and_error[1] < GRADIENTS, name_and_error
         assert all(result["state"].values()), [n for n, equal in result["state"].items() if not equal]

@@ -1,0 +1,269 @@
+"""Inference over several processes by one call: the model object answers as before, and processes compute its shards.
+
+The processes are spawned, so a script must call `parallelize` below `if __name__ == "__main__":`, and policies and replacement
+classes of one's own must stand in a module that can be imported. The model goes to them through a temporary file, not through
+shared memory, which containers are short of; TMPDIR says where.
+"""
+
+import contextlib
+import functools
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from multiprocessing import connection, get_context
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ...kernels.tensor_parallel import TensorParallel
+from .paths import owner_of
+from .plan import make_plan
+from .policy import Policy
+from .shard import Policies, apply_plan, resolve_policies
+
+_MODEL = "model.pt"
+_PROXIED = ("forward", "generate")
+_GRACE_S = 10  # for the others to answer when one has failed: they may wait for it in a collective
+
+
+def parallelize(model: nn.Module, num_gpus: int, fp16: bool = False, policy: Policies = None) -> "Workers":
+    """Lets `num_gpus` processes, each with a shard of the model on its GPU, answer `model(...)` and `model.generate(...)`.
+
+    model: on the CPU, where it stays as it is; without a GPU in the machine the processes compute on its CPU.
+    fp16: the processes' weights in half precision. policy: as in `shard`.
+    Results come to the CPU, without gradients and past_key_values; attention weights are those of the first process's heads.
+    Random numbers of a call follow from torch's default generator here. `model.cpu()`, or `close()` of what is returned, which
+    is a context manager too, ends the processes.
+
+    Raises ValueError for a model that is not on the CPU, for fewer GPUs than asked for, and as `shard` does.
+    Raises RuntimeError, with the traceback, for what happens in a process; if only some of them answer, all are ended.
+    """
+    if num_gpus < 1:
+        raise ValueError(f"num_gpus is {num_gpus}; it must be 1 or more")
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices != {"cpu"}:
+        raise ValueError(f"the model is on {', '.join(sorted(devices))}; call model.cpu() before parallelize")
+    available = torch.cuda.device_count()
+    if 0 < available < num_gpus:
+        raise ValueError(f"num_gpus is {num_gpus}, this machine has {available}; give at most {available}")
+    if "forward" in vars(model):
+        raise ValueError("the model is parallelized already; call model.cpu() first")
+    policies = resolve_policies(model, policy)
+    make_plan(model, policies, num_gpus)  # so that its errors come before processes do
+    return Workers(model, num_gpus, fp16, policies)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a process made of a request. error: a traceback, or how the process ended; None: all went well."""
+
+    value: Any = None
+    error: str | None = None
+    cause: BaseException | None = None
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class Portable:
+    """A model as it goes to another process.
+
+    One of transformers is built there once more from its config, because the hooks with which it records hidden states cannot
+    be pickled, and building registers its class; tensors: its parameters and buffers by name. Any other is pickled: `model`.
+    """
+
+    model: nn.Module | None = None
+    cls: Any = None
+    config: Any = None
+    generation_config: Any = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    @staticmethod
+    def of(model: nn.Module) -> "Portable":
+        if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
+            return Portable(model)
+        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
+            model.named_buffers(remove_duplicate=False)
+        )
+        return Portable(
+            None,
+            type(model),
+            model.config,
+            getattr(model, "generation_config", None),
+            tensors,  # type: ignore[arg-type]
+        )
+
+    def build(self) -> nn.Module:
+        if self.model is not None:
+            return self.model
+        with torch.device("meta"):
+            model: nn.Module = self.cls(self.config)
+        for path, tensor in self.tensors.items():
+            owner, name = owner_of(model, path)
+            setattr(owner, name, tensor)
+        if self.generation_config is not None:
+            model.generation_config = self.generation_config
+        return model
+
+
+class Workers:
+    """The processes of a model that `parallelize` started."""
+
+    def __init__(self, model: nn.Module, size: int, fp16: bool, policies: list[type[Policy]]) -> None:
+        self._model = model
+        self._folder = tempfile.TemporaryDirectory(prefix="parallelize-")
+        self._connections: list[connection.Connection] = []
+        self._processes: list[SpawnProcess] = []
+        context = get_context("spawn")
+        try:
+            torch.save(Portable.of(model), Path(self._folder.name, _MODEL))
+            for rank in range(size):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=_work, args=(theirs, Path(self._folder.name), rank, size, fp16, policies), daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._connections.append(ours)
+                self._processes.append(process)
+            self._answer()
+        except BaseException:
+            self.close()
+            raise
+        for name in _PROXIED:
+            if hasattr(model, name):
+                setattr(model, name, self._proxy(name))
+        model.cpu = self._cpu  # type: ignore[method-assign]
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the processes and gives the model its own methods back; a second call does nothing."""
+        for name in (*_PROXIED, "cpu"):
+            vars(self._model).pop(name, None)
+        for ours in self._connections:
+            ours.close()  # which ends the loop at the other end
+        for process in self._processes:
+            process.join(_GRACE_S)
+            process.kill()
+        self._connections, self._processes = [], []
+        self._folder.cleanup()
+
+    def _cpu(self) -> nn.Module:
+        self.close()
+        return self._model.cpu()
+
+    def _proxy(self, name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(self._model, name))
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seed = int(torch.randint(2**63 - 1, ()))
+            request = pickle.dumps((name, args, kwargs, seed))
+            for ours in self._connections:
+                with contextlib.suppress(OSError):  # it has ended, which its answer will say
+                    ours.send_bytes(request)
+            return self._answer()
+
+        return call
+
+    def _answer(self) -> Any:
+        """The first process's answer, when all have answered."""
+        pending = dict(enumerate(self._connections))
+        answers: dict[int, _Answer] = {}
+        while pending:
+            failed = any(answer.error for answer in answers.values())
+            ready = connection.wait(pending.values(), _GRACE_S if failed else None)
+            if not ready:
+                break
+            for rank in [rank for rank, ours in pending.items() if ours in ready]:
+                answers[rank] = self._receive(rank, pending.pop(rank))
+        # First those that ended, because of which others may have failed.
+        for rank, answer in sorted(answers.items(), key=lambda item: (not item[1].ended, item[0])):
+            if answer.error is None:
+                continue
+            if pending or any(one.ended for one in answers.values()):
+                for process in self._processes:
+                    process.kill()  # they may wait for one that will not come
+                self.close()
+            name = type(self._model).__name__
+            raise RuntimeError(f"process {rank} of the parallelized {name} failed:\n{answer.error}") from answer.cause
+        return answers[0].value
+
+    def _receive(self, rank: int, ours: connection.Connection) -> _Answer:
+        try:
+            answer: _Answer = pickle.loads(ours.recv_bytes())
+        except (EOFError, OSError):
+            process = self._processes[rank]
+            process.join(_GRACE_S)
+            return _Answer(error=f"it ended with exit code {process.exitcode}", ended=True)
+        return answer
+
+
+def _work(
+    requests: connection.Connection, folder: Path, rank: int, size: int, fp16: bool, policies: list[type[Policy]]
+) -> None:
+    """A process: takes its shard, and answers until the connection is closed."""
+    try:
+        model, device = _load(folder, rank, size, fp16, policies)
+    except Exception as error:
+        requests.send_bytes(_failure(error))
+        return
+    requests.send_bytes(pickle.dumps(_Answer()))
+    while True:
+        try:
+            name, args, kwargs, seed = pickle.loads(requests.recv_bytes())
+        except EOFError:
+            break
+        try:
+            args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
+            torch.manual_seed(seed)
+            with torch.inference_mode():
+                result = getattr(model, name)(*args, **kwargs)
+            requests.send_bytes(pickle.dumps(_Answer(_for_parent(result) if rank == 0 else None)))
+        except Exception as error:
+            requests.send_bytes(_failure(error))
+    dist.destroy_process_group()
+
+
+def _load(
+    folder: Path, rank: int, size: int, fp16: bool, policies: list[type[Policy]]
+) -> tuple[nn.Module, torch.device]:
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", rank), "nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    dist.init_process_group(backend, init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=size)
+    saved: Portable = torch.load(folder / _MODEL, mmap=True, weights_only=False)
+    model = saved.build()
+    model.eval().requires_grad_(False)
+    if fp16:
+        model.half()
+    assert dist.group.WORLD is not None
+    apply_plan(model, make_plan(model, policies, size), TensorParallel(dist.group.WORLD))
+    return model.to(device), device
+
+
+def _for_parent(result: Any) -> Any:
+    """A model's output on the CPU, without the cache of keys and values, of which each process has its heads."""
+    if isinstance(result, Mapping) and "past_key_values" in result:
+        result = type(result)(**{name: value for name, value in result.items() if name != "past_key_values"})
+    return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, result)
+
+
+def _failure(error: Exception) -> bytes:
+    text = traceback.format_exc()
+    try:
+        return pickle.dumps(_Answer(error=text, cause=error))
+    except Exception:  # whatever the error holds
+        return pickle.dumps(_Answer(error=text))

@@ -1,0 +1,199 @@
+"""Models for which no policy is shipped, and policies for them as their users would write them."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from distributed.hf_models import ENDS, SIZES, VOCABULARY, WORDS, Small, decoder_text
+from torch import Tensor, nn
+
+from xformer_train.recipes.policies import AllReduceConv1D, AllReduceLinear, Layer, Policy
+
+
+class OpenAIGPTPolicy(Policy):
+    """As parallelformers' users write theirs."""
+
+    @staticmethod
+    def replace_arguments(config, world_size):
+        return {
+            "attn.split_size": config.hidden_size // world_size,
+            "attn.n_head": config.num_attention_heads // world_size,
+            "crossattention.n_head": config.num_attention_heads // world_size,
+        }
+
+    @staticmethod
+    def attn_qkv():
+        return [
+            Layer(weight="attn.c_attn.weight", bias="attn.c_attn.bias", n_fused=3, reversed=True),
+            Layer(
+                weight="crossattention.c_attn.weight",
+                bias="crossattention.c_attn.bias",
+                n_fused=3,
+                reversed=True,
+                ignore_checker=True,
+            ),
+        ]
+
+    @staticmethod
+    def attn_out():
+        return [
+            Layer(weight="attn.c_proj.weight", bias="attn.c_proj.bias", replace=AllReduceConv1D, reversed=True),
+        ]
+
+    @staticmethod
+    def mlp_in():
+        return [Layer(weight="mlp.c_fc.weight", bias="mlp.c_fc.bias", reversed=True)]
+
+    @staticmethod
+    def mlp_out():
+        return [Layer(weight="mlp.c_proj.weight", bias="mlp.c_proj.bias", replace=AllReduceConv1D, reversed=True)]
+
+    @staticmethod
+    def original_layer_class():
+        from transformers.models.openai.modeling_openai import Block
+
+        return Block
+
+
+class Config:
+    """Of `Grouped`: four heads of queries share two of keys and values."""
+
+    hidden_size, heads, groups, head_dim, intermediate_size = 16, 4, 2, 4, 24
+
+    def __init__(self, **fields: Any) -> None:
+        assert not fields
+
+
+class Gate(nn.Module):
+    """SwiGLU of both projections in one tensor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+
+class Block(nn.Module):
+    """Attention with grouped queries and an MLP, their projections fused in nn.Linear, one after the other."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.groups, self.head_dim = config.groups, config.head_dim
+        self.norms = nn.ModuleList([nn.LayerNorm(config.hidden_size) for _ in range(2)])
+        self.qkv = nn.Linear(config.hidden_size, (config.heads + 2 * config.groups) * config.head_dim)
+        self.query_norm = nn.RMSNorm(config.head_dim)
+        self.out = nn.Linear(config.heads * config.head_dim, config.hidden_size, bias=False)
+        self.mlp = nn.ModuleList(
+            [
+                nn.Linear(config.hidden_size, 2 * config.intermediate_size),
+                Gate(),
+                nn.Linear(config.intermediate_size, config.hidden_size),
+            ]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = self.groups * self.head_dim
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for part in self.qkv(self.norms[0](x)).split([2 * columns, columns, columns], -1)
+        )
+        context = F.scaled_dot_product_attention(self.query_norm(q), k, v, enable_gqa=True)
+        x = x + self.out(context.transpose(1, 2).flatten(2))
+        y = self.norms[1](x)
+        for module in self.mlp:
+            y = module(y)
+        return x + y
+
+
+class Output(dict):
+    """A model's output by name, with its loss as transformers' have it."""
+
+    @property
+    def loss(self) -> Tensor:
+        return self["loss"]
+
+
+class Grouped(nn.Module):
+    """Two blocks on the inputs themselves."""
+
+    config_class = Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList([Block(config) for _ in range(2)])
+
+    def tie_weights(self) -> None:
+        """It has none."""
+
+    def forward(self, x: Tensor, output_hidden_states: bool = False) -> Output:
+        states = [x]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        return Output(loss=states[-1].square().sum(), states=states)
+
+
+class PlainGate(Gate):
+    """The same in other words."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = x.shape[-1] // 2
+        return x[..., half:] * F.silu(x[..., :half])
+
+
+class GroupedPolicy(Policy):
+    @staticmethod
+    def original_layer_class():
+        return Block
+
+    @staticmethod
+    def replace_arguments(config, world_size):
+        return {"groups": config.groups // world_size}
+
+    @staticmethod
+    def replace_modules():
+        return {"Gate": PlainGate}
+
+    @staticmethod
+    def attn_qkv():
+        def parts(config):
+            return [heads * config.head_dim for heads in (config.heads, config.groups, config.groups)]
+
+        return [Layer("qkv.weight", "qkv.bias", parts=parts)]
+
+    @staticmethod
+    def attn_out():
+        return [Layer("out.weight", replace=AllReduceLinear)]
+
+    @staticmethod
+    def mlp_in():
+        return [Layer("mlp[0].weight", "mlp[0].bias", n_fused=2)]
+
+    @staticmethod
+    def mlp_out():
+        return [Layer("mlp[2].weight", "mlp[2].bias", replace=AllReduceLinear)]
+
+    @staticmethod
+    def shared_by_heads():
+        return ["query_norm.weight"]
+
+
+MODELS_WITH_POLICIES: dict[str, Small] = {
+    "openai": Small(
+        "OpenAIGPTLMHeadModel",
+        {"vocab_size": VOCABULARY, "n_positions": 32, "n_embd": 16, "n_head": 4, "n_layer": 2},
+        decoder_text,
+        lambda config: OpenAIGPTPolicy,
+    ),
+    "grouped": Small(
+        Grouped, {}, lambda generator: {"x": torch.randn(2, 6, 16, generator=generator)}, lambda config: GroupedPolicy
+    ),
+    "llama_plan": Small(
+        "LlamaForCausalLM", WORDS | SIZES | ENDS | {"num_key_value_heads": 2}, decoder_text, Policy.from_tp_plan
+    ),
+    "qwen3_plan": Small(  # whose norms of queries and keys are shared by the heads
+        "Qwen3ForCausalLM",
+        WORDS | SIZES | ENDS | {"num_key_value_heads": 2, "head_dim": 8},
+        decoder_text,
+        Policy.from_tp_plan,
+    ),
+}

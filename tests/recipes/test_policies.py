@@ -1,0 +1,261 @@
+"""Policies held against models, without processes: what they find, and every error."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from distributed.hf_models import MODELS
+from distributed.own_policies import MODELS_WITH_POLICIES, GroupedPolicy, OpenAIGPTPolicy, PlainGate
+from torch import nn
+
+from xformer_train.kernels.sharding import Partition
+from xformer_train.kernels.tensor_parallel import ONE_PROCESS
+from xformer_train.recipes.policies import Layer, Policy, parallelize, policies_for, shard
+from xformer_train.recipes.policies.encoder_decoders import BartDecoderPolicy, BartEncoderPolicy
+from xformer_train.recipes.policies.encoders import BertPolicy
+from xformer_train.recipes.policies.parallelize import Portable
+from xformer_train.recipes.policies.paths import closest, dotted, first_missing, get
+from xformer_train.recipes.policies.plan import make_plan
+from xformer_train.recipes.policies.sequence import check_sequence_parallel
+from xformer_train.recipes.policies.shard import apply_plan
+from xformer_train.recipes.policies.shipped import SHIPPED
+
+
+def change(policy, **methods):
+    """The policy with other static methods."""
+    return type(
+        "Changed", (policy,), {name: staticmethod(lambda *_, value=value: value) for name, value in methods.items()}
+    )
+
+
+def grouped():
+    return MODELS_WITH_POLICIES["grouped"].build()
+
+
+def error_of(model, policies, size=2):
+    with pytest.raises(ValueError, match="cannot be sharded over") as error:
+        make_plan(model, policies, size)
+    return str(error.value)
+
+
+def test_importing_policies_does_not_import_transformers():
+    program = "import sys, xformer_train.recipes.policies; print('transformers' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "False\n"
+
+
+def test_paths_go_through_attributes_and_lists():
+    model = grouped()
+    assert get(model, "blocks[1].mlp[2].weight") is model.blocks[1].mlp[2].weight
+    assert dotted("blocks[1].mlp[2].weight") == "blocks.1.mlp.2.weight"
+    assert first_missing(model, "blocks[1].mlp[2].weight") is None
+    assert first_missing(model, "blocks[7].mlp[2].weight") == "blocks.7"
+    assert closest(model, "blocks[1].qkw.weight") == ", did you mean blocks.1.qkv.weight?"
+    assert closest(model, "entirely.else") == ""
+
+
+@pytest.mark.parametrize(("cls", "policy"), SHIPPED.items())
+def test_classes_of_shipped_policies_exist(cls, policy):
+    found = policy.original_layer_class()
+    assert f"{found.__module__}.{found.__qualname__}" == cls
+    assert issubclass(found, nn.Module)
+
+
+def test_policies_of_subclasses_are_those_of_what_they_derive_from():
+    model = MODELS["bert"].build()
+    cls = type(model.bert.encoder.layer[0])
+    model.bert.encoder.layer[0].__class__ = type("OwnLayer", (cls,), {})
+    assert policies_for(model) == [BertPolicy]
+    assert len(make_plan(model, [BertPolicy], 2).places) == 2
+    assert policies_for(MODELS["bart"].build()) == [BartEncoderPolicy, BartDecoderPolicy]
+    with pytest.raises(
+        ValueError, match=r"no policy is shipped for Linear; write one .* or use one of .*albert, bart, bert,"
+    ):
+        policies_for(nn.Linear(2, 2))
+
+
+def test_a_plan_says_how_each_parameter_is_cut():
+    model = grouped()
+    cuts = {name: cut for one in make_plan(model, [GroupedPolicy], 2).projections for name, cut in one.cuts.items()}
+    assert cuts["blocks.0.qkv.weight"] == cuts["blocks.0.qkv.bias"] == Partition(0, (16, 8, 8))
+    assert cuts["blocks.0.mlp.0.weight"] == Partition(0, (24, 24))
+    assert cuts["blocks.1.out.weight"] == Partition(1)
+    assert "blocks.1.mlp.2.bias" not in cuts  # added once, to the sum
+    assert cuts.keys() == {
+        f"blocks.{i}.{name}"
+        for i in range(2)
+        for name in ("qkv.weight", "qkv.bias", "out.weight", "mlp.0.weight", "mlp.0.bias", "mlp.2.weight")
+    }
+    gpt2 = make_plan(MODELS["gpt2_cross"].build(), policies_for(MODELS["gpt2_cross"].build()), 2).projections
+    cuts = {name: cut for one in gpt2 for name, cut in one.cuts.items()}
+    block = "transformer.h.0."
+    assert cuts[block + "attn.c_attn.weight"] == Partition(1, (16, 16, 16))
+    assert cuts[block + "crossattention.c_attn.bias"] == Partition(0, (16, 16))
+    # Each reversed layer of a list is cut along its own dim, not along the one that the one before it left.
+    assert cuts[block + "attn.c_proj.weight"] == cuts[block + "crossattention.c_proj.weight"] == Partition(0)
+    assert cuts[block + "crossattention.q_attn.weight"] == Partition(1)
+
+
+def test_modules_and_arguments_are_replaced():
+    model = grouped()
+    before = model(x=(x := torch.randn(2, 4, 16))).loss
+    policy = change(GroupedPolicy, replace_arguments={"groups": 2, "mlp[1].beta": 3})
+    model.blocks[0].mlp[1].beta = model.blocks[1].mlp[1].beta = 3
+    apply_plan(model, make_plan(model, [policy], 1), ONE_PROCESS)
+    assert all(isinstance(block.mlp[1], PlainGate) for block in model.blocks)
+    assert type(model.blocks[0].out).__name__ == "AllReduceLinear"
+    assert torch.allclose(model(x=x).loss, before, rtol=1e-6)  # the factors in another order
+    copy.deepcopy(model)(x=x).loss.backward()
+
+
+def test_everything_that_is_wrong_comes_in_one_error_with_the_valid_sizes():
+    model = MODELS["gpt2"].build(n_embd=50, n_head=25)
+    message = error_of(model, policies_for(model))
+    assert message.startswith("GPT2LMHeadModel cannot be sharded over 2 processes by its policy:\n")
+    assert "- transformer.h.0 and 1 more: 25 heads (num_attention_heads of the config), not divisible by 2" in message
+    assert message.endswith("\nvalid tensor-parallel sizes: 1, 5, 25")
+
+    wrong = change(
+        GroupedPolicy,
+        attn_qkv=[Layer("qkw.weight", "qkv.bias", n_fused=3)],
+        attn_out=[Layer("out.weight", reversed=True)],
+        mlp_in=[Layer("mlp[0].weight", n_fused=2)],
+        embeddings=[Layer("words.weight")],
+        shared_by_heads=["query_norms.weight"],
+        replace_modules={"Gates": PlainGate},
+    )
+    lines = error_of(grouped(), [wrong], 4).split("\n")
+    expected = [
+        "qkw.weight does not exist, did you mean qkv.weight?",
+        "out is a Linear, which takes reversed=False, not True",
+        "mlp.0 has a bias, which its rule does not name",
+        "query_norms.weight of shared_by_heads does not exist, did you mean query_norm.weight?",
+        "qkv.weight (32, 16) is as large as what is cut, and no rule names it",
+        "embeddings: the model has no parameter that ends in words.weight",
+        "replace_modules: the model has no module of class Gates",
+        "groups is 2, not divisible by 4",
+    ]
+    for text in expected:
+        assert sum(line.endswith(text) for line in lines) == 1, (text, lines)
+    assert len(lines) == len(expected) + 2
+    assert lines[-1] == "valid tensor-parallel sizes: 1, 2"
+
+
+@pytest.mark.parametrize(
+    ("methods", "message"),
+    [
+        (
+            {"attn_qkv": [Layer("qkv.weight", "qkv.bias", parts=[16, 8])]},
+            "32 rows, its fused parts [16, 8] add up to 24",
+        ),
+        (
+            {"attn_qkv": [Layer("norms[0].weight", "norms[0].bias")]},
+            "norms[0].weight is (16,); a weight must have 2 dims",
+        ),
+        ({"replace_arguments": {"groups": 2, "heads": 2}}, "heads of replace_arguments does not exist"),
+        (
+            {"replace_arguments": {"head_dim": 2}},
+            "replace_arguments gives 2 for head_dim on 1 process; the model has 4",
+        ),
+        ({"head": [Layer("query_norm.weight")]}, "query_norm.weight is not the weight of an nn.Linear"),
+    ],
+)
+def test_rules_that_do_not_fit_are_named(methods, message):
+    assert message in error_of(grouped(), [change(GroupedPolicy, **methods)])
+
+
+def test_modules_of_unknown_classes_need_a_replacement():
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = grouped()
+    model.blocks[1].out.__class__ = Scaled
+    policy = change(GroupedPolicy, attn_out=[Layer("out.weight")])
+    assert "blocks.1: out is a Scaled, not an nn.Linear or a Conv1D; give its rule a replace" in error_of(
+        model, [policy]
+    )
+    make_plan(model, [GroupedPolicy], 2)  # says which class
+
+
+def test_tied_weights_are_cut_together():
+    model = MODELS["gpt2"].build()
+    policy = change(policies_for(model)[0], head=[])
+    assert "lm_head.weight: it is tied to transformer.wte.weight, which is cut otherwise" in error_of(model, [policy])
+
+
+def test_rules_may_allow_absence():
+    model = MODELS_WITH_POLICIES["openai"].build()
+    assert len(make_plan(model, [OpenAIGPTPolicy], 2).projections) == 8
+    strict = change(OpenAIGPTPolicy, attn_qkv=[*OpenAIGPTPolicy.attn_qkv()[:1], Layer("crossattention.c_attn.weight")])
+    message = error_of(model, [strict])
+    assert "crossattention.c_attn.weight does not exist" in message
+    assert "crossattention.n_head of replace_arguments does not exist" in message  # no rule allows it any more
+
+
+def test_a_policy_whose_layers_the_model_lacks_is_unused():
+    message = error_of(grouped(), [GroupedPolicy, BertPolicy])
+    assert "BertPolicy: the model has no BertLayer, to whose layers the policy applies" in message
+
+
+def test_plans_that_configs_carry_become_policies():
+    config = MODELS["llama"].build().config
+    policy = Policy.from_tp_plan(config)
+    assert [layer.weight for layer in policy.attn_out()] == ["self_attn.o_proj.weight"]
+    assert policy.original_layer_class().__name__ == "LlamaDecoderLayer"
+    again = pickle.loads(pickle.dumps(policy))  # as `parallelize` sends it
+    assert again.mlp_in() == policy.mlp_in()
+    with pytest.raises(ValueError, match="BertConfig carries no base_model_tp_plan; write a policy"):
+        Policy.from_tp_plan(MODELS["bert"].build().config)
+    config.base_model_tp_plan = {"layers.*.mlp.experts": "grouped_gemm", "layers.*.self_attn.q_proj": "colwise"}
+    with pytest.raises(
+        ValueError, match="the plan of LlamaConfig has styles grouped_gemm; a policy can be made of colwise"
+    ):
+        Policy.from_tp_plan(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("t5", "T5Policy names no norms"), ("bert_decoder", "bert.encoder.layer.1 has cross-attention")],
+)
+def test_sequence_parallelism_says_where_it_works(name, reason):
+    model = MODELS[name].build()
+    plan = make_plan(model, policies_for(model), 2)
+    with pytest.raises(
+        ValueError, match=f"sequence_parallel=True: {reason}.*bert, camembert, distilbert, .*llama, opt"
+    ):
+        check_sequence_parallel(plan)
+    model = MODELS["opt"].build(layerdrop=0.1)
+    with pytest.raises(ValueError, match="layerdrop may leave out the layers"):
+        check_sequence_parallel(make_plan(model, policies_for(model), 2))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_that_goes_to_another_process_is_the_same(name):
+    model, inputs = MODELS[name].build(), MODELS[name].make_inputs()
+    again = Portable.of(model).build().eval()
+    assert torch.equal(again(**inputs).loss, model(**inputs).loss)
+    assert {id(one) for one in again.parameters()} == {id(one) for one in model.parameters()}  # tied as before
+
+
+def test_wrong_use_is_said_in_one_sentence():
+    sharded = grouped()
+    apply_plan(sharded, make_plan(sharded, [GroupedPolicy], 1), ONE_PROCESS)
+    meta = grouped().to("meta")
+    wrong = [
+        (Layer, "a Layer names neither weight nor bias"),
+        (lambda: Layer("a.weight", n_fused=0), "a.weight: n_fused is 0; it must be 1 or more"),
+        (lambda: Layer("a.weight", n_fused=2, parts=[1, 1]), "a.weight: n_fused is 2"),
+        (lambda: Layer("a.weight", layout="blocks"), "layout is 'blocks'; it must be one of concat, interleaved"),
+        (lambda: shard(grouped(), None), "tp_group is None; give the process group"),
+        (lambda: make_plan(sharded, [GroupedPolicy], 2), "this Grouped is sharded already"),
+        (lambda: parallelize(grouped(), 0), "num_gpus is 0; it must be 1 or more"),
+        (lambda: parallelize(meta, 2), "the model is on meta; call model.cpu"),
+        (lambda: parallelize(grouped(), 2), "no policy is shipped for Grouped"),
+    ]
+    for call, message in wrong:
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        assert "\n" not in str(error.value)
