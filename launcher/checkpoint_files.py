@@ -1,48 +1,43 @@
-"""The files in a checkpoint: flushed to disk when written, and never executing anything when read.
+"""The files of tensors in a checkpoint: on the disk when written, and never executing anything when read.
 
 DeepSpeed is imported in functions here and in its neighbours: its import must come after `topology.quiet`.
 """
 
 import contextlib
-import os
 import pickle
 import random
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from .durable_files import DurableFile, FileRecord
+
 
 @contextlib.contextmanager
-def file_access(engine: Any) -> Iterator[list[OSError]]:
-    """Within, DeepSpeed's `engine` writes its checkpoint files through to the disk and reads them without executing code.
+def file_access(engine: Any, save: Callable[[Any, str], None] | None = None) -> Iterator[None]:
+    """Within, DeepSpeed's `engine` reads its checkpoint files without executing code, and writes none.
 
-    Gives the list of failed writes, to be looked at afterwards. They are not raised at once: DeepSpeed ends a save with a
-    barrier, and a process that left early would leave the others waiting there.
+    save: called with the contents of each file that DeepSpeed would write and the file's name.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    problems: list[OSError] = []
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            write_file(state_dict, Path(path))
-        except OSError as error:
-            problems.append(error)
+    def take(state_dict: Any, path: str) -> None:
+        assert save is not None, "a save, where only loading was meant"
+        save(state_dict, Path(path).name)
 
     def load(path: str, map_location: Any = None) -> Any:
         return read_file(Path(path))
 
     before = engine.checkpoint_engine
     engine.checkpoint_engine = TorchCheckpointEngine()
-    engine.checkpoint_engine.save, engine.checkpoint_engine.load = save, load
-    # Copies of DeepSpeed's scripts beside the checkpoints: unneeded, and a full disk would make the main process leave here.
-    engine._copy_recovery_script = lambda save_path: None
+    engine.checkpoint_engine.save, engine.checkpoint_engine.load = take, load
+    engine.checkpoint_engine.makedirs = lambda path, exist_ok=False: None
+    engine._copy_recovery_script = lambda save_path: None  # copies of DeepSpeed's scripts beside the checkpoints
     try:
-        yield problems
+        yield
     finally:
         engine.checkpoint_engine = before
         del engine._copy_recovery_script
@@ -71,22 +66,24 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     random.setstate(state["python"])
 
 
-def write_file(value: Any, path: Path) -> None:
+def write_file(value: Any, path: Path) -> FileRecord:
     """`value` in a file of torch's format, on disk. Raises OSError."""
-    with path.open("wb") as file:
+    with DurableFile(path) as file:
         try:
-            torch.save(value, file)
+            torch.save(value, file)  # type: ignore[arg-type]
         except RuntimeError as error:
             # torch's writer closes its archive after a full disk, fails once more and hides the first error behind that.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
-        file.flush()
-        os.fsync(file.fileno())
+    return file.record
 
 
-def read_file(path: Path) -> Any:
-    """What `write_file` or DeepSpeed wrote, on the CPU; no code in the file is executed. Raises ValueError."""
+def read_file(path: Path, *, mapped: bool = False) -> Any:
+    """What `write_file` or DeepSpeed wrote, on the CPU; no code in the file is executed. Raises ValueError.
+
+    mapped: tensors are read from the disk only where they are looked at.
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -94,7 +91,7 @@ def read_file(path: Path) -> Any:
     # All that DeepSpeed's files hold beside tensors and plain values.
     with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{path} is no file of tensors and plain values alone, so it is not loaded: it could run any code; choose "
@@ -104,43 +101,3 @@ def read_file(path: Path) -> Any:
             raise ValueError(
                 f"{path} cannot be read ({str(error).splitlines()[0]}); choose another checkpoint"
             ) from error
-
-
-def write_text(path: Path, text: str) -> None:
-    """`text` in a file, on disk."""
-    path.write_text(text, encoding="utf-8")
-    _flush(path)
-
-
-def copy_into(source: Path | str, target: Path) -> None:
-    """A copy of a file or folder, or the text itself if `source` is a str, on disk at `target`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if isinstance(source, str):
-        target.write_text(source, encoding="utf-8")
-    elif source.is_dir():
-        shutil.copytree(source, target)
-    else:
-        shutil.copyfile(source, target)
-    for path in [target] if target.is_file() else [p for p in target.rglob("*") if p.is_file()]:
-        _flush(path)
-
-
-def file_sizes(folder: Path, leave_out: str) -> dict[str, int]:
-    """Bytes of each file in `folder` and below, by relative name, but for the file named `leave_out`."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / leave_out)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _flush(path: Path) -> None:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def flush_folder(folder: Path) -> None:
-    """Make new names in `folder` survive a power cut; Windows has no such call."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

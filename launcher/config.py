@@ -93,7 +93,12 @@ class CheckpointConfig(Section):
     save_every_steps: PositiveInt | None = None
     """null saves once, at the end of the run."""
     keep_last: PositiveInt | None = 3
-    """Older checkpoints are removed after a newer one is complete; null keeps all."""
+    """Older checkpoints are removed once a newer one is written and verified; null keeps all."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints whose step is a multiple of this are never removed."""
+    asynchronous: bool = True
+    """Write beside training: a step waits only until the state is copied. The copy takes as much host memory as the process
+    writes, and is kept until the run ends."""
     id_format: str = "step{step:08d}"
     """Name of a checkpoint; must hold {step}, so that no two are equal, and may hold {epoch}. `:08d` pads with zeros, so that
     names sort by step."""

@@ -1,5 +1,6 @@
 """What must be there before the first step: checkpoint, tokenizer, data, vocabulary, and where the run stands."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ from ..kernels.tensor_parallel import TensorParallel
 from ..recipes.data import PreparedData, prepare_data
 from ..recipes.recipe import Batch, Recipe, Runtime
 from ..recipes.tokenizer import RunTokenizer, build_tokenizer, load_tokenizer
-from . import checkpoint
+from . import checkpoint_store
 from .batch import BatchPlan
 from .config import RunConfig
 from .run_directory import RunDirectory
 from .topology import Topology
 
 _VOCAB_MULTIPLE = 64  # rows of the embedding are rounded up to it: odd sizes slow the head's GEMM down on GPUs
+
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Say = Callable[[str], None]
@@ -86,14 +89,55 @@ def _agreed(topology: Topology, task: Callable[[], T] | None) -> T | None:
     return result
 
 
-def checkpoint_to_load(config: RunConfig, directory: RunDirectory, resume: bool) -> Path | None:
-    """The checkpoint this run starts from: the newest of its own when it resumes, else what `load` names, else none."""
-    own = checkpoint.list_ids(directory.checkpoints) if resume else []
-    if own:
-        return directory.checkpoints / own[-1]
-    if config.load.path is not None:
-        return checkpoint.resolve(Path(config.load.path), config.load.id)
-    return None
+def checkpoint_to_load(
+    config: RunConfig, topology: Topology, directory: RunDirectory, say: Say, *, resume: bool
+) -> Path | None:
+    """The checkpoint this run starts from: the newest whole one of its own when it resumes, else what `load` names, else none.
+
+    It has been read through; called by every process. Raises ValueError if what `load` names is damaged, or every checkpoint
+    of the run.
+    """
+    if resume and by_main(topology, lambda: bool(checkpoint_store.entries(directory.checkpoints))):
+        return _newest_whole(directory.checkpoints, topology, say)
+    if config.load.path is None:
+        return None
+    path = Path(config.load.path)
+    source = by_main(topology, lambda: checkpoint_store.resolve(path, config.load.id))
+    problems = checkpoint_store.verify_together(source, topology)
+
+    def refuse_damage() -> None:
+        if problems:
+            raise ValueError(f"{source} is damaged: {', '.join(problems)}; choose another checkpoint")
+
+    by_main(topology, refuse_damage)
+    return source
+
+
+def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
+    """The newest whole checkpoint in `folder`. Damaged ones that are newer are set aside: training meets their steps again."""
+    entries = by_main(topology, lambda: [(entry.id, entry.problem) for entry in checkpoint_store.entries(folder)])
+    damaged = {name: [problem] for name, problem in entries if problem}
+    whole = None
+    for name in reversed([name for name, problem in entries if not problem]):
+        problems = checkpoint_store.verify_together(folder / name, topology)
+        if not problems:
+            whole = name
+            break
+        damaged[name] = problems
+
+    def set_aside() -> None:
+        told = [f"checkpoint {name} is damaged: {', '.join(problems)}" for name, problems in damaged.items()]
+        if whole is None:
+            raise ValueError(
+                f"no checkpoint in {folder} can be loaded: {'; '.join(told)}; start anew with --job_name, or bring back a copy"
+            )
+        for name, text in zip(damaged, told, strict=True):
+            new_name = checkpoint_store.set_aside(folder, name)
+            _LOG.warning("%s; renamed to %s", text, new_name)
+            say(f"warning: {text}; renamed to {new_name}, the run goes on from {whole}")
+
+    by_main(topology, set_aside)
+    return folder / str(whole)
 
 
 def open_tokenizer(

@@ -14,8 +14,9 @@ import torch
 
 from ..recipes import RECIPES
 from ..recipes.loader import prefetch
-from . import checkpoint
+from . import checkpoint, checkpoint_store
 from .batch import solve_batch
+from .checkpoint_saving import CheckpointSaver
 from .config import RunConfig
 from .config_loading import LoadedConfig
 from .deepspeed_config import deepspeed_config
@@ -93,7 +94,7 @@ def _prepare(loaded: LoadedConfig, topology: Topology, *, resume: bool) -> tuple
     devices = topology.gather(device_name(topology.device))
     by_main(topology, lambda: record_environment(directory, ds_config, devices))
 
-    source = by_main(topology, lambda: checkpoint_to_load(config, directory, resume))
+    source = checkpoint_to_load(config, topology, directory, say, resume=resume)
     continued = source is not None and source.parent == directory.checkpoints
     weights_only = source is not None and not continued and config.load.what == "weights"
     tokenizer = open_tokenizer(config, topology, directory, source, say)
@@ -107,13 +108,13 @@ def _prepare(loaded: LoadedConfig, topology: Topology, *, resume: bool) -> tuple
     _seed_dropout(config, topology, 0)
     progress, told = Progress(), None
     if source is not None:
-        state = checkpoint.read_state(source)
+        state = checkpoint_store.read_state(source)
         progress = by_main(topology, lambda: starting_progress(config, state, data.fingerprint, continued=continued))
         random_state = not weights_only and checkpoint.load(engine, source, facts, topology)
         if not random_state:
             _seed_dropout(config, topology, progress.step)
         told = loaded_text(source, progress, weights_only=weights_only, random_state=random_state)
-    by_main(topology, lambda: checkpoint.refuse_later(directory.checkpoints, progress.step))
+    by_main(topology, lambda: checkpoint_store.refuse_later(directory.checkpoints, progress.step))
     total_steps = progress.phase_start + phase_steps(config, data, batch)
     setup = Setup(
         config=config,
@@ -166,9 +167,10 @@ def _loop(setup: Setup, stop: StopRequest, progress: Progress, started_s: float)
         positions = step_positions(start.position + (step - start.step) * batch_size, setup.batch, topology.replica)
         return read_step(setup.data.train, positions, setup.loss_counts, setup.recipe.real_tokens)
 
+    saver = CheckpointSaver(setup.engine, setup.directory.checkpoints, topology, config.checkpoint)
     log = _open_log(setup, start) if topology.is_main else None
     try:
-        with prefetch(read, start.step, setup.total_steps) as steps:
+        with saver, prefetch(read, start.step, setup.total_steps) as steps:
             for data in watch.timed(steps):
                 clock = progress.step - progress.phase_start
                 lr = learning_rate(config.schedule, config.optimizer.lr, setup.schedule_steps, clock)
@@ -193,7 +195,7 @@ def _loop(setup: Setup, stop: StopRequest, progress: Progress, started_s: float)
                     losses = _evaluate(setup, log, progress)
                     best = min(best or (losses["loss"], progress.step), (losses["loss"], progress.step))
                 if _is_due(config.checkpoint.save_every_steps, progress.step, last):
-                    saved_id = _save(setup, progress)
+                    saved_id = _save(setup, saver, progress)
                 if stopped:
                     break
     finally:
@@ -244,8 +246,8 @@ def _is_due(every_steps: int | None, step: int, last: bool) -> bool:
     return last or (every_steps is not None and step % every_steps == 0)
 
 
-def _save(setup: Setup, progress: Progress) -> str:
-    """The id of a new checkpoint of the run as it stands; older ones beyond checkpoint.keep_last are removed."""
+def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
+    """The id of a new checkpoint of the run as it stands, which may still be on its way to the disk."""
     config, directory = setup.config, setup.directory
     epoch = progress.position // setup.data.train.num_samples
     checkpoint_id = config.checkpoint.id_format.format(step=progress.step, epoch=epoch)
@@ -254,12 +256,7 @@ def _save(setup: Setup, progress: Progress) -> str:
         "data_fingerprint": setup.data.fingerprint,
         "model": model_facts(config, setup.vocab_size),
     }
-    files = {"config.resolved.yaml": directory.config, "tokenizer": directory.tokenizer}
-    checkpoint.save(setup.engine, directory.checkpoints, checkpoint_id, state, files, setup.topology)
-    if config.checkpoint.keep_last is not None:
-        keep_last = config.checkpoint.keep_last
-        by_main(setup.topology, lambda: checkpoint.prune(directory.checkpoints, keep_last))
-    _LOG.info("saved checkpoint %s", checkpoint_id)
+    saver.save(checkpoint_id, state, {"config.resolved.yaml": directory.config, "tokenizer": directory.tokenizer})
     return checkpoint_id
 
 

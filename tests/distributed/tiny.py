@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xformer_train.launcher import checkpoint
+from xformer_train.launcher import checkpoint, checkpoint_saving, checkpoint_store
 from xformer_train.launcher.engine import build_engine, grad_norm, set_learning_rate
 from xformer_train.launcher.signals import StopRequest
 from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
@@ -114,7 +114,7 @@ def resume_worker(folder: Path, stages: list[int]) -> dict[str, Any]:
         before = tiny_engine(topology, stage, "fp32")
         record = train(before, topology, 0, 2)
         target = folder / str(stage)
-        checkpoint.save(before, target, "half", {"step": 2, "model": MODEL}, {}, topology)
+        checkpoint_saving.save(before, target, "half", {"step": 2, "model": MODEL}, {}, topology)
         saved = whole_weights(before)
 
         after = tiny_engine(topology, stage, "fp32")
@@ -138,7 +138,7 @@ def _save_with_a_full_disk_on_process_1(folder: Path, topology: Topology) -> lis
     """Message of that save; ids and files after it; ids after the same save with room for it."""
     engine = tiny_engine(topology, 1, "fp32")
     train(engine, topology, 0, 1)
-    checkpoint.save(engine, folder, "first", {"step": 1, "model": MODEL}, {}, topology)
+    checkpoint_saving.save(engine, folder, "first", {"step": 1, "model": MODEL}, {}, topology)
     whole_save = torch.save
 
     def full_disk(*args: Any, **kwargs: Any) -> None:
@@ -148,16 +148,20 @@ def _save_with_a_full_disk_on_process_1(folder: Path, topology: Topology) -> lis
 
     torch.save = full_disk
     try:
-        checkpoint.save(engine, folder, "second", {"step": 2, "model": MODEL}, {}, topology)
+        checkpoint_saving.save(engine, folder, "second", {"step": 2, "model": MODEL}, {}, topology)
         message = "no error"
     except OSError as error:
         message = str(error)
     torch.save = whole_save
     topology.barrier()
-    seen = [message, ",".join(checkpoint.list_ids(folder)), ",".join(sorted(path.name for path in folder.iterdir()))]
+    seen = [
+        message,
+        ",".join(checkpoint_store.list_ids(folder)),
+        ",".join(sorted(path.name for path in folder.iterdir())),
+    ]
     topology.barrier()
-    checkpoint.save(engine, folder, "second", {"step": 2, "model": MODEL}, {}, topology)
-    return [*seen, ",".join(checkpoint.list_ids(folder))]
+    checkpoint_saving.save(engine, folder, "second", {"step": 2, "model": MODEL}, {}, topology)
+    return [*seen, ",".join(checkpoint_store.list_ids(folder))]
 
 
 def agreement_worker() -> dict[str, Any]:

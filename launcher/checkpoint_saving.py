@@ -1,0 +1,327 @@
+"""Saves: the state is copied, then written by a thread beside training, read back, and only then given its id.
+
+Every process writes its own files into `.ID.tmp`; after each phase all agree whether it failed anywhere. The main process
+writes state.json last, renames the folder and moves `latest`. A crash at any point leaves the checkpoints from before.
+"""
+
+import json
+import logging
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+from tqdm import tqdm
+
+from . import checkpoint_store
+from .checkpoint_files import file_access, random_state, write_file
+from .checkpoint_resharding import layout_record, loss_scaler_record, partitions_record
+from .checkpoint_store import LATEST, STATE
+from .config import CheckpointConfig
+from .durable_files import FileRecord, copy_into, flush_folder, flush_folders, read_record, write_text
+from .host_copy import HostCopies
+from .topology import Topology
+
+_LOG = logging.getLogger(__name__)
+_LOG.addHandler(logging.NullHandler())
+_NOTICEABLE_S = 1.0  # a shorter wait for the save before stands in the log alone
+
+Gather = Callable[[Any], list[Any]]
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One process's part of a checkpoint that is to be written."""
+
+    folder: Path
+    id: str
+    is_main: bool
+    state: dict[str, Any]
+    """Of state.json, without `files`."""
+    tensors: dict[str, Any]
+    """By name of the file, what `write_file` is to write."""
+    others: dict[str, Path | str]
+    """By name in the checkpoint, a file or folder to copy, or the text itself."""
+    problems: list[OSError] = field(default_factory=list)
+    """What is wrong already."""
+
+    @property
+    def unfinished(self) -> Path:
+        return self.folder / f".{self.id}.tmp"
+
+
+def save(
+    engine: Any,
+    folder: Path,
+    checkpoint_id: str,
+    state: Mapping[str, Any],
+    extra_files: Mapping[str, Path | str],
+    topology: Topology,
+) -> None:
+    """Checkpoint `folder/checkpoint_id`, complete and named by `latest`, when this returns; to be called by every process.
+
+    state: JSON values that describe the run at this point; must hold `step` (int) and `model` (the model's config).
+    extra_files: name in the checkpoint -> file or folder to copy, or the text itself as a str.
+    Raises ValueError if the id exists or cannot be a folder's name, and OSError, on every process, if it cannot be
+    written; what was written is removed then and earlier checkpoints stay as they are.
+    """
+    _check_id(folder, checkpoint_id, topology)
+    _write(_capture(engine, folder, checkpoint_id, state, extra_files, topology), topology.gather)
+
+
+class CheckpointSaver:
+    """Saves the checkpoints of a run, one at a time, and removes those that `checkpoint.keep_last` leaves no room for.
+
+    Every process makes one and uses it alike, as a context. A save that fails is told on the console and in the log, and
+    training goes on; leaving the context waits for the save in progress, and raises OSError if the last one failed.
+    """
+
+    def __init__(self, engine: Any, folder: Path, topology: Topology, config: CheckpointConfig) -> None:
+        self._engine, self._folder, self._topology, self._config = engine, folder, topology, config
+        self._copies = HostCopies() if config.asynchronous else None
+        # The thread must not meet the collectives of training, so it has a group of its own. Like all groups that are made
+        # without a timeout it has that of `start_processes`.
+        alone = topology.world_size == 1
+        self._group = None if alone or not config.asynchronous else dist.new_group(backend="gloo")
+        self._thread: threading.Thread | None = None
+        self._failure: OSError | None = None
+        self._crash: Exception | None = None
+
+    def save(self, checkpoint_id: str, state: Mapping[str, Any], extra_files: Mapping[str, Path | str]) -> None:
+        """Begins a save, after the one before has ended, and returns when training may go on; arguments as of `save`.
+
+        Raises ValueError if the id exists or cannot be a folder's name.
+        """
+        started_s = time.monotonic()
+        self._wait()
+        waited_s = time.monotonic() - started_s
+        if waited_s > _NOTICEABLE_S:
+            self._tell(
+                f"step {state['step']:,} waited {waited_s:.1f} s for the save before it; raise checkpoint.save_every_steps"
+            )
+        _check_id(self._folder, checkpoint_id, self._topology)
+        self._failure = None
+        copies = self._copies
+        if copies is None:
+            self._run(
+                _capture(self._engine, self._folder, checkpoint_id, state, extra_files, self._topology), started_s
+            )
+            self._raise_crash()
+            return
+        copies.begin()
+        job = _capture(self._engine, self._folder, checkpoint_id, state, extra_files, self._topology, copies.copy)
+        _LOG.info(
+            "checkpoint %s: the step waited %.3f s, %.3f s of it for the save before",
+            checkpoint_id,
+            time.monotonic() - started_s,
+            waited_s,
+        )
+        self._thread = threading.Thread(target=self._run, args=(job, time.monotonic()), name="checkpoint")
+        self._thread.start()
+
+    def __enter__(self) -> "CheckpointSaver":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is not None:  # that error is the one to tell of
+            self._join()
+            return
+        self._wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _run(self, job: _Save, started_s: float) -> None:
+        """One save from the copy of the state to the removal of older ones. No error leaves it."""
+        try:
+            _write(job, self._gather)
+            _LOG.info("saved checkpoint %s: written and verified in %.3f s", job.id, time.monotonic() - started_s)
+            if job.is_main:
+                self._prune(job.id)
+        except OSError as error:
+            self._failure = error
+            self._tell(f"{error}; training goes on, and the next save tries again")
+        except Exception as error:
+            _LOG.exception("checkpoint %s", job.id)
+            self._crash = error
+
+    def _prune(self, newest: str) -> None:
+        if self._config.keep_last is None:
+            return
+        try:
+            keep = (self._config.keep_last, self._config.keep_every_steps)
+            for name in checkpoint_store.surplus(self._folder, *keep, verified_id=newest):
+                checkpoint_store.remove(self._folder, name)
+                _LOG.info("removed checkpoint %s", name)
+        except OSError as error:
+            self._tell(f"checkpoints that checkpoint.keep_last leaves no room for could not be removed: {error}")
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self._group is None:
+            return self._topology.gather(value)
+        values: list[Any] = [None] * self._topology.world_size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _tell(self, text: str) -> None:
+        """A warning in the log, and on the console, past a progress bar if there is one."""
+        _LOG.warning(text)
+        if self._topology.is_main:
+            tqdm.write(f"warning: {text}", file=sys.stderr)
+
+    def _wait(self) -> None:
+        self._join()
+        self._raise_crash()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _raise_crash(self) -> None:
+        if self._crash is not None:
+            raise self._crash
+
+
+def engine_facts(engine: Any) -> dict[str, Any]:
+    """What a checkpoint notes of the engine that it was made with."""
+    import deepspeed
+
+    precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"
+    return {
+        "zero_stage": int(engine.zero_optimization_stage()),
+        "world_size": int(engine.world_size),
+        "tensor_parallel": int(engine.mp_world_size),
+        "precision": precision,
+        "deepspeed": deepspeed.__version__,
+    }
+
+
+def _check_id(folder: Path, checkpoint_id: str, topology: Topology) -> None:
+    problem = None
+    try:
+        if topology.is_main:
+            checkpoint_store.check_id(folder, checkpoint_id)
+    except ValueError as error:
+        problem = str(error)
+    problem = topology.broadcast(problem)
+    if problem is not None:
+        raise ValueError(problem)
+
+
+def _capture(
+    engine: Any,
+    folder: Path,
+    checkpoint_id: str,
+    state: Mapping[str, Any],
+    extra_files: Mapping[str, Path | str],
+    topology: Topology,
+    copy: Callable[[Any], Any] = lambda state: state,
+) -> _Save:
+    """What this process has to write. copy: applied to what DeepSpeed gives, which is the state of training itself."""
+    tensors: dict[str, Any] = {}
+    problems: list[OSError] = []
+
+    def take(state_dict: Any, name: str) -> None:
+        # Not raised at once: DeepSpeed ends with a barrier, where the others would wait for a process that left early.
+        try:
+            tensors[name] = copy(state_dict)
+        except OSError as error:
+            problems.append(error)
+
+    with file_access(engine, take):
+        engine.save_checkpoint(str(folder), tag=checkpoint_id, save_latest=False)
+    if topology.tensor_rank == 0:  # the processes of a replica draw alike
+        tensors[f"rng_replica{topology.replica}.pt"] = random_state(topology.device)
+    others: dict[str, Path | str] = dict(extra_files) if topology.is_main else {}
+    if topology.replica == 0 or engine.zero_optimization_stage() > 0:  # at stage 0 replicas hold the same
+        others[f"layout_rank{topology.rank}.json"] = json.dumps(layout_record(engine)) + "\n"
+    record = {
+        **state,
+        "engine": engine_facts(engine),
+        "partitions": partitions_record(engine.module),
+        "loss_scaler": loss_scaler_record(engine),
+        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    return _Save(folder, checkpoint_id, topology.is_main, record, tensors, others, problems)
+
+
+def _write(job: _Save, gather: Gather) -> None:
+    """Makes the checkpoint; called by all processes. gather: every process's value, in order of rank, on every process.
+
+    Raises OSError on every process alike if the operating system refused something to one of them.
+    """
+    folder, unfinished, pointer = job.folder, job.unfinished, job.folder / f".{LATEST}.tmp"
+    records: dict[str, FileRecord] = {}
+
+    def begin() -> None:
+        if job.problems:
+            raise job.problems[0]
+        if job.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint_store.remove_unfinished(folder)
+            unfinished.mkdir()
+            write_text(unfinished / STATE, "{}\n")  # by which leftovers are known
+
+    def write() -> None:
+        for name, value in job.tensors.items():
+            records[name] = write_file(value, unfinished / name)
+        for name, source in job.others.items():
+            records.update(copy_into(source, unfinished, name))
+        for name, record in records.items():
+            if read_record(unfinished / name, from_disk=True) != record:
+                raise OSError(f"{name} reads back otherwise than it was written; the disk may be failing")
+
+    def finish() -> None:
+        if not job.is_main:
+            return
+        files = {name: record._asdict() for each in everyones for name, record in each.items()}
+        write_text(unfinished / STATE, checkpoint_store.sealed({**job.state, "files": dict(sorted(files.items()))}))
+        # What a full disk could refuse comes before the renames, which need no space.
+        write_text(pointer, job.id + "\n")
+        flush_folders(unfinished)
+        unfinished.rename(folder / job.id)
+        flush_folder(folder)
+        pointer.replace(folder / LATEST)
+        flush_folder(folder)
+
+    everyones: list[dict[str, FileRecord]] = []
+    for work in (begin, write, finish):
+        problem = _problem_anywhere(work, gather)
+        if problem is not None:
+            if job.is_main and work is not begin:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                pointer.unlink(missing_ok=True)
+            raise OSError(
+                f"checkpoint {job.id} could not be saved in {folder}: {problem}; free space there or make it writable "
+                "(earlier checkpoints are as they were)"
+            )
+        if work is write:
+            everyones = gather(records)
+
+
+def _problem_anywhere(work: Callable[[], None], gather: Gather) -> str | None:
+    """Runs `work` on every process; what the operating system refused one of them, None if nothing.
+
+    Raises whatever else `work` raises, and RuntimeError on the other processes.
+    """
+    problem, crash = None, None
+    try:
+        work()
+    except OSError as error:
+        problem = error.strerror or str(error)
+    except Exception as error:
+        problem, crash = repr(error), error
+    told = gather((problem, crash is not None))
+    if crash is not None:
+        raise crash
+    crashed = [rank for rank, (_, has_crashed) in enumerate(told) if has_crashed]
+    if crashed:
+        raise RuntimeError(f"process {crashed[0]} failed in a save: {told[crashed[0]][0]}")
+    return next((text for text, _ in told if text is not None), None)

@@ -1,0 +1,279 @@
+"""Folders of checkpoints: what is there, what is whole, what is wanted, what may go. No torch, no tensors.
+
+    checkpoints/step00000200/   one checkpoint: state.json and the files that it lists with their sizes and checksums
+    checkpoints/latest          id of the newest complete checkpoint
+    checkpoints/.ID.tmp/        a save or a removal in progress, or one that was interrupted
+    checkpoints/ID.damaged1/    set aside by a run that resumed from an earlier one
+
+docs/resume.md is the page for users.
+"""
+
+import hashlib
+import itertools
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from .durable_files import FileRecord, flush_folder, read_record
+
+if TYPE_CHECKING:
+    from .topology import Topology  # imports torch
+
+LATEST = "latest"
+STATE = "state.json"
+_DAMAGED = ".damaged"
+_SEAL = "sha256"
+_REQUIRED = {"step", "model", "engine", "partitions", "files"}
+
+# Files that `verify_together` has found as they were written, so that they are not read once more when they are loaded.
+_verified: set[tuple[Any, ...]] = set()
+
+
+class Entry(NamedTuple):
+    """A checkpoint in a folder; `state` is None if `problem`, one clause, says why it cannot be read."""
+
+    id: str
+    state: dict[str, Any] | None
+    problem: str
+
+
+def sealed(state: Mapping[str, Any]) -> str:
+    """The text of state.json: `state` in JSON and the checksum of that, so that no byte of it changes unnoticed."""
+    digest = hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
+    return json.dumps({**state, _SEAL: digest}, indent=1) + "\n"
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a save was told about the run (`step`, `model`, ...), and what it noted itself: `engine` (zero_stage, world_size,
+    tensor_parallel, precision), `partitions`, `files` (name -> bytes, sha256), `saved_at`.
+
+    Raises ValueError if `checkpoint` is not a complete checkpoint or its state.json was changed.
+    """
+    found = _state_or_problem(checkpoint)
+    if isinstance(found, str):
+        raise ValueError(f"{checkpoint} is not a whole checkpoint: {found}; choose another")
+    return found
+
+
+def damage(checkpoint: Path, files: Mapping[str, Any], *, contents: bool = True) -> list[str]:
+    """What is wrong with `files` of a checkpoint, entries of `files` in its state: one clause each, that begins with the name.
+
+    contents: read them through; otherwise only what is missing or cut is found.
+    """
+    problems = []
+    for name, entry in files.items():
+        path, record = checkpoint / name, FileRecord(**entry)
+        try:
+            if not path.is_file():
+                problems.append(f"{name} is missing")
+            elif path.stat().st_size != record.bytes:
+                problems.append(f"{name} has {path.stat().st_size} bytes instead of {record.bytes}")
+            elif contents and read_record(path) != record:
+                problems.append(f"{name} is not as it was written")
+        except OSError as error:
+            problems.append(f"{name} cannot be read ({error.strerror})")
+    return problems
+
+
+def problems_of(checkpoint: Path, *, contents: bool = True) -> list[str]:
+    """What is wrong with a checkpoint, as `damage` says it, or that its state.json cannot be used; empty if it is whole."""
+    found = _state_or_problem(checkpoint)
+    return [found] if isinstance(found, str) else damage(checkpoint, found["files"], contents=contents)
+
+
+def verify_together(checkpoint: Path, topology: "Topology") -> list[str]:
+    """`problems_of(checkpoint)` on every process, the reading shared between the processes of each machine.
+
+    Machines do not share it: what one can read from a common disk tells nothing of another.
+    """
+    places = topology.gather(platform.node())
+    mates = [rank for rank, place in enumerate(places) if place == places[topology.rank]]
+    found = _state_or_problem(checkpoint)
+    files: dict[str, Any] = {} if isinstance(found, str) else found["files"]
+    by_size = sorted(files, key=lambda name: -int(files[name]["bytes"]))
+    own = by_size[mates.index(topology.rank) :: len(mates)]
+    problems = [found] if isinstance(found, str) else damage(checkpoint, {name: files[name] for name in own})
+    everyones = list(dict.fromkeys(itertools.chain.from_iterable(topology.gather(problems))))
+    if not everyones:
+        _verified.update(_fingerprint(checkpoint / name, entry) for name, entry in files.items())
+    return everyones
+
+
+def not_verified(checkpoint: Path, files: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `files` of a checkpoint that `verify_together` has not read, or that have changed since."""
+    return {name: entry for name, entry in files.items() if _fingerprint(checkpoint / name, entry) not in _verified}
+
+
+def entries(folder: Path) -> list[Entry]:
+    """The checkpoints in a `checkpoints` folder by rising step, those that cannot be read first."""
+    found = []
+    for path in sorted(folder.glob("*")):
+        if path.name.startswith(".") or _DAMAGED in path.suffix or not (path / STATE).is_file():
+            continue
+        state = _state_or_problem(path)
+        found.append(Entry(path.name, None, state) if isinstance(state, str) else Entry(path.name, state, ""))
+    return sorted(found, key=lambda entry: -1 if entry.state is None else int(entry.state["step"]))
+
+
+def list_ids(folder: Path) -> list[str]:
+    """Ids of the checkpoints in a `checkpoints` folder that can be read, by rising step."""
+    return [entry.id for entry in entries(folder) if entry.state is not None]
+
+
+def checkpoints_folder(path: Path) -> Path:
+    """The folder of checkpoints that a run directory, or that folder itself, stands for."""
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path
+
+
+def resolve(path: Path, wanted_id: str) -> Path:
+    """The one checkpoint meant by `load.path` and `load.id`; whether it is whole is not looked at.
+
+    path: a run directory, its `checkpoints` folder, or one checkpoint. wanted_id: `latest`, an id, or a unique prefix of
+    one. Raises ValueError, listing the ids there are, if none or several match.
+    """
+    if not path.is_dir():
+        raise ValueError(
+            f"load.path={path} is not a folder; give a run directory, its checkpoints folder or one checkpoint"
+        )
+    if (path / STATE).is_file():
+        if wanted_id == LATEST or path.name.startswith(wanted_id):
+            return path
+        raise ValueError(
+            f"load.path={path} is the checkpoint {path.name} and load.id={wanted_id} another; give one of the two"
+        )
+    folder = checkpoints_folder(path)
+    ids = [entry.id for entry in entries(folder)]
+    if not ids:
+        raise ValueError(f"load.path={path} holds no complete checkpoint; give a run directory that does")
+    known = f"checkpoints in {folder}: {', '.join(ids)}"
+    if wanted_id == LATEST:
+        if not (folder / LATEST).is_file():
+            raise ValueError(f"load.id=latest, but the file {folder / LATEST} is missing; name one of the {known}")
+        newest = latest_id(folder)
+        if newest not in ids:
+            raise ValueError(
+                f"load.id=latest, but {folder / LATEST} names {newest!r}, which is not there; name one of the {known}"
+            )
+        return folder / newest
+    if wanted_id in ids:
+        return folder / wanted_id
+    matches = [name for name in ids if name.startswith(wanted_id)]
+    if len(matches) != 1:
+        found = f"fits {len(matches)} checkpoints" if matches else "fits no checkpoint"
+        raise ValueError(f"load.id={wanted_id} {found}; name one of the {known}")
+    return folder / matches[0]
+
+
+def latest_id(folder: Path) -> str:
+    """What the file `latest` says; empty without it."""
+    pointer = folder / LATEST
+    return pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else ""
+
+
+def check_id(folder: Path, checkpoint_id: str) -> None:
+    """Raises ValueError if a new checkpoint in `folder` cannot have this id."""
+    path = Path(checkpoint_id)
+    if checkpoint_id in {"", LATEST} or checkpoint_id != path.name or path.name[0] == "." or _DAMAGED in path.suffix:
+        raise ValueError(
+            f"checkpoint.id_format gives the id {checkpoint_id!r}, which cannot be a folder's name; use letters, digits, - "
+            "and _"
+        )
+    if (folder / checkpoint_id).exists():
+        raise ValueError(
+            f"checkpoint {checkpoint_id} is already in {folder} and checkpoints are never overwritten; move it away, or give "
+            "the run another name"
+        )
+
+
+def refuse_later(folder: Path, step: int) -> None:
+    """Raises ValueError if `folder` holds checkpoints beyond `step`, which a run that goes on from `step` would meet again."""
+    later = [entry.id for entry in entries(folder) if entry.state is not None and entry.state["step"] > step]
+    if later:
+        raise ValueError(
+            f"{folder} holds checkpoints after step {step}, where this run begins: {', '.join(later)}; move them away, or give "
+            "the run another name"
+        )
+
+
+def surplus(
+    folder: Path, keep_last: int, keep_every_steps: int | None = None, *, verified_id: str | None = None
+) -> list[str]:
+    """Ids that may be removed from `folder`, by rising step.
+
+    The `keep_last` newest stay, those whose step is a multiple of `keep_every_steps`, the one that `latest` names, all that
+    cannot be read, and if none of these is whole, the newest that is. verified_id: one that is known to be whole.
+    """
+    steps = {entry.id: int(entry.state["step"]) for entry in entries(folder) if entry.state is not None}
+    ids = list(steps)
+    kept = {*ids[-keep_last:], latest_id(folder)}
+    if keep_every_steps is not None:
+        kept |= {name for name, step in steps.items() if step % keep_every_steps == 0}
+    removable = [name for name in ids if name not in kept]
+    if not removable or verified_id in kept:
+        return removable
+    # One that stays counts as the last whole one only if it is.
+    for name in reversed([*removable, *(name for name in ids if name in kept)]):
+        if not problems_of(folder / name):
+            return [other for other in removable if other != name]
+    return []
+
+
+def remove(folder: Path, checkpoint_id: str) -> None:
+    """Removes a checkpoint. It loses its id first: a removal that is cut short must not leave half of one under its id."""
+    doomed = (folder / checkpoint_id).rename(folder / f".{checkpoint_id}.tmp")
+    flush_folder(folder)
+    _remove_folder(doomed)
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Names of the leftovers of interrupted saves and removals, which are removed. While no save is in progress."""
+    leftovers = [
+        path
+        for path in sorted(folder.glob(".*.tmp"))
+        if path.is_dir() and ((path / STATE).is_file() or not any(path.iterdir()))
+    ]
+    for path in leftovers:
+        _remove_folder(path)
+    return [path.name for path in leftovers]
+
+
+def set_aside(folder: Path, checkpoint_id: str) -> str:
+    """The new name of a damaged checkpoint, under which no run meets it again."""
+    names = (f"{checkpoint_id}{_DAMAGED}{number}" for number in itertools.count(1))
+    name = next(name for name in names if not (folder / name).exists())
+    (folder / checkpoint_id).rename(folder / name)
+    return name
+
+
+def _state_or_problem(checkpoint: Path) -> dict[str, Any] | str:
+    """What state.json holds, or one clause on why that cannot be used."""
+    file = checkpoint / STATE
+    if not file.is_file():
+        return f"{STATE} is missing"
+    try:
+        text = file.read_bytes().decode()
+        state = json.loads(text)
+    except ValueError:
+        return f"{STATE} is not as it was written (no JSON)"
+    except OSError as error:
+        return f"{STATE} cannot be read ({error.strerror})"
+    if not isinstance(state, dict) or not {*_REQUIRED, _SEAL} <= state.keys():
+        return f"{STATE} does not describe a complete checkpoint"
+    del state[_SEAL]
+    return state if sealed(state) == text else f"{STATE} is not as it was written"
+
+
+def _remove_folder(folder: Path) -> None:
+    """state.json goes last, because leftovers are known by it."""
+    for path in folder.iterdir():
+        if path.name != STATE:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    shutil.rmtree(folder)
+
+
+def _fingerprint(path: Path, entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    stat = path.stat()
+    return path.resolve(), stat.st_ino, stat.st_mtime_ns, *entry.values()

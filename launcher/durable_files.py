@@ -1,0 +1,94 @@
+"""Files that are on the disk, not only in the system's memory, when a function here returns, and their checksums. No torch."""
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+
+class FileRecord(NamedTuple):
+    """What tells a file from a damaged one."""
+
+    bytes: int
+    sha256: str
+    """Hexadecimal, as sha256sum prints it."""
+
+
+class DurableFile:
+    """A new file, written from start to end within a `with` block and on the disk after it; `record` counts along."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+
+    @property
+    def record(self) -> FileRecord:
+        """Of what was written so far."""
+        return FileRecord(self._bytes, self._hash.hexdigest())
+
+    def write(self, data: bytes | memoryview) -> int:
+        self._hash.update(data)
+        self._bytes += memoryview(data).nbytes
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def __enter__(self) -> "DurableFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        with self._file:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+
+
+def write_text(path: Path, text: str) -> FileRecord:
+    """`text` in a new file."""
+    with DurableFile(path) as file:
+        file.write(text.encode())
+    return file.record
+
+
+def copy_into(source: Path | str, folder: Path, name: str) -> dict[str, FileRecord]:
+    """A copy of a file or folder, or the text itself if `source` is a str, at `folder/name`; its files by name in `folder`."""
+    if isinstance(source, str):
+        return {name: write_text(folder / name, source)}
+    if not source.is_dir():
+        with source.open("rb") as original, DurableFile(folder / name) as file:
+            shutil.copyfileobj(original, file)
+        return {name: file.record}
+    (folder / name).mkdir()
+    records: dict[str, FileRecord] = {}
+    for path in sorted(source.iterdir()):
+        records |= copy_into(path, folder, f"{name}/{path.name}")
+    return records
+
+
+def read_record(path: Path, *, from_disk: bool = False) -> FileRecord:
+    """The record of a file as it is. from_disk: not of the copy that the system has in its memory after a write, on Linux."""
+    with path.open("rb") as file:
+        if from_disk and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileRecord(file.tell(), digest)
+
+
+def flush_folders(folder: Path) -> None:
+    """Make the names in `folder` and in the folders below survive a power cut."""
+    for path in [folder, *(path for path in folder.rglob("*") if path.is_dir())]:
+        flush_folder(path)
+
+
+def flush_folder(folder: Path) -> None:
+    """As `flush_folders`, for one folder; Windows has no such call."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,92 @@
+"""Copies of training state in host memory, so that training can go on while they are written."""
+
+import errno
+import io
+import pickle
+from collections import Counter, defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HostCopies:
+    """Makes copies of objects with tensors in them, into buffers that are used again for the next set of copies.
+
+    After the first set the memory is there, and pinned where it receives from a GPU, so that a copy takes as long as the bus.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: defaultdict[tuple[int, bool], list[Tensor]] = defaultdict(list)
+        self._taken: Counter[tuple[int, bool]] = Counter()
+
+    def begin(self) -> None:
+        """A new set begins: the copies of the last one are overwritten from now on."""
+        self._taken.clear()
+
+    @torch.no_grad()
+    def copy(self, value: Any) -> Any:
+        """`value` with every tensor in host memory; what shared memory there shares it here. All else is copied deeply.
+
+        value: anything that can be pickled. Raises OSError if there is not enough host memory.
+        """
+        pickled = io.BytesIO()
+        pickler = _Pickler(pickled)
+        pickler.dump(value)
+        storages: dict[tuple[Any, ...], Tensor] = {}
+        try:
+            copies = [self._copy(tensor, storages) for tensor in pickler.tensors]
+        except (MemoryError, RuntimeError) as error:
+            raise OSError(
+                errno.ENOMEM,
+                f"no host memory for a copy of the state ({error}), which checkpoint.asynchronous=false saves",
+            ) from error
+        if any(tensor.is_cuda for tensor in pickler.tensors):
+            torch.cuda.synchronize()
+        pickled.seek(0)
+        return _Unpickler(pickled, copies).load()
+
+    def _copy(self, tensor: Tensor, storages: dict[tuple[Any, ...], Tensor]) -> Tensor:
+        """storages: copies of the memory of earlier tensors, by address, bytes and dtype."""
+        storage = tensor.untyped_storage()
+        key = (storage.data_ptr(), storage.nbytes(), tensor.dtype)  # empty ones of two dtypes have the same address
+        if key not in storages:
+            storages[key] = self._buffer(storage.nbytes(), pinned=tensor.is_cuda)
+            source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+            storages[key].copy_(source, non_blocking=True)
+        memory = storages[key].untyped_storage()
+        return torch.empty(0, dtype=tensor.dtype).set_(memory, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    def _buffer(self, nbytes: int, *, pinned: bool) -> Tensor:
+        """(nbytes,) uint8, not in use by this set."""
+        kind = (nbytes, pinned)
+        buffers, index = self._buffers[kind], self._taken[kind]
+        if index == len(buffers):
+            buffers.append(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned))
+        self._taken[kind] += 1
+        return buffers[index]
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves tensors out, which are in `tensors` then."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[Tensor] = []
+
+    def persistent_id(self, value: Any) -> int | None:
+        if not isinstance(value, Tensor):
+            return None
+        self.tensors.append(value)
+        return len(self.tensors) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts tensors in the places of those that `_Pickler` left out."""
+
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
+        super().__init__(file)
+        self._tensors = tensors
+
+    def persistent_load(self, index: int) -> Tensor:
+        return self._tensors[index]

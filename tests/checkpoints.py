@@ -1,0 +1,51 @@
+"""Checkpoints for tests: made from the tiny engine, made of nothing, changed, damaged."""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distributed.tiny import MODEL
+
+from xformer_train.launcher import checkpoint_saving
+from xformer_train.launcher.checkpoint_store import sealed
+from xformer_train.launcher.durable_files import read_record
+
+
+def save(
+    engine: Any, folder: Path, checkpoint_id: str, step: int, topology: Any, extra_files: Any = None, **state: Any
+) -> None:
+    """A checkpoint of the tiny model."""
+    facts = {"step": step, "model": MODEL, **state}
+    checkpoint_saving.save(engine, folder, checkpoint_id, facts, extra_files or {}, topology)
+
+
+def bare_checkpoint(folder: Path, checkpoint_id: str, step: int, files: Mapping[str, str] | None = None) -> Path:
+    """A checkpoint of files of text, whole in every way but that no engine can load it."""
+    path = folder / checkpoint_id
+    path.mkdir(parents=True)
+    for name, text in (files or {}).items():
+        (path / name).write_text(text)
+    facts = {"zero_stage": 0, "world_size": 1, "tensor_parallel": 1, "precision": "fp32"}
+    records = {name: read_record(path / name)._asdict() for name in files or {}}
+    state = {"step": step, "model": MODEL, "engine": facts, "partitions": {}, "files": records}
+    (path / "state.json").write_text(sealed(state))
+    return path
+
+
+@contextlib.contextmanager
+def changed_state(checkpoint: Path) -> Iterator[dict[str, Any]]:
+    """The contents of state.json, to be changed; sealed anew afterwards, with the files as they are then."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["sha256"]
+    yield state
+    state["files"] = {name: read_record(checkpoint / name)._asdict() for name in state["files"]}
+    (checkpoint / "state.json").write_text(sealed(state))
+
+
+def flip_byte(path: Path, position: int | None = None) -> None:
+    """Changes one byte, in the middle if no position is given."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 if position is None else position] ^= 0x10
+    path.write_bytes(content)

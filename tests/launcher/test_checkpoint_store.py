@@ -1,0 +1,194 @@
+"""Folders of checkpoints: found by id, pruned, verified to the last byte."""
+
+import platform
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from checkpoints import bare_checkpoint, flip_byte
+
+from xformer_train.launcher import checkpoint_store
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    folder = tmp_path / "run/checkpoints"
+    for step in (900, 1000, 1100):  # by name 1000 comes before 900
+        bare_checkpoint(folder, f"step{step}", step)
+    (folder / "latest").write_text("step1100\n")
+    (folder / "notes").mkdir()
+    return tmp_path / "run"
+
+
+def test_ids_come_in_order_of_step(run_folder):
+    assert checkpoint_store.list_ids(run_folder / "checkpoints") == ["step900", "step1000", "step1100"]
+    assert checkpoint_store.list_ids(run_folder / "absent") == []
+
+
+@pytest.mark.parametrize(
+    ("place", "wanted", "found"),
+    [
+        (".", "latest", "step1100"),
+        ("checkpoints", "latest", "step1100"),
+        (".", "step1000", "step1000"),
+        (".", "step9", "step900"),
+        ("checkpoints/step900", "latest", "step900"),
+        ("checkpoints/step900", "step900", "step900"),
+    ],
+)
+def test_a_checkpoint_is_found_by_id_prefix_or_latest(run_folder, place, wanted, found):
+    assert checkpoint_store.resolve(run_folder / place, wanted) == run_folder / "checkpoints" / found
+
+
+def test_an_exact_id_wins_over_longer_ids_that_begin_with_it(tmp_path):
+    bare_checkpoint(tmp_path, "step1", 1)
+    bare_checkpoint(tmp_path, "step10", 10)
+    assert checkpoint_store.resolve(tmp_path, "step1").name == "step1"
+
+
+@pytest.mark.parametrize(
+    ("place", "wanted", "message"),
+    [
+        (".", "step1", "fits 2 checkpoints.*step900, step1000, step1100"),
+        (".", "step7", "fits no checkpoint.*step900, step1000, step1100"),
+        ("absent", "latest", "not a folder"),
+        ("checkpoints/notes", "latest", "no complete checkpoint"),
+        ("checkpoints/step900", "step1000", "another"),
+    ],
+)
+def test_a_checkpoint_that_is_not_there_or_not_one_is_an_error(run_folder, place, wanted, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint_store.resolve(run_folder / place, wanted)
+
+
+def test_latest_that_is_missing_or_names_nothing_is_an_error_and_not_a_fresh_start(run_folder):
+    pointer = run_folder / "checkpoints/latest"
+    for content in ("step1200\n", ""):
+        pointer.write_text(content)
+        with pytest.raises(ValueError, match=r"not there.*step1100"):
+            checkpoint_store.resolve(run_folder, "latest")
+    pointer.unlink()
+    with pytest.raises(ValueError, match=r"missing.*step1100"):
+        checkpoint_store.resolve(run_folder, "latest")
+
+
+# Removing
+
+
+def test_the_newest_stay_the_multiples_and_the_one_that_latest_names(run_folder):
+    folder = run_folder / "checkpoints"
+    for step in (1200, 1300):
+        bare_checkpoint(folder, f"step{step}", step)
+    assert checkpoint_store.surplus(folder, 1) == ["step900", "step1000", "step1200"]
+    assert checkpoint_store.surplus(folder, 1, 500) == ["step900", "step1200"]
+    assert checkpoint_store.surplus(folder, 2, 300) == ["step1000"]
+    assert checkpoint_store.surplus(folder, 5) == []
+
+
+def test_the_last_whole_checkpoint_stays_whatever_is_newer(tmp_path):
+    for step in (1, 2, 3, 4):
+        bare_checkpoint(tmp_path, f"step{step}", step, {"weights": "w"})
+    assert checkpoint_store.surplus(tmp_path, 1) == ["step1", "step2", "step3"]
+    for damaged in ("step4/weights", "step3/state.json"):
+        flip_byte(tmp_path / damaged)
+    assert checkpoint_store.surplus(tmp_path, 1) == ["step1"]
+    flip_byte(tmp_path / "step2/weights")
+    assert checkpoint_store.surplus(tmp_path, 1) == ["step2"]
+    flip_byte(tmp_path / "step1/weights")
+    assert checkpoint_store.surplus(tmp_path, 1) == []
+
+
+def test_one_known_to_be_whole_is_not_read_again(tmp_path):
+    for step in (1, 2):
+        bare_checkpoint(tmp_path, f"step{step}", step, {"weights": "w"})
+    flip_byte(tmp_path / "step2/weights")
+    assert checkpoint_store.surplus(tmp_path, 1, verified_id="step2") == ["step1"]
+
+
+def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint_and_is_finished_later(tmp_path, monkeypatch):
+    bare_checkpoint(tmp_path, "step1", 1, {"a": "", "b": "", "c": ""})
+    unlink, calls = Path.unlink, []
+
+    def fail_once(path, **options):
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError("out")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", fail_once)
+    with pytest.raises(OSError, match="out"):
+        checkpoint_store.remove(tmp_path, "step1")
+    assert checkpoint_store.list_ids(tmp_path) == []
+    assert checkpoint_store.remove_unfinished(tmp_path) == [".step1.tmp"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_damaged_checkpoint_set_aside_is_none_of_the_checkpoints_any_more(tmp_path):
+    for _ in range(2):
+        bare_checkpoint(tmp_path, "step1", 1)
+        name = checkpoint_store.set_aside(tmp_path, "step1")
+    assert name == "step1.damaged2"
+    assert checkpoint_store.entries(tmp_path) == []
+    with pytest.raises(ValueError, match=r"checkpoint\.id_format"):
+        checkpoint_store.check_id(tmp_path, "step1.damaged3")
+
+
+def test_checkpoints_beyond_the_step_a_run_begins_at_are_refused(run_folder):
+    folder = run_folder / "checkpoints"
+    checkpoint_store.refuse_later(folder, 1100)
+    with pytest.raises(ValueError, match=r"after step 900.*step1000, step1100"):
+        checkpoint_store.refuse_later(folder, 900)
+
+
+# Verifying
+
+
+def test_every_byte_of_every_file_is_guarded(tmp_path):
+    path = bare_checkpoint(tmp_path, "step1", 1, {"weights": "abc", "config.yaml": "name: run\n"})
+    assert checkpoint_store.problems_of(path) == []
+    for file in ("weights", "config.yaml", "state.json"):
+        content = (path / file).read_bytes()
+        for position in range(len(content)):
+            flip_byte(path / file, position)
+            (problem,) = checkpoint_store.problems_of(path)
+            assert problem.startswith(f"{file} "), (position, problem)
+            (path / file).write_bytes(content)
+    assert checkpoint_store.problems_of(path) == []
+
+
+def test_missing_and_cut_files_are_found_without_reading(tmp_path):
+    path = bare_checkpoint(tmp_path, "step1", 1, {"a": "abc", "b": "abc", "c": "abc"})
+    (path / "a").unlink()
+    (path / "b").write_text("ab")
+    flip_byte(path / "c")
+    assert checkpoint_store.problems_of(path, contents=False) == ["a is missing", "b has 2 bytes instead of 3"]
+    assert checkpoint_store.problems_of(path)[2] == "c is not as it was written"
+
+
+def verify_own_share(path, rank):
+    """What process `rank` finds of two processes on one machine and a third on another."""
+
+    def gather(value):
+        return ["here", "here", "there"] if value == platform.node() else [value]
+
+    topology = SimpleNamespace(rank=rank, gather=gather)
+    return checkpoint_store.verify_together(path, topology)
+
+
+def test_each_machine_reads_all_and_its_processes_share_the_reading(tmp_path):
+    path = bare_checkpoint(tmp_path, "step1", 1, {"large": "large", "small": "s"})
+    flip_byte(path / "large")
+    flip_byte(path / "small")
+    assert verify_own_share(path, 0) == ["large is not as it was written"]
+    assert verify_own_share(path, 1) == ["small is not as it was written"]
+    assert verify_own_share(path, 2) == ["large is not as it was written", "small is not as it was written"]
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"step": 1}', "{"])
+def test_a_broken_state_file_is_refused(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(ValueError, match="choose another"):
+        checkpoint_store.read_state(tmp_path)
+    assert checkpoint_store.problems_of(tmp_path)[0].startswith("state.json ")
+    with pytest.raises(ValueError, match=r"state\.json is missing"):
+        checkpoint_store.read_state(tmp_path / "absent")
