@@ -1,0 +1,65 @@
+"""A run on two hosts, one of which is cut off: each host is a network namespace of this machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed import two_hosts
+from runs import losses, write_config
+
+HANG_TIMEOUT_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """What happened to a run whose second host was cut off, and to the one that continued it."""
+    reason = two_hosts.reason_to_skip()
+    if reason is not None:
+        pytest.skip(reason)
+    folder, hosts = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("hosts")
+    config = write_config(
+        folder,
+        reliability__hang_timeout_s=HANG_TIMEOUT_S,
+        checkpoint__save_every_steps=3,
+        schedule__type="constant",
+        schedule__total_steps=None,
+    )
+    metrics = folder / "runs" / "run" / "metrics.jsonl"
+    worker = Path(__file__).with_name("hosts_worker.py")
+    words = [sys.executable, str(worker), str(config), str(hosts / "hosts"), str(metrics)]
+    done = subprocess.run(
+        two_hosts.command(hosts, *words),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return {**json.loads(done.stdout.splitlines()[-1]), "metrics": metrics}
+
+
+@pytest.mark.slow
+def test_a_run_that_loses_a_host_ends_on_both_and_says_so(report):
+    assert report["exit_code"] != 0
+    assert report["left"] == []
+    # The ranks wait for hang_timeout_s, DeepSpeed's launcher looks once a second, ssh takes 20 s to give a connection up, and
+    # what is then still there twice 15 s to be killed. Without all that the run would hang for half an hour or more.
+    assert report["ended_s"] < HANG_TIMEOUT_S + 60
+    assert (
+        "10.77.0.2: the launcher ended with exit code 255: ssh could not connect, or lost its connection"
+        in report["err"]
+    )
+    assert report["err"].rstrip().splitlines()[-1].startswith(("RuntimeError:", "torch.distributed.DistBackendError"))
+
+
+@pytest.mark.slow
+def test_it_goes_on_from_its_last_checkpoint_when_the_host_is_back(report):
+    assert report["resumed_exit_code"] == 0, report["resumed_err"]
+    assert report["processes_in_the_end"] == []
+    assert "start      from" in report["resumed_out"]
+    assert "from new weights" not in report["resumed_out"]
+    assert sorted(losses(report["metrics"].parent)) == list(range(1, len(losses(report["metrics"].parent)) + 1))
