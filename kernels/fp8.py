@@ -36,6 +36,7 @@ from .fp8_scaling import (
     is_fp8_enabled,
 )
 from .linear import linear, weight_gradient
+from .main_grad import add_to_main_grad, into_main_grad
 
 __all__ = [
     "DelayedScaling",
@@ -188,19 +189,14 @@ class LinearCall:
         dweight = wgrad(dy, x, dtype) if wide is None else weight_gradient(*wide).to(dtype)
         if self.main_grad is None:
             return dweight
-        self.add_to_main_grad(dweight)
+        add_to_main_grad(self.main_grad, dweight, overwrite=self.is_first_microbatch is True)
         return None
-
-    def add_to_main_grad(self, dweight: Tensor) -> None:
-        assert self.main_grad is not None
-        if self.is_first_microbatch:
-            self.main_grad.copy_(dweight)
-        else:
-            self.main_grad.add_(dweight)
 
     def trained(self, weight: Tensor) -> Tensor:
         """The weight for a product in high precision, its gradient sent to main_grad where there is one."""
-        return weight if self.main_grad is None else _IntoMainGrad.apply(weight, self)  # type: ignore[no-any-return, no-untyped-call]
+        if self.main_grad is None:
+            return weight
+        return into_main_grad(weight, self.main_grad, overwrite=self.is_first_microbatch is True)
 
 
 @dataclass
@@ -210,21 +206,6 @@ class _CachedWeight:
     weight: "weakref.ref[Tensor]"
     version: int
     quantized: Fp8Tensor
-
-
-class _IntoMainGrad(torch.autograd.Function):
-    """The weight itself, whose gradient goes to main_grad."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, call: LinearCall) -> Tensor:
-        ctx.call = call
-        return weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
-        ctx.call.add_to_main_grad(gradient)
-        return None, None
 
 
 def _linear(

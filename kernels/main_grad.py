@@ -38,6 +38,14 @@ def main_grad_of(weight: Tensor) -> Tensor | None:
     return main_grad
 
 
+def add_to_main_grad(main_grad: Tensor, dweight: Tensor, *, overwrite: bool) -> None:
+    """main_grad += dweight, or = dweight if overwrite."""
+    if overwrite:
+        main_grad.copy_(dweight)
+    else:
+        main_grad.add_(dweight)
+
+
 class _IntoMainGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, main_grad: Tensor, overwrite: bool) -> Tensor:
@@ -48,8 +56,5 @@ class _IntoMainGrad(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dweight: Tensor) -> tuple[None, ...]:
-        if ctx.overwrite:
-            ctx.main_grad.copy_(dweight)
-        else:
-            ctx.main_grad.add_(dweight)
+        add_to_main_grad(ctx.main_grad, dweight, overwrite=ctx.overwrite)
         return None, None, None
