@@ -26,7 +26,7 @@ LATEST = "latest"
 STATE = "state.json"
 _DAMAGED = ".damaged"
 _SEAL = "sha256"
-_REQUIRED = {"step", "model", "engine", "partitions", "files"}
+_REQUIRED = {"step", "model", "engine", "partitions", "saved_at", "files"}
 
 # Files that `verify_together` has found as they were written, so that they are not read once more when they are loaded.
 _verified: set[tuple[Any, ...]] = set()
@@ -128,34 +128,34 @@ def checkpoints_folder(path: Path) -> Path:
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
-def resolve(path: Path, wanted_id: str) -> Path:
+def resolve(path: Path, wanted_id: str, names: tuple[str, str] = ("load.path", "load.id")) -> Path:
     """The one checkpoint meant by `load.path` and `load.id`; whether it is whole is not looked at.
 
     path: a run directory, its `checkpoints` folder, or one checkpoint. wanted_id: `latest`, an id, or a unique prefix of
-    one. Raises ValueError, listing the ids there are, if none or several match.
+    one. names: of the two for the user. Raises ValueError, listing the ids there are, if none or several match.
     """
     if not path.is_dir():
         raise ValueError(
-            f"load.path={path} is not a folder; give a run directory, its checkpoints folder or one checkpoint"
+            f"{names[0]}={path} is not a folder; give a run directory, its checkpoints folder or one checkpoint"
         )
     if (path / STATE).is_file():
         if wanted_id == LATEST or path.name.startswith(wanted_id):
             return path
         raise ValueError(
-            f"load.path={path} is the checkpoint {path.name} and load.id={wanted_id} another; give one of the two"
+            f"{names[0]}={path} is the checkpoint {path.name} and {names[1]}={wanted_id} another; give one of the two"
         )
     folder = checkpoints_folder(path)
     ids = [entry.id for entry in entries(folder)]
     if not ids:
-        raise ValueError(f"load.path={path} holds no complete checkpoint; give a run directory that does")
+        raise ValueError(f"{names[0]}={path} holds no complete checkpoint; give a run directory that does")
     known = f"checkpoints in {folder}: {', '.join(ids)}"
     if wanted_id == LATEST:
         if not (folder / LATEST).is_file():
-            raise ValueError(f"load.id=latest, but the file {folder / LATEST} is missing; name one of the {known}")
+            raise ValueError(f"{names[1]}=latest, but the file {folder / LATEST} is missing; name one of the {known}")
         newest = latest_id(folder)
         if newest not in ids:
             raise ValueError(
-                f"load.id=latest, but {folder / LATEST} names {newest!r}, which is not there; name one of the {known}"
+                f"{names[1]}=latest, but {folder / LATEST} names {newest!r}, which is not there; name one of the {known}"
             )
         return folder / newest
     if wanted_id in ids:
@@ -163,7 +163,7 @@ def resolve(path: Path, wanted_id: str) -> Path:
     matches = [name for name in ids if name.startswith(wanted_id)]
     if len(matches) != 1:
         found = f"fits {len(matches)} checkpoints" if matches else "fits no checkpoint"
-        raise ValueError(f"load.id={wanted_id} {found}; name one of the {known}")
+        raise ValueError(f"{names[1]}={wanted_id} {found}; name one of the {known}")
     return folder / matches[0]
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import launch_cli
+from .checkpoints_cli import checkpoints_app
 from .cli_errors import leave, reported_errors
 from .flags import FLAGS, values_by_key
 from .rank_status import recorded
@@ -28,6 +29,7 @@ SPELLING = {"token_normalize_func": lambda token: token.replace("_", "-"), "help
 app = typer.Typer(name="xformer-train", add_completion=False, pretty_exceptions_enable=False, context_settings=SPELLING)
 config_app = typer.Typer(help="Show, check or describe run configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(checkpoints_app, name="checkpoints")
 app.command("launch")(launch_cli.launch)
 
 ConfigOption = Annotated[

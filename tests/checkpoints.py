@@ -29,7 +29,8 @@ def bare_checkpoint(folder: Path, checkpoint_id: str, step: int, files: Mapping[
         (path / name).write_text(text)
     facts = {"zero_stage": 0, "world_size": 1, "tensor_parallel": 1, "precision": "fp32"}
     records = {name: read_record(path / name)._asdict() for name in files or {}}
-    state = {"step": step, "model": MODEL, "engine": facts, "partitions": {}, "files": records}
+    state = {"step": step, "samples": 8 * step, "model": MODEL, "engine": facts, "partitions": {}, "files": records}
+    state["saved_at"] = "2026-11-21T12:00:00+00:00"
     (path / "state.json").write_text(sealed(state))
     return path
 
