@@ -37,6 +37,7 @@ _NOT_FORWARDED = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD")
 _SAFE = re.compile(r"[\w@%+=:,./-]*")  # what DeepSpeed hands through a remote shell unchanged
 _ENV_FILE_VARIABLE = "DS_ENV_FILE"
+_HERE = "this machine"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Launch:
             if command.environment:
                 shown = [shlex.quote(f"{k}={v}") for k, v in command.environment.items() if not _SECRET.search(k)]
                 line = " ".join([*(["env", *shown] if shown else []), line])
-            if command.host is not None:
+            if command.remote:
                 line = shlex.join([*SSH, command.host, f"cd {shlex.quote(command.directory)} && {line}"])
             lines.append(line)
         lines += [
@@ -142,7 +143,9 @@ def plan_launch(options: LaunchOptions, slots: Slots | None, arguments: Sequence
     world_size = count_processes(options, slots)
     if slots is None:
         command = [*_deepspeed(), *_local_options(options, world_size), "--module", module, *arguments]
-        return Launch((HostCommand(command, str(Path.cwd()), _defaults(), world_size),), None, world_size)
+        return Launch(
+            (HostCommand(command, str(Path.cwd()), _defaults(), world_size, _HERE, remote=False),), None, world_size
+        )
     master = [
         *("--master_addr", options.master_addr or _master_address(next(iter(slots)))),
         *("--master_port", str(options.master_port or DEFAULT_PORT)),
@@ -276,7 +279,8 @@ def _ssh_commands(options: LaunchOptions, slots: Slots, rest: Sequence[str]) -> 
             str(Path.cwd()),
             {"PATH": path, **environment},
             len(own_slots),
-            None if is_this_machine(host) else host,
+            host,
+            remote=not is_this_machine(host),
         )
         for rank, (host, own_slots) in enumerate(slots.items())
     ]
@@ -299,6 +303,8 @@ def _multi_node_command(
         # pdsh waits for ever for a host that is cut off, unless ssh notices.
         {"PDSH_SSH_ARGS_APPEND": " ".join(SSH[1:])} if options.launcher == "pdsh" else {},
         max(map(len, slots.values())),
+        _HERE,
+        remote=False,
     )
 
 

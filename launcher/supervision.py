@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from . import host_process
@@ -42,8 +42,10 @@ class HostCommand:
     """Variables beside those of the machine."""
     processes: int
     """Processes of the run that it starts there."""
-    host: str | None = None
-    """Where, through ssh; None: on this machine."""
+    host: str
+    """Name or address of the machine."""
+    remote: bool
+    """Whether the way there is ssh; otherwise it is this machine."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +61,8 @@ class Outcome:
 class _Host:
     """A machine while the run is on it."""
 
-    command: HostCommand
+    name: str
     process: subprocess.Popen[bytes]
-    name: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.name = self.command.host or "this machine"
 
     def send(self, number: signal.Signals) -> None:
         assert self.process.stdin is not None, "started with a pipe"
@@ -96,7 +94,7 @@ def run_hosts(commands: Sequence[HostCommand], status_folder: Path, world_size: 
 
 def _start(command: HostCommand, status_folder: Path) -> _Host:
     script = [sys.executable, host_process.__file__]
-    start = script if command.host is None else [*SSH, command.host, shlex.join(script)]
+    start = [*SSH, command.host, shlex.join(script)] if command.remote else script
     # In a session of its own, as Ctrl-C in the terminal would reach it too, and end ssh at once.
     process = subprocess.Popen(start, stdin=subprocess.PIPE, start_new_session=True)
     order = {
@@ -109,7 +107,7 @@ def _start(command: HostCommand, status_folder: Path) -> _Host:
     with suppress(OSError):  # it has failed already; its exit code says so
         process.stdin.write(json.dumps(order).encode() + b"\n")
         process.stdin.flush()
-    return _Host(command, process)
+    return _Host(command.host, process)
 
 
 @contextmanager
