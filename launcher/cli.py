@@ -31,6 +31,7 @@ config_app = typer.Typer(help="Show, check or describe run configs.", no_args_is
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoints_app, name="checkpoints")
 app.command("launch")(launch_cli.launch)
+app.command("doctor")(launch_cli.doctor)
 
 ConfigOption = Annotated[
     Path | None,

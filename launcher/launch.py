@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from .config import RunConfig
 from .hostfile import Slots, choose_slots, read_hostfile
 from .rank_status import FOLDER_VARIABLE
 from .supervision import SSH, HostCommand, Outcome, run_hosts
@@ -159,17 +158,17 @@ def plan_launch(options: LaunchOptions, slots: Slots | None, arguments: Sequence
     return Launch((_multi_node_command(options, slots, master, module, arguments),), slots, world_size, variables)
 
 
-def start(launch: Launch, config: RunConfig) -> Outcome:
-    """Runs it to its end, and says how the run ended. Its processes report to the run directory, which all machines see."""
-    folder = Path(config.output_dir).absolute() / config.name / "log"
+def start(launch: Launch, folder: Path) -> Outcome:
+    """Runs it to its end, and says how the run ended. Its processes report to `folder`, which all machines see."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".launch-", dir=folder, ignore_cleanup_errors=True) as status_folder:
             commands = launch.commands
-            if launch.slots is not None and launch.variables:
+            if launch.variables:
                 file = _write_variables(launch.variables | {FOLDER_VARIABLE: status_folder}, Path(status_folder))
                 commands = tuple(
-                    replace(c, environment=c.environment | {_ENV_FILE_VARIABLE: str(file)}) for c in commands
+                    replace(command, environment=command.environment | {_ENV_FILE_VARIABLE: str(file)})
+                    for command in commands
                 )
             return run_hosts(commands, Path(status_folder), launch.world_size)
     except OSError as error:
@@ -230,10 +229,10 @@ def _local_options(options: LaunchOptions, world_size: int) -> list[str]:
         )
     place = ["--include", f"localhost:{','.join(devices)}"] if devices else ["--num_accelerators", str(world_size)]
     # DeepSpeed would take /job/hostfile, where there is one.
-    return ["--hostfile", os.devnull, "--master_port", str(options.master_port or _free_port()), *place]
+    return ["--hostfile", os.devnull, "--master_port", str(options.master_port or free_port()), *place]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that nobody listens on: two runs on one machine must not meet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -25,8 +25,14 @@ ProcessesOption = Annotated[
         help="Processes on each machine, one per GPU; default its slots, or all GPUs of this machine, or 1 on a CPU.",
     ),
 ]
+LauncherOption = Annotated[
+    str, typer.Option(help="How to reach hosts: ssh, or DeepSpeed's pdsh, openmpi, mpich, impi or slurm.")
+]
+AddressOption = Annotated[str | None, typer.Option(help="Address of the first host, for all the others.")]
 PortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="Port of that host where all processes meet.")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Tracebacks.")]
+
+_WHAT_WIDTH = 24  # room for `node12 open files`; findings are printed before the longest is known
 
 
 def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the command line
@@ -39,10 +45,8 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     exclude: Annotated[str, typer.Option(metavar="HOST[:SLOT,...]@...", help="All but these hosts and slots.")] = "",
     num_nodes: Annotated[int | None, typer.Option(min=1, help="Only the first hosts of the hostfile.")] = None,
     num_gpus: ProcessesOption = None,
-    launcher: Annotated[
-        str, typer.Option(help="How to reach hosts: ssh, or DeepSpeed's pdsh, openmpi, mpich, impi or slurm.")
-    ] = "ssh",
-    master_addr: Annotated[str | None, typer.Option(help="Address of the first host, for all the others.")] = None,
+    launcher: LauncherOption = "ssh",
+    master_addr: AddressOption = None,
     master_port: PortOption = None,
     launcher_args: Annotated[str, typer.Option(help="Passed on to pdsh, mpirun or srun.")] = "",
     print_only: Annotated[bool, typer.Option("--print", help="Show the commands, and start nothing.")] = False,
@@ -68,10 +72,40 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
         if print_only:
             typer.echo(planned.text())
             return
-        outcome = start(planned, loaded.config)
+        outcome = start(planned, Path(loaded.config.output_dir).absolute() / loaded.config.name / "log")
     if outcome.text:
         typer.echo(outcome.text, err=True)
     raise typer.Exit(outcome.exit_code)
+
+
+def doctor(
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "--config-file", "--cf", metavar="FILE", help="The run config, if there is one."),
+    ] = None,
+    hostfile: HostfileOption = None,
+    num_gpus: ProcessesOption = None,
+    launcher: LauncherOption = "ssh",
+    master_addr: AddressOption = None,
+    master_port: PortOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the all-reduce.")] = False,
+) -> None:
+    """Say whether a run can start here, or on the hosts of a hostfile, and what to do where not.
+
+    A line for each finding: ok, warn or FAIL, what, and the remedy. The exit status is 1 if there was a FAIL.
+    """
+    with reported_errors(debug=False):
+        from .doctor import Examination, examine, line
+        from .launch import LaunchOptions
+
+        options = LaunchOptions(
+            hostfile, num_gpus=num_gpus, launcher=launcher, master_addr=master_addr, master_port=master_port
+        )
+        failed = False
+        for finding in examine(Examination(options, config, quick)):
+            typer.echo(line(finding, _WHAT_WIDTH))
+            failed |= finding.level == "FAIL"
+    raise typer.Exit(int(failed))
 
 
 def _training_options(arguments: list[str]) -> tuple[Path, list[str], dict[str, Any]]:
