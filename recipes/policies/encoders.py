@@ -74,6 +74,7 @@ class DistilBertPolicy(ShippedPolicy):
             causal=False,
             hidden_dropout=config.dropout,
             attention_dropout=config.attention_dropout,
+            drops_attention_output=False,
         )
 
 

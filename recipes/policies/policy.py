@@ -59,7 +59,8 @@ class Description:
 
     activation: by its name in transformers. pre_layer_norm: whether the LayerNorms stand before attention and MLP;
     otherwise after their residual sums. causal: whether a token sees only those before it. hidden_dropout, attention_dropout:
-    probabilities.
+    probabilities, of what attention and MLP add to the residual stream, and of attention probabilities.
+    drops_attention_output: whether hidden_dropout is applied to what attention adds, too.
     """
 
     activation: str
@@ -68,6 +69,7 @@ class Description:
     causal: bool
     hidden_dropout: float
     attention_dropout: float
+    drops_attention_output: bool = True
 
 
 class Policy(ABC):
