@@ -58,20 +58,20 @@ def examine_hosts(examination: Examination, config: RunConfig, here: Mapping[str
         yield Finding("FAIL", "launcher", f"{tool} is not installed here", f"install {tool}, or use another --launcher")
     else:
         yield Finding("ok", "launcher", f"{options.launcher}: {shutil.which(tool)}")
-    master = options.master_addr or next(iter(slots))
+    master, port = options.master_addr or next(iter(slots)), options.master_port or DEFAULT_PORT
     output = Path(config.output_dir).absolute()
     shared = output if output.exists() else next(folder for folder in output.parents if folder.exists())
     with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=shared if os.access(shared, os.W_OK) else None) as marker:
         files = [marker.name, *([str(examination.config.absolute())] if examination.config else [])]
         asked = questions(config, port=None, files=files, names=[master])
-        answers = ask_hosts(slots, asked, port=options.master_port or DEFAULT_PORT)
+        answers = ask_hosts(slots, asked, port=port)
     for rank, (host, answer) in enumerate(answers.items()):
         if answer.facts is None:
             remedy = f"make `ssh {host} true` work without a password, and the same Python be at the same place there"
             yield Finding("FAIL", host, answer.fault, remedy)
         else:
             yield from judge_host(host, answer, here, slots[host])
-            yield from _judge_network(host, answer.facts, master, is_master=rank == 0, several=len(slots) > 1)
+            yield from judge_network(host, answer.facts, (master, port), is_master=rank == 0, several=len(slots) > 1)
 
 
 def ask_hosts(slots: Slots, asked: Questions, port: int) -> dict[str, Answer]:
@@ -120,7 +120,7 @@ def judge_host(host: str, answer: Answer, here: Mapping[str, Any], slots: tuple[
     if different:
         yield Finding("FAIL", host, "; ".join(different), "install the same versions on all hosts")
     else:
-        yield Finding("ok", host, f"answers, and has the same versions, as {facts['name']}")
+        yield Finding("ok", host, f"answers as {facts['name']}, with the same versions; clock {answer.skew_s:+.1f} s")
     gpus = facts["gpus"]
     if gpus and max(slots) >= len(gpus):
         yield Finding(
@@ -148,9 +148,11 @@ def judge_host(host: str, answer: Answer, here: Mapping[str, Any], slots: tuple[
         yield Finding("warn", f"{host} clock", f"{answer.skew_s:+.1f} s against this machine", remedy)
 
 
-def _judge_network(
-    host: str, facts: Mapping[str, Any], master: str, *, is_master: bool, several: bool
+def judge_network(
+    host: str, facts: Mapping[str, Any], meeting: tuple[str, int], *, is_master: bool, several: bool
 ) -> Iterator[Finding]:
+    """Whether it finds the other hosts, and they it. meeting: host and port where the processes meet, on the master."""
+    master, port = meeting
     addresses = facts["names"][master]
     if not addresses:
         remedy = f"give its address with --master-addr, or let {host} know the name"
@@ -162,10 +164,10 @@ def _judge_network(
         remedy = "export GLOO_SOCKET_IFNAME with the name of its network interface, as in `ip addr`"
         detail = f"its own name, {facts['name']}, leads to no address that others reach"
         yield Finding("FAIL", f"{host} network", detail, remedy)
-    if is_master and not facts["port_free"]:
-        yield Finding(
-            "FAIL", f"{host} port", "is taken, and processes are to meet there", "choose another --master-port"
-        )
+    if is_master and facts["port_free"]:
+        yield Finding("ok", f"{host} port", f"{port}, where processes meet, is free")
+    elif is_master:
+        yield Finding("FAIL", f"{host} port", f"{port}, where processes meet, is taken", "choose another --master-port")
 
 
 def _is_loopback(address: str) -> bool:
