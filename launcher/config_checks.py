@@ -122,6 +122,11 @@ def _tokenizer_and_objective_faults(config: RunConfig) -> Iterator[Fault]:
             f"got {tokenizer.type!r}, but the type of tokenizer.path {tokenizer.path!r} is read from that file; set auto, "
             "or remove tokenizer.path to train a new tokenizer",
         )
+    if model.init_from is not None and tokenizer.type != "auto":
+        yield Fault(
+            ("tokenizer.type", "model.init_from"),
+            f"got {tokenizer.type!r}, but the tokenizer of model.init_from is used, to which its weights belong; set auto",
+        )
     if tokenizer.type == "bytes" and isinstance(model.vocab_size, int) and model.vocab_size < 256:
         yield Fault(
             ("model.vocab_size", "tokenizer.type"),
@@ -329,6 +334,11 @@ def _checkpoint_faults(config: RunConfig) -> Iterator[Fault]:
     if text:
         yield Fault(("checkpoint.id_format",), f"got {config.checkpoint.id_format!r}, {text}")
     load = config.load
+    if load.path is not None and config.model.init_from is not None:
+        yield Fault(
+            ("model.init_from", "load.path"),
+            f"got {config.model.init_from!r}, but load.path {load.path!r} gives the weights too; keep one of the two",
+        )
     if load.path is None:
         for key, given in (
             ("load.id", load.id != "latest"),

@@ -12,10 +12,11 @@ import torch
 from ..kernels.tensor_parallel import TensorParallel
 from ..recipes.data import PreparedData, prepare_data
 from ..recipes.recipe import Batch, Recipe, Runtime
-from ..recipes.tokenizer import RunTokenizer, build_tokenizer, load_tokenizer
-from . import checkpoint_store
+from ..recipes.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
+from . import checkpoint_store, init_from
 from .batch import BatchPlan
 from .config import RunConfig
+from .pretrained import Pretrained
 from .run_directory import RunDirectory
 from .topology import Topology
 
@@ -140,23 +141,46 @@ def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
     return folder / str(whole)
 
 
-def open_tokenizer(
-    config: RunConfig, topology: Topology, directory: RunDirectory, source: Path | None, say: Say
-) -> RunTokenizer:
-    """The run's tokenizer, saved in the run directory: that of the checkpoint, else the given one, else a new one.
+def open_initial(config: RunConfig, topology: Topology) -> Pretrained | None:
+    """What model.init_from names, read by every process; one process of each machine fetches it, if it is on the hub.
 
-    A run that loads a checkpoint never trains a tokenizer: its weights belong to the symbols they were trained with.
-    Raises ValueError if tokenizer.path names another tokenizer than the checkpoint holds.
+    Raises ValueError as `init_from.read_initial` does.
+    """
+    name = config.model.init_from
+    if name is None:
+        return None
+
+    def find() -> Path:
+        return init_from.find_folder(name)
+
+    folder = _agreed(topology, find if topology.local_rank == 0 else None) or find()
+    return _agreed(topology, lambda: init_from.read_initial(name, folder, config.model))
+
+
+def open_tokenizer(
+    config: RunConfig,
+    topology: Topology,
+    directory: RunDirectory,
+    weights_of: Path | Pretrained | None,
+    say: Say,
+) -> RunTokenizer:
+    """The run's tokenizer, saved in the run directory: that of the weights, else the given one, else a new one.
+
+    weights_of: the checkpoint or the Hugging Face model that the run starts from. Such a run never trains a tokenizer: its
+    weights belong to the symbols they were trained with. Raises ValueError if tokenizer.path names another one.
     """
 
     def build() -> None:
-        if source is not None:
-            tokenizer = load_tokenizer(source / "tokenizer")
+        if isinstance(weights_of, Pretrained):
+            tokenizer = init_from.initial_tokenizer(str(config.model.init_from), weights_of, config.tokenizer)
+            check_suits(config.model.type, tokenizer, str(config.model.init_from))
+        elif weights_of is not None:
+            tokenizer = load_tokenizer(weights_of / "tokenizer")
             given = config.tokenizer.path
             lowercase = config.tokenizer.do_lower_case
             if given is not None and not tokenizer.equals(load_tokenizer(given, lowercase=lowercase)):
                 raise ValueError(
-                    f"tokenizer.path={given} is another tokenizer than that of checkpoint {source}; remove "
+                    f"tokenizer.path={given} is another tokenizer than that of checkpoint {weights_of}; remove "
                     f"the key to use the checkpoint's"
                 )
         else:
@@ -225,10 +249,12 @@ def runtime_of(config: RunConfig, topology: Topology) -> Runtime:
 
 def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     """What a checkpoint says of the model it holds: equal facts mean the weights fit and compute the same function."""
-    return {**config.model.model_dump(mode="json"), "vocab_size": vocab_size, "sentence_task": _sentence_task(config)}
+    model = config.model.model_dump(mode="json", exclude={"init_from"})
+    return {**model, "vocab_size": vocab_size, "sentence_task": sentence_task(config)}
 
 
-def _sentence_task(config: RunConfig) -> str:
+def sentence_task(config: RunConfig) -> str:
+    """The sentence head of the model: nsp, sop or none."""
     return config.objective.sentence_task if config.model.type == "bert" else "none"
 
 

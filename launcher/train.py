@@ -21,8 +21,10 @@ from .config import RunConfig
 from .config_loading import LoadedConfig
 from .deepspeed_config import deepspeed_config
 from .engine import build_engine, set_learning_rate
+from .init_from import load_initial
 from .metrics import RunLog, peak_flops
 from .optim import build_optimizer
+from .pretrained import Pretrained
 from .recording import Watch, device_name, make_record, startup_facts
 from .report import ClosingFacts, closing_summary, startup_report
 from .run_directory import log_to_file, open_run_directory, record_environment
@@ -35,9 +37,11 @@ from .setup import (
     loaded_text,
     model_facts,
     open_data,
+    open_initial,
     open_tokenizer,
     phase_steps,
     runtime_of,
+    sentence_task,
     starting_progress,
     vocabulary_size,
 )
@@ -97,16 +101,17 @@ def _prepare(loaded: LoadedConfig, topology: Topology, *, resume: bool) -> tuple
     source = checkpoint_to_load(config, topology, directory, say, resume=resume)
     continued = source is not None and source.parent == directory.checkpoints
     weights_only = source is not None and not continued and config.load.what == "weights"
-    tokenizer = open_tokenizer(config, topology, directory, source, say)
+    initial = None if source is not None else open_initial(config, topology)
+    tokenizer = open_tokenizer(config, topology, directory, source or initial, say)
     vocab_size = by_main(topology, lambda: vocabulary_size(config, tokenizer))
     facts = model_facts(config, vocab_size)
     if source is not None:
         by_main(topology, lambda: checkpoint.check(source, facts, None))
     data = open_data(config, topology, batch, tokenizer, say)
 
-    engine, optimizer = _build(config, topology, ds_config, vocab_size, source if weights_only else None)
+    engine, optimizer, told = _build(config, topology, ds_config, vocab_size, source if weights_only else initial)
     _seed_dropout(config, topology, 0)
-    progress, told = Progress(), None
+    progress = Progress()
     if source is not None:
         state = checkpoint_store.read_state(source)
         progress = by_main(topology, lambda: starting_progress(config, state, data.fingerprint, continued=continued))
@@ -139,16 +144,27 @@ def _prepare(loaded: LoadedConfig, topology: Topology, *, resume: bool) -> tuple
 
 
 def _build(
-    config: RunConfig, topology: Topology, ds_config: dict[str, Any], vocab_size: int, weights: Path | None
-) -> tuple[Any, torch.optim.Optimizer]:
-    """The engine around a new model, with weights from that checkpoint if one is given, and the optimizer inside it."""
+    config: RunConfig,
+    topology: Topology,
+    ds_config: dict[str, Any],
+    vocab_size: int,
+    weights: Path | Pretrained | None,
+) -> tuple[Any, torch.optim.Optimizer, str | None]:
+    """The engine around a new model, the optimizer inside it, and what the report says of its weights.
+
+    weights: the checkpoint or the Hugging Face model that they come from, if not new.
+    """
     torch.manual_seed(config.seed)
     build_model = RECIPES[config.model.type].build_model
     model = build_model(config.model, config.layer, config.objective, vocab_size, runtime_of(config, topology))
-    if weights is not None:
+    told = None
+    if isinstance(weights, Pretrained):
+        taken = load_initial(model, weights, vocab_size, sentence_task(config), topology)
+        told = f"{config.model.init_from} ({taken})"
+    elif weights is not None:
         checkpoint.load_weights(model, weights, model_facts(config, vocab_size), topology)
     optimizer = build_optimizer(model, config.optimizer, topology.tensor_group)
-    return build_engine(model, optimizer, ds_config, topology), optimizer
+    return build_engine(model, optimizer, ds_config, topology), optimizer, told
 
 
 def _seed_dropout(config: RunConfig, topology: Topology, step: int) -> None:

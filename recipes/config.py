@@ -42,6 +42,9 @@ class ModelConfig(Section):
     """Standard deviation of the normal distribution that weights start from."""
     vocab_size: PositiveInt | Literal["auto"] = "auto"
     """Rows of the embedding; auto is the tokenizer's size, rounded up to a multiple of 64."""
+    init_from: str | None = None
+    """A Hugging Face model to start a new run from, with its tokenizer: a folder, or an id of the hub. The keys above must
+    describe it: docs/huggingface.md."""
 
 
 class LayerFlags(Section):

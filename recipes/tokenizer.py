@@ -90,7 +90,12 @@ class RunTokenizer:
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     def equals(self, other: "RunTokenizer") -> bool:
-        return self.fingerprint == other.fingerprint
+        """Whether both turn every text into the same ids, whatever each of them adds to texts elsewhere."""
+        return self._content() == other._content()
+
+    def _content(self) -> dict[str, Any]:
+        unused = {"post_processor": None}  # `encode_batch` adds no special tokens
+        return {**json.loads(self.tokenizer.to_str()), **unused, "specials": self.specials}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text without special tokens, uint32; on several threads unless TOKENIZERS_PARALLELISM=false."""

@@ -1,0 +1,153 @@
+"""`model.init_from`: the weights of a Hugging Face model in the place of new ones."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..recipes.config import ModelConfig, TokenizerConfig
+from ..recipes.tokenizer import RunTokenizer, load_tokenizer
+from .checkpoint_resharding import own_part
+from .pretrained import CONFIG_FILE, TOKENIZER_FILES, Pretrained, from_folder
+from .topology import Topology
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+_FILES = [
+    CONFIG_FILE,
+    *TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*.safetensors",
+]
+_PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
+# What both sides must agree in; dropout and initializer_range are settings of training.
+_GEOMETRY = (
+    "type",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "max_position_embeddings",
+    "pre_layer_norm",
+    "layer_norm_eps",
+)
+_BY_SYMBOL = ("word_embeddings.weight", "mlm_bias")
+
+
+def find_folder(name: str) -> Path:
+    """The folder that model.init_from names: one on this machine, else the files of that hub id, downloaded once.
+
+    Raises ValueError if there is no such folder and the hub does not give one.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not _HUB_ID.fullmatch(name):
+        raise ValueError(
+            f"model.init_from={name}: there is no such folder; correct the path, or give the id of a hub model"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        found = Path(snapshot_download(name, allow_patterns=_FILES))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(name, allow_patterns=[*_FILES, *_PICKLES]))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.init_from={name}: there is no such folder, and the Hugging Face hub gave no model of that name "
+            f"({_first_line(error)}); correct it, or give a folder that holds the model"
+        ) from error
+    return found
+
+
+def read_initial(name: str, folder: Path, model: ModelConfig) -> Pretrained:
+    """The model in `folder`, which model.init_from=`name` means.
+
+    Raises ValueError if it cannot be read, or is another model than the section `model` describes: all differing keys at once.
+    """
+    try:
+        found = from_folder(folder)
+    except ValueError as error:
+        raise ValueError(f"model.init_from={name}: {error}") from None
+    differing = [
+        f"model.{key} is {_shown(theirs)} there and {_shown(ours)} in the run config"
+        for key in _GEOMETRY
+        if (theirs := getattr(found.model, key)) != (ours := getattr(model, key))
+    ]
+    if differing:
+        raise ValueError(f"model.init_from={name} is another model: {'; '.join(differing)}; change the run config")
+    return found
+
+
+def initial_tokenizer(name: str, initial: Pretrained, config: TokenizerConfig) -> RunTokenizer:
+    """The tokenizer whose symbols the weights belong to: that of the folder, or the given one where the folder has none.
+
+    Raises ValueError if neither is there, tokenizer.path is another one, or it has more symbols than the weights.
+    """
+    given = None if config.path is None else load_tokenizer(config.path, lowercase=config.do_lower_case)
+    tokenizer = initial.tokenizer or given
+    if tokenizer is None:
+        raise ValueError(
+            f"model.init_from={name} holds no {' or '.join(TOKENIZER_FILES)}; save its tokenizer there with "
+            f"AutoTokenizer.save_pretrained, or give tokenizer.path"
+        )
+    if given is not None and not tokenizer.equals(given):
+        raise ValueError(
+            f"tokenizer.path={config.path} is another tokenizer than that of model.init_from={name}, to which its weights "
+            f"belong; remove the key"
+        )
+    rows = len(initial.weights["word_embeddings.weight"])
+    if tokenizer.vocab_size > rows:
+        raise ValueError(
+            f"model.init_from={name} has weights for {rows:,} symbols, and its tokenizer has {tokenizer.vocab_size:,}; give "
+            f"the tokenizer that the model was trained with"
+        )
+    return tokenizer
+
+
+@torch.no_grad()
+def load_initial(
+    module: nn.Module, initial: Pretrained, vocab_size: int, sentence_task: str, topology: Topology
+) -> str:
+    """Put the weights into a new model that no engine holds yet, and say what of it stays new.
+
+    vocab_size: rows of the word embedding, over all processes that share it. sentence_task: of the run.
+    """
+    weights = {name: weight for name, weight in initial.weights.items() if name in module.state_dict()}
+    if initial.sentence_task != sentence_task:
+        weights = {name: weight for name, weight in weights.items() if not name.startswith("sentence_classifier.")}
+    for name in _BY_SYMBOL:
+        if name in weights:
+            weights[name] = with_rows(weights[name], vocab_size)
+    own = own_part(weights, module, topology)
+    new = sorted({name.split(".")[0] for name in module.state_dict().keys() - own.keys()})
+    module.load_state_dict(own, strict=False)
+    unused = [*initial.left_out, *(name for name in initial.weights if name not in weights)]
+    texts = [f"new: {', '.join(new)}"] if new else []
+    if unused:
+        texts.append(f"left out: {', '.join(unused[:5])}" + (f" and {len(unused) - 5} more" if len(unused) > 5 else ""))
+    return f"weights only; {'; '.join(texts)}" if texts else "weights only"
+
+
+def with_rows(weight: Tensor, rows: int) -> Tensor:
+    """`weight` (V, ...) with `rows` rows: further ones are the mean of all, rows too many are cut off.
+
+    A row of zeros would have the logit 0, which in GPT-2 is far above that of any symbol. The mean has the mean logit, and
+    exp(mean) <= mean(exp): n such rows take at most n / V of the probability of the others.
+    """
+    missing = rows - len(weight)
+    if missing <= 0:
+        return weight[:rows]
+    mean = weight.float().mean(dim=0, keepdim=True).to(weight.dtype)
+    return torch.cat([weight, mean.expand(missing, *weight.shape[1:])])
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

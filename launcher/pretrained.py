@@ -1,0 +1,154 @@
+"""A trained model with its tokenizer, read from a checkpoint of a run or from a folder as transformers saves it.
+
+Nothing that is read is executed, and transformers is not needed.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..recipes import RECIPES
+from ..recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
+from ..recipes.huggingface import from_huggingface, model_config_of, sentence_task_of
+from ..recipes.tokenizer import RunTokenizer, load_tokenizer
+from . import checkpoint_store
+from .checkpoint import weights as checkpoint_weights
+from .checkpoint_files import read_file
+
+CONFIG_FILE = "config.json"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model in memory.
+
+    model: its geometry; model.vocab_size is the number of rows of its word embedding. sentence_task: of its sentence head.
+    weights: by the names of our modules, whole, on the CPU; heads may be missing. tokenizer: None where the folder has none.
+    left_out: names of weights that have no place here.
+    """
+
+    model: ModelConfig
+    sentence_task: str
+    weights: dict[str, Tensor]
+    tokenizer: RunTokenizer | None
+    left_out: tuple[str, ...] = ()
+
+    def build(self) -> nn.Module:
+        """The model in fp32, in evaluation mode, on the CPU, without a sentence head.
+
+        Raises ValueError if another head is missing.
+        """
+        objective = ObjectiveConfig(sentence_task="none")
+        assert isinstance(self.model.vocab_size, int), "the rows of a trained model are known"
+        module = RECIPES[self.model.type].build_model(self.model, LayerFlags(), objective, self.model.vocab_size)
+        missing = sorted({name.split(".")[0] for name in module.state_dict().keys() - self.weights.keys()})
+        if missing:
+            raise ValueError(f"the weights lack {', '.join(missing)}; give a model with its language-model head")
+        module.load_state_dict({name: self.weights[name].float() for name in module.state_dict()})
+        return module.eval()
+
+
+def from_checkpoint(checkpoint: Path) -> Pretrained:
+    """The model of a checkpoint of any ZeRO stage and number of processes. Raises ValueError if it is damaged."""
+    state = checkpoint_store.read_state(checkpoint)
+    problems = checkpoint_store.damage(checkpoint, state["files"])
+    if problems:
+        raise ValueError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
+    facts = dict(state["model"])
+    task = facts.pop("sentence_task")
+    tokenizer = load_tokenizer(checkpoint / "tokenizer")
+    return Pretrained(ModelConfig(**facts), task, checkpoint_weights(checkpoint), tokenizer)
+
+
+def from_folder(folder: Path) -> Pretrained:
+    """The model in a folder of config.json, weights (safetensors, else pytorch_model.bin) and perhaps a tokenizer.
+
+    Raises ValueError if something is missing or no model here computes what config.json describes.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {CONFIG_FILE}; give a folder that transformers or export wrote") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); correct it") from None
+    try:
+        model = model_config_of(config)
+        weights, left_out = from_huggingface(_read_weights(folder), config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from None
+    has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
+    tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    _check_rows(folder, model, weights)
+    return Pretrained(model, sentence_task_of(config), weights, tokenizer, tuple(left_out))
+
+
+def open_pretrained(path: Path, checkpoint_id: str | None) -> tuple[Pretrained, str]:
+    """What `--run` and `--id` mean, and where it was found: an exported folder, a run directory or a checkpoint of one.
+
+    Raises ValueError if there is none.
+    """
+    if (path / CONFIG_FILE).is_file():
+        if checkpoint_id is not None:
+            raise ValueError(
+                f"--id={checkpoint_id}: {path} is an exported model, which has no checkpoints; remove --id"
+            )
+        return from_folder(path), str(path)
+    checkpoint = find_checkpoint(path, checkpoint_id)
+    return from_checkpoint(checkpoint), str(checkpoint)
+
+
+def find_checkpoint(run: Path, checkpoint_id: str | None) -> Path:
+    """The checkpoint that `--run` and `--id` mean; no id is the newest. Raises ValueError if there is none."""
+    return checkpoint_store.resolve(run, checkpoint_id or checkpoint_store.LATEST, ("--run", "--id"))
+
+
+def _check_rows(folder: Path, model: ModelConfig, weights: dict[str, Tensor]) -> None:
+    """That the weights have the sizes of config.json."""
+    expected = {
+        "word_embeddings.weight": (model.vocab_size, model.hidden_size),
+        "position_embeddings.weight": (model.max_position_embeddings, model.hidden_size),
+        "layers.0.intermediate.weight": (model.intermediate_size, model.hidden_size),
+    }
+    for name, shape in expected.items():
+        if tuple(weights[name].shape) != shape:
+            raise ValueError(
+                f"{folder}: {name} is {tuple(weights[name].shape)}, and {shape} by {CONFIG_FILE}; give a whole folder"
+            )
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The state dict in the files of a folder."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        if path.suffix == ".safetensors":
+            try:
+                state |= load_file(path)
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{path.name} cannot be read ({error}); fetch it again") from None
+        else:
+            found: Any = read_file(path)
+            state |= {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    return state
+
+
+def _weight_files(folder: Path) -> Iterator[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            yield folder / name
+            return
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            yield from (folder / name for name in dict.fromkeys(names))
+            return
+    raise ValueError("it holds neither model.safetensors nor pytorch_model.bin; give a folder that does")

@@ -1,0 +1,168 @@
+"""Our models as transformers writes them: config.json, names and layout of parameters, each from the other.
+
+Nothing here needs transformers. hf_architectures.py says what stands where.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from .bert import NUM_TOKEN_TYPES
+from .config import ModelConfig
+from .hf_architectures import architecture_for, architecture_of
+
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+}
+_PUBLISHED_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+# Of what is exported: the class that holds all of a run's weights, without and with a sentence task.
+_CLASSES = {
+    "bert": ("BertForMaskedLM", "BertForPreTraining"),
+    "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM",) * 2,
+    "gpt2": ("GPT2LMHeadModel",) * 2,
+}
+_OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # checkpoints of 2018
+
+
+def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
+    """Our model that computes what a model with this config.json does.
+
+    model.vocab_size is theirs. Raises ValueError, naming all the reasons, if there is none.
+    """
+    architecture = architecture_of(config)
+    found = {ours: config.get(theirs, default) for ours, (theirs, default) in architecture.keys.items()}
+    obstacles = [
+        f"{key} is {config[key]!r}, not {value!r}"
+        for key, value in architecture.features.items()
+        if config.get(key, value) != value
+    ]
+    activation = _ACTIVATIONS.get(found["hidden_act"])
+    if activation is None:
+        obstacles.append(f"{architecture.keys['hidden_act'][0]} is {found['hidden_act']!r}, not a kind of GELU")
+    elif architecture.positions_after_pad and activation != "gelu":
+        obstacles.append(f"hidden_act is {found['hidden_act']!r}, but the head has 'gelu'")
+    if architecture.ours == "bert" and config.get("type_vocab_size", NUM_TOKEN_TYPES) not in (1, NUM_TOKEN_TYPES):
+        obstacles.append(f"type_vocab_size is {config['type_vocab_size']}, not {NUM_TOKEN_TYPES}")
+    if obstacles:
+        raise ValueError(f"config.json describes what no model here computes: {'; '.join(obstacles)}")
+    found |= {
+        "type": architecture.ours,
+        "hidden_act": activation,
+        "intermediate_size": found["intermediate_size"] or 4 * found["hidden_size"],
+        "max_position_embeddings": found["max_position_embeddings"] - architecture.first_position(config),
+        "pre_layer_norm": architecture.pre_layer_norm,
+        "vocab_size": config.get("vocab_size"),
+    }
+    try:
+        return ModelConfig(**found)
+    except ValidationError as error:
+        wrong = [f"{problem['loc'][0]} is {problem['input']!r}" for problem in error.errors()]
+        raise ValueError(f"config.json describes no model: {', '.join(dict.fromkeys(wrong))}") from None
+
+
+def sentence_task_of(config: Mapping[str, Any]) -> str:
+    """The task of the sentence head in a model with this config.json: nsp, sop or none. Exports say it, BERT's own has nsp."""
+    return str(config.get("sentence_task", "nsp" if config.get("model_type") == "bert" else "none"))
+
+
+def config_json(
+    model: ModelConfig, num_symbols: int, special_ids: Mapping[str, int], sentence_task: str
+) -> dict[str, Any]:
+    """config.json of a model of ours. num_symbols: of the tokenizer. special_ids: of pad, cls, sep and eos, those there are.
+
+    Raises ValueError as `architecture_for`.
+    """
+    architecture = architecture_for(model)
+    config: dict[str, Any] = {
+        "architectures": [_CLASSES[architecture.model_type][sentence_task != "none"]],
+        "model_type": architecture.model_type,
+        **{theirs: getattr(model, ours) for ours, (theirs, _) in architecture.keys.items()},
+        **architecture.features,
+        "vocab_size": num_symbols,
+        "pad_token_id": special_ids.get("pad"),
+        architecture.keys["hidden_act"][0]: _PUBLISHED_ACTIVATIONS[model.hidden_act],
+    }
+    if architecture.ours == "gpt":
+        return config | {
+            "embd_pdrop": model.hidden_dropout_prob,
+            "bos_token_id": special_ids["eos"],
+            "eos_token_id": special_ids["eos"],
+        }
+    if architecture.positions_after_pad:
+        config |= {"bos_token_id": special_ids["cls"], "eos_token_id": special_ids["sep"]}
+    return config | {
+        "max_position_embeddings": model.max_position_embeddings + architecture.first_position(config),
+        "type_vocab_size": NUM_TOKEN_TYPES,
+        "sentence_task": sentence_task,
+    }
+
+
+def to_huggingface(state: Mapping[str, Tensor], model: ModelConfig, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of a model of ours under the names of its `config_json`, rows of no symbol cut off.
+
+    Same values and dtype; contiguous, and no two share memory. The head is left out: transformers ties it to the words,
+    as it is here.
+    """
+    architecture = architecture_for(model)
+    converted = {}
+    for name, parts in architecture.names(model.num_hidden_layers):
+        if name not in state:
+            continue  # a model without a sentence task has no head for one
+        value = state[name]
+        if name in ("word_embeddings.weight", "mlm_bias"):
+            value = value[: config["vocab_size"]]
+        if name == "position_embeddings.weight":
+            value = torch.cat([value.new_zeros(architecture.first_position(config), value.shape[1]), value])
+        if architecture.is_transposed(name):
+            value = value.t()
+        for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
+            converted[part] = piece.clone(memory_format=torch.contiguous_format)
+    return converted
+
+
+def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:
+    """Their state dict under our names, for the model of `model_config_of(config)`, and what of it was left out.
+
+    state: of a class with heads, or of the body alone. Heads may be missing; the rest may not. The rows of the word embedding
+    stay as they are, those of positions begin at position 0, and both token types have a row.
+    Raises ValueError for missing parameters.
+    """
+    architecture = architecture_of(config)
+    state = {_modern(name, architecture.base): tensor for name, tensor in state.items()}
+    heads, refused = {*architecture.heads, "mlm_bias"}, set[str]()
+    if sentence_task_of(config) == "none":  # a classifier of the same name may be of any task
+        refused = {"pooler", "sentence_classifier"}
+    missing, converted, taken = [], {}, set[str]()
+    for name, parts in architecture.names(model_config_of(config).num_hidden_layers):
+        absent = [part for part in parts if part not in state]
+        head = name.split(".")[0]
+        if head in refused or (head in heads and absent):
+            continue
+        missing += absent
+        if not missing:
+            value = torch.cat([state[part] for part in parts]) if len(parts) > 1 else state[parts[0]]
+            converted[name] = value.t().contiguous() if architecture.is_transposed(name) else value
+            taken.update(parts)
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise ValueError(f"the weights lack {shown}, which a {architecture.model_type} has")
+    positions = converted["position_embeddings.weight"]
+    converted["position_embeddings.weight"] = positions[architecture.first_position(config) :]
+    if architecture.ours == "bert":
+        types = converted["token_type_embeddings.weight"]
+        converted["token_type_embeddings.weight"] = types.expand(NUM_TOKEN_TYPES, -1) if len(types) == 1 else types
+    return converted, [name for name in state if name not in taken and not name.endswith(architecture.ignored)]
+
+
+def _modern(name: str, base: str) -> str:
+    """A parameter's name as classes with heads have it today."""
+    for old, new in _OLD_SUFFIXES.items():
+        name = name.removesuffix(old) + new if name.endswith(old) else name
+    return name if name.startswith((f"{base}.", "cls.", "lm_head.", "classifier.")) else f"{base}.{name}"
