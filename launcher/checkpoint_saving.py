@@ -100,7 +100,7 @@ class CheckpointSaver:
         Raises ValueError if the id exists or cannot be a folder's name.
         """
         started_s = time.monotonic()
-        self._wait()
+        self.wait()
         waited_s = time.monotonic() - started_s
         if waited_s > _NOTICEABLE_S:
             self._tell(
@@ -126,6 +126,11 @@ class CheckpointSaver:
         self._thread = threading.Thread(target=self._run, args=(job, time.monotonic()), name="checkpoint")
         self._thread.start()
 
+    def wait(self) -> None:
+        """Returns when no save is in progress; raises what a save met other than a refusal of the operating system."""
+        self._join()
+        self._raise_crash()
+
     def __enter__(self) -> "CheckpointSaver":
         return self
 
@@ -133,7 +138,7 @@ class CheckpointSaver:
         if kind is not None:  # that error is the one to tell of
             self._join()
             return
-        self._wait()
+        self.wait()
         if self._failure is not None:
             raise self._failure
 
@@ -174,10 +179,6 @@ class CheckpointSaver:
         _LOG.warning(text)
         if self._topology.is_main:
             tqdm.write(f"warning: {text}", file=sys.stderr)
-
-    def _wait(self) -> None:
-        self._join()
-        self._raise_crash()
 
     def _join(self) -> None:
         if self._thread is not None:

@@ -3,6 +3,7 @@
 Exit codes: 0; 1 for a damaged checkpoint, one that is not there, or a refusal of the system; 2 for wrong usage.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -163,7 +164,7 @@ def _time(state: dict[str, Any]) -> str:
     return datetime.fromisoformat(state["saved_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _table(rows: list[tuple[str, ...]]) -> str:
+def _table(rows: Sequence[tuple[str, ...]]) -> str:
     """Rows in aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

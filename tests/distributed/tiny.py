@@ -3,7 +3,6 @@
 import os
 import signal
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -11,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from xformer_train.launcher import checkpoint, checkpoint_saving, checkpoint_store
 from xformer_train.launcher.engine import build_engine, grad_norm, set_learning_rate
 from xformer_train.launcher.signals import StopRequest
 from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
@@ -99,69 +97,6 @@ def stages_worker(stages: list[tuple[int, str]]) -> dict[tuple[int, str], Any]:
         results[stage, precision] = (train(engine, topology, 0, 3), whole_weights(engine))
     stop_processes()
     return results
-
-
-def resume_worker(folder: Path, stages: list[int]) -> dict[str, Any]:
-    """By stage: four steps at a stretch, then with a checkpoint and a new engine between, each as (record, final weights);
-    then the weights that `load_weights` reads from that checkpoint beside those it was made with. Last, a failed save."""
-    quiet(debug=False)
-    topology = start_processes(60)
-    results: dict[str, Any] = {}
-    for stage in stages:
-        straight = tiny_engine(topology, stage, "fp32")
-        results[f"straight {stage}"] = (train(straight, topology, 0, 4), whole_weights(straight))
-
-        before = tiny_engine(topology, stage, "fp32")
-        record = train(before, topology, 0, 2)
-        target = folder / str(stage)
-        checkpoint_saving.save(before, target, "half", {"step": 2, "model": MODEL}, {}, topology)
-        saved = whole_weights(before)
-
-        after = tiny_engine(topology, stage, "fp32")
-        torch.manual_seed(9)  # what load must undo
-        assert checkpoint.load(after, target / "half", MODEL, topology)
-        record += train(after, topology, 2, 4)
-        results[f"resumed {stage}"] = (record, whole_weights(after))
-
-        module = tiny_model()
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.zero_()
-        checkpoint.load_weights(module, target / "half", MODEL, topology)
-        results[f"saved {stage}"] = (saved, [p.detach() for p in module.parameters()])
-    results["full disk"] = _save_with_a_full_disk_on_process_1(folder / "full", topology)
-    stop_processes()
-    return results
-
-
-def _save_with_a_full_disk_on_process_1(folder: Path, topology: Topology) -> list[str]:
-    """Message of that save; ids and files after it; ids after the same save with room for it."""
-    engine = tiny_engine(topology, 1, "fp32")
-    train(engine, topology, 0, 1)
-    checkpoint_saving.save(engine, folder, "first", {"step": 1, "model": MODEL}, {}, topology)
-    whole_save = torch.save
-
-    def full_disk(*args: Any, **kwargs: Any) -> None:
-        if topology.rank == 1:
-            raise OSError(28, "No space left on device")
-        whole_save(*args, **kwargs)
-
-    torch.save = full_disk
-    try:
-        checkpoint_saving.save(engine, folder, "second", {"step": 2, "model": MODEL}, {}, topology)
-        message = "no error"
-    except OSError as error:
-        message = str(error)
-    torch.save = whole_save
-    topology.barrier()
-    seen = [
-        message,
-        ",".join(checkpoint_store.list_ids(folder)),
-        ",".join(sorted(path.name for path in folder.iterdir())),
-    ]
-    topology.barrier()
-    checkpoint_saving.save(engine, folder, "second", {"step": 2, "model": MODEL}, {}, topology)
-    return [*seen, ",".join(checkpoint_store.list_ids(folder))]
 
 
 def agreement_worker() -> dict[str, Any]:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from checkpoints import changed_state, flip_byte, save
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
+from distributed.checkpoint_worker import checkpoint_worker
 from distributed.spawn import run_processes
-from distributed.tiny import MODEL, resume_worker, tiny_engine, train, whole_weights
+from distributed.tiny import MODEL, tiny_engine, train, whole_weights
 
 from xformer_train.launcher import checkpoint
 from xformer_train.launcher.checkpoint_files import read_file, write_file
@@ -59,14 +60,14 @@ def test_resume_at_stage_0_gives_the_same_bits_as_no_stop(alone, tmp_path, preci
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    return folder, run_processes(resume_worker, 2, folder, [1, 2, 3])
+    return folder, run_processes(checkpoint_worker, 2, folder, [1, 2, 3])
 
 
 def test_resume_on_two_processes_at_stages_1_to_3_gives_the_same_bits_as_no_stop(two_processes):
     for results in two_processes[1]:
         for stage in (1, 2, 3):
-            record, weights = results[f"straight {stage}"]
-            resumed_record, resumed_weights = results[f"resumed {stage}"]
+            record, weights = results["resume"][stage]["straight"]
+            resumed_record, resumed_weights = results["resume"][stage]["resumed"]
             assert resumed_record == record
             assert equal_weights(resumed_weights, weights)
 
@@ -74,7 +75,7 @@ def test_resume_on_two_processes_at_stages_1_to_3_gives_the_same_bits_as_no_stop
 def test_weights_are_read_from_the_shards_of_two_processes(two_processes):
     for results in two_processes[1]:
         for stage in (1, 2, 3):
-            assert equal_weights(*results[f"saved {stage}"])
+            assert equal_weights(*results["resume"][stage]["saved"])
 
 
 def test_one_process_with_a_full_disk_stops_the_save_on_all(two_processes):
@@ -83,6 +84,16 @@ def test_one_process_with_a_full_disk_stops_the_save_on_all(two_processes):
         message, ids, left, ids_after = results["full disk"]
         assert message.startswith(f"checkpoint second could not be saved in {folder}: No space left on device;")
         assert (ids, left, ids_after) == ("first", "first,latest", "first,second")
+
+
+def test_two_processes_train_while_their_checkpoints_are_written(two_processes):
+    """Steps and saves overlap, one save fails on one process, and nothing of it shows in losses or weights."""
+    for rank, results in enumerate(two_processes[1]):
+        beside = results["beside training"]
+        assert beside["same"] and beside["resumed"]
+        assert (beside["after two"], beside["in the end"], beside["problems"]) == (["one"], ["three"], [])
+        assert equal_weights(*beside["saved"])
+        assert beside["warning"].count("two could not be saved") == (rank == 0)
 
 
 def test_every_global_generator_goes_on_where_it_was(alone, engine, tmp_path):

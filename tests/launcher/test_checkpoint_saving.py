@@ -1,12 +1,24 @@
 """Saves of a tiny network: whole or not at all, beside training, whatever fails and whenever the process dies."""
 
+import contextlib
+import itertools
+import os
 import resource
+import shutil
+import signal
+import threading
+from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import save
-from distributed.tiny import MODEL, tiny_engine, train
+from distributed.tiny import MODEL, tiny_engine, train, whole_weights
 
-from xformer_train.launcher import checkpoint, checkpoint_store
+from xformer_train.launcher import checkpoint, checkpoint_saving, checkpoint_store
+from xformer_train.launcher.checkpoint_saving import CheckpointSaver
+from xformer_train.launcher.config import CheckpointConfig
+from xformer_train.launcher.durable_files import DurableFile
+from xformer_train.launcher.host_copy import HostCopies
 from xformer_train.launcher.topology import quiet, start_processes, stop_processes
 
 
@@ -92,3 +104,195 @@ def test_leftovers_of_an_interrupted_save_are_removed_and_other_folders_are_not(
     assert checkpoint_store.list_ids(tmp_path) == []
     save(engine, tmp_path, "dead", 1, alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "dead", "latest"]
+
+
+# Beside training
+
+
+@contextlib.contextmanager
+def held_up(monkeypatch):
+    """Within, no file of tensors is written; gives the event that lets the writing begin."""
+    gate, write = threading.Event(), checkpoint_saving.write_file
+
+    def wait_and_write(value, path):
+        assert gate.wait(60)
+        return write(value, path)
+
+    monkeypatch.setattr(checkpoint_saving, "write_file", wait_and_write)
+    yield gate
+    gate.set()
+
+
+def saver(engine, folder, topology, **settings):
+    return CheckpointSaver(engine, folder, topology, CheckpointConfig(**settings))
+
+
+def facts(step):
+    return {"step": step, "model": MODEL}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_what_is_saved_is_the_state_of_its_step_though_training_goes_on(alone, tmp_path, monkeypatch, stage):
+    engine = tiny_engine(alone, stage, "fp32")
+    train(engine, alone, 0, 2)
+    weights = whole_weights(engine)
+    with held_up(monkeypatch) as gate, saver(engine, tmp_path, alone) as saving:
+        saving.save("a", facts(2), {})
+        record = train(engine, alone, 2, 4)
+        assert checkpoint_store.list_ids(tmp_path) == []
+        gate.set()
+    after = tiny_engine(alone, stage, "fp32")
+    checkpoint.load(after, tmp_path / "a", MODEL, alone)
+    assert all(map(torch.equal, whole_weights(after), weights))
+    assert train(after, alone, 2, 4) == record
+
+
+def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(alone, engine, tmp_path, monkeypatch):
+    with held_up(monkeypatch) as gate, saver(engine, tmp_path, alone) as saving:
+        saving.save("a", facts(1), {})
+        threading.Timer(0.05, gate.set).start()
+        saving.save("b", facts(2), {})
+        assert checkpoint_store.list_ids(tmp_path) == ["a"]
+    assert checkpoint_store.list_ids(tmp_path) == ["a", "b"]
+
+
+def test_an_error_of_training_waits_for_the_save_in_progress(alone, engine, tmp_path, monkeypatch):
+    with pytest.raises(KeyError), held_up(monkeypatch) as gate, saver(engine, tmp_path, alone) as saving:
+        saving.save("a", facts(1), {})
+        threading.Timer(0.05, gate.set).start()
+        raise KeyError
+    assert checkpoint_store.list_ids(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_save_is_told_and_the_next_one_tries_again(alone, engine, tmp_path, capsys, asynchronous):
+    with saver(engine, tmp_path, alone, keep_last=1, asynchronous=asynchronous) as saving:
+        saving.save("a", facts(1), {})
+        saving.wait()
+        saving.save("b", facts(2), {"config.yaml": tmp_path / "absent.yaml"})
+        saving.wait()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "latest"]
+        saving.save("c", facts(3), {})
+    assert checkpoint_store.list_ids(tmp_path) == ["c"]
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith(f"warning: checkpoint b could not be saved in {tmp_path}: No such file or directory; ")
+    assert warning.endswith("training goes on, and the next save tries again")
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_last_save_that_fails_ends_with_its_error(alone, engine, tmp_path, asynchronous):
+    with (
+        pytest.raises(OSError, match="checkpoint b could not be saved"),
+        saver(engine, tmp_path, alone, asynchronous=asynchronous) as saving,
+    ):
+        saving.save("a", facts(1), {})
+        saving.save("b", facts(2), {"config.yaml": tmp_path / "absent.yaml"})
+    assert checkpoint_store.list_ids(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_error_in_a_save_that_is_not_the_systems_ends_training(alone, engine, tmp_path, monkeypatch, asynchronous):
+    monkeypatch.setattr(checkpoint_saving, "write_file", lambda value, path: 1 / 0)
+    with pytest.raises(ZeroDivisionError), saver(engine, tmp_path, alone, asynchronous=asynchronous) as saving:
+        saving.save("a", facts(1), {})
+        saving.save("b", facts(2), {})
+
+
+def test_no_memory_for_the_copy_is_a_failed_save_with_its_remedy(alone, engine, tmp_path, monkeypatch):
+    def allocate(*size, **options):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(HostCopies, "_buffer", allocate)
+    with (
+        pytest.raises(OSError, match=r"can't allocate memory.*checkpoint\.asynchronous=false"),
+        saver(engine, tmp_path, alone) as saving,
+    ):
+        saving.save("a", facts(1), {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_gives_back_other_bytes_gets_no_checkpoint_and_nothing_is_pruned(
+    alone, engine, tmp_path, monkeypatch
+):
+    read = checkpoint_saving.read_record
+
+    def read_badly(path, **options):
+        record = read(path, **options)
+        return record._replace(sha256="0") if path.parent.name == ".b.tmp" and path.suffix == ".pt" else record
+
+    monkeypatch.setattr(checkpoint_saving, "read_record", read_badly)
+    with pytest.raises(OSError, match="reads back otherwise"), saver(engine, tmp_path, alone, keep_last=1) as saving:
+        saving.save("a", facts(1), {})
+        saving.save("b", facts(2), {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "latest"]
+
+
+def test_the_newest_stay_and_the_multiples(alone, engine, tmp_path):
+    with saver(engine, tmp_path, alone, keep_last=2, keep_every_steps=4) as saving:
+        for step in range(3, 9):
+            saving.save(f"step{step}", facts(step), {})
+    assert checkpoint_store.list_ids(tmp_path) == ["step4", "step7", "step8"]
+
+
+# A process that dies
+
+
+def die_at(step):
+    """Kills this process by SIGKILL just before the given call to the file system, counted from 1; gives the count."""
+    count = itertools.count(1)
+
+    def dying(function):
+        def call(*args, **kwargs):
+            if next(count) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+
+        return call
+
+    for owner, name in (
+        *((Path, name) for name in ("mkdir", "rename", "replace", "unlink", "open")),
+        (os, "fsync"),
+        (DurableFile, "write"),
+        (shutil, "rmtree"),
+    ):
+        setattr(owner, name, dying(getattr(owner, name)))
+    return count
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="forks, which CUDA does not survive")
+def test_a_process_killed_at_any_point_of_a_save_leaves_whole_checkpoints(alone, engine, tmp_path):
+    """Two checkpoints, and a third save that removes them. What writes dies in a fork, as the thread of a run does."""
+    before = tmp_path / "before"
+    save(engine, before, "a", 1, alone)
+    save(engine, before, "b", 2, alone)
+    endings = []
+    for step in itertools.count(1):
+        folder = tmp_path / str(step)
+        shutil.copytree(before, folder)
+        extra = {"config.yaml": "name: run\n"}
+        job = checkpoint_saving._capture(engine, folder, "c", facts(3), extra, alone)  # gloo's threads are not forked
+        child = os.fork()
+        if child == 0:
+            try:
+                die_at(step)
+                saver(engine, folder, alone, keep_last=1)._run(job, 0.0)
+                os._exit(0)
+            finally:
+                os._exit(1)  # not back into pytest
+        _, status = os.waitpid(child, 0)
+        ids, latest = checkpoint_store.list_ids(folder), checkpoint_store.latest_id(folder)
+        assert ids and latest in ids, step
+        assert all(checkpoint_store.problems_of(folder / name) == [] for name in ids), step
+        endings.append((tuple(ids), latest))
+        if step % 8 == 0:  # the run goes on from there
+            checkpoint.load(engine, folder / ids[-1], MODEL, alone)
+            with saver(engine, folder, alone, keep_last=1) as saving:
+                saving.save("d", facts(4), {})
+            assert sorted(path.name for path in folder.iterdir()) == ["d", "latest"]
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert step > 30
+    seen = list(dict.fromkeys(endings))
+    assert seen == [(("a", "b"), "b"), (("a", "b", "c"), "b"), (("a", "b", "c"), "c"), (("b", "c"), "c"), (("c",), "c")]
