@@ -238,12 +238,12 @@ def test_the_newest_stay_and_the_multiples(alone, engine, tmp_path):
 
 
 def die_at(step):
-    """Kills this process by SIGKILL just before the given call to the file system, counted from 1; gives the count."""
-    count = itertools.count(1)
+    """Kills this process by SIGKILL just before the given call to the file system, counted from 1."""
+    count, writes = itertools.count(1), itertools.count(1)
 
-    def dying(function):
+    def dying(function, counts=lambda: True):
         def call(*args, **kwargs):
-            if next(count) == step:
+            if counts() and next(count) == step:
                 os.kill(os.getpid(), signal.SIGKILL)
             return function(*args, **kwargs)
 
@@ -252,11 +252,11 @@ def die_at(step):
     for owner, name in (
         *((Path, name) for name in ("mkdir", "rename", "replace", "unlink", "open")),
         (os, "fsync"),
-        (DurableFile, "write"),
         (shutil, "rmtree"),
     ):
         setattr(owner, name, dying(getattr(owner, name)))
-    return count
+    # torch writes in small pieces
+    DurableFile.write = dying(DurableFile.write, lambda: next(writes) % 16 == 0)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
@@ -285,7 +285,7 @@ def test_a_process_killed_at_any_point_of_a_save_leaves_whole_checkpoints(alone,
         assert ids and latest in ids, step
         assert all(checkpoint_store.problems_of(folder / name) == [] for name in ids), step
         endings.append((tuple(ids), latest))
-        if step % 8 == 0:  # the run goes on from there
+        if step % 4 == 0:  # the run goes on from there
             checkpoint.load(engine, folder / ids[-1], MODEL, alone)
             with saver(engine, folder, alone, keep_last=1) as saving:
                 saving.save("d", facts(4), {})
@@ -293,6 +293,6 @@ def test_a_process_killed_at_any_point_of_a_save_leaves_whole_checkpoints(alone,
         if status == 0:
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
-    assert step > 30
+    assert step > 30  # or nothing was counted
     seen = list(dict.fromkeys(endings))
     assert seen == [(("a", "b"), "b"), (("a", "b", "c"), "b"), (("a", "b", "c"), "c"), (("b", "c"), "c"), (("c",), "c")]
