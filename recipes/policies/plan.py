@@ -132,6 +132,8 @@ class _Planner:
                     module = get(place.module, holder) if holder else place.module
                     if all(module is not other for other in place.holders):
                         place.holders.append(module)
+        if not any(one.cuts for one in place.projections):
+            self._problem(place.name, f"no rule of {place.policy.__name__} finds a tensor in it")
         self._fill_arguments(place)
         self._check_heads(place)
         self._check_whole_parameters(place)

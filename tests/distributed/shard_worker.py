@@ -1,5 +1,7 @@
 """What each of four processes does for test_shard.py: sharded models beside whole ones, in groups of two and of four."""
 
+import shutil
+import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -105,6 +107,21 @@ def equals_one_process_in_sequence(name: str, group: dist.ProcessGroup) -> Resul
     return {"outputs": outputs, "gradients": gradients}
 
 
+def saved(name: str, group: dist.ProcessGroup) -> Results:
+    """Outputs of the sharded model, and of the whole one that from_pretrained makes of what it saved."""
+    model = sharded(name, group)
+    state = full_state_dict(model, group)
+    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
+    dist.broadcast_object_list(folder)
+    model.save_pretrained(folder[0], state_dict=state)  # writes on the first process of all
+    dist.barrier()
+    again = type(model).from_pretrained(folder[0]).eval()
+    dist.barrier()
+    shutil.rmtree(folder[0], ignore_errors=True)  # the first that comes here
+    inputs = MODELS[name].make_inputs()
+    return {"outputs": error(run(model, inputs), run(again, inputs))}
+
+
 def steps(name: str, group: dist.ProcessGroup) -> Results:
     """Losses of five steps of AdamW, of the sharded model and of the whole one."""
     losses = []
@@ -200,6 +217,7 @@ CHECKS: list[tuple[Callable[[str, dist.ProcessGroup], Results], tuple[str, ...],
     (equals_one_process, OVER_FOUR, 4),
     (equals_one_process_in_sequence, SEQUENCE_PARALLEL, 2),
     (equals_one_process_in_sequence, ("bert", "gpt2"), 4),
+    (saved, ("bert", "gpt2"), 4),
     (steps, TRAINED, 2),
     (dropout, CHECKPOINTED, 2),
     (dropout_in_sequence, ("bert", "gpt2"), 2),

@@ -50,6 +50,13 @@ def test_sequence_parallel_models_compute_the_same(results, name, size):
             assert name_and_error[1] < tolerance, name_and_error
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2"])
+def test_a_sharded_model_is_saved_for_stock_transformers(results, name):
+    for result in of(results, "saved", name, 4):
+        name_and_error = largest(result["outputs"])
+        assert name_and_error[1] < OUTPUTS, name_and_error
+
+
 @pytest.mark.parametrize("name", [name for check, names, _ in CHECKS if check.__name__ == "steps" for name in names])
 def test_five_steps_of_an_optimizer_have_the_same_losses(results, name):
     for result in of(results, "steps", name, 2):

@@ -1,0 +1,43 @@
+"""A sharded model in DeepSpeed's engines: norms, clipping and steps are those of one process."""
+
+import pytest
+import torch
+from distributed.hf_models import MODELS
+from distributed.shard_engine_worker import CLIPPING, REPLICAS, STEPS, loss_of, optimizer_of, worker
+from distributed.spawn import run_processes
+
+STAGES = [0, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def by_rank():
+    return run_processes(worker, 4, STAGES)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Gradient norms and final weights of the same steps on the batches of both replicas, without DeepSpeed."""
+    model = MODELS["bert"].build()
+    optimizer = optimizer_of(model)
+    norms = []
+    for step in range(STEPS):
+        for replica in range(REPLICAS):
+            (loss_of(model, step, replica) / REPLICAS).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert min(norms) > CLIPPING
+    return norms, model.state_dict()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_steps_a_sharded_model_as_a_whole_one(by_rank, plain, stage):
+    expected_norms, expected = plain
+    for results in by_rank:
+        norms, weights = results[stage]
+        assert norms == pytest.approx(expected_norms, rel=1e-4)  # three steps apart in sums of another order
+        assert weights.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(
+                weights[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+            )
