@@ -111,7 +111,8 @@ def entries(folder: Path) -> list[Entry]:
     """The checkpoints in a `checkpoints` folder by rising step, those that cannot be read first."""
     found = []
     for path in sorted(folder.glob("*")):
-        if path.name.startswith(".") or _DAMAGED in path.suffix or not (path / STATE).is_file():
+        known_by = (path / STATE).is_file() or any(path.glob("*.pt"))
+        if path.name.startswith(".") or _DAMAGED in path.suffix or not known_by:
             continue
         state = _state_or_problem(path)
         found.append(Entry(path.name, None, state) if isinstance(state, str) else Entry(path.name, state, ""))
@@ -256,14 +257,15 @@ def _state_or_problem(checkpoint: Path) -> dict[str, Any] | str:
     try:
         text = file.read_bytes().decode()
         state = json.loads(text)
-    except ValueError:
-        return f"{STATE} is not as it was written (no JSON)"
     except OSError as error:
         return f"{STATE} cannot be read ({error.strerror})"
-    if not isinstance(state, dict) or not {*_REQUIRED, _SEAL} <= state.keys():
-        return f"{STATE} does not describe a complete checkpoint"
-    del state[_SEAL]
-    return state if sealed(state) == text else f"{STATE} is not as it was written"
+    except ValueError:
+        state = None
+    if isinstance(state, dict) and {*_REQUIRED, _SEAL} <= state.keys():
+        del state[_SEAL]
+        if sealed(state) == text:
+            return state
+    return f"{STATE} is not as it was written"
 
 
 def _remove_folder(folder: Path) -> None:

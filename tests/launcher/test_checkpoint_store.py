@@ -165,6 +165,13 @@ def test_missing_and_cut_files_are_found_without_reading(tmp_path):
     assert checkpoint_store.problems_of(path)[2] == "c is not as it was written"
 
 
+def test_a_checkpoint_that_lost_its_state_is_not_overlooked(tmp_path):
+    path = bare_checkpoint(tmp_path, "step1", 1, {"weights.pt": "w"})
+    (path / "state.json").unlink()
+    (entry,) = checkpoint_store.entries(tmp_path)
+    assert entry == ("step1", None, "state.json is missing")
+
+
 def verify_own_share(path, rank):
     """What process `rank` finds of two processes on one machine and a third on another."""
 
