@@ -166,7 +166,8 @@ def _outcome(
             return Outcome(code, f"all processes ended with {_described(code)}" if code else "")
     lines = [f"{host}: the launcher ended with {_described(code)}" for host, code in failed.items()]
     if silent:
-        lines.append(f"{_ranks(silent)} ended without a word: killed from outside (for memory?), or the host is lost")
+        why = f"after {received[0].name}" if received else "killed from outside (for memory?), or the host is lost"
+        lines.append(f"{_ranks(silent)} ended without a word: {why}")
     if first is None:
         from_signal = 128 + received[0] if received else None
         return Outcome(from_signal or next(iter(failed.values()), 1), "\n".join(lines))
