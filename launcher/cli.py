@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from . import launch_cli
+from . import export_cli, launch_cli
 from .checkpoints_cli import checkpoints_app
 from .cli_errors import leave, reported_errors
 from .flags import FLAGS, values_by_key
@@ -32,6 +32,9 @@ app.add_typer(config_app, name="config")
 app.add_typer(checkpoints_app, name="checkpoints")
 app.command("launch")(launch_cli.launch)
 app.command("doctor")(launch_cli.doctor)
+app.command("export")(export_cli.export)
+app.command("sample")(export_cli.sample)
+app.command("fill-mask")(export_cli.fill_mask)
 
 ConfigOption = Annotated[
     Path | None,

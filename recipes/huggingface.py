@@ -13,6 +13,7 @@ from torch import Tensor
 from .bert import NUM_TOKEN_TYPES
 from .config import ModelConfig
 from .hf_architectures import architecture_for, architecture_of
+from .tokenizer import RunTokenizer
 
 _ACTIVATIONS = {
     "gelu": "gelu",
@@ -72,31 +73,23 @@ def sentence_task_of(config: Mapping[str, Any]) -> str:
     return str(config.get("sentence_task", "nsp" if config.get("model_type") == "bert" else "none"))
 
 
-def config_json(
-    model: ModelConfig, num_symbols: int, special_ids: Mapping[str, int], sentence_task: str
-) -> dict[str, Any]:
-    """config.json of a model of ours. num_symbols: of the tokenizer. special_ids: of pad, cls, sep and eos, those there are.
-
-    Raises ValueError as `architecture_for`.
-    """
+def config_json(model: ModelConfig, tokenizer: RunTokenizer, sentence_task: str) -> dict[str, Any]:
+    """config.json of a model of ours with the symbols of its tokenizer. Raises ValueError as `architecture_for`."""
     architecture = architecture_for(model)
     config: dict[str, Any] = {
         "architectures": [_CLASSES[architecture.model_type][sentence_task != "none"]],
         "model_type": architecture.model_type,
         **{theirs: getattr(model, ours) for ours, (theirs, _) in architecture.keys.items()},
         **architecture.features,
-        "vocab_size": num_symbols,
-        "pad_token_id": special_ids.get("pad"),
         architecture.keys["hidden_act"][0]: _PUBLISHED_ACTIVATIONS[model.hidden_act],
+        "vocab_size": tokenizer.vocab_size,
     }
     if architecture.ours == "gpt":
-        return config | {
-            "embd_pdrop": model.hidden_dropout_prob,
-            "bos_token_id": special_ids["eos"],
-            "eos_token_id": special_ids["eos"],
-        }
-    if architecture.positions_after_pad:
-        config |= {"bos_token_id": special_ids["cls"], "eos_token_id": special_ids["sep"]}
+        eos = tokenizer.special_id("eos")
+        return config | {"embd_pdrop": model.hidden_dropout_prob, "bos_token_id": eos, "eos_token_id": eos}
+    config["pad_token_id"] = tokenizer.special_id("pad")
+    if architecture.positions_after_pad:  # whose defaults for these belong to another vocabulary
+        config |= {"bos_token_id": tokenizer.special_id("cls"), "eos_token_id": tokenizer.special_id("sep")}
     return config | {
         "max_position_embeddings": model.max_position_embeddings + architecture.first_position(config),
         "type_vocab_size": NUM_TOKEN_TYPES,

@@ -1,0 +1,98 @@
+"""A checkpoint as a folder that transformers loads: safetensors, config.json, tokenizer, model card."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, processors
+
+from ..recipes.config import ModelConfig
+from ..recipes.huggingface import config_json, to_huggingface
+from ..recipes.tokenizer import RunTokenizer
+from .model_card import model_card
+from .pretrained import CONFIG_FILE, from_checkpoint
+
+WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+
+
+def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
+    """Writes the model of `checkpoint` to `folder`, and says as which class of transformers.
+
+    The folder comes into being whole or not at all; one that is there keeps its other files. The vocabulary ends with the last
+    symbol of the tokenizer: rows that only fill it up are cut off. force: replace the files of the same names in `folder`.
+    Raises ValueError if the checkpoint is damaged, no class of transformers computes its model, or `folder` holds files;
+    OSError if it cannot be written.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--to={folder} is a file; name a folder")
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise ValueError(
+            f"--to={folder} holds files already; name another folder, or add --force to replace those it writes"
+        )
+    from safetensors.torch import save_file
+
+    trained = from_checkpoint(checkpoint)
+    tokenizer = trained.tokenizer
+    assert tokenizer is not None, "every checkpoint has its tokenizer"
+    try:
+        config = config_json(trained.model, tokenizer, trained.sentence_task)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from None
+    state = to_huggingface(trained.weights, trained.model, config)
+    config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    partial.chmod(0o755)  # others may read a model, which mkdtemp forbids
+    try:
+        save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        (partial / WEIGHTS_FILE).chmod(0o644)
+        _write_json(partial / CONFIG_FILE, config)
+        if trained.model.type == "gpt":
+            eos = config["eos_token_id"]
+            _write_json(
+                partial / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
+            )
+        _write_tokenizer(partial, tokenizer, trained.model)
+        (partial / CARD_FILE).write_text(model_card(checkpoint, config, state), encoding="utf-8")
+        folder.mkdir(exist_ok=True)
+        for path in partial.iterdir():
+            path.replace(folder / path.name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    name: str = config["architectures"][0]
+    return name
+
+
+def _write_tokenizer(folder: Path, tokenizer: RunTokenizer, model: ModelConfig) -> None:
+    """The files of a tokenizer that adds the special tokens to a text that the recipe adds to its samples."""
+    copy = Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    copy.post_processor = None
+    if model.type == "bert":
+        cls, sep = tokenizer.specials["cls"], tokenizer.specials["sep"]
+        copy.post_processor = processors.TemplateProcessing(
+            single=[cls, "$A", sep],
+            pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
+            special_tokens=[(cls, tokenizer.special_id("cls")), (sep, tokenizer.special_id("sep"))],
+        )
+    (folder / "tokenizer.json").write_text(copy.to_str(pretty=True), encoding="utf-8")
+    specials = {f"{name}_token": token for name, token in tokenizer.specials.items()}
+    _write_json(folder / "special_tokens_map.json", specials)
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    if model.type == "gpt":
+        inputs.remove("token_type_ids")  # GPT-2 of transformers would add embeddings for them
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.max_position_embeddings,
+        "model_input_names": inputs,
+        "clean_up_tokenization_spaces": False,
+        **specials,
+    }
+    _write_json(folder / "tokenizer_config.json", settings)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,109 @@
+"""What becomes of a trained model: `xformer-train export`, `sample` and `fill-mask`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .cli_errors import reported_errors
+
+if TYPE_CHECKING:
+    from ..recipes.tokenizer import RunTokenizer
+    from .pretrained import Pretrained
+
+IdOption = Annotated[
+    str | None, typer.Option("--id", help="A checkpoint id, or a prefix that fits one; default the newest.")
+]
+RunOption = Annotated[
+    Path,
+    typer.Option(metavar="RUN", help="A run directory, its checkpoints folder, or one checkpoint."),
+]
+ModelOption = Annotated[
+    Path,
+    typer.Option("--run", metavar="RUN|DIR", help="A run directory, a checkpoint, or an exported folder."),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Tracebacks.")]
+
+
+def export(
+    run: RunOption,
+    to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    checkpoint_id: IdOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in that folder.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a checkpoint as a folder that transformers loads: weights, config.json, tokenizer, model card."""
+    with reported_errors(debug):
+        _quieten(debug)
+        from .export import export as write
+        from .pretrained import find_checkpoint
+
+        checkpoint = find_checkpoint(run, checkpoint_id)
+        name = write(checkpoint, to, force=force)
+        typer.echo(f"{checkpoint} is now {to}, a {name}")
+
+
+def sample(  # noqa: PLR0913, PLR0917  each parameter is an option of the command line
+    run: ModelOption,
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to go on from.")],
+    checkpoint_id: IdOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 50,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Below 1: closer to the most probable text.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Choose among so many symbols; default all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed chooses the same text.")] = 0,
+    greedy: Annotated[bool, typer.Option("--greedy", help="The most probable symbol each time.")] = False,
+    debug: DebugOption = False,
+) -> None:
+    """Let a GPT go on from a prompt, on the CPU."""
+    with reported_errors(debug):
+        trained = _open(run, checkpoint_id, "gpt", debug)
+        from . import sampling
+
+        options = sampling.Sampling(max_new_tokens, temperature, top_k, seed, greedy)
+        typer.echo(sampling.sample(trained.build(), _tokenizer(trained, run), prompt, options))  # type: ignore[arg-type]
+
+
+def fill_mask(
+    text: Annotated[str, typer.Argument(metavar="TEXT", help='Text with [MASK] in it, such as "the [MASK] is open".')],
+    run: ModelOption,
+    checkpoint_id: IdOption = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Symbols to show for each mask.")] = 5,
+    debug: DebugOption = False,
+) -> None:
+    """Let a BERT say what stands at the masks of a text, on the CPU."""
+    with reported_errors(debug):
+        trained = _open(run, checkpoint_id, "bert", debug)
+        from . import sampling
+
+        masks = sampling.fill_mask(trained.build(), _tokenizer(trained, run), text, top_k)  # type: ignore[arg-type]
+        for number, candidates in enumerate(masks, start=1):
+            if len(masks) > 1:
+                typer.echo(f"mask {number}")
+            for candidate in candidates:
+                typer.echo(f"{candidate.probability:7.1%}  {candidate.text}")
+
+
+def _open(run: Path, checkpoint_id: str | None, wanted: str, debug: bool) -> "Pretrained":
+    """The model, after a line on stderr that says which it is; raises ValueError for one of another type."""
+    _quieten(debug)
+    from .pretrained import open_pretrained
+
+    trained, place = open_pretrained(run, checkpoint_id)
+    model = trained.model
+    if model.type != wanted:
+        command = {"gpt": "sample", "bert": "fill-mask"}[model.type]
+        raise ValueError(f"{place} is a {model.type}, and this command needs a {wanted}; use xformer-train {command}")
+    typer.echo(f"{place}: {model.type}, {model.num_hidden_layers} layers, hidden size {model.hidden_size:,}", err=True)
+    return trained
+
+
+def _tokenizer(trained: "Pretrained", run: Path) -> "RunTokenizer":
+    if trained.tokenizer is None:
+        raise ValueError(f"{run} has no tokenizer.json or vocab.txt; save its tokenizer there")
+    return trained.tokenizer
+
+
+def _quieten(debug: bool) -> None:
+    from .topology import quiet
+
+    quiet(debug)  # before anything that imports DeepSpeed

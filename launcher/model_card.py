@@ -1,0 +1,145 @@
+"""README.md of an exported model: what the run's own files say of its training, and how to load it."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from . import checkpoint_store
+from .config import RunConfig
+from .config_loading import load_config
+from .run_directory import RunDirectory
+
+_PIPELINES = {"bert": "fill-mask", "gpt": "text-generation"}
+_AUTO_CLASSES = {"bert": "AutoModelForMaskedLM", "gpt": "AutoModelForCausalLM"}
+_PRE_LN_NOTE = """\
+Pad to the right: this architecture counts positions without padding, and the training did not know padding on the left.
+"""
+_PRE_LN_SENTENCES = """\
+`AutoModelForSequenceClassification` loads the sentence head: label 0 is {zero}, label 1 {one}.
+"""
+_SENTENCES = {
+    "nsp": ("a second part that follows the first", "a second part from elsewhere"),
+    "sop": ("two parts in their order", "two parts in exchanged order"),
+}
+_GPT_NOTE = """\
+In training, documents were packed into rows, each token saw its own document alone, and positions began at 0 in each document.
+The exported model reads its input as one document.
+"""
+
+
+def model_card(checkpoint: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """The text. config: of config.json. state: what is exported.
+
+    What the run directory around the checkpoint no longer has (metrics, versions) is left out.
+    """
+    saved = checkpoint_store.read_state(checkpoint)
+    resolved = checkpoint / "config.resolved.yaml"
+    run = load_config(resolved, world_size=saved["engine"]["world_size"]).config
+    name, kind = config["architectures"][0], run.model.type
+    facts = "\n".join(f"| {label} | {text} |" for label, text in _facts(checkpoint, saved, run, config, state))
+    notes = [
+        f"The vocabulary is the tokenizer's {config['vocab_size']:,} symbols; rows that filled it up in training are cut off.\n"
+    ]
+    if kind == "gpt":
+        notes.append(_GPT_NOTE)
+    elif run.model.pre_layer_norm:
+        notes.append(_PRE_LN_NOTE)
+        if run.objective.sentence_task != "none":
+            zero, one = _SENTENCES[run.objective.sentence_task]
+            notes.append(_PRE_LN_SENTENCES.format(zero=zero, one=one))
+    return f"""\
+---
+library_name: transformers
+pipeline_tag: {_PIPELINES[kind]}
+---
+
+# {run.name}
+
+`{name}`, exported by xformer-train from checkpoint `{checkpoint.name}` of run `{run.name}`.
+
+| | |
+|---|---|
+{facts}
+
+## Load
+
+```python
+from transformers import {_AUTO_CLASSES[kind]}, AutoTokenizer
+
+model = {_AUTO_CLASSES[kind]}.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+{"".join(notes)}
+## Run config
+
+```yaml
+{resolved.read_text(encoding="utf-8").strip()}
+```
+"""
+
+
+def _facts(
+    checkpoint: Path,
+    saved: Mapping[str, Any],
+    run: RunConfig,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+) -> Iterator[tuple[str, str]]:
+    engine, model, objective, data = saved["engine"], run.model, run.objective, run.data
+    yield "parameters", f"{sum(tensor.numel() for tensor in state.values()):,}, {config['dtype']}"
+    yield (
+        "model",
+        f"{model.num_hidden_layers} layers, hidden size {model.hidden_size:,}, {model.num_attention_heads} heads, "
+        f"feed-forward width {model.intermediate_size:,}, {'pre' if model.pre_layer_norm else 'post'}-LN, {model.hidden_act}",
+    )
+    yield "length", f"up to {model.max_position_embeddings:,} tokens; trained on up to {data.max_seq_length:,}"
+    if model.type == "gpt":
+        yield "objective", "next token"
+    else:
+        task = "" if objective.sentence_task == "none" else f"; sentences: {objective.sentence_task}"
+        yield "objective", f"masked tokens, {objective.mlm_probability:.0%} of a sample, by {objective.masking}{task}"
+    yield "started from", run.model.init_from or run.load.path or "new weights"
+    yield "data", "; ".join(_source(source) for source in data.sources)
+    yield "steps", f"{saved['step']:,}, {saved['samples']:,} samples"
+    yield "optimizer", f"{run.optimizer.type}, lr {run.optimizer.lr:g}, schedule {run.schedule.type}"
+    yield (
+        "processes",
+        f"{engine['world_size']}, parallel.tensor {engine['tensor_parallel']}, ZeRO stage {engine['zero_stage']}, "
+        f"{engine['precision']}",
+    )
+    directory = RunDirectory(checkpoint.parent.parent)
+    yield from _losses(directory.metrics, saved["step"])
+    yield "saved", saved["saved_at"]
+    environment = directory.root / "env.json"
+    if environment.is_file():
+        packages = json.loads(environment.read_text(encoding="utf-8"))["packages"]
+        yield "versions", ", ".join(f"{package} {version}" for package, version in packages.items() if version)
+
+
+def _source(source: Any) -> str:
+    """A source of the data, in the words of the run config."""
+    given = source.model_dump(mode="json", exclude_defaults=True)
+    return f"`{json.dumps(given, ensure_ascii=False)}`"
+
+
+def _losses(metrics: Path, step: int) -> Iterator[tuple[str, str]]:
+    """The last losses at or before a step."""
+    if not metrics.is_file():
+        return
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    for label, prefix in (("training loss", ""), ("held-out loss", "val_")):
+        found = [row for row in rows if f"{prefix}loss" in row and row["step"] <= step]
+        if found:
+            row = found[-1]
+            parts = [
+                f"{part} {row[prefix + part]:.4f}"
+                for part in ("mlm", "nsp", "sop")
+                if row.get(prefix + part) is not None
+            ]
+            in_parts = f" ({', '.join(parts)})" if parts else ""
+            if row[f"{prefix}loss"] is not None:
+                yield label, f"{row[f'{prefix}loss']:.4f}{in_parts} at step {row['step']:,}"

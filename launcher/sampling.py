@@ -1,0 +1,102 @@
+"""What a trained model says: text that goes on from a prompt (GPT), words for masks (BERT). On the CPU, in fp32."""
+
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from ..recipes.bert import BertForPretraining
+from ..recipes.gpt import GptForPretraining
+from ..recipes.tokenizer import RunTokenizer
+
+MASK = "[MASK]"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    temperature: logits are divided by it. top_k: only the k most probable symbols, None for all. seed: of the choice.
+    greedy: always the most probable symbol, without choice.
+    """
+
+    max_new_tokens: int = 50
+    temperature: float = 1.0
+    top_k: int | None = None
+    seed: int = 0
+    greedy: bool = False
+
+
+@torch.inference_mode()
+def sample(model: GptForPretraining, tokenizer: RunTokenizer, prompt: str, sampling: Sampling) -> str:
+    """The prompt and what follows it, up to the end of the document.
+
+    The model sees the last max_position_embeddings tokens. Raises ValueError for a prompt without tokens.
+    """
+    ids = [int(index) for index in tokenizer.encode_batch([prompt])[0]]
+    if not ids:
+        raise ValueError("--prompt is empty; give text to go on from")
+    generator = torch.Generator().manual_seed(sampling.seed)
+    window, end = model.config.max_position_embeddings, tokenizer.special_id("eos")
+    for _ in range(sampling.max_new_tokens):
+        hidden = model.encode(torch.tensor([ids[-window:]]))
+        # rows of the embedding beyond the last symbol mean nothing
+        logits = model.logits(hidden[:, -1])[0, : tokenizer.vocab_size]
+        chosen = _choose(logits, sampling, generator)
+        if chosen == end:
+            break
+        ids.append(chosen)
+    return tokenizer.decode(ids)
+
+
+def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """The next token by its scores (V,)."""
+    if sampling.greedy:
+        return int(logits.argmax())
+    kept = logits.topk(min(sampling.top_k or len(logits), len(logits)))
+    probabilities = torch.softmax(kept.values / sampling.temperature, dim=0)
+    return int(kept.indices[torch.multinomial(probabilities, 1, generator=generator)])
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A symbol for a mask; text: as it reads in the sentence."""
+
+    id: int
+    text: str
+    probability: float
+
+
+@torch.inference_mode()
+def fill_mask(model: BertForPretraining, tokenizer: RunTokenizer, text: str, top_k: int) -> list[list[Candidate]]:
+    """The most probable symbols for each mask in the text, best first.
+
+    A mask is written [MASK], or as the tokenizer has it. Raises ValueError if there is none, or the text is too long.
+    """
+    mask_id = tokenizer.special_id("mask")
+    reader = Tokenizer.from_str(tokenizer.tokenizer.to_str())  # unlike that of a run, it reads [MASK] as a symbol
+    inner = reader.encode(text.replace(MASK, tokenizer.specials["mask"]), add_special_tokens=False).ids
+    if mask_id not in inner:
+        raise ValueError(f"the text has no {MASK}; write it in the place of a word")
+    ids = [tokenizer.special_id("cls"), *inner, tokenizer.special_id("sep")]
+    limit = model.config.max_position_embeddings
+    if len(ids) > limit:
+        raise ValueError(f"the text has {len(ids):,} tokens, the model takes {limit:,}; shorten it")
+    input_ids = torch.tensor([ids])
+    hidden = model.encode(input_ids)[input_ids == mask_id]
+    # rows of the embedding beyond the last symbol mean nothing
+    probabilities = torch.softmax(model.mlm_logits(hidden)[:, : tokenizer.vocab_size], dim=-1)
+    best = probabilities.topk(min(top_k, tokenizer.vocab_size))
+    return [
+        [
+            Candidate(index, _text(tokenizer, index), probability)
+            for index, probability in zip(indices, values, strict=True)
+        ]
+        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    ]
+
+
+def _text(tokenizer: RunTokenizer, index: int) -> str:
+    """A symbol without the space around it; white space itself as the tokenizer writes it."""
+    return tokenizer.decode([index]).strip() or str(tokenizer.tokenizer.id_to_token(index))
