@@ -1,0 +1,217 @@
+"""Our models and those of transformers: each computes what the other does after the weights went over, or is refused."""
+
+import json
+
+import pytest
+import torch
+
+from xformer_train.recipes import RECIPES
+from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig, TokenizerConfig
+from xformer_train.recipes.huggingface import (
+    config_json,
+    from_huggingface,
+    model_config_of,
+    sentence_task_of,
+    to_huggingface,
+)
+from xformer_train.recipes.tokenizer import train_tokenizer
+
+transformers = pytest.importorskip("transformers")
+
+ROWS = 288  # more than the 257 or 261 symbols of a bytes tokenizer
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+THEIRS = {
+    "bert": {**SIZES, "max_position_embeddings": 24},
+    "bert tanh": {**SIZES, "max_position_embeddings": 24, "hidden_act": "gelu_new"},
+    "roberta": {**SIZES, "max_position_embeddings": 26, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
+    "xlm-roberta": {**SIZES, "max_position_embeddings": 26, "type_vocab_size": 1},
+    "camembert": {**SIZES, "max_position_embeddings": 26, "type_vocab_size": 2},
+    "roberta-prelayernorm": {**SIZES, "max_position_embeddings": 26},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_inner": 48, "n_positions": 24},
+    "gpt2 erf": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 24, "activation_function": "gelu"},
+}
+OURS = {
+    "post-LN": {"pre_layer_norm": False},
+    "post-LN tanh": {"pre_layer_norm": False, "hidden_act": "gelu_tanh", "layer_norm_eps": 1e-5},
+    "pre-LN": {"pre_layer_norm": True},
+    "gpt": {"type": "gpt", "hidden_act": "gelu_tanh", "layer_norm_eps": 1e-5},
+    "gpt erf": {"type": "gpt"},
+}
+TOLERANCE = {"rtol": 0, "atol": 1e-5}  # fp32 logits of magnitude 1 to 10, in another order of sums
+
+
+def perturbed(model):
+    """In evaluation mode, biases, LayerNorms and padding rows too so far from their start that a mistake shows."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def stock(kind):
+    model_type = kind.split()[0]
+    config = transformers.AutoConfig.for_model(
+        model_type, vocab_size=90, bos_token_id=0, eos_token_id=2, pad_token_id=None if model_type == "gpt2" else 1
+    )
+    config.update(THEIRS[kind])
+    auto = transformers.AutoModelForCausalLM if model_type == "gpt2" else transformers.AutoModelForPreTraining
+    torch.manual_seed(0)
+    return perturbed(auto.from_config(config))
+
+
+def ours(config, task="none"):
+    torch.manual_seed(0)
+    build = RECIPES[config.type].build_model
+    return build(config, LayerFlags(), ObjectiveConfig(sentence_task=task), config.vocab_size)
+
+
+def inputs(vocabulary, pad, *, padded=True):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, vocabulary, (3, 13), generator=generator)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    if padded:
+        mask[1, 7:] = mask[2, 2:] = False
+        ids[~mask] = pad
+    return ids, mask
+
+
+def our_logits(model, ids, mask, types=None):
+    if model.config.type == "gpt":
+        return model.logits(model.encode(ids, attention_mask=mask))
+    return model.mlm_logits(model.encode(ids, types, mask))
+
+
+def logits(output):
+    return output.prediction_logits if hasattr(output, "prediction_logits") else output.logits
+
+
+@pytest.mark.parametrize("kind", THEIRS)
+@torch.inference_mode()
+def test_a_model_of_ours_with_their_weights_has_their_logits(kind):
+    theirs = stock(kind)
+    config = theirs.config.to_dict()
+    weights, left_out = from_huggingface(theirs.state_dict(), config)
+    assert left_out == []
+    model = ours(model_config_of(config), sentence_task_of(config)).eval()
+    assert weights.keys() == model.state_dict().keys()
+    model.load_state_dict(weights)
+    ids, mask = inputs(90, 1)
+    types = torch.zeros_like(ids) if kind != "camembert" else (torch.arange(13) > 4).long().expand(3, -1)
+    extra = {} if kind.startswith("gpt2") else {"token_type_ids": types}
+    expected = logits(theirs(ids, attention_mask=mask.long(), **extra))
+    torch.testing.assert_close(our_logits(model, ids, mask, types)[mask], expected[mask], **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"), [*((kind, "none") for kind in OURS), *((kind, "nsp") for kind in OURS if "gpt" not in kind)]
+)
+@torch.inference_mode()
+def test_transformers_loads_an_export_and_has_our_logits(kind, task, tmp_path):
+    config = ModelConfig(**SIZES, max_position_embeddings=24, vocab_size=ROWS, **OURS[kind])
+    model = perturbed(ours(config, task))
+    tokenizer = train_tokenizer("bytes", TokenizerConfig(), (), print, model_type=config.type)
+    written = write_folder(tmp_path, model, config, tokenizer, task)
+    auto = transformers.AutoModelForCausalLM if config.type == "gpt" else transformers.AutoModelForMaskedLM
+    theirs, told = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"]
+    ids, mask = inputs(tokenizer.vocab_size, written.get("pad_token_id", 0))
+    types = (torch.arange(13) > 4).long().expand(3, -1)
+    extra = {} if config.type == "gpt" else {"token_type_ids": types}
+    symbols = tokenizer.vocab_size
+    found = logits(theirs(ids, attention_mask=mask.long(), **extra))
+    assert found.shape[-1] == symbols < ROWS
+    torch.testing.assert_close(found[mask], our_logits(model, ids, mask, types)[mask][:, :symbols], **TOLERANCE)
+    if task == "none":
+        return
+    post_ln = kind.startswith("post")
+    auto = transformers.AutoModelForPreTraining if post_ln else transformers.AutoModelForSequenceClassification
+    theirs, told = auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"]
+    output = theirs(ids, attention_mask=mask.long(), **extra)
+    found = output.seq_relationship_logits if post_ln else output.logits
+    torch.testing.assert_close(found, model.sentence_logits(model.encode(ids, types, mask)), **TOLERANCE)
+
+
+def write_folder(folder, model, config, tokenizer, task):
+    from safetensors.torch import save_file
+
+    written = config_json(config, tokenizer, task)
+    (folder / "config.json").write_text(json.dumps(written))
+    save_file(to_huggingface(model.state_dict(), config, written), folder / "model.safetensors", {"format": "pt"})
+    return written
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_export_and_import_give_the_same_bits(kind):
+    config = ModelConfig(**SIZES, max_position_embeddings=24, vocab_size=ROWS, **OURS[kind])
+    task = "none" if config.type == "gpt" else "sop"
+    state = perturbed(ours(config, task)).state_dict()
+    tokenizer = train_tokenizer("bytes", TokenizerConfig(), (), print, model_type=config.type)
+    written = config_json(config, tokenizer, task)
+    back, left_out = from_huggingface(to_huggingface(state, config, written), written)
+    assert (model_config_of(written), sentence_task_of(written), left_out) == (
+        config.model_copy(update={"vocab_size": tokenizer.vocab_size}),
+        task,
+        [],
+    )
+    assert back.keys() == state.keys()
+    for name, tensor in back.items():
+        rows = len(tensor)
+        assert torch.equal(tensor, state[name][:rows]) and (rows == len(state[name]) or rows == tokenizer.vocab_size)
+
+
+def test_bodies_alone_and_names_of_2018_are_read():
+    theirs = stock("bert")
+    config, state = theirs.config.to_dict(), theirs.state_dict()
+    expected, _ = from_huggingface(state, config)
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
+        for name, tensor in state.items()
+    }
+    found, _ = from_huggingface(old, config)
+    assert found.keys() == expected.keys()
+    body, left_out = from_huggingface(theirs.bert.state_dict() | {"qa_outputs.weight": torch.ones(2, 32)}, config)
+    assert body.keys() == {name for name in expected if not name.startswith(("mlm_", "sentence_"))}
+    assert all(torch.equal(body[name], expected[name]) for name in body)
+    assert [name.endswith("qa_outputs.weight") for name in left_out] == [True]
+
+
+def test_a_classifier_of_another_task_is_no_sentence_head():
+    theirs = stock("roberta-prelayernorm")
+    other = {"classifier.dense.weight": torch.ones(32, 32), "classifier.out_proj.weight": torch.ones(3, 32)}
+    weights, left_out = from_huggingface(theirs.state_dict() | other, theirs.config.to_dict())
+    assert not any(name.startswith(("pooler", "sentence_classifier")) for name in weights)
+    assert left_out == list(other)
+
+
+def test_what_no_model_here_computes_is_refused_with_all_reasons():
+    config = stock("bert").config.to_dict() | {
+        "hidden_act": "relu",
+        "position_embedding_type": "relative_key",
+        "tie_word_embeddings": False,
+        "type_vocab_size": 5,
+    }
+    with pytest.raises(ValueError) as error:
+        model_config_of(config)
+    for reason in ("'relu'", "relative_key", "tie_word_embeddings is False", "type_vocab_size is 5"):
+        assert reason in str(error.value)
+    with pytest.raises(ValueError, match="model_type 'llama', and only bert, roberta"):
+        model_config_of({"model_type": "llama"})
+    with pytest.raises(ValueError, match="hidden_size is 'wide'"):
+        model_config_of({"model_type": "bert", "hidden_size": "wide", "vocab_size": 90})
+    with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True"):
+        model_config_of(stock("gpt2").config.to_dict() | {"scale_attn_by_inverse_layer_idx": True})
+
+
+def test_missing_weights_are_named():
+    theirs = stock("gpt2")
+    state = {name: tensor for name, tensor in theirs.state_dict().items() if "h.1.ln_2" not in name}
+    with pytest.raises(ValueError, match=r"lack transformer.h.1.ln_2.weight, transformer.h.1.ln_2.bias, which a gpt2"):
+        from_huggingface(state, theirs.config.to_dict())
+
+
+def test_a_pre_ln_bert_with_tanh_gelu_is_computed_by_no_architecture():
+    tokenizer = train_tokenizer("bytes", TokenizerConfig(), (), print, model_type="bert")
+    with pytest.raises(ValueError, match=r"hidden_act=gelu_tanh.*pre_layer_norm=false or hidden_act=gelu"):
+        config_json(ModelConfig(hidden_act="gelu_tanh"), tokenizer, "nsp")
