@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ...kernels.sharding import is_sharded, join_shards, mark_sharded, partitions_of, take_shard
 from ...kernels.tensor_parallel import TensorParallel, sum_gradient_over
+from .agreement import check_first_forward
 from .layers import (
     AllReduceConv1D,
     AllReduceLinear,
@@ -47,7 +48,8 @@ def shard(
     Afterwards every process must be given the same batch, and have torch's (and numpy's) default generators seeded alike:
     dropout of whole activations is then equal on all, that of attention probabilities and of intermediate activations differs.
     A parameter that is cut carries the marks of `kernels.sharding.mark_sharded`. Attention weights that a model returns are
-    those of this process's heads. Call it before optimizers or DeepSpeed engines are made.
+    those of this process's heads. The first forward asks whether batches and generators are equal, and raises a ValueError
+    if not. Call it before optimizers or DeepSpeed engines are made.
 
     Raises ValueError without a group, for a model without a policy, for a model that is sharded already, under
     sequence_parallel for a model that does not support it, and one for all rules that do not fit.
@@ -61,6 +63,7 @@ def shard(
         check_sequence_parallel(plan)
     _broadcast(model, tp_group)
     apply_plan(model, plan, TensorParallel(tp_group, sequence_parallel))
+    check_first_forward(model, tp_group)
 
 
 def resolve_policies(model: nn.Module, policy: Policies) -> list[type[Policy]]:

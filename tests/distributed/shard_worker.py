@@ -22,6 +22,7 @@ ALL = MODELS | MODELS_WITH_POLICIES
 OVER_FOUR = ("bert", "gpt2", "gpt_neox", "opt", "t5_gated", "bart", "mobilebert", "clip", "wav2vec2")
 SEQUENCE_PARALLEL = ("bert", "electra", "distilbert", "gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "llama")
 TRAINED = ("bert", "gpt2", "llama", "t5")
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CHECKPOINTED = ("bert", "gpt2", "llama", "bart", "deberta_v2", "wav2vec2")
 
 
@@ -199,6 +200,23 @@ def attention_masks(name: str, group: dist.ProcessGroup) -> Results:
     return {"equal": [equal_on_all(context, group) for context in contexts]}
 
 
+def disagreement(name: str, group: dist.ProcessGroup) -> Results:
+    """What the first forward says where the processes have different batches, or different seeds with and without dropout."""
+    said = []
+    for model, other_batch, other_seed in (
+        (sharded(name, group), True, False),
+        (sharded(name, group).train(), False, True),
+        (sharded(name, group, **NO_DROPOUT).train(), False, True),
+    ):
+        torch.manual_seed(group.rank() if other_seed else 0)
+        try:
+            model(**MODELS[name].make_inputs(seed=group.rank() if other_batch else 1))
+            said.append("")
+        except ValueError as error:
+            said.append(str(error))
+    return {"said": said}
+
+
 def autocast(name: str, group: dist.ProcessGroup) -> Results:
     """Losses under torch.autocast, and whether every gradient is finite and of its parameter's dtype."""
     losses, sound = [], True
@@ -223,6 +241,7 @@ CHECKS: list[tuple[Callable[[str, dist.ProcessGroup], Results], tuple[str, ...],
     (dropout_in_sequence, ("bert", "gpt2"), 2),
     (attention_masks, ("bert",), 2),
     (hidden_masks, ("bert",), 2),
+    (disagreement, ("bert",), 2),
     (autocast, ("bert", "gpt2"), 2),
 ]
 

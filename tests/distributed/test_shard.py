@@ -86,6 +86,14 @@ def test_dropout_of_hidden_states_differs_where_the_tokens_do(results):
         assert result["equal"] == [True, False]
 
 
+def test_processes_that_do_not_compute_the_same_are_told_so_at_once(results):
+    for result in of(results, "disagreement", "bert", 2):
+        batches, seeds, without_dropout = result["said"]
+        assert "were given different batches" in batches
+        assert "seed torch alike" in seeds
+        assert without_dropout == ""
+
+
 @pytest.mark.parametrize("name", ["bert", "gpt2"])
 def test_models_train_under_autocast(results, name):
     for result in of(results, "autocast", name, 2):
