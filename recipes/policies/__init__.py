@@ -8,6 +8,7 @@ from .lookup import policies_for
 from .parallelize import parallelize
 from .policy import Description, Layer, Policy
 from .shard import full_state_dict, shard
+from .swap import revert, swap
 
 __all__ = [
     "AllReduceConv1D",
@@ -18,5 +19,7 @@ __all__ = [
     "full_state_dict",
     "parallelize",
     "policies_for",
+    "revert",
     "shard",
+    "swap",
 ]

@@ -1,0 +1,271 @@
+"""A layer of transformers that computes with our fused layer: its class, call, hooks and state dict are as before."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ...kernels.attention import AttentionMask, attention
+from ...kernels.layer import _ATTENTION_OUTPUT_SITE, _ATTENTION_SITE, LayerConfig, TransformerLayer, _Join, _Pass
+from .layer_masks import LayerMasks
+
+# Arguments of stock layers that have no influence on what they compute, or none here: the masks know of positions.
+_WITHOUT_INFLUENCE = {
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "encoder_attention_mask",
+    "output_hidden_states",
+    "return_dict",
+    "num_items_in_batch",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The tensors of a stock layer that one parameter of the fused layer is made of.
+
+    names: of all, in the order in which they are joined along dim 0. transposed: whether matrices are stored (in, out).
+    heads: of a projection to queries, keys and values that is fused head by head; None: one after the other.
+    """
+
+    names: tuple[str, ...]
+    transposed: bool = False
+    heads: int | None = None
+
+    def join(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The parameter, contiguous; the tensor itself where nothing is to be done."""
+        parts = [tensor.t() if self.transposed and tensor.dim() == 2 else tensor for tensor in tensors]
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if self.heads is not None:
+            whole = whole.unflatten(0, (self.heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        return whole.contiguous()
+
+    def split(self, whole: Tensor) -> list[Tensor]:
+        """The tensors again, as views where that is possible."""
+        if self.heads is not None:
+            whole = whole.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
+        parts = whole.chunk(len(self.names)) if len(self.names) > 1 else [whole]
+        return [part.t() if self.transposed and part.dim() == 2 else part for part in parts]
+
+
+@dataclass(frozen=True, eq=False)
+class _CacheMask(AttentionMask):
+    """Of a pass that adds its keys and values to a cache, whose keys and values its tokens then see."""
+
+    masks: LayerMasks | None = None
+    given: Tensor | None = None
+    cache: Any = None
+    layer_idx: int = 0
+
+
+class FusedTransformerLayer(TransformerLayer):
+    """A `TransformerLayer` that can attend over a cache of transformers.
+
+    drops_attention_output: whether there is dropout behind the output projection of attention, too.
+    """
+
+    def __init__(self, config: LayerConfig, drops_attention_output: bool) -> None:
+        super().__init__(config)
+        self.drops_attention_output = drops_attention_output
+
+    def _join(self, x: Tensor, residual: Tensor, join: _Join, now: _Pass, behind: Any) -> Any:
+        if join.site == _ATTENTION_OUTPUT_SITE and not self.drops_attention_output:
+            now = dataclasses.replace(now, seed=None)
+        return super()._join(x, residual, join, now, behind)
+
+    def _attend(self, x: Tensor, amax: Tensor | None, now: _Pass) -> Tensor:
+        mask = now.mask
+        if not isinstance(mask, _CacheMask):
+            return super()._attend(x, amax, now)
+        assert mask.masks is not None
+        config = self.config
+        qkv = self._project(x, self.qkv, "column", amax)
+        qkv = qkv.unflatten(-1, (3, config.num_attention_heads, -1))  # (B, S, 3, N, D)
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+        k, v = mask.cache.update(k, v, mask.layer_idx)
+        if k.shape[2] == q.shape[2]:  # the cache was empty
+            own = mask.masks.convert(mask.given, x)
+            p, site = config.attention_probs_dropout_prob, self._site(_ATTENTION_SITE, differs=True)
+            context = attention(qkv, own, p, now.seed, site, kernels=config.kernels)
+        else:
+            bias = mask.masks.over_cache(mask.given, q, k.shape[2])
+            p = config.attention_probs_dropout_prob if self.training else 0.0
+            context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p).transpose(1, 2).flatten(2)
+        return self._project(context, self.attention_output, "row")
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """What a fused layer keeps of the stock layer.
+
+    children: its modules, without parameters. names: of its parameters, in the order of its state dict. origins: by the names
+    of the fused layer's parameters. layer_idx: under which it stands in a cache of keys and values.
+    """
+
+    children: dict[str, nn.Module]
+    names: list[str]
+    origins: Mapping[str, Origin]
+    masks: LayerMasks
+    layer_idx: int | None
+
+
+class FusedLayer(nn.Module):
+    """What comes before the class of a stock layer in the class of a fused one; see `fused_class`."""
+
+    arguments: tuple[str, ...]
+    """Of the stock layer's forward."""
+    fused: FusedTransformerLayer
+    swapped: Swapped
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The stock layer's output, of its arguments.
+
+        Raises ValueError for an argument with an influence that the fused layer does not have.
+        """
+        given = dict(zip(self.arguments, args, strict=False)) | kwargs
+        hidden_states: Tensor = given.pop(self.arguments[0])
+        mask, cache = given.pop("attention_mask", None), given.pop("past_key_values", None)
+        for name, value in given.items():
+            if value is not None and value is not False and name not in _WITHOUT_INFLUENCE:
+                raise ValueError(
+                    f"{name} was given to a fused {type(self).__name__}, which cannot honour it; leave it out, or call "
+                    f"revert(model) first"
+                )
+        device = hidden_states.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.fused(hidden_states, self._mask(mask, cache, hidden_states, given))  # type: ignore[no-any-return]
+        dtype = torch.get_autocast_dtype(device)
+        x = hidden_states.to(dtype)
+        with torch.autocast(device, enabled=False):  # it does not look into autograd Functions
+            weights = {name: parameter.to(dtype) for name, parameter in self.fused.named_parameters()}
+            y = torch.func.functional_call(self.fused, weights, (x, self._mask(mask, cache, x, given)))
+        return y.to(hidden_states.dtype)  # type: ignore[no-any-return]
+
+    def _mask(self, given: Tensor | None, cache: Any, x: Tensor, arguments: Mapping[str, Any]) -> AttentionMask:
+        swapped = self.swapped
+        if cache is None:
+            return swapped.masks.convert(given, x, arguments.get("position_ids"))
+        if swapped.layer_idx is None or hasattr(cache, "cross_attention_cache"):
+            raise ValueError(
+                f"past_key_values is a {type(cache).__name__}, which a fused {type(self).__name__} cannot use; leave it "
+                f"out, or call revert(model) first"
+            )
+        return _CacheMask(masks=swapped.masks, given=given, cache=cache, layer_idx=swapped.layer_idx)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Under the stock layer's names and in its shapes; where shapes allow it, views of the parameters."""
+        state = super().state_dict(*args, **kwargs)
+        prefix = kwargs.get("prefix", "")
+        pieces: dict[str, Tensor] = {}
+        for ours, origin in self.swapped.origins.items():
+            whole = state.pop(f"{prefix}fused.{ours}")
+            pieces |= dict(zip(origin.names, origin.split(whole), strict=True))
+        state.update({prefix + name: pieces[name] for name in self.swapped.names})
+        return state
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Takes the stock layer's names."""
+        _, _, missing_keys, _, errors = args
+        for ours, origin in self.swapped.origins.items():
+            pieces = origin.split(self.fused.get_parameter(ours).detach())
+            for index, name in enumerate(origin.names):
+                key = prefix + name
+                if key not in state_dict:
+                    missing_keys.append(key)
+                    continue
+                value = state_dict.pop(key)
+                if value.shape != pieces[index].shape:
+                    errors.append(f"{key} is {tuple(value.shape)}, the model has {tuple(pieces[index].shape)}")
+                    continue
+                pieces[index] = value.to(pieces[index].device)
+            state_dict[f"{prefix}fused.{ours}"] = origin.join(pieces)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _new, (type(self).__mro__[2],), self.__dict__  # the class itself has no place in a module
+
+
+class MovedModule:
+    """Stands where a stock layer had a module that is fused now, for whoever looks for its weights there."""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # of protocols, as copy's
+            raise AttributeError(name)
+        raise ValueError(
+            f"there is no {self._path}.{name}: swap(model) made one fused layer of the modules; revert(model) brings them "
+            f"back, which shard(model) too needs: swap and shard cannot be combined"
+        )
+
+
+@functools.cache
+def fused_class(stock: Any) -> Any:
+    """The class of fused layers in that class's place, under its name: what looks for layers by class or name finds them."""
+    arguments = tuple(inspect.signature(stock.forward).parameters)[1:]
+    return type(stock.__name__, (FusedLayer, stock), {"arguments": arguments, "__module__": stock.__module__})
+
+
+def _new(stock: Any) -> Any:
+    cls = fused_class(stock)
+    return cls.__new__(cls)
+
+
+def build_fused(
+    config: LayerConfig, drops_attention_output: bool, origins: Mapping[str, Origin], stock: Mapping[str, Tensor]
+) -> FusedTransformerLayer:
+    """A fused layer with the stock layer's parameters, which it takes over where they are alike; gradients too.
+
+    stock: parameters by their names.
+    """
+    with torch.device("meta"):
+        fused = FusedTransformerLayer(config, drops_attention_output)
+    for ours, origin in origins.items():
+        parameters = [stock[name] for name in origin.names]
+        set_parameter(fused, ours, _converted(parameters, origin.join))
+    return fused
+
+
+def stock_parameters(fused: FusedTransformerLayer, origins: Mapping[str, Origin]) -> dict[str, nn.Parameter]:
+    """The stock layer's parameters by their names, made of the fused layer's; gradients too."""
+    found = {}
+    for ours, origin in origins.items():
+        parameter = fused.get_parameter(ours)
+        for index, name in enumerate(origin.names):
+            alone = len(origin.names) == 1
+            found[name] = _converted(
+                [parameter],
+                lambda tensors, origin=origin, index=index, alone=alone: _own(origin.split(tensors[0])[index], alone),
+            )
+    return found
+
+
+def set_parameter(module: nn.Module, path: str, parameter: nn.Parameter | None) -> None:
+    """Puts a parameter, or None, in the place of the one at the dotted path."""
+    owner, _, name = path.rpartition(".")
+    module.get_submodule(owner)._parameters[name] = parameter
+
+
+def _own(piece: Tensor, alone: bool) -> Tensor:
+    """Contiguous, and in memory of its own where the parameter had several pieces."""
+    return piece.contiguous() if alone else piece.clone(memory_format=torch.contiguous_format)
+
+
+@torch.no_grad()
+def _converted(parameters: Sequence[Tensor], convert: Any) -> nn.Parameter:
+    whole = convert(parameters)
+    if isinstance(whole, nn.Parameter):
+        return whole
+    parameter = nn.Parameter(whole, parameters[0].requires_grad)
+    gradients = [one.grad for one in parameters if one.grad is not None]
+    if len(gradients) == len(parameters):
+        parameter.grad = convert(gradients)
+    return parameter

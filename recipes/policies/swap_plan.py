@@ -1,0 +1,316 @@
+"""A model held against what the fused layer computes: how to make each layer, or all that stands against it in one error."""
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.attention import AttentionMask
+from ...kernels.layer import LayerConfig
+from ...kernels.mlp import Activation
+from ...kernels.sharding import is_sharded
+from .fused_layer import FusedLayer, FusedTransformerLayer, Origin, build_fused
+from .layer_masks import IMPLEMENTATIONS, LayerMasks
+from .paths import closest, dotted, first_missing, get
+from .plan import _config_of, is_conv1d
+from .policy import Description, Layer, Policy
+from .shipped import SHIPPED
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+}
+# Options of transformers' configs that change what a layer computes, and their only value that the fused layer can have.
+_OPTIONS = {
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "position_embedding_type": "absolute",
+    "chunk_size_feed_forward": 0,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+}
+_RULES = {
+    "qkv": "attn_qkv",
+    "attention_output": "attn_out",
+    "intermediate": "mlp_in",
+    "output": "mlp_out",
+}
+_LARGEST_DIFFERENCE = 1e-9  # of outputs in fp64, relative; another eps or the other GELU makes one of 1e-6 or more
+
+
+@dataclass(frozen=True)
+class SwapPlace:
+    """A layer of the model and the fused layer that it becomes."""
+
+    name: str
+    module: nn.Module
+    config: LayerConfig
+    description: Description
+    origins: dict[str, Origin]
+    masks: LayerMasks
+    layer_idx: int | None
+
+    def build(self, stock: nn.Module) -> FusedTransformerLayer:
+        """The fused layer with the parameters of a layer like `module`."""
+        parameters = dict(stock.named_parameters())
+        return build_fused(self.config, self.description.drops_attention_output, self.origins, parameters)
+
+
+def plan_swap(model: nn.Module, policies: Sequence[type[Policy]]) -> list[SwapPlace]:
+    """All layers to swap. Raises one ValueError for all that the fused layer cannot take over or honour."""
+    return _Planner(model).plan(policies)
+
+
+class _Planner:
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.problems: dict[str, list[str]] = defaultdict(list)  # where each was found
+        self.uses: dict[int, int] = defaultdict(int)  # of each parameter
+        for _, parameter in model.named_parameters(remove_duplicate=False):
+            self.uses[id(parameter)] += 1
+
+    def plan(self, policies: Sequence[type[Policy]]) -> list[SwapPlace]:
+        name = type(self.model).__name__
+        if any(isinstance(module, FusedLayer) for module in self.model.modules()):
+            raise ValueError(f"this {name} is swapped already; call revert(model) before another swap")
+        if any(is_sharded(parameter) for parameter in self.model.parameters()):
+            raise ValueError(f"this {name} is sharded; swap and shard cannot be combined, so leave one of them out")
+        places = []
+        for policy in policies:
+            own = self._places(policy)
+            places += own
+            if own and not self.problems:
+                self._compare(own[-1])  # the last, because some models scale by the number of the layer
+        self._raise_problems()
+        return places
+
+    def _places(self, policy: type[Policy]) -> list[SwapPlace]:
+        cls = policy.original_layer_class()
+        found = [(name, module) for name, module in self.model.named_modules() if isinstance(module, cls)]
+        if not found:
+            self._problem(policy.__name__, f"the model has no {cls.__name__}, to whose layers the policy applies")
+        shared: dict[int, LayerMasks] = {}  # of the layers with one config
+        places = [self._place(policy, name, module, shared) for name, module in found]
+        return [place for place in places if place is not None]
+
+    def _place(
+        self, policy: type[Policy], name: str, layer: nn.Module, shared: dict[int, LayerMasks]
+    ) -> SwapPlace | None:
+        config = _config_of(self.model, name)
+        description = policy.describe(config)
+        if description is None:
+            self._problem(name, f"{policy.__name__} does not describe what the layer computes")
+            return None
+        activation, heads = self._check_options(name, config, description)
+        origins = self._origins(policy, name, layer, heads)
+        self._check_modules(name, layer, description)
+        layer_config = self._layer_config(name, layer, origins, description, activation, heads)
+        if layer_config is None:
+            return None
+        place = SwapPlace(
+            name,
+            layer,
+            layer_config,
+            description,
+            origins,
+            shared.setdefault(id(config), LayerMasks(config, description.causal)),
+            next((module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")), None),  # type: ignore[arg-type]
+        )
+        self._check_parameters(place)
+        return place
+
+    def _check_options(self, name: str, config: Any, description: Description) -> tuple[Activation, int]:
+        for option, only in _OPTIONS.items():
+            value = getattr(config, option, only)
+            if value != only:
+                self._problem(name, f"{option} is {value!r}; a fused layer can only have {only!r}")
+        implementation = getattr(config, "_attn_implementation", None) or "sdpa"
+        if implementation not in IMPLEMENTATIONS:
+            self._problem(name, f"attn_implementation is {implementation!r}; it must be {', '.join(IMPLEMENTATIONS)}")
+        activation = _ACTIVATIONS.get(description.activation)
+        if activation is None:
+            self._problem(name, f"the activation is {description.activation!r}; it must be {', '.join(_ACTIVATIONS)}")
+        heads = getattr(config, "num_attention_heads", 0)
+        if not heads:
+            self._problem(name, "the config has no num_attention_heads")
+        return activation or "gelu", heads or 1
+
+    def _origins(self, policy: type[Policy], name: str, layer: nn.Module, heads: int) -> dict[str, Origin]:
+        origins: dict[str, Origin] = {}
+        for ours, rule in _RULES.items():
+            rules = [one for one in getattr(policy, rule)() if self._exists(name, layer, one)]
+            parts = [one.n_fused for one in rules]
+            if parts != [None] and not (ours == "qkv" and parts in ([3], [None] * 3)):
+                self._problem(
+                    name, f"{rule} names {len(rules)} projections that the layer has; a fused layer has {ours} alone"
+                )
+                continue
+            transposed = is_conv1d(get(layer, dotted(rules[0].weight or "").rpartition(".")[0]))
+            interleaved = heads if rules[0].layout == "interleaved" else None
+            for kind in ("weight", "bias"):
+                names = tuple(dotted(getattr(one, kind)) for one in rules)
+                origins[f"{ours}.{kind}"] = Origin(names, transposed and kind == "weight", interleaved)
+        norms = policy.norms()
+        if len(norms) != 2:
+            self._problem(name, f"norms of {policy.__name__} has {len(norms)} LayerNorms; a fused layer has 2")
+            return origins
+        for ours, norm in zip(("attention_norm", "mlp_norm"), norms, strict=True):
+            if self._exists(name, layer, norm):
+                origins |= {f"{ours}.{kind}": Origin((dotted(getattr(norm, kind)),)) for kind in ("weight", "bias")}
+        return origins
+
+    def _exists(self, name: str, layer: nn.Module, rule: Layer) -> bool:
+        """Whether the layer has the rule's tensors; they are asked for unless it allows their absence."""
+        for kind in ("weight", "bias"):
+            path = getattr(rule, kind)
+            if path is None:
+                self._problem(name, f"the rule of {rule.weight or rule.bias} names no {kind}")
+                return False
+            if first_missing(layer, path) is not None:
+                if not rule.ignore_checker:
+                    self._problem(name, f"{path} does not exist{closest(layer, path)}")
+                return False
+            if get(layer, path) is None:
+                self._problem(name, f"{path} is None; a fused layer needs one")
+                return False
+        return True
+
+    def _check_modules(self, name: str, layer: nn.Module, description: Description) -> None:
+        drops = {0.0, description.hidden_dropout, description.attention_dropout}
+        for path, module in layer.named_modules():
+            where = path or type(layer).__name__
+            kind = type(module).__name__
+            if path and any(
+                _is_foreign(hook) for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+            ):
+                self._problem(name, f"{where} has forward hooks, which nobody would call in a fused layer")
+            if any(True for _ in module.buffers(recurse=False)):
+                self._problem(name, f"{where} has buffers, for which a fused layer has no place")
+            if any(True for _ in module.parameters(recurse=False)) and not _is_plain(module):
+                self._problem(name, f"{where} is a {kind}; it must be an nn.Linear, nn.LayerNorm or Conv1D")
+            if isinstance(module, nn.Dropout) and module.p not in drops:
+                self._problem(name, f"{where} drops {module.p}; its policy describes {sorted(drops - {0.0})}")
+            if isinstance(module, nn.LayerNorm) and module.eps != description.layer_norm_eps:
+                self._problem(name, f"{where} has eps {module.eps}; its policy describes {description.layer_norm_eps}")
+
+    def _layer_config(
+        self,
+        name: str,
+        layer: nn.Module,
+        origins: dict[str, Origin],
+        description: Description,
+        activation: Activation,
+        heads: int,
+    ) -> LayerConfig | None:
+        if "output.bias" not in origins or "intermediate.bias" not in origins:
+            return None
+        try:
+            return LayerConfig(
+                len(layer.get_parameter(origins["output.bias"].names[0])),
+                heads,
+                len(layer.get_parameter(origins["intermediate.bias"].names[0])),
+                hidden_act=activation,
+                hidden_dropout_prob=float(description.hidden_dropout),
+                attention_probs_dropout_prob=float(description.attention_dropout),
+                pre_layer_norm=description.pre_layer_norm,
+                layer_norm_eps=description.layer_norm_eps,
+            )
+        except ValueError as error:
+            self._problem(name, str(error))
+            return None
+
+    def _check_parameters(self, place: SwapPlace) -> None:
+        parameters = dict(place.module.named_parameters(remove_duplicate=False))
+        for kind in ("dtype", "device"):
+            found = {str(getattr(parameter, kind)) for parameter in parameters.values()}
+            if len(found) > 1:
+                self._problem(place.name, f"its parameters have {kind}s {', '.join(sorted(found))}; they must be alike")
+        if any(parameter.is_meta for parameter in parameters.values()):
+            self._problem(place.name, "its parameters are on meta; give them values first")
+        with torch.device("meta"):
+            fused = FusedTransformerLayer(place.config, True)
+        used = set()
+        for ours, origin in place.origins.items():
+            used |= set(origin.names)
+            pieces = origin.split(fused.get_parameter(ours))
+            for name, piece in zip(origin.names, pieces, strict=True):
+                self._check_shape(place, name, parameters[name], piece)
+            if len({parameters[name].requires_grad for name in origin.names}) > 1:
+                self._problem(place.name, f"{', '.join(origin.names)} must be frozen together or not at all")
+        for name, parameter in parameters.items():
+            if name not in used:
+                self._problem(place.name, f"a fused layer has no place for {name} {tuple(parameter.shape)}")
+            if self.uses[id(parameter)] > 1:
+                self._problem(place.name, f"{name} is tied to another parameter")
+
+    def _check_shape(self, place: SwapPlace, name: str, parameter: Tensor, expected: Tensor) -> None:
+        if hasattr(parameter, "ds_id"):
+            self._problem(place.name, f"{name} is partitioned by DeepSpeed's ZeRO stage 3; swap before it is")
+        elif parameter.shape != expected.shape:
+            self._problem(
+                place.name, f"{name} is {tuple(parameter.shape)}; a fused layer needs {tuple(expected.shape)}"
+            )
+
+    @torch.no_grad()
+    def _compare(self, place: SwapPlace) -> None:
+        """Computes a copy of the layer and its fused form in fp64, because a policy or transformers itself may have changed."""
+        stock = copy.deepcopy(place.module).to("cpu", torch.float64).eval()
+        for module in stock.modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
+        size = place.config.hidden_size
+        x = torch.randn(2, 5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        try:
+            expected = type(stock).forward(stock, x)
+        except Exception as error:  # of whatever kind: layers that need more are not what the fused layer computes
+            self._problem(place.name, f"it does not compute on hidden states alone ({type(error).__name__}: {error})")
+            return
+        if not isinstance(expected, Tensor):
+            self._problem(place.name, f"it returns a {type(expected).__name__}; swap knows layers that return a tensor")
+            return
+        found = place.build(stock).eval()(x, AttentionMask(place.description.causal))
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= _LARGEST_DIFFERENCE:
+            self._problem(
+                place.name,
+                f"it computes something else than its policy describes: outputs differ by {difference:.1e} of the largest",
+            )
+
+    def _problem(self, where: str, what: str) -> None:
+        self.problems[what].append(where)
+
+    def _raise_problems(self) -> None:
+        if not self.problems:
+            return
+        lines = []
+        for what, places in self.problems.items():
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            lines.append(f"- {places[0] or type(self.model).__name__}{more}: {what}")
+        models = sorted(
+            {policy.layer_class.split(".")[0] for policy in SHIPPED.values() if policy.describe is not Policy.describe}
+        )
+        raise ValueError(
+            f"{type(self.model).__name__} cannot be swapped:\n"
+            + "\n".join(lines)
+            + "\nsupported: layers of self-attention and "
+            f"one MLP, with biases and two LayerNorms, of {', '.join(models)}; docs/huggingface.md has the list of options"
+        )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module computes what its class says, and no adapter or quantization changes it."""
+    return type(module) in (nn.Linear, nn.LayerNorm) or (is_conv1d(module) and type(module).__name__ == "Conv1D")
+
+
+def _is_foreign(hook: Any) -> bool:
+    """Whether a hook is not one of transformers, by which it collects outputs."""
+    return not str(getattr(hook, "__module__", "")).startswith("transformers.")
