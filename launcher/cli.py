@@ -120,7 +120,8 @@ def train(
         quiet(debug)  # before `train`, which imports DeepSpeed
         from .train import run
 
-        run(loaded, resume=resume == "auto")
+        status = run(loaded, resume=resume == "auto")
+    raise typer.Exit(status)
 
 
 @config_app.command("show")

@@ -131,7 +131,17 @@ class LoggingConfig(Section):
 
 class ReliabilityConfig(Section):
     hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """A process that waits longer than this for another gives up and says so."""
+    """A process that makes no progress for so long ends, and so do the others, which say who hung where."""
+    nan: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss or gradient is not finite: stop, go on without the step, or go on from the newest checkpoint, behind the
+    samples seen since. In fp16 the loss scaler skips such steps by itself: see min_loss_scale."""
+    nan_limit: PositiveInt = 5
+    """Most steps skipped in a row, or most rollbacks of one start; one more stops the run."""
+    loss_spike_factor: Annotated[float, Field(gt=1)] | None = None
+    """A logged loss above this factor times the median of the 32 before it is told, and with nan rollback undone; null for no
+    such test."""
+    min_loss_scale: Annotated[float, Field(gt=0)] = 1.0
+    """fp16: the run stops when the loss scale falls to this."""
 
 
 class RunConfig(Section):

@@ -1,12 +1,13 @@
 """The DeepSpeed engine of a run and the few numbers the loop reads from it, right for every ZeRO stage and precision."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -26,7 +27,7 @@ def build_engine(
     """
     import deepspeed  # here, as its import must come after `topology.quiet`
 
-    stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+    stage = zero_stage(ds_config)
     clipping = float(ds_config.get("gradient_clipping", 0.0))
     if stage == 0:
         # At stage 0 DeepSpeed reports no norm in fp32, and in fp16 one that holds the loss scale: `_clip_before_step`
@@ -54,9 +55,14 @@ def build_engine(
     return engine
 
 
+def zero_stage(ds_config: Mapping[str, Any]) -> int:
+    """The ZeRO stage of a DeepSpeed JSON."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
 def grad_norm(engine: Any) -> float | None:
     """2-norm of the last step's whole gradient before clipping, unscaled; inf if it overflowed, None before any step."""
-    if getattr(engine.optimizer, "overflow", False):
+    if step_was_skipped(engine):
         return math.inf
     norm = engine.stage0_grad_norm if engine.zero_optimization_stage() == 0 else engine.get_global_grad_norm()
     return None if norm is None else float(norm)
@@ -67,8 +73,16 @@ def loss_scale(engine: Any) -> float | None:
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
+def step_was_skipped(engine: Any) -> bool:
+    """Whether the last step left weights and moments as they were, because the gradient was not finite.
+
+    Known without a further look at the device: DeepSpeed has read the norm, in fp32 at stage 0 `_step_if_finite` has.
+    """
+    return bool(getattr(engine.optimizer, "overflow", False))
+
+
 def skipped_steps(engine: Any) -> int:
-    """Steps of the whole run whose gradient overflowed and which left the weights as they were."""
+    """Steps of the whole run whose gradient was not finite and which left the weights as they were."""
     return int(engine.skipped_steps)
 
 
@@ -97,12 +111,13 @@ def _clip_before_step(
 ) -> None:
     """Before every step of `optimizer`, note its gradient norm and scale the gradient down to `max_norm` (0: leave it).
 
+    In fp32 leave the step out if the norm is not finite, for which the host waits; in other precisions DeepSpeed does both.
     sharded: for each parameter, by position, whether the processes of `group` hold parts of it.
     """
     engine.stage0_grad_norm = None
 
-    def clip(stepping: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        parameters = [param for group in stepping.param_groups for param in group["params"]]
+    def clip() -> Tensor:
+        parameters = [param for group in optimizer.param_groups for param in group["params"]]
         gradients = [param.grad for param in parameters if param.grad is not None]
         if group is None:
             norm = get_total_norm(gradients)
@@ -115,5 +130,16 @@ def _clip_before_step(
         if max_norm > 0:
             clip_grads_with_norm_(parameters, max_norm, norm)
         engine.stage0_grad_norm = norm
+        return norm
 
-    optimizer.register_step_pre_hook(clip)
+    step = optimizer.step
+
+    def step_if_finite() -> None:
+        engine.optimizer.overflow = not bool(clip().isfinite())  # by which DeepSpeed counts skipped steps
+        if not engine.optimizer.overflow:
+            step()
+
+    if engine.optimizer is optimizer:
+        optimizer.step = step_if_finite  # type: ignore[assignment, method-assign]
+    else:
+        optimizer.register_step_pre_hook(lambda stepping, args, kwargs: (clip(), None)[1])

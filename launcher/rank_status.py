@@ -36,11 +36,6 @@ class RankStatus:
 @contextmanager
 def recorded() -> Iterator[None]:
     """Writes how this process left the block, if `launch` has asked for it; changes nothing else."""
-    folder = os.environ.get(FOLDER_VARIABLE)
-    rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), None)
-    if folder is None or rank is None:
-        yield
-        return
     exit_code, text = 0, ""
     try:
         yield
@@ -52,7 +47,23 @@ def recorded() -> Iterator[None]:
         exit_code, text = 1, _traceback(error)
         raise
     finally:
-        _write(Path(folder), RankStatus(int(rank), platform.node(), exit_code, time.time(), text))
+        write_status(exit_code, text)
+
+
+def write_status(exit_code: int, text: str) -> None:
+    """Writes how this process is about to end, if `launch` has asked for it; for an end that `recorded` does not see.
+
+    Whatever happens here, the process ends as it would have: without its file it is reported as silent.
+    """
+    folder = os.environ.get(FOLDER_VARIABLE)
+    rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), None)
+    if folder is None or rank is None:
+        return
+    status = RankStatus(int(rank), platform.node(), exit_code, time.time(), text)
+    with suppress(OSError):
+        temporary = Path(folder) / f".rank{status.rank}.tmp"
+        temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
+        temporary.replace(Path(folder) / f"rank{status.rank}.json")
 
 
 def read_statuses(folder: Path) -> dict[int, RankStatus]:
@@ -84,11 +95,3 @@ def _message(leaving: SystemExit) -> str:
         if isinstance(error, ValueError | OSError):
             return f"error: {error}\n"
     return ""
-
-
-def _write(folder: Path, status: RankStatus) -> None:
-    # Whatever happens here, the process ends as it would have: without its file it is reported as silent.
-    with suppress(OSError):
-        temporary = folder / f".rank{status.rank}.tmp"
-        temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
-        temporary.replace(folder / f"rank{status.rank}.json")

@@ -51,6 +51,10 @@ class RunDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def log(self) -> Path:
+        return self.root / "log"
+
+    @property
     def config(self) -> Path:
         return self.root / "config.resolved.yaml"
 
@@ -112,9 +116,8 @@ def record_environment(directory: RunDirectory, ds_config: dict[str, Any], devic
 
 def log_to_file(directory: RunDirectory, rank: int) -> None:
     """Sends this process's log records, those of Python's warnings and of libraries included, to log/rank{N}.log."""
-    folder = directory.root / "log"
-    folder.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(folder / f"rank{rank}.log", encoding="utf-8")
+    directory.log.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(directory.log / f"rank{rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)

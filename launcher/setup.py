@@ -18,6 +18,7 @@ from .batch import BatchPlan
 from .config import RunConfig
 from .pretrained import Pretrained
 from .run_directory import RunDirectory
+from .signals import StopAsked, StopRequest
 from .topology import Topology
 
 _VOCAB_MULTIPLE = 64  # rows of the embedding are rounded up to it: odd sizes slow the head's GEMM down on GPUs
@@ -75,17 +76,22 @@ def by_main(topology: Topology, task: Callable[[], T]) -> T:
 def _agreed(topology: Topology, task: Callable[[], T] | None) -> T | None:
     """The result of this process's task, if it has one; all processes come here, and a failure of one ends them all.
 
-    The first process to fail raises its error, the others leave without a word, so that it is said once.
+    The first process to fail raises its error, the others leave without a word, so that it is said once. A task that was told
+    to stop raises StopAsked on all.
     """
-    result, error = None, None
+    result: T | None = None
+    error: ValueError | OSError | StopAsked | None = None
     try:
         result = None if task is None else task()
-    except (ValueError, OSError) as caught:
+    except (ValueError, OSError, StopAsked) as caught:
         error = caught
-    failures = topology.gather(error is not None)
-    if error is not None and failures.index(True) == topology.rank:
+    topology.meet()  # a task may take longer than any collective waits
+    failures = topology.gather(None if error is None else type(error) is StopAsked)
+    if True in failures:
+        raise StopAsked
+    if error is not None and failures.index(False) == topology.rank:
         raise error
-    if any(failures):
+    if False in failures:
         raise SystemExit(1)
     return result
 
@@ -163,6 +169,7 @@ def open_tokenizer(
     directory: RunDirectory,
     weights_of: Path | Pretrained | None,
     say: Say,
+    stop: StopRequest,
 ) -> RunTokenizer:
     """The run's tokenizer, saved in the run directory: that of the weights, else the given one, else a new one.
 
@@ -184,7 +191,8 @@ def open_tokenizer(
                     f"the key to use the checkpoint's"
                 )
         else:
-            tokenizer = build_tokenizer(config.model.type, config.tokenizer, config.data, say)
+            with stop.raising():
+                tokenizer = build_tokenizer(config.model.type, config.tokenizer, config.data, say)
         tokenizer.save(directory.tokenizer)
 
     by_main(topology, build)
@@ -192,7 +200,7 @@ def open_tokenizer(
 
 
 def open_data(
-    config: RunConfig, topology: Topology, batch: BatchPlan, tokenizer: RunTokenizer, say: Say
+    config: RunConfig, topology: Topology, batch: BatchPlan, tokenizer: RunTokenizer, say: Say, stop: StopRequest
 ) -> PreparedData:
     """Training and held-out samples; one process of each machine prepares them, the others find them in its cache.
 
@@ -200,9 +208,10 @@ def open_data(
     """
 
     def prepare() -> PreparedData:
-        return prepare_data(
-            config.model.type, tokenizer, config.data, config.objective, config.seed, say, unpad=config.layer.unpad
-        )
+        with stop.raising():
+            return prepare_data(
+                config.model.type, tokenizer, config.data, config.objective, config.seed, say, unpad=config.layer.unpad
+            )
 
     def check() -> None:
         if data.train.num_samples < batch.train_batch_size:

@@ -1,30 +1,49 @@
-"""Stopping a run by Ctrl-C or SIGTERM: the step is finished on every process, then all stop together."""
+"""Stopping a run by Ctrl-C or by a scheduler's signal: the step is finished on every process, then all stop together."""
 
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
 from .topology import Topology
 
+REQUEUE = 75
+"""Exit status of a run that a scheduler stopped and may start again: EX_TEMPFAIL of sysexits.h."""
+
 _EXIT_CODE_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_NOTHING, _INTERRUPT, _SCHEDULER = range(3)  # what processes tell each other; the largest counts
+
+
+class StopAsked(KeyboardInterrupt):
+    """A process was told to stop while there was nothing to save; no Exception, so that no library handles it."""
 
 
 class StopRequest:
-    """A context in which the first SIGINT or SIGTERM asks for a stop and a second SIGINT ends the process at once.
+    """A context in which the first SIGINT, SIGTERM or SIGUSR1 asks for a stop and a second SIGINT ends the process at once.
 
-    To be entered on the main thread; afterwards the handlers are those from before.
+    To be entered on the main thread of every process alike; afterwards the handlers are those from before.
     """
 
     def __init__(self, topology: Topology) -> None:
-        self.requested = False
-        """Whether this process was told to stop; the others may not know yet."""
+        self.received: signal.Signals | None = None
+        """What this process was told first; the others may not know yet."""
         self._topology = topology
         self._previous: dict[int, Any] = {}
+        self._raises = False
+        self._said = False
+        self._all_told = _NOTHING
+        self._asked: tuple[dist.Work, torch.Tensor] | None = None
+        self._group: dist.ProcessGroup | None = None
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -34,22 +53,73 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def agreed(self) -> bool:
-        """True on every process alike once one of them was told to stop; to be called by all after the same step.
+    @property
+    def exit_status(self) -> int:
+        """REQUEUE once all agreed to stop because of SIGTERM or SIGUSR1; 0 before, and after Ctrl-C: that was a person."""
+        return REQUEUE if self._all_told == _SCHEDULER else 0
 
-        Launchers signal processes one after another: without this they would stop at different steps and wait for ever.
+    def agreed(self) -> bool:
+        """True on every process alike, from some call on, if one of them was told to stop; all call it at the same points.
+
+        Launchers and schedulers signal processes one after another, or one only: without this they would stop at different
+        steps and wait for ever. With several processes the answer is that to the call before, which has come meanwhile, so
+        that nobody waits: a stop takes effect one call late.
         """
-        return self._topology.any(self.requested)
+        own = self._own()
+        if self._topology.world_size == 1:
+            self._all_told = own
+        else:
+            if self._group is None:
+                # On the CPU whatever the device is: asking a GPU would make the host wait for it at every step.
+                self._group = dist.new_group(backend="gloo")
+            asked = torch.tensor([own], dtype=torch.int32)
+            work = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            before, self._asked = self._asked, (work, asked)
+            if before is not None:
+                before[0].wait()
+                self._all_told = max(self._all_told, int(before[1]))
+        told = self._all_told != _NOTHING
+        if told and self.received is None and not self._said:
+            self._say("another process was told to stop")
+        return told
+
+    def agreed_now(self) -> bool:
+        """As `agreed`, but waits for the answers of all processes to this call."""
+        self.agreed()
+        return self.agreed()
+
+    @contextmanager
+    def raising(self) -> Iterator[None]:
+        """Inside, being told to stop raises StopAsked at once: for work that may take hours and saves nothing."""
+        if self.received is not None:
+            raise StopAsked
+        self._raises = True
+        try:
+            yield
+        finally:
+            self._raises = False
+
+    def _own(self) -> int:
+        if self.received is None:
+            return _NOTHING
+        return _INTERRUPT if self.received == signal.SIGINT else _SCHEDULER
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            # A second SIGTERM is no impatience: launchers pass a Ctrl-C on as SIGTERM to processes that have seen it.
+        if self.received is not None:
+            # A second SIGTERM is no impatience: launchers pass a Ctrl-C on as SIGTERM to processes that have seen it, and
+            # Slurm sends SIGUSR1 first and SIGTERM later.
             if number == signal.SIGINT:
                 os._exit(_EXIT_CODE_INTERRUPTED)  # not sys.exit: the process may be deep in a collective
             return
-        self.requested = True
-        if self._topology.is_main:
-            name = signal.Signals(number).name
-            text = f"\n{name}: finishing this step, then saving a checkpoint; Ctrl-C again leaves at once\n"
-            # One write, past Python's buffers: the signal may have interrupted a print.
-            os.write(sys.stderr.fileno(), text.encode())
+        self.received = signal.Signals(number)
+        self._say(self.received.name)
+        if self._raises:
+            raise StopAsked
+
+    def _say(self, why: str) -> None:
+        self._said = True
+        if not self._topology.is_main:
+            return
+        what = "stopping" if self._raises else "finishing this step, then saving a checkpoint"
+        # One write, past Python's buffers: the signal may have interrupted a print.
+        os.write(sys.stderr.fileno(), f"\n{why}: {what}; Ctrl-C again leaves at once\n".encode())

@@ -13,6 +13,12 @@ from ..recipes.recipe import Batch
 from .batch import BatchPlan
 from .topology import Topology
 
+At = Callable[[str], None]
+
+
+def unwatched(phase: str) -> None:
+    """For who does not want to know the phase of a step."""
+
 
 @dataclass(frozen=True)
 class StepData:
@@ -62,24 +68,44 @@ def read_step(
     return StepData(micro_batches, counts, sum(real_tokens(one) for one in micro_batches))
 
 
-def train_step(engine: Any, data: StepData, topology: Topology) -> StepResult:
+def train_step(engine: Any, data: StepData, topology: Topology, at: At = unwatched) -> StepResult:
     """Forward and backward of every micro-batch, then one optimizer step.
 
-    The loss of the step is, over parts, sum / count with the counts of all replicas and micro-batches. DeepSpeed averages
-    gradients over both, hence the division by their number here.
+    The loss of the step is, over parts, sum / count with the counts of all replicas and micro-batches. If it is not finite,
+    neither is the gradient, and the engine leaves the step out. at: is told of each phase.
     """
+    return forward_and_backward(engine, data, topology, engine.step, at)
+
+
+def forward_and_backward(
+    engine: Any, data: StepData, topology: Topology, end_micro_batch: Callable[[], Any], at: At = unwatched
+) -> StepResult:
+    """As `train_step`, with something else in the place of the engine's step behind each micro-batch.
+
+    DeepSpeed averages gradients over replicas and micro-batches, hence the division by their number here.
+    """
+    at("counts")
     parts = list(data.counts)
     own = torch.tensor([*data.counts.values(), data.real_tokens], dtype=torch.float64).to(topology.device)
     totals = topology.sum(own)
     norms = (totals[:-1].clamp(min=1) / (topology.num_replicas * len(data.micro_batches))).float()
     sums: dict[str, Tensor] = {}
     for micro_batch in data.micro_batches:
+        at("forward")
         losses: Mapping[str, Tensor] = engine(**_on_device(micro_batch, topology.device))
-        engine.backward(sum(losses[part] / norm for part, norm in zip(parts, norms.unbind(), strict=True)))
-        engine.step()
+        at("backward")
+        total: Any = sum(losses[part] / norm for part, norm in zip(parts, norms.unbind(), strict=True))
+        engine.backward(total * _one_if_finite(total))
+        at("optimizer")
+        end_micro_batch()
         for part, loss in losses.items():
             sums[part] = sums.get(part, torch.zeros_like(loss)) + loss.detach()
     return StepResult(sums, totals)
+
+
+def _one_if_finite(loss: Tensor) -> Tensor:
+    """1, or NaN: an infinite loss may have a finite gradient, and only the gradient is looked at, on every process alike."""
+    return torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def mean_losses(result: StepResult, topology: Topology) -> dict[str, float]:
@@ -96,9 +122,11 @@ def evaluate(
     batch: BatchPlan,
     topology: Topology,
     most_batches: int | None,
-) -> dict[str, float]:
+    goes_on: Callable[[], bool] = lambda: True,
+) -> dict[str, float] | None:
     """Mean held-out loss by part over the first pass of the stream, the same samples with the same masks each time.
 
+    goes_on: asked before each micro-batch, with the same answer on every process; None is returned once it is False.
     most_batches: look at no more micro-batches per replica. Every replica runs the model equally often, which ZeRO stage 3
     needs; one that is out of samples repeats the first and does not count it.
     """
@@ -109,6 +137,9 @@ def evaluate(
     engine.eval()
     with torch.no_grad():
         for index in range(rounds):
+            if not goes_on():
+                engine.train()
+                return None
             start = (index * replicas + topology.replica) * micro
             positions = np.arange(start, min(start + micro, stream.num_samples), dtype=np.int64)
             samples = stream.batch(positions if len(positions) else np.zeros(1, dtype=np.int64))

@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,9 @@ _FOREIGN_RANKS = {
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
 }
 
+_MEETING = "meeting"  # key of the store that counts arrivals
+_FIRST_POLL_S, _LAST_POLL_S = 0.001, 0.5
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # the names and numbers of glibc's malloc.h
 
 
@@ -47,6 +51,8 @@ class Topology:
     """Those of this process's replica; None where it is alone."""
     data_group: dist.ProcessGroup | None = None
     """The processes that hold the same part of the model as this one, one of each replica; None where all processes do."""
+    store: dist.Store | None = None
+    """Where the processes found each other."""
 
     @property
     def is_main(self) -> bool:
@@ -72,6 +78,18 @@ class Topology:
         """Return when every process has come here."""
         if self.world_size > 1:
             dist.barrier()
+
+    def meet(self) -> None:
+        """As `barrier`, but however long it takes, and without keeping this process's signal handlers waiting."""
+        if self.world_size == 1:
+            return
+        assert self.store is not None, "several processes have met in one"
+        arrived = self.store.add(_MEETING, 1)
+        everyone = self.world_size * -(-arrived // self.world_size)  # of this meeting and all before it
+        pause_s = _FIRST_POLL_S
+        while self.store.add(_MEETING, 0) < everyone:
+            time.sleep(pause_s)
+            pause_s = min(_LAST_POLL_S, 1.5 * pause_s)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Elementwise sum of `tensor` over the replicas, same on each process; the argument is left as it is.
@@ -192,9 +210,10 @@ def start_processes(hang_timeout_s: float, tensor_parallel: int = 1) -> Topology
     else:
         device, backend = torch.device("cpu"), "gloo"
 
+    store = _store(os.environ, rank, world_size, timeout)
     dist.init_process_group(
         backend,
-        store=_store(os.environ, rank, world_size, timeout),
+        store=store,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
@@ -210,7 +229,7 @@ def start_processes(hang_timeout_s: float, tensor_parallel: int = 1) -> Topology
     if tensor_parallel > 1:
         ranks = np.arange(world_size).reshape(-1, tensor_parallel)
         tensor_group, data_group = _own_group(ranks, rank), _own_group(ranks.T, rank)
-    return Topology(rank, world_size, local_rank, device, tensor_parallel, tensor_group, data_group)
+    return Topology(rank, world_size, local_rank, device, tensor_parallel, tensor_group, data_group, store)
 
 
 def _own_group(ranks: np.ndarray, rank: int) -> dist.ProcessGroup | None:

@@ -2,10 +2,7 @@
 
 import logging
 import os
-import shlex
-import sys
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +10,19 @@ import numpy as np
 import torch
 
 from ..recipes import RECIPES
-from ..recipes.loader import prefetch
 from . import checkpoint, checkpoint_store
 from .batch import solve_batch
-from .checkpoint_saving import CheckpointSaver
 from .config import RunConfig
 from .config_loading import LoadedConfig
 from .deepspeed_config import deepspeed_config
-from .engine import build_engine, set_learning_rate
+from .engine import build_engine, zero_stage
 from .init_from import load_initial
-from .metrics import RunLog, peak_flops
+from .loop import train
 from .optim import build_optimizer
 from .pretrained import Pretrained
-from .recording import Watch, device_name, make_record, startup_facts
-from .report import ClosingFacts, closing_summary, startup_report
+from .recording import device_name, startup_facts
+from .report import closing_summary, startup_report
 from .run_directory import log_to_file, open_run_directory, record_environment
-from .schedule import learning_rate
 from .setup import (
     Progress,
     Setup,
@@ -45,31 +39,28 @@ from .setup import (
     starting_progress,
     vocabulary_size,
 )
-from .signals import StopRequest
-from .steps import StepData, evaluate, mean_losses, read_step, step_positions, train_step
+from .signals import StopAsked, StopRequest
 from .topology import Topology, precision, start_processes, stop_processes
+from .watchdog import Watchdog, collective_timeout_s
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())  # before there is a log file, the command line alone tells of an error
 
 
-def run(loaded: LoadedConfig, *, resume: bool) -> None:
+def run(loaded: LoadedConfig, *, resume: bool) -> int:
     """Trains what the config says; called on every process of the run alike, after `topology.quiet`.
 
+    Gives the exit status: 0 if the run is finished or a person stopped it, `signals.REQUEUE` if a scheduler did.
+
     resume: continue the run directory where it has checkpoints.
-    Raises ValueError for what the user can mend, OSError for what the file system refuses.
+    Raises ValueError for what the user can mend, OSError for what the file system refuses and for a lost process.
     """
     started_s = time.monotonic()
-    topology = start_processes(loaded.config.reliability.hang_timeout_s, loaded.config.parallel.tensor)
+    hang_timeout_s = loaded.config.reliability.hang_timeout_s
+    topology = start_processes(collective_timeout_s(hang_timeout_s), loaded.config.parallel.tensor)
     try:
-        with StopRequest(topology) as stop:
-            setup, progress = _prepare(loaded, topology, resume=resume)
-            if progress.step >= setup.total_steps:
-                _say(topology, f"nothing to do: step {progress.step:,} is reached; raise training.max_steps to go on")
-            elif stop.agreed():
-                _say(topology, "stopped before the first step; nothing was trained")
-            else:
-                _say(topology, closing_summary(_loop(setup, stop, progress, started_s)))
+        with StopRequest(topology) as stop, Watchdog(topology, hang_timeout_s, stop) as watchdog:
+            return _train(loaded, stop, watchdog, topology, started_s, resume=resume)
     except Exception:
         _LOG.exception("the run failed")
         raise
@@ -77,13 +68,43 @@ def run(loaded: LoadedConfig, *, resume: bool) -> None:
         stop_processes()
 
 
+def _train(
+    loaded: LoadedConfig, stop: StopRequest, watchdog: Watchdog, topology: Topology, started_s: float, *, resume: bool
+) -> int:
+    """As `run`, with the processes up."""
+
+    def say(text: str) -> None:
+        _say(topology, text)
+
+    try:
+        setup, progress = _prepare(loaded, topology, stop, watchdog, resume=resume)
+    except StopAsked:
+        stop.agreed_now()
+        say("stopped before the first step; nothing was trained")
+        return stop.exit_status
+    if progress.step >= setup.total_steps:
+        say(f"nothing to do: step {progress.step:,} is reached; raise training.max_steps to go on")
+        return 0
+    if stop.agreed_now():
+        say("stopped before the first step; nothing was trained")
+        return stop.exit_status
+    facts = train(setup, stop, watchdog, progress, say, started_s)
+    say(closing_summary(facts))
+    return 0 if facts.step == setup.total_steps else stop.exit_status
+
+
 def _say(topology: Topology, text: str) -> None:
     if topology.is_main:
         print(text, flush=True)
 
 
-def _prepare(loaded: LoadedConfig, topology: Topology, *, resume: bool) -> tuple[Setup, Progress]:
-    """Everything the loop needs, and where it begins; prints the start-up report."""
+def _prepare(
+    loaded: LoadedConfig, topology: Topology, stop: StopRequest, watchdog: Watchdog, *, resume: bool
+) -> tuple[Setup, Progress]:
+    """Everything the loop needs, and where it begins; prints the start-up report.
+
+    Raises StopAsked on every process if one is told to stop while it prepares data.
+    """
 
     def say(text: str) -> None:
         _say(topology, text)
@@ -94,6 +115,7 @@ def _prepare(loaded: LoadedConfig, topology: Topology, *, resume: bool) -> tuple
     ds_config = deepspeed_config(config, batch, number_format, loaded.origins)
     directory = by_main(topology, lambda: open_run_directory(config, resume=resume))
     log_to_file(directory, topology.rank)
+    watchdog.start(directory.log, forward_is_own=topology.tensor_parallel == 1 and zero_stage(ds_config) < 3)
     _LOG.info("process %d of %d, pid %d", topology.rank, topology.world_size, os.getpid())
     devices = topology.gather(device_name(topology.device))
     by_main(topology, lambda: record_environment(directory, ds_config, devices))
@@ -102,12 +124,14 @@ def _prepare(loaded: LoadedConfig, topology: Topology, *, resume: bool) -> tuple
     continued = source is not None and source.parent == directory.checkpoints
     weights_only = source is not None and not continued and config.load.what == "weights"
     initial = None if source is not None else open_initial(config, topology)
-    tokenizer = open_tokenizer(config, topology, directory, source or initial, say)
+    watchdog.at("prepare")
+    tokenizer = open_tokenizer(config, topology, directory, source or initial, say, stop)
     vocab_size = by_main(topology, lambda: vocabulary_size(config, tokenizer))
     facts = model_facts(config, vocab_size)
     if source is not None:
         by_main(topology, lambda: checkpoint.check(source, facts, None))
-    data = open_data(config, topology, batch, tokenizer, say)
+    data = open_data(config, topology, batch, tokenizer, say, stop)
+    watchdog.at("start")
 
     engine, optimizer, told = _build(config, topology, ds_config, vocab_size, source if weights_only else initial)
     _seed_dropout(config, topology, 0)
@@ -171,113 +195,3 @@ def _seed_dropout(config: RunConfig, topology: Topology, step: int) -> None:
     """Weights start equal everywhere; dropout must differ between replicas, whose processes draw alike, and by step."""
     entropy = [config.seed, topology.replica, *([step] if step else [])]
     torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))
-
-
-def _loop(setup: Setup, stop: StopRequest, progress: Progress, started_s: float) -> ClosingFacts:
-    """The facts for the closing summary, after the last step or the first request to stop."""
-    config, topology, batch_size = setup.config, setup.topology, setup.batch.train_batch_size
-    start, saved_id, watch = progress, "", Watch()
-    best: tuple[float, int] | None = None
-
-    def read(step: int) -> StepData:
-        positions = step_positions(start.position + (step - start.step) * batch_size, setup.batch, topology.replica)
-        return read_step(setup.data.train, positions, setup.loss_counts, setup.recipe.real_tokens)
-
-    saver = CheckpointSaver(setup.engine, setup.directory.checkpoints, topology, config.checkpoint)
-    log = _open_log(setup, start) if topology.is_main else None
-    try:
-        with saver, prefetch(read, start.step, setup.total_steps) as steps:
-            for data in watch.timed(steps):
-                clock = progress.step - progress.phase_start
-                lr = learning_rate(config.schedule, config.optimizer.lr, setup.schedule_steps, clock)
-                set_learning_rate(setup.engine, lr)
-                result = train_step(setup.engine, data, topology)
-                progress = replace(
-                    progress,
-                    step=progress.step + 1,
-                    samples=progress.samples + batch_size,
-                    position=progress.position + batch_size,
-                )
-                watch.step_ends(result.totals)
-                # A stop ends the run here, so this step counts as its last one.
-                stopped = stop.agreed()
-                last = stopped or progress.step == setup.total_steps
-                if last or progress.step % config.logging.every_steps == 0:
-                    record = make_record(setup, progress, lr, mean_losses(result, topology), watch)
-                    if log is not None:
-                        log.log_step(record)
-                finished = progress.step == setup.total_steps
-                if setup.data.validation is not None and _is_due(config.eval.every_steps, progress.step, finished):
-                    losses = _evaluate(setup, log, progress)
-                    best = min(best or (losses["loss"], progress.step), (losses["loss"], progress.step))
-                if _is_due(config.checkpoint.save_every_steps, progress.step, last):
-                    saved_id = _save(setup, saver, progress)
-                if stopped:
-                    break
-    finally:
-        if log is not None:
-            log.close()
-    return ClosingFacts(
-        name=config.name,
-        run_dir=str(setup.directory.root),
-        ending="finished" if progress.step == setup.total_steps else "stopped as asked",
-        step=progress.step,
-        max_steps=setup.total_steps,
-        steps_now=progress.step - start.step,
-        samples=progress.samples,
-        samples_now=progress.samples - start.samples,
-        training_time_s=watch.training_time_s,
-        wall_time_s=time.monotonic() - started_s,
-        best_val_loss=None if best is None else best[0],
-        best_val_step=None if best is None else best[1],
-        checkpoint_id=saved_id,
-        resume_command=_resume_command(topology),
-    )
-
-
-def _open_log(setup: Setup, start: Progress) -> RunLog:
-    device = device_name(setup.topology.device)
-    peak = peak_flops(device, setup.precision)
-    return RunLog(
-        setup.directory.root,
-        setup.total_steps,
-        peak_flops=None if peak is None else peak * setup.topology.world_size,
-        start_step=start.step,
-        start_samples=start.samples,
-        tensorboard=setup.config.logging.tensorboard,
-    )
-
-
-def _evaluate(setup: Setup, log: RunLog | None, progress: Progress) -> dict[str, float]:
-    assert setup.data.validation is not None, "asked for without held-out data"
-    most_batches = setup.config.eval.batches
-    parts = evaluate(setup.engine, setup.data.validation, setup.loss_counts, setup.batch, setup.topology, most_batches)
-    losses = {"loss": sum(parts.values())} | (parts if len(parts) > 1 else {})
-    if log is not None:
-        log.log_evaluation(progress.step, progress.samples, losses)
-    return losses
-
-
-def _is_due(every_steps: int | None, step: int, last: bool) -> bool:
-    return last or (every_steps is not None and step % every_steps == 0)
-
-
-def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
-    """The id of a new checkpoint of the run as it stands, which may still be on its way to the disk."""
-    config, directory = setup.config, setup.directory
-    epoch = progress.position // setup.data.train.num_samples
-    checkpoint_id = config.checkpoint.id_format.format(step=progress.step, epoch=epoch)
-    state = {
-        **asdict(progress),
-        "data_fingerprint": setup.data.fingerprint,
-        "model": model_facts(config, setup.vocab_size),
-    }
-    saver.save(checkpoint_id, state, {"config.resolved.yaml": directory.config, "tokenizer": directory.tokenizer})
-    return checkpoint_id
-
-
-def _resume_command(topology: Topology) -> str:
-    if topology.world_size > 1:
-        return "the same command with --resume auto"
-    arguments = [*sys.argv[1:]] if "--resume" in sys.argv else [*sys.argv[1:], "--resume", "auto"]
-    return shlex.join(["xformer-train", *arguments])

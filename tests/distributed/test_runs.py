@@ -57,8 +57,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
     assert sorted(losses(root / "two")) == list(range(1, 15))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_run_after_a_checkpoint_from_which_it_goes_on_exactly(number, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
+def test_a_signal_ends_the_run_after_a_checkpoint_from_which_it_goes_on_exactly(number, status, tmp_path):
     path = write_config(tmp_path, training__max_steps=400, schedule__type="constant", schedule__total_steps=None)
     log = tmp_path / "runs" / "cut" / "metrics.jsonl"
     command = [sys.executable, "-m", "xformer_train.launcher", "--config", str(path), "--job_name"]
@@ -72,7 +72,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint_from_which_it_goes_on_exactly(
         time.sleep(0.05)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == status, err
     assert "run cut stopped as asked" in out
     assert "--resume auto" in out
     last = max(losses(log.parent))

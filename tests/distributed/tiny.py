@@ -105,12 +105,12 @@ def agreement_worker() -> dict[str, Any]:
     topology = start_processes(hang_timeout_s=2)
     mine = torch.tensor([topology.rank + 1.0])
     with StopRequest(topology) as stop:
-        agreed_before = stop.agreed()
+        agreed_before = stop.agreed_now()
         if topology.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        agreed_after = stop.agreed()
+        agreed_after = stop.agreed_now()
     known = {
-        "agreed": (agreed_before, agreed_after, stop.requested),
+        "agreed": (agreed_before, agreed_after, stop.received is not None),
         "sum": (topology.sum(mine).item(), mine.item()),
         "any": (topology.any(False), topology.any(topology.rank == 1)),
         "broadcast": topology.broadcast({"rank": topology.rank}),

@@ -1,4 +1,4 @@
-"""The first Ctrl-C or SIGTERM asks, the second Ctrl-C ends."""
+"""The first Ctrl-C or signal of a scheduler asks, the second Ctrl-C ends."""
 
 import os
 import signal
@@ -8,26 +8,29 @@ import sys
 import pytest
 import torch
 
-from xformer_train.launcher.signals import StopRequest
+from xformer_train.launcher.signals import REQUEUE, StopAsked, StopRequest
 from xformer_train.launcher.topology import Topology
 
 ALONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 OTHER = Topology(rank=1, world_size=2, local_rank=1, device=torch.device("cpu"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_for_a_stop_and_says_what_will_happen(capfd, number):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE)]
+)
+def test_the_first_signal_asks_for_a_stop_and_says_what_will_happen(capfd, number, status):
     with StopRequest(ALONE) as stop:
         assert not stop.agreed()
         os.kill(os.getpid(), number)
-        assert stop.requested and stop.agreed()
+        assert stop.received == number and stop.agreed()
+        assert stop.exit_status == status
     assert f"{number.name}: finishing this step, then saving a checkpoint" in capfd.readouterr().err
 
 
 def test_only_the_main_process_speaks(capfd):
     with StopRequest(OTHER) as stop:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.requested
+        assert stop.received == signal.SIGTERM
     assert capfd.readouterr().err == ""
 
 
@@ -41,10 +44,20 @@ def test_handlers_from_before_come_back_also_after_an_error():
 
 def test_later_sigterms_change_nothing(capfd):
     with StopRequest(ALONE) as stop:
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
             os.kill(os.getpid(), number)
-        assert stop.requested
+        assert stop.agreed() and stop.exit_status == 0  # a launcher passed the Ctrl-C on
     assert capfd.readouterr().err.count("finishing") == 1
+
+
+def test_a_signal_ends_work_that_saves_nothing_at_once(capfd):
+    with StopRequest(ALONE) as stop:
+        with pytest.raises(StopAsked), stop.raising():
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed() and stop.exit_status == REQUEUE
+        with pytest.raises(StopAsked), stop.raising():
+            pytest.fail("begun after the signal")
+    assert "SIGUSR1: stopping; Ctrl-C again" in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_leaves_at_once_with_130():

@@ -1,0 +1,219 @@
+"""The steps of a run, from the first to the last: train, log, evaluate, save, and stop or go back where that is asked for."""
+
+import logging
+import shlex
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+
+from ..recipes.loader import prefetch
+from . import checkpoint, checkpoint_store
+from .checkpoint_saving import CheckpointSaver
+from .engine import set_learning_rate
+from .metrics import RunLog, peak_flops
+from .numerics import NotFiniteError, NumericsGuard, RollBack, not_finite_places
+from .recording import Watch, device_name, make_record
+from .report import ClosingFacts
+from .schedule import learning_rate
+from .setup import Progress, Say, Setup, by_main, checkpoint_to_load, model_facts, starting_progress
+from .signals import StopRequest
+from .steps import StepData, evaluate, mean_losses, read_step, step_positions, train_step
+from .topology import Topology
+from .watchdog import Watchdog
+
+_LOG = logging.getLogger(__name__)
+_LOG.addHandler(logging.NullHandler())
+
+
+@dataclass
+class _Tally:
+    """What the loop leaves behind, whether or not it went back in between."""
+
+    progress: Progress
+    watch: Watch
+    saved_id: str = ""
+    best: tuple[float, int] | None = None
+    steps: int = 0
+    samples: int = 0
+
+
+def train(
+    setup: Setup, stop: StopRequest, watchdog: Watchdog, progress: Progress, say: Say, started_s: float
+) -> ClosingFacts:
+    """The facts for the closing summary, after the last step or the first request to stop.
+
+    started_s: when the run started, by `time.monotonic`.
+    Raises NotFiniteError if training cannot go on with its numbers.
+    """
+    tally = _Tally(progress, Watch())
+    guard = NumericsGuard(setup.config.reliability, say)
+    while True:
+        try:
+            _steps(setup, stop, watchdog, guard, tally)
+            break
+        except RollBack as why:
+            watchdog.at("start")
+            tally.progress = _gone_back(setup, tally.progress, why, say)
+    return ClosingFacts(
+        name=setup.config.name,
+        run_dir=str(setup.directory.root),
+        ending="finished" if tally.progress.step == setup.total_steps else "stopped as asked",
+        step=tally.progress.step,
+        max_steps=setup.total_steps,
+        steps_now=tally.steps,
+        samples=tally.progress.samples,
+        samples_now=tally.samples,
+        training_time_s=tally.watch.training_time_s,
+        wall_time_s=time.monotonic() - started_s,
+        best_val_loss=None if tally.best is None else tally.best[0],
+        best_val_step=None if tally.best is None else tally.best[1],
+        checkpoint_id=tally.saved_id,
+        resume_command=_resume_command(setup.topology),
+    )
+
+
+def _steps(setup: Setup, stop: StopRequest, watchdog: Watchdog, guard: NumericsGuard, tally: _Tally) -> None:
+    """Steps from `tally.progress` to the end of the run or a stop. Raises RollBack where training must go back."""
+    config, topology, batch_size = setup.config, setup.topology, setup.batch.train_batch_size
+    start, watch = tally.progress, tally.watch
+
+    def read(step: int) -> StepData:
+        positions = step_positions(start.position + (step - start.step) * batch_size, setup.batch, topology.replica)
+        return read_step(setup.data.train, positions, setup.loss_counts, setup.recipe.real_tokens)
+
+    saver = CheckpointSaver(setup.engine, setup.directory.checkpoints, topology, config.checkpoint)
+    log = _open_log(setup, start) if topology.is_main else None
+    try:
+        with saver, prefetch(read, start.step, setup.total_steps) as steps:
+            watchdog.at("data", start.step + 1)
+            for data in watch.timed(steps):
+                lr = _set_learning_rate(setup, tally.progress)
+                result = train_step(setup.engine, data, topology, watchdog.at)
+                samples = range(tally.progress.position, tally.progress.position + batch_size)
+                tally.progress = progress = _after_step(tally, batch_size)
+                watch.step_ends(result.totals)
+                watchdog.at("log")
+                diagnose = partial(not_finite_places, setup.engine, data, topology)
+                guard.check_step(setup.engine, progress.step, samples, diagnose)
+                finished = progress.step == setup.total_steps
+                # A stop ends the run here, so this step counts as its last one.
+                stopped = stop.agreed()
+                if stopped or finished or progress.step % config.logging.every_steps == 0:
+                    record = make_record(setup, progress, lr, mean_losses(result, topology), watch)
+                    if log is not None:
+                        log.log_step(record)
+                    guard.check_loss(progress.step, record.loss)
+                if setup.data.validation is not None and _is_due(config.eval.every_steps, progress.step, finished):
+                    watchdog.at("evaluate")
+                    stopped |= not _evaluated(setup, stop, log, tally)
+                if _is_due(config.checkpoint.save_every_steps, progress.step, stopped or finished):
+                    watchdog.at("save")
+                    tally.saved_id = _save(setup, saver, progress)
+                if stopped:
+                    break
+                watchdog.at("data", progress.step + 1)
+            watchdog.at("save")  # leaving the saver waits for the save in progress
+    finally:
+        if log is not None:
+            log.close()
+
+
+def _set_learning_rate(setup: Setup, progress: Progress) -> float:
+    config = setup.config
+    clock = progress.step - progress.phase_start
+    lr = learning_rate(config.schedule, config.optimizer.lr, setup.schedule_steps, clock)
+    set_learning_rate(setup.engine, lr)
+    return lr
+
+
+def _after_step(tally: _Tally, batch_size: int) -> Progress:
+    tally.steps += 1
+    tally.samples += batch_size
+    progress = tally.progress
+    return replace(
+        progress,
+        step=progress.step + 1,
+        samples=progress.samples + batch_size,
+        position=progress.position + batch_size,
+    )
+
+
+def _gone_back(setup: Setup, progress: Progress, why: RollBack, say: Say) -> Progress:
+    """Where the run stands with the newest whole checkpoint loaded, behind the samples that it has taken since.
+
+    Raises NotFiniteError if there is no checkpoint, ValueError if all are damaged.
+    """
+    config, topology, directory = setup.config, setup.topology, setup.directory
+    if not by_main(topology, lambda: bool(checkpoint_store.entries(directory.checkpoints))):
+        raise NotFiniteError(
+            f"{why}, and there is no checkpoint yet to roll back to; lower checkpoint.save_every_steps or optimizer.lr"
+        )
+    source = checkpoint_to_load(config, topology, directory, say, resume=True)
+    assert source is not None, "there is one, and a damaged one raises"
+    checkpoint.load(setup.engine, source, model_facts(config, setup.vocab_size), topology)
+    state = checkpoint_store.read_state(source)
+    saved = starting_progress(config, state, setup.data.fingerprint, continued=True)
+    text = f"{why}; rolled back to {source.name}, going on with sample {progress.position:,}"
+    _LOG.warning(text)
+    say(f"warning: {text}")
+    return replace(saved, position=progress.position)
+
+
+def _open_log(setup: Setup, start: Progress) -> RunLog:
+    device = device_name(setup.topology.device)
+    peak = peak_flops(device, setup.precision)
+    return RunLog(
+        setup.directory.root,
+        setup.total_steps,
+        peak_flops=None if peak is None else peak * setup.topology.world_size,
+        start_step=start.step,
+        start_samples=start.samples,
+        tensorboard=setup.config.logging.tensorboard,
+    )
+
+
+def _evaluated(setup: Setup, stop: StopRequest, log: RunLog | None, tally: _Tally) -> bool:
+    """Whether an evaluation came to its end, which a stop cuts short."""
+    assert setup.data.validation is not None, "asked for without held-out data"
+    parts = evaluate(
+        setup.engine,
+        setup.data.validation,
+        setup.loss_counts,
+        setup.batch,
+        setup.topology,
+        setup.config.eval.batches,
+        goes_on=lambda: not stop.agreed(),
+    )
+    if parts is None:
+        return False
+    losses = {"loss": sum(parts.values())} | (parts if len(parts) > 1 else {})
+    tally.best = min(tally.best or (losses["loss"], tally.progress.step), (losses["loss"], tally.progress.step))
+    if log is not None:
+        log.log_evaluation(tally.progress.step, tally.progress.samples, losses)
+    return True
+
+
+def _is_due(every_steps: int | None, step: int, last: bool) -> bool:
+    return last or (every_steps is not None and step % every_steps == 0)
+
+
+def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
+    """The id of a new checkpoint of the run as it stands, which may still be on its way to the disk."""
+    config, directory = setup.config, setup.directory
+    epoch = progress.position // setup.data.train.num_samples
+    checkpoint_id = config.checkpoint.id_format.format(step=progress.step, epoch=epoch)
+    state = {
+        **asdict(progress),
+        "data_fingerprint": setup.data.fingerprint,
+        "model": model_facts(config, setup.vocab_size),
+    }
+    saver.save(checkpoint_id, state, {"config.resolved.yaml": directory.config, "tokenizer": directory.tokenizer})
+    return checkpoint_id
+
+
+def _resume_command(topology: Topology) -> str:
+    if topology.world_size > 1:
+        return "the same command with --resume auto"
+    arguments = [*sys.argv[1:]] if "--resume" in sys.argv else [*sys.argv[1:], "--resume", "auto"]
+    return shlex.join(["xformer-train", *arguments])

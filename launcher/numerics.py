@@ -1,0 +1,171 @@
+"""What is done about a loss or gradient that is not finite, about a loss that jumps, and about a loss scale without room."""
+
+import logging
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .config import ReliabilityConfig
+from .engine import loss_scale, step_was_skipped
+from .steps import StepData, forward_and_backward
+from .topology import Topology
+
+_LOG = logging.getLogger(__name__)
+_LOG.addHandler(logging.NullHandler())
+
+_MEDIAN_OF, _FEWEST_LOSSES = 32, 8  # logged losses that a spike is judged by
+_MOST_NAMES = 4
+
+Say = Callable[[str], None]
+
+
+class NotFiniteError(ValueError):
+    """Training cannot go on with these numbers."""
+
+
+class RollBack(Exception):  # noqa: N818  no error: training goes on
+    """Training is to go on from the newest checkpoint, behind the samples it has seen; the text says why."""
+
+
+class NumericsGuard:
+    """Judges each step by the section `reliability`. Every process makes one and asks it alike, with equal answers.
+
+    The engine has left weights and moments alone in a step whose loss or gradient is not finite, so there is always something
+    to go on from.
+    """
+
+    def __init__(self, config: ReliabilityConfig, say: Say) -> None:
+        self._config, self._say = config, say
+        self._skipped_in_a_row = self._rollbacks = 0
+        self._losses: deque[float] = deque(maxlen=_MEDIAN_OF)
+        self._in_spike = False
+
+    def check_step(self, engine: Any, step: int, samples: range, diagnose: Callable[[], str]) -> None:
+        """To be called behind every step.
+
+        samples: positions of those that the step took. diagnose: says where numbers are not finite; called in an error.
+        Raises NotFiniteError if training must stop, RollBack if it must go back.
+        """
+        if not step_was_skipped(engine):
+            self._skipped_in_a_row = 0
+            return
+        scale = loss_scale(engine)
+        what = f"step {step:,} (samples {samples.start:,} to {samples.stop - 1:,})"
+        if scale is not None:  # fp16 finds its scale by such steps
+            if scale <= self._config.min_loss_scale:
+                raise NotFiniteError(
+                    f"{what}: the fp16 loss scale fell to {scale:g}, which reliability.min_loss_scale "
+                    f"{self._config.min_loss_scale:g} forbids: {diagnose()}; lower optimizer.lr, or use training.precision bf16"
+                )
+            return
+        what += ": the loss or its gradient is not finite"
+        limit = self._config.nan_limit
+        if self._config.nan == "skip":
+            self._skipped_in_a_row += 1
+            if self._skipped_in_a_row <= limit:
+                self._tell(f"{what}; the step is skipped, weights and moments stay as they were")
+                return
+            what += f", after {limit} skipped steps in a row (reliability.nan_limit)"
+        elif self._config.nan == "rollback":
+            self._roll_back(what, diagnose)
+        raise NotFiniteError(f"{what}: {diagnose()}; {_REMEDY}")
+
+    def check_loss(self, step: int, loss: float) -> None:
+        """To be called with each loss that is logged. Raises RollBack, or NotFiniteError after too many."""
+        factor = self._config.loss_spike_factor
+        if factor is None:
+            return
+        median = statistics.median(self._losses) if len(self._losses) >= _FEWEST_LOSSES else float("inf")
+        if math.isfinite(loss):
+            self._losses.append(loss)
+        if not loss > factor * median:
+            self._in_spike = False
+            return
+        what = f"step {step:,}: the loss {loss:.4g} is more than {factor:g} times the median of the last ones, {median:.4g}"
+        if self._config.nan == "rollback":
+            self._roll_back(what, lambda: "all numbers are finite")
+        if not self._in_spike:
+            self._in_spike = True
+            self._tell(f"{what} (reliability.loss_spike_factor)")
+
+    def _roll_back(self, what: str, diagnose: Callable[[], str]) -> None:
+        self._rollbacks += 1
+        if self._rollbacks > self._config.nan_limit:
+            raise NotFiniteError(
+                f"{what}, after {self._config.nan_limit} rollbacks (reliability.nan_limit): {diagnose()}; {_REMEDY}"
+            )
+        raise RollBack(what)
+
+    def _tell(self, text: str) -> None:
+        _LOG.warning(text)
+        self._say(f"warning: {text}")
+
+
+_REMEDY = (
+    "the last checkpoint is as it was: lower optimizer.lr or training.gradient_clipping, look at the samples, or set "
+    "reliability.nan"
+)
+
+
+def not_finite_places(engine: Any, data: StepData, topology: Topology) -> str:
+    """Where the numbers of that step are not finite first, found by computing it again; every process calls it alike.
+
+    The weights must be those from before the step. Afterwards the engine holds gradients that no step must use.
+    """
+    outputs: list[str] = []
+    gradients: list[str] = []
+    handles = list(_watch_outputs(engine.module, outputs)) + list(_watch_gradients(engine.module, gradients))
+    try:
+        forward_and_backward(engine, data, topology, lambda: None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = []
+    if outputs:
+        found.append(f"the first output that is not finite is that of {outputs[0]}")
+    if gradients:
+        names = list(dict.fromkeys(gradients))
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        found.append(f"gradients that are not finite, in the order of backward: {', '.join(names[:_MOST_NAMES])}{more}")
+    told = [(rank, text) for rank, text in enumerate(topology.gather("; ".join(found))) if text]
+    if not told:
+        return "computed again, with other dropout, all is finite"
+    rank, text = told[0]
+    return text if topology.world_size == 1 else f"on rank {rank}, {text}"
+
+
+def _watch_outputs(model: torch.nn.Module, found: list[str]) -> Iterator[Any]:
+    """Hooks that add the name of each module with an output that is not finite, inner modules first."""
+    for name, module in model.named_modules():
+
+        def look(_: Any, __: Any, output: Any, name: str = name) -> None:
+            if not all(bool(tensor.isfinite().all()) for tensor in _float_tensors(output)):
+                found.append(name or "the model itself")
+
+        yield module.register_forward_hook(look)
+
+
+def _watch_gradients(model: torch.nn.Module, found: list[str]) -> Iterator[Any]:
+    for name, param in model.named_parameters():
+
+        def look(gradient: Tensor, name: str = name) -> None:
+            if not bool(gradient.isfinite().all()):
+                found.append(name)
+
+        if param.requires_grad:
+            yield param.register_hook(look)
+
+
+def _float_tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return [tensor for item in value for tensor in _float_tensors(item)]
+    return []
