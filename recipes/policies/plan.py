@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...kernels.sharding import Partition, is_sharded
 from .paths import closest, dotted, first_missing, get, owner_of, split_last
@@ -163,7 +163,7 @@ class _Planner:
             if tensor.dim() != (1 if is_bias else 2):
                 self._problem(place.name, f"{path} is {tuple(tensor.shape)}; a weight must have 2 dims and a bias 1")
                 continue
-            parts = self._parts(place, layer, path, tensor.shape[dim])
+            parts = self._parts(place, layer, path, tensor, dim)
             cuts[_join(place.name, dotted(path))] = Partition(dim, parts)
         return Projection(kind, block, module, cuts, layer.replace)
 
@@ -187,8 +187,9 @@ class _Planner:
         ):
             self._problem(place.name, f"{path} is a {name}, not an nn.Linear or a Conv1D; give its rule a replace")
 
-    def _parts(self, place: Place, layer: Layer, path: str, length: int) -> tuple[int, ...] | None:
-        """Sizes of the fused parts along a dim of that length, None for one part."""
+    def _parts(self, place: Place, layer: Layer, path: str, tensor: Tensor, dim: int) -> tuple[int, ...] | None:
+        """Sizes of the fused parts along the dim, None for one part."""
+        length = tensor.shape[dim]
         if layer.parts is not None:
             parts = tuple(layer.parts(place.config) if callable(layer.parts) else layer.parts)
         elif layer.n_fused and layer.layout == "concat":
@@ -196,10 +197,12 @@ class _Planner:
         else:
             parts = (length,)
         if sum(parts) != length:
-            self._problem(place.name, f"{path} has {length} rows, its fused parts {list(parts)} add up to {sum(parts)}")
+            self._problem(
+                place.name, f"{path} is {length} along dim {dim}, its fused parts {list(parts)} add up to {sum(parts)}"
+            )
             return None
         for part in sorted(set(parts)):
-            self._share(place.name, part, f"{path} has {part} rows" + (" a part" if len(parts) > 1 else ""))
+            self._share(place.name, part, f"{path} is {part} along dim {dim}" + (" a part" if len(parts) > 1 else ""))
         return parts if len(parts) > 1 else None
 
     def _fill_arguments(self, place: Place) -> None:

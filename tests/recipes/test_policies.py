@@ -150,7 +150,7 @@ def test_everything_that_is_wrong_comes_in_one_error_with_the_valid_sizes():
     [
         (
             {"attn_qkv": [Layer("qkv.weight", "qkv.bias", parts=[16, 8])]},
-            "32 rows, its fused parts [16, 8] add up to 24",
+            "qkv.weight is 32 along dim 0, its fused parts [16, 8] add up to 24",
         ),
         (
             {"attn_qkv": [Layer("norms[0].weight", "norms[0].bias")]},
