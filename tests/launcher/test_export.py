@@ -1,0 +1,212 @@
+"""Exported runs: transformers loads them and computes, fills masks and generates as the run itself does."""
+
+import json
+
+import pytest
+import torch
+from distributed.runs_worker import runs_worker
+from distributed.spawn import free_port, run_processes
+from runs import BERT, GPT, write_config
+from typer.testing import CliRunner
+
+from xformer_train.launcher import cli
+from xformer_train.launcher.export import export
+from xformer_train.launcher.pretrained import from_checkpoint, open_pretrained
+from xformer_train.launcher.sampling import Sampling, fill_mask, sample
+from xformer_train.launcher.topology import quiet
+
+transformers = pytest.importorskip("transformers")
+SHARED = ["parallel.tensor=2", "deepspeed.zero_optimization.stage=2", "model.intermediate_size=32"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Short runs with rates high enough that the models say something: of one process, two replicas, two sharers."""
+    quiet(debug=False)
+    folder = tmp_path_factory.mktemp("runs")
+    common = {
+        "optimizer__lr": 0.02,
+        "training__micro_batch_size": None,
+        "training__max_steps": 8,
+        "schedule__total_steps": None,
+        "data__validation_fraction": 0.2,
+        "tokenizer__type": "auto",
+        "tokenizer__vocab_size": 300,
+    }
+    bert = write_config(folder, BERT, **common, name="bert")
+    gpt = write_config(folder, GPT, **common, name="gpt")
+    alone = [
+        (bert, ["name=bert", "checkpoint.save_every_steps=4"], False, free_port()),
+        (bert, ["name=post", "model.pre_layer_norm=false"], False, free_port()),
+        (bert, ["name=tanh", "model.hidden_act=gelu_tanh", "training.max_steps=2"], False, free_port()),
+        (gpt, ["name=gpt"], False, free_port()),
+        (gpt, ["name=bf16", "training.precision=bf16"], False, free_port()),
+    ]
+    together = [
+        (bert, ["name=zero3", "deepspeed.zero_optimization.stage=3"], False, free_port()),
+        (bert, ["name=shared", "model.pre_layer_norm=false", *SHARED], False, free_port()),
+        (gpt, ["name=shared_gpt", *SHARED], False, free_port()),
+    ]
+    for world_size, runs in ((1, alone), (2, together)):
+        printed = run_processes(runs_worker, world_size, world_size, runs)[0]
+        failed = [text for text in printed if "to resume" not in text]
+        assert not failed, "\n".join(failed)
+    return folder / "runs"
+
+
+def newest(run):
+    return run / "checkpoints" / (run / "checkpoints" / "latest").read_text().strip()
+
+
+@pytest.fixture(scope="module")
+def exported(root, tmp_path_factory):
+    """A function: the folder of a run's export, and what its checkpoint holds."""
+    folder, done = tmp_path_factory.mktemp("exported"), {}
+
+    def exported(name):
+        if name not in done:
+            export(newest(root / name), folder / name, force=False)
+            done[name] = folder / name, from_checkpoint(newest(root / name))
+        return done[name]
+
+    return exported
+
+
+@pytest.mark.parametrize("name", ["bert", "post", "zero3", "shared"])
+@torch.inference_mode()
+def test_a_bert_gives_its_logits_in_transformers(exported, name):
+    folder, trained = exported(name)
+    model, tokenizer = trained.build(), transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(["te ti ta", "dis"], ["so", "on and on"], padding=True, return_tensors="pt")
+    mask = batch["attention_mask"].bool()
+    assert not mask.all() and len(tokenizer) < trained.model.vocab_size
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder)(**batch).logits
+    ours = model.mlm_logits(model.encode(batch["input_ids"], batch["token_type_ids"], mask))[..., : len(tokenizer)]
+    torch.testing.assert_close(theirs[mask], ours[mask], rtol=0, atol=1e-5)  # fp32, another order of sums
+
+
+@pytest.mark.parametrize("name", ["gpt", "shared_gpt"])
+@torch.inference_mode()
+def test_a_gpt_gives_its_logits_in_transformers(exported, name):
+    folder, trained = exported(name)
+    model, tokenizer = trained.build(), transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer("some text to read", return_tensors="pt")
+    assert batch.keys() == {"input_ids", "attention_mask"}
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(**batch).logits
+    ours = model.logits(model.encode(batch["input_ids"]))[..., : len(tokenizer)]
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["bert", "post", "shared"])
+@pytest.mark.parametrize("text", ["ta [MASK] tot.", "[MASK]"])
+def test_the_fill_mask_pipeline_finds_what_ours_finds(exported, name, text):
+    folder, trained = exported(name)
+    theirs = transformers.pipeline("fill-mask", model=str(folder), top_k=5)(text)
+    (ours,) = fill_mask(trained.build(), trained.tokenizer, text, 5)
+    assert [row["token"] for row in theirs] == [candidate.id for candidate in ours]
+    assert [row["score"] for row in theirs] == pytest.approx([candidate.probability for candidate in ours], rel=1e-4)
+    again, _ = open_pretrained(folder, None)
+    (exported_ones,) = fill_mask(again.build(), again.tokenizer, text, 5)
+    assert [candidate.id for candidate in exported_ones] == [candidate.id for candidate in ours]
+
+
+@pytest.mark.parametrize("name", ["gpt", "shared_gpt"])
+def test_generate_says_what_our_sampler_says(exported, name):
+    folder, trained = exported(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer("the first", return_tensors="pt")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).generate(
+        **batch, max_new_tokens=25, do_sample=False
+    )
+    ours = sample(trained.build(), trained.tokenizer, "the first", Sampling(max_new_tokens=25, greedy=True))
+    assert tokenizer.decode(theirs[0], skip_special_tokens=True) == ours
+    assert len(ours) > len("the first")
+
+
+def test_the_card_says_what_the_run_recorded(exported, root):
+    folder, _ = exported("shared")
+    card = (folder / "README.md").read_text()
+    metrics = [json.loads(line) for line in (root / "shared" / "metrics.jsonl").read_text().splitlines()]
+    last = next(row["loss"] for row in reversed(metrics) if "loss" in row)
+    assert "`BertForPreTraining`" in card and "checkpoint `step00000008` of run `shared`" in card
+    for fact in (
+        f"training loss | {last:.4f} (mlm ",
+        "held-out loss | ",
+        "steps | 8, 64 samples",
+        "processes | 2, parallel.tensor 2, ZeRO stage 2, fp32",
+        "sentences: nsp",
+        "started from | new weights",
+        "torch " + torch.__version__,
+        "pre_layer_norm: false",
+        str(root.parent / "text.txt"),
+    ):
+        assert fact in card
+
+
+def test_the_dtype_of_training_is_kept(exported):
+    folder, trained = exported("bf16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == torch.bfloat16 == trained.weights["word_embeddings.weight"].dtype
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+
+
+def test_any_checkpoint_of_a_run_is_exported_and_no_folder_overwritten(root, tmp_path):
+    target = tmp_path / "models" / "early"
+    result = invoke("export", "--run", root / "bert", "--id", "step00000004", "--to", target)
+    assert result.exit_code == 0, result.output
+    assert "step00000004 is now" in result.output and "a RobertaPreLayerNormForMaskedLM" in result.output
+    assert "steps | 4, 32 samples" in (target / "README.md").read_text()
+    (target / "notes").write_text("mine")
+    result = invoke("export", "--run", root / "bert", "--to", target)
+    assert result.exit_code == 1 and "holds files already" in result.output
+    assert "steps | 4" in (target / "README.md").read_text()
+    assert invoke("export", "--run", root / "bert", "--to", target, "--force").exit_code == 0
+    assert "steps | 8" in (target / "README.md").read_text()
+    assert (target / "notes").read_text() == "mine"
+    assert [path.name for path in target.parent.iterdir()] == ["early"]
+
+
+def test_what_cannot_be_exported_leaves_nothing(root, tmp_path):
+    target = tmp_path / "out"
+    for arguments, message in (
+        ((root / "bert", "--id", "nix"), "--id=nix fits no checkpoint"),
+        ((root / "nix",), "is not a folder"),
+        ((root / "tanh",), "no architecture of transformers computes a pre-LN BERT with model.hidden_act=gelu_tanh"),
+    ):
+        result = invoke("export", "--run", *arguments, "--to", target)
+        assert result.exit_code == 1 and message in result.output, result.output
+    (tmp_path / "file").write_text("")
+    assert "is a file" in invoke("export", "--run", root / "bert", "--to", tmp_path / "file").output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_checkpoint_speaks_in_one_line(root, exported):
+    folder, _ = exported("gpt")
+    texts = {
+        invoke("sample", "--run", place, "--prompt", "the", "--max-new-tokens", 9, "--seed", 3).stdout
+        for place in (root / "gpt", newest(root / "gpt"), folder)
+    }
+    assert len(texts) == 1 and texts.pop().startswith("the")
+    result = invoke("fill-mask", "--run", root / "post", "a [MASK] and [MASK]", "--top-k", 2)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert (lines[0], lines[3], len(lines)) == ("mask 1", "mask 2", 6)
+    assert "bert, 2 layers, hidden size 16" in result.stderr
+
+
+def test_the_wrong_question_is_refused(root, exported):
+    folder, _ = exported("gpt")
+    for arguments, message in (
+        (("sample", "--run", root / "bert", "--prompt", "a"), "is a bert, and this command needs a gpt"),
+        (("fill-mask", "--run", folder, "a [MASK]"), "is a gpt, and this command needs a bert"),
+        (("fill-mask", "--run", root / "bert", "a word"), "has no [MASK]"),
+        (("fill-mask", "--run", root / "bert", "[MASK]" * 70), "the text has 72 tokens, the model takes 64"),
+        (("sample", "--run", root / "gpt", "--prompt", ""), "--prompt is empty"),
+        (("sample", "--run", folder, "--id", "step1", "--prompt", "a"), "has no checkpoints; remove --id"),
+        (("sample", "--run", root, "--prompt", "a"), "holds no complete checkpoint"),
+    ):
+        result = invoke(*arguments)
+        assert result.exit_code == 1 and message in result.output, result.output
