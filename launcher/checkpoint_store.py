@@ -96,6 +96,7 @@ def verify_together(checkpoint: Path, topology: "Topology") -> list[str]:
     by_size = sorted(files, key=lambda name: -int(files[name]["bytes"]))
     own = by_size[mates.index(topology.rank) :: len(mates)]
     problems = [found] if isinstance(found, str) else damage(checkpoint, {name: files[name] for name in own})
+    topology.meet()  # reading may take longer than any collective waits
     everyones = list(dict.fromkeys(itertools.chain.from_iterable(topology.gather(problems))))
     if not everyones:
         _verified.update(_fingerprint(checkpoint / name, entry) for name, entry in files.items())
