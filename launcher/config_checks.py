@@ -54,6 +54,7 @@ def faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
     yield from _fp8_faults(config)
     yield from _batch_and_deepspeed_faults(config, world_size)
     yield from _checkpoint_faults(config)
+    yield from _reliability_faults(config)
 
 
 def is_plain_name(name: str) -> bool:
@@ -353,6 +354,14 @@ def _checkpoint_faults(config: RunConfig) -> Iterator[Fault]:
         yield Fault(
             ("load.rewarmup", "load.what"),
             "got true, but load.what weights starts a new run, whose schedule starts at step 0 anyway; set false",
+        )
+
+
+def _reliability_faults(config: RunConfig) -> Iterator[Fault]:
+    if config.reliability.nan == "rollback" and config.checkpoint.save_every_steps is None:
+        yield Fault(
+            ("reliability.nan", "checkpoint.save_every_steps"),
+            "got 'rollback', but without checkpoint.save_every_steps there is no checkpoint to go back to; set it, or skip",
         )
 
 

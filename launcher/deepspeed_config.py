@@ -90,6 +90,7 @@ def deepspeed_faults(
     """
     given = _given(config)
     yield from _key_faults(given)
+    yield from _unchecked_faults(given)
     for key, our_key, ours in _owned(config, batch, precision):
         section, _, name = key.rpartition(".")
         theirs = _section(given, section).get(name, "auto") if section else given.get(key, "auto")
@@ -145,6 +146,13 @@ def _key_faults(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield key, "unknown DeepSpeed key" + (f" (did you mean {near[0]}?)" if near else "")
         elif key in ("fp16", "bf16", "optimizer", "zero_optimization") and not isinstance(value, dict):
             yield key, f"got {_show(value)}, must be a mapping"
+
+
+def _unchecked_faults(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Keys that make DeepSpeed step with a gradient that is not finite."""
+    for section, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
+        if _section(given, section).get(name, True) is False:
+            yield f"{section}.{name}", "got false, but reliability.nan needs the norm of every gradient; remove it"
 
 
 def _is_off(value: Any) -> bool:

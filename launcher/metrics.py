@@ -37,7 +37,7 @@ class StepRecord:
     loss_scale: float | None
     """None unless fp16."""
     skipped_steps: int
-    """Steps since the start of training that fp16 skipped because a gradient overflowed."""
+    """Steps since the start of training that were left out because a gradient was not finite."""
     num_steps: int
     """Length of the window."""
     step_time_s: float
@@ -115,7 +115,9 @@ class RunLog:
             "memory_gib": record.memory_gib,
         }
         if record.loss_scale is not None:
-            row |= {"loss_scale": record.loss_scale, "skipped_steps": record.skipped_steps}
+            row["loss_scale"] = record.loss_scale
+        if record.loss_scale is not None or record.skipped_steps:
+            row["skipped_steps"] = record.skipped_steps
         self._write_row(row)
         if self._boards:
             self._boards.add_step(record, rates)
@@ -284,8 +286,9 @@ def _console_fields(record: StepRecord, rates: Mapping[str, float | None]) -> di
         "lr": f"lr {record.lr:.2e}",
         "grad_norm": "gnorm n/a" if record.grad_norm is None else f"gnorm {record.grad_norm:.2f}",
     }
-    if record.loss_scale is not None:
-        fields["loss_scale"] = f"scale {record.loss_scale:g} skipped {record.skipped_steps}"
+    scale = "" if record.loss_scale is None else f"scale {record.loss_scale:g} "
+    if scale or record.skipped_steps:
+        fields["skipped"] = f"{scale}skipped {record.skipped_steps}"
     fields["speed"] = f"{number(rates['seq_per_s'] or 0)} seq/s {number(rates['tokens_per_s'] or 0)} tok/s"
     if record.padded_tokens != record.real_tokens:
         fields["speed"] += f" (padded {number(rates['padded_tokens_per_s'] or 0)})"

@@ -38,7 +38,7 @@ _INTERVALS_PER_TIMEOUT = 20
 _LOST_AFTER = 4  # intervals without a word
 _BYTES = 1024  # of a heartbeat's file: overwritten in place, which needs no space on a full disk
 _SLOW_FACTOR, _SLOW_SHARE = 2.0, 0.2  # of the others' own time in a step, and of the whole step
-_FEWEST_STEPS = 5  # that a process is called slow for
+_FEWEST_STEPS = 10  # that a process is called slow for
 _C10D = "distributed_c10d.py"
 _COMMUNICATION = (f"{os.sep}torch{os.sep}distributed{os.sep}", f"{os.sep}deepspeed{os.sep}comm{os.sep}")
 _OWN_THREADS = ("watchdog", "checkpoint", "loader")
@@ -322,14 +322,16 @@ class _SlowProcesses:
         return texts
 
 
-def _collective(frame: FrameType | None) -> str:
+def _collective(innermost: FrameType | None) -> str:
     """Where a thread waits for other processes, empty if it does not."""
-    if frame is not None and ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno):
-        return f"waits in {frame.f_code.co_name} ({_short(frame)})"
+    if innermost is None:
+        return ""
+    frame: FrameType | None = innermost
     while frame is not None and not frame.f_code.co_filename.endswith(_C10D):
         frame = frame.f_back
-    if frame is None:
-        return ""
+    if frame is None:  # one that was begun before, and is only waited for here
+        line = linecache.getline(innermost.f_code.co_filename, innermost.f_lineno)
+        return f"waits in {innermost.f_code.co_name} ({_short(innermost)})" if ".wait(" in line else ""
     name = frame.f_code.co_name
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _COMMUNICATION):
         frame = frame.f_back

@@ -9,6 +9,18 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
     "text,message",
     [
         ("name: ''", "name: got '', must be a plain name"),
+        (
+            "reliability: {nan: rollback}",
+            "reliability.nan: got 'rollback', but without checkpoint.save_every_steps there is",
+        ),
+        (
+            "deepspeed: {bf16: {check_grad_overflow: false}}",
+            "deepspeed.bf16.check_grad_overflow: got false, but reliability.nan",
+        ),
+        (
+            "deepspeed: {zero_optimization: {stage: 2, compute_grad_norm: false}}",
+            "deepspeed.zero_optimization.compute_grad_norm: got false, but reliability.nan needs the norm",
+        ),
         ("name: ..", "name: got '..', must be a plain name"),
         ("name: a/b", "name: got 'a/b', must be a plain name: no slash"),
         ("name: .hidden", "name: got '.hidden', must be a plain name"),

@@ -70,14 +70,17 @@ def test_unknown_quantities_read_as_not_available(tmp_path, capsys):
     assert row["mfu"] is row["grad_norm"] is row["memory_gib"] is None
 
 
-def test_loss_scale_and_skipped_steps_are_told_in_fp16_only(tmp_path, capsys):
+def test_loss_scale_is_told_in_fp16_only_and_skipped_steps_where_there_are_some(tmp_path, capsys):
     with RunLog(tmp_path, 7500, tensorboard=False) as log:
         log.log_step(RECORD)
         log.log_step(dataclasses.replace(RECORD, loss_scale=65536.0, skipped_steps=3))
-    first, second = capsys.readouterr().out.splitlines()
-    assert "scale" not in first and "| scale 65536 skipped 3 |" in second
-    first_row, second_row = rows(tmp_path)
+        log.log_step(dataclasses.replace(RECORD, skipped_steps=1))
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert "scale" not in first and "skipped" not in first and "| scale 65536 skipped 3 |" in second
+    assert "scale" not in third and "| skipped 1 |" in third
+    first_row, second_row, third_row = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert "loss_scale" not in first_row and (second_row["loss_scale"], second_row["skipped_steps"]) == (65536.0, 3)
+    assert "loss_scale" not in third_row and third_row["skipped_steps"] == 1
 
 
 def test_a_row_holds_rates_of_the_window(tmp_path):

@@ -1,0 +1,53 @@
+"""One process of a run in which something may be wrong: `faults_worker.py CONFIG FAULT`, with a launcher's variables set.
+
+FAULT: none; slow: the data of process 1 take 0.2 s longer; prepare: preparing data takes a minute; hang: process 1 never
+comes back from the sixth setting of a learning rate.
+"""
+
+import os
+import sys
+import time
+
+from xformer_train.launcher import loop, setup
+from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.rank_status import recorded
+from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.train import run
+
+
+def main() -> int:
+    path, fault = sys.argv[1:]
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    read_step, prepare_data = loop.read_step, setup.prepare_data
+
+    def slowly(*args):
+        time.sleep(0.2)
+        return read_step(*args)
+
+    def for_a_minute(*args, **kwargs):
+        print("preparing", flush=True)
+        for _ in range(600):
+            time.sleep(0.1)
+        return prepare_data(*args, **kwargs)
+
+    set_learning_rate, calls = loop.set_learning_rate, []
+
+    def for_ever(*args):
+        calls.append(args)
+        while len(calls) > 5:
+            time.sleep(1000)
+        return set_learning_rate(*args)
+
+    if fault == "hang" and rank == 1:
+        loop.set_learning_rate = for_ever
+    if fault == "slow" and rank == 1:
+        loop.read_step = slowly
+    if fault == "prepare":
+        setup.prepare_data = for_a_minute
+    quiet(debug=False)
+    return run(load_config(path, world_size=world_size), resume=True)
+
+
+if __name__ == "__main__":
+    with recorded():
+        sys.exit(main())

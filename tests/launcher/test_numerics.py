@@ -1,0 +1,105 @@
+"""What follows from steps that were left out and from losses that jump."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+from runs import losses, metrics, write_config
+
+from xformer_train.launcher.config import ReliabilityConfig
+from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.numerics import NotFiniteError, NumericsGuard, RollBack
+from xformer_train.launcher.train import run
+
+
+def engine(*, skipped=True, scale=None):
+    """What the guard asks of an engine, after a step."""
+    optimizer = SimpleNamespace(overflow=skipped, loss_scale=scale)
+    return SimpleNamespace(optimizer=optimizer, fp16_enabled=lambda: scale is not None)
+
+
+def guard(said=None, **settings):
+    return NumericsGuard(ReliabilityConfig(**settings), [].append if said is None else said.append)
+
+
+def check(guarded, **facts):
+    guarded.check_step(engine(**facts), 7, range(48, 56), lambda: "layers.3 is to blame")
+
+
+def test_a_stop_says_where_and_a_good_step_nothing():
+    guarded = guard()
+    check(guarded, skipped=False)
+    with pytest.raises(
+        NotFiniteError, match=r"step 7 \(samples 48 to 55\): .* not finite: layers.3 is to blame; the last check"
+    ):
+        check(guarded)
+
+
+def test_only_so_many_steps_are_skipped_in_a_row():
+    said = []
+    guarded = guard(said, nan="skip", nan_limit=2)
+    check(guarded)
+    check(guarded)
+    check(guarded, skipped=False)
+    check(guarded)
+    check(guarded)
+    assert len(said) == 4 and all("the step is skipped" in text for text in said)
+    with pytest.raises(NotFiniteError, match=r"after 2 skipped steps in a row \(reliability.nan_limit\): layers.3"):
+        check(guarded)
+
+
+def test_a_run_goes_back_only_so_often():
+    guarded = guard(nan="rollback", nan_limit=1)
+    with pytest.raises(RollBack, match="step 7"):
+        check(guarded)
+    check(guarded, skipped=False)
+    with pytest.raises(NotFiniteError, match=r"after 1 rollbacks \(reliability.nan_limit\)"):
+        check(guarded)
+
+
+def test_fp16_may_skip_until_the_scale_has_fallen_to_its_limit():
+    guarded = guard(min_loss_scale=4.0)
+    for scale in (65536.0, 8.0):
+        check(guarded, scale=scale)
+    check(guarded, scale=4.0, skipped=False)
+    with pytest.raises(
+        NotFiniteError, match=r"the fp16 loss scale fell to 4, which reliability\.min_loss_scale 4 forbids"
+    ):
+        check(guarded, scale=4.0)
+
+
+def test_a_spike_is_told_once_until_it_is_over():
+    said = []
+    guarded = guard(said, loss_spike_factor=2.0)
+    for step, loss in enumerate([9, 8, 7, 6, 6, 6, 6, 6, 11.9, 12.2, 30, 6, math.nan, 15], start=1):
+        guarded.check_loss(step, loss)
+    assert [text.split(":")[1] for text in said] == [" step 10", " step 14"]
+    assert (
+        "the loss 12.2 is more than 2 times the median of the last ones, 6 (reliability.loss_spike_factor)" in said[0]
+    )
+
+
+def test_a_spike_is_judged_by_eight_losses_or_more_and_undone_with_rollback():
+    guarded = guard(loss_spike_factor=2.0, nan="rollback")
+    for step, loss in enumerate([1, 1, 1, 1, 1, 1, 1, 5], start=1):
+        guarded.check_loss(step, loss)
+    with pytest.raises(RollBack, match="step 9: the loss 5"):
+        guarded.check_loss(9, 5.0)
+
+
+def test_a_learning_rate_that_is_far_too_high_ends_a_run_with_a_place(tmp_path):
+    path = write_config(tmp_path, optimizer__lr=1e30, training__gradient_clipping=0.0, checkpoint__save_every_steps=1)
+    with pytest.raises(NotFiniteError, match=r"the first output that is not finite is that of \w+") as error:
+        run(load_config(path, (), world_size=1), resume=False)
+    last = max(losses(tmp_path / "runs" / "run"))
+    assert str(error.value).startswith(f"step {last + 1:,} ")
+    assert all(row["loss"] is not None for row in metrics(tmp_path / "runs" / "run") if "loss" in row)
+
+
+def test_a_run_without_a_checkpoint_cannot_go_back(tmp_path, monkeypatch):
+    from xformer_train.launcher import loop
+
+    monkeypatch.setattr(loop.NumericsGuard, "check_loss", lambda *_: (_ for _ in ()).throw(RollBack("a jump")))
+    path = write_config(tmp_path, reliability__nan="rollback", checkpoint__save_every_steps=5)
+    with pytest.raises(NotFiniteError, match="a jump, and there is no checkpoint yet to roll back to"):
+        run(load_config(path, (), world_size=1), resume=False)
