@@ -32,6 +32,7 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
         raise ValueError(
             f"--to={folder} holds files already; name another folder, or add --force to replace those it writes"
         )
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     trained = from_checkpoint(checkpoint)
@@ -42,13 +43,16 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
     state = to_huggingface(trained.weights, trained.model, config)
-    config["dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    config["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     partial.chmod(0o755)  # others may read a model, which mkdtemp forbids
     try:
-        save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"cannot write to {folder}: {error}; free space, or name another folder") from error
         (partial / WEIGHTS_FILE).chmod(0o644)
         _write_json(partial / CONFIG_FILE, config)
         if trained.model.type == "gpt":

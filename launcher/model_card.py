@@ -90,7 +90,7 @@ def _facts(
     state: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, str]]:
     engine, model, objective, data = saved["engine"], run.model, run.objective, run.data
-    yield "parameters", f"{sum(tensor.numel() for tensor in state.values()):,}, {config['dtype']}"
+    yield "parameters", f"{sum(tensor.numel() for tensor in state.values()):,}, {config['torch_dtype']}"
     yield (
         "model",
         f"{model.num_hidden_layers} layers, hidden size {model.hidden_size:,}, {model.num_attention_heads} heads, "

@@ -16,7 +16,8 @@ class Architecture:
 
     model_type: its name in config.json. ours: `model.type`. base: the module around everything but the heads. body: our modules
         outside the layers, with theirs below `base`. layer: our modules of a layer, with theirs below `base`.`layers`.{number};
-        three are one fused projection of ours. heads: our modules, with theirs from the top. bias: theirs of the MLM head.
+        three are one fused projection of ours. heads: our modules, with theirs from the top. bias: of the MLM head; an
+        export has it under every name.
     keys: of `ModelConfig`, with the key of config.json and the value that it has where config.json leaves it out.
     features: keys of config.json that choose another function, with the only value that is one of ours, and the default.
     ignored: ends of the names of parameters that are copies or constants.
@@ -32,7 +33,7 @@ class Architecture:
     body: Mapping[str, str]
     layer: Mapping[str, tuple[str, ...]]
     heads: Mapping[str, str]
-    bias: str | None
+    bias: tuple[str, ...]
     keys: Mapping[str, tuple[str, Any]]
     features: Mapping[str, Any]
     ignored: tuple[str, ...]
@@ -51,8 +52,8 @@ class Architecture:
         for name, parts in places.items():
             for kind in ("weight",) if name in _EMBEDDINGS else ("weight", "bias"):
                 yield f"{name}.{kind}", tuple(f"{part}.{kind}" for part in parts)
-        if self.bias is not None:
-            yield "mlm_bias", (self.bias,)
+        if self.bias:
+            yield "mlm_bias", self.bias[:1]
 
     def is_transposed(self, name: str) -> bool:
         """Whether they keep this parameter of ours as its transpose."""
@@ -115,7 +116,7 @@ _BERT = Architecture(
         "pooler": "bert.pooler.dense",
         "sentence_classifier": "cls.seq_relationship",
     },
-    bias="cls.predictions.bias",
+    bias=("cls.predictions.bias",),
     keys=_BERT_KEYS,
     features=_BERT_FEATURES,
     ignored=("bert.embeddings.position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
@@ -138,7 +139,10 @@ def _roberta(model_type: str, base: str, layer: Mapping[str, tuple[str, ...]], *
             "pooler": "classifier.dense",
             "sentence_classifier": "classifier.out_proj",
         },
-        bias="lm_head.bias",
+        bias=(
+            "lm_head.bias",
+            "lm_head.decoder.bias",
+        ),  # transformers 4 loads the first and then puts the second over it
         keys=_BERT_KEYS,
         features=_BERT_FEATURES,
         ignored=(f"{base}.embeddings.position_ids", "lm_head.decoder.weight", "lm_head.decoder.bias"),
@@ -163,7 +167,7 @@ _GPT2 = Architecture(
         "output": ("mlp.c_proj",),
     },
     heads={},
-    bias=None,
+    bias=(),
     keys={
         "hidden_size": ("n_embd", 768),
         "num_hidden_layers": ("n_layer", 12),

@@ -117,6 +117,8 @@ def to_huggingface(state: Mapping[str, Tensor], model: ModelConfig, config: Mapp
             value = value.t()
         for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
             converted[part] = piece.clone(memory_format=torch.contiguous_format)
+    for copy in architecture.bias[1:]:
+        converted[copy] = converted[architecture.bias[0]].clone()
     return converted
 
 

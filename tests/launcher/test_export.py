@@ -145,7 +145,7 @@ def test_the_card_says_what_the_run_recorded(exported, root):
 
 def test_the_dtype_of_training_is_kept(exported):
     folder, trained = exported("bf16")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
     assert model.dtype == torch.bfloat16 == trained.weights["word_embeddings.weight"].dtype
 
 
