@@ -1,7 +1,7 @@
 #!/bin/sh
 # Everything that needs a GPU, in one call of at most ten minutes: the tests marked gpu, then the benchmarks.
 #
-#   scripts/gpu_check.sh [tests] [layer] [memory] [train]     those steps, all by default
+#   scripts/gpu_check.sh [tests] [layer] [memory] [train] [swap]     those steps, all but swap by default
 #   OUT=DIR     where the results go (gpu_check_results): each benchmark's JSON, summary.txt with the tables, log.txt
 #   WHEELS=DIR  wheels of packages that are missing here; they are unpacked into a temporary folder, nothing is installed
 #
@@ -12,8 +12,8 @@ cd "$(dirname "$0")/.."
 steps=${*:-tests layer memory train}
 for step in $steps; do
     case $step in
-        tests | layer | memory | train) ;;
-        *) echo "unknown step $step; give tests, layer, memory or train" >&2 && exit 1 ;;
+        tests | layer | memory | train | swap) ;;
+        *) echo "unknown step $step; give tests, layer, memory, train or swap" >&2 && exit 1 ;;
     esac
 done
 python=$(command -v python3 || command -v python) || {
@@ -99,6 +99,10 @@ fi
 if wanted train; then
     run train 100 "$python" scripts/bench_train.py --out "$out/train.json"
     report train 150
+fi
+if wanted swap; then
+    run swap 200 "$python" scripts/bench_swap.py --out "$out/swap.json"
+    report swap 150
 fi
 if [ -n "$failed" ]; then
     echo "failed:$failed" | tee -a "$out/summary.txt"

@@ -105,6 +105,9 @@ class _Planner:
     def _place(
         self, policy: type[Policy], name: str, layer: nn.Module, shared: dict[int, LayerMasks]
     ) -> SwapPlace | None:
+        if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+            self._problem(name, "DeepSpeed's ZeRO stage 3 has partitioned its parameters; swap before it does")
+            return None
         config = _config_of(self.model, name)
         description = policy.describe(config)
         if description is None:
@@ -243,7 +246,9 @@ class _Planner:
             used |= set(origin.names)
             pieces = origin.split(fused.get_parameter(ours))
             for name, piece in zip(origin.names, pieces, strict=True):
-                self._check_shape(place, name, parameters[name], piece)
+                shape, expected = tuple(parameters[name].shape), tuple(piece.shape)
+                if shape != expected:
+                    self._problem(place.name, f"{name} is {shape}; a fused layer needs {expected}")
             if len({parameters[name].requires_grad for name in origin.names}) > 1:
                 self._problem(place.name, f"{', '.join(origin.names)} must be frozen together or not at all")
         for name, parameter in parameters.items():
@@ -251,14 +256,6 @@ class _Planner:
                 self._problem(place.name, f"a fused layer has no place for {name} {tuple(parameter.shape)}")
             if self.uses[id(parameter)] > 1:
                 self._problem(place.name, f"{name} is tied to another parameter")
-
-    def _check_shape(self, place: SwapPlace, name: str, parameter: Tensor, expected: Tensor) -> None:
-        if hasattr(parameter, "ds_id"):
-            self._problem(place.name, f"{name} is partitioned by DeepSpeed's ZeRO stage 3; swap before it is")
-        elif parameter.shape != expected.shape:
-            self._problem(
-                place.name, f"{name} is {tuple(parameter.shape)}; a fused layer needs {tuple(expected.shape)}"
-            )
 
     @torch.no_grad()
     def _compare(self, place: SwapPlace) -> None:

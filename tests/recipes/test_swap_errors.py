@@ -131,6 +131,12 @@ def scale(layer):
     layer.attention.self.scaling *= 2
 
 
+def partition(layer):
+    """As DeepSpeed marks parameters that it has taken apart."""
+    for parameter in layer.parameters():
+        parameter.ds_id, parameter.data = 0, torch.empty(0)
+
+
 def tie(layer):
     layer.output.LayerNorm.weight = layer.attention.output.LayerNorm.weight
 
@@ -154,6 +160,7 @@ def tie(layer):
         (lambda layer: layer.attention.self.key.requires_grad_(False), "must be frozen together or not at all"),
         (lambda layer: layer.output.dense.register_parameter("bias", None), "output.dense.bias is None"),
         (lambda layer: layer.to("meta"), "its parameters are on meta"),
+        (partition, "DeepSpeed's ZeRO stage 3 has partitioned its parameters; swap before it does"),
     ],
 )
 def test_layers_that_are_not_as_their_policy_says_are_refused(change, message):
@@ -180,11 +187,18 @@ def test_wrong_use_is_said_in_one_sentence():
     flex = build("bert")
     swap(flex)
     flex.config._attn_implementation = "flex_attention"
+    partitioned = build("bert")
+    swap(partitioned)
+    partition(partitioned.bert.encoder.layer[0])
     x = torch.randn(2, 9, 15)
     ids = inputs()["input_ids"]
     wrong = [
         (lambda: swap(swapped), "this BertForPreTraining is swapped already; call revert"),
         (lambda: swap(sharded), "this BertForPreTraining is sharded; swap and shard cannot be combined"),
+        (
+            lambda: revert(partitioned),
+            "ZeRO stage 3 has partitioned this BertForPreTraining; load its gathered weights",
+        ),
         (
             lambda: make_plan(swapped, policies_for(swapped), 2),
             "revert.model. brings them back, which shard.model. too needs",
