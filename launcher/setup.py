@@ -159,8 +159,8 @@ def open_initial(config: RunConfig, topology: Topology) -> Pretrained | None:
     def find() -> Path:
         return init_from.find_folder(name)
 
-    folder = _agreed(topology, find if topology.local_rank == 0 else None) or find()
-    return _agreed(topology, lambda: init_from.read_initial(name, folder, config.model))
+    _agreed(topology, find if topology.local_rank == 0 else None)  # then it is in the cache of every machine
+    return _agreed(topology, lambda: init_from.read_initial(name, find(), config.model))
 
 
 def open_tokenizer(
