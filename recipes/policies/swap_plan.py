@@ -272,7 +272,7 @@ class _Planner:
             self._problem(place.name, f"it does not compute on hidden states alone ({type(error).__name__}: {error})")
             return
         if not isinstance(expected, Tensor):
-            self._problem(place.name, f"it returns a {type(expected).__name__}; swap knows layers that return a tensor")
+            self._problem(place.name, f"it returns a {type(expected).__name__}, not a tensor as layers of transformers 5")
             return
         found = place.build(stock).eval()(x, AttentionMask(place.description.causal))
         difference = ((found - expected).abs().max() / expected.abs().max()).item()

@@ -175,7 +175,7 @@ def test_a_layer_that_returns_a_tuple_is_named():
             "Tupled", (cls,), {"forward": lambda self, *args, cls=cls, **kwargs: (cls.forward(self, *args, **kwargs),)}
         )
         layer.__class__ = own
-    assert "it returns a tuple; swap knows layers that return a tensor" in error_of(model)
+    assert "it returns a tuple, not a tensor as layers of transformers 5" in error_of(model)
 
 
 def test_wrong_use_is_said_in_one_sentence():

@@ -89,7 +89,9 @@ def test_hooks_objects_and_classes_stay():
     cls = type(layer)
     seen = []
     handle = layer.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    random = torch.get_rng_state()
     swap(model)
+    assert torch.equal(torch.get_rng_state(), random)  # no weight was drawn
     assert model.bert.encoder.layer[1] is layer
     assert isinstance(layer, cls)
     assert type(layer).__name__ == cls.__name__  # FSDP and device maps look for it
