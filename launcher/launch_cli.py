@@ -49,6 +49,10 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     master_addr: AddressOption = None,
     master_port: PortOption = None,
     launcher_args: Annotated[str, typer.Option(help="Passed on to pdsh, mpirun or srun.")] = "",
+    max_restarts: Annotated[
+        int,
+        typer.Option(min=0, help="Starts after a failure, each with --resume auto, from the newest whole checkpoint."),
+    ] = 0,
     print_only: Annotated[bool, typer.Option("--print", help="Show the commands, and start nothing.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -72,7 +76,14 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
         if print_only:
             typer.echo(planned.text())
             return
-        outcome = start(planned, Path(loaded.config.output_dir).absolute() / loaded.config.name / "log")
+        folder = Path(loaded.config.output_dir).absolute() / loaded.config.name / "log"
+        outcome = start(planned, folder)
+        resuming = arguments if "--resume" in arguments else [*arguments, "--resume", "auto"]
+        for restart in range(1, max_restarts + 1):
+            if not outcome.may_start_again:
+                break
+            typer.echo(f"{outcome.text}\nrestart {restart} of {max_restarts}, with --resume auto", err=True)
+            outcome = start(plan_launch(options, slots, resuming), folder)
     if outcome.text:
         typer.echo(outcome.text, err=True)
     raise typer.Exit(outcome.exit_code)

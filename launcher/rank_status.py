@@ -16,6 +16,12 @@ from pathlib import Path
 FOLDER_VARIABLE = "XFORMER_TRAIN_STATUS_DIR"
 """Environment variable with the folder of these files; set by `launch` and by no one else."""
 
+USAGE_ERROR = 2
+"""Exit status for a wrong command line or run config."""
+
+REQUEUE = 75
+"""Exit status of a run that a scheduler stopped and may start again: EX_TEMPFAIL of sysexits.h."""
+
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _MOST_CAUSES = 10  # of an exit: ours are two or three deep
 

@@ -11,10 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .rank_status import REQUEUE
 from .topology import Topology
-
-REQUEUE = 75
-"""Exit status of a run that a scheduler stopped and may start again: EX_TEMPFAIL of sysexits.h."""
 
 _EXIT_CODE_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)

@@ -8,11 +8,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import host_process
-from .rank_status import FOLDER_VARIABLE, RankStatus, first_failure, read_statuses
+from .rank_status import FOLDER_VARIABLE, REQUEUE, USAGE_ERROR, RankStatus, first_failure, read_statuses
 
 SSH = (
     "ssh",
@@ -55,6 +55,13 @@ class Outcome:
     exit_code: int
     text: str
     """What failed, the traceback of the first process to fail last; empty after a success."""
+    told_to_end: bool = False
+    """Whether `launch` itself got a signal."""
+
+    @property
+    def may_start_again(self) -> bool:
+        """Whether it failed of itself, and otherwise than by the command line and run config, which would be the same again."""
+        return self.exit_code not in (0, USAGE_ERROR, REQUEUE) and not self.told_to_end
 
 
 @dataclass
@@ -89,7 +96,8 @@ def run_hosts(commands: Sequence[HostCommand], status_folder: Path, world_size: 
             with suppress(OSError):
                 host.process.stdin.close()
     codes = {host.name: host.process.returncode for host in hosts}
-    return _outcome(codes, read_statuses(status_folder), world_size, received)
+    outcome = _outcome(codes, read_statuses(status_folder), world_size, received)
+    return replace(outcome, told_to_end=bool(received))
 
 
 def _start(command: HostCommand, status_folder: Path) -> _Host:

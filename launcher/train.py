@@ -50,7 +50,7 @@ _LOG.addHandler(logging.NullHandler())  # before there is a log file, the comman
 def run(loaded: LoadedConfig, *, resume: bool) -> int:
     """Trains what the config says; called on every process of the run alike, after `topology.quiet`.
 
-    Gives the exit status: 0 if the run is finished or a person stopped it, `signals.REQUEUE` if a scheduler did.
+    Gives the exit status: 0 if the run is finished or a person stopped it, `rank_status.REQUEUE` if a scheduler did.
 
     resume: continue the run directory where it has checkpoints.
     Raises ValueError for what the user can mend, OSError for what the file system refuses and for a lost process.

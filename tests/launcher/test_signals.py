@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from xformer_train.launcher.signals import REQUEUE, StopAsked, StopRequest
+from xformer_train.launcher.rank_status import REQUEUE
+from xformer_train.launcher.signals import StopAsked, StopRequest
 from xformer_train.launcher.topology import Topology
 
 ALONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
