@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .optim import build_optimizer
 from .pretrained import Pretrained
 from .recording import device_name, startup_facts
 from .report import closing_summary, startup_report
-from .run_directory import log_to_file, open_run_directory, record_environment
+from .run_directory import RunDirectory, log_to_file, open_run_directory, record_environment
 from .setup import (
     Progress,
     Setup,
@@ -105,18 +106,13 @@ def _prepare(
 
     Raises StopAsked on every process if one is told to stop while it prepares data.
     """
-
-    def say(text: str) -> None:
-        _say(topology, text)
-
+    say = partial(_say, topology)
     config = loaded.config
     number_format, why = precision(config.training.precision, topology.device)
     batch = solve_batch(config.training, topology.num_replicas)
     ds_config = deepspeed_config(config, batch, number_format, loaded.origins)
-    directory = by_main(topology, lambda: open_run_directory(config, resume=resume))
-    log_to_file(directory, topology.rank)
+    directory = _open_directory(config, topology, resume=resume)
     watchdog.start(directory.log, forward_is_own=topology.tensor_parallel == 1 and zero_stage(ds_config) < 3)
-    _LOG.info("process %d of %d, pid %d", topology.rank, topology.world_size, os.getpid())
     devices = topology.gather(device_name(topology.device))
     by_main(topology, lambda: record_environment(directory, ds_config, devices))
 
@@ -139,12 +135,10 @@ def _prepare(
     if source is not None:
         state = checkpoint_store.read_state(source)
         progress = by_main(topology, lambda: starting_progress(config, state, data.fingerprint, continued=continued))
-        random_state = not weights_only and checkpoint.load(engine, source, facts, topology)
-        if not random_state:
-            _seed_dropout(config, topology, progress.step)
+        random_state = not weights_only and _restored(engine, source, facts, config, topology, progress.step)
         told = loaded_text(source, progress, weights_only=weights_only, random_state=random_state)
     by_main(topology, lambda: checkpoint_store.refuse_later(directory.checkpoints, progress.step))
-    total_steps = progress.phase_start + phase_steps(config, data, batch)
+    end = progress.phase_start + phase_steps(config, data, batch)
     setup = Setup(
         config=config,
         topology=topology,
@@ -158,13 +152,30 @@ def _prepare(
         engine=engine,
         optimizer=optimizer,
         precision=number_format,
-        total_steps=total_steps,
-        schedule_steps=config.schedule.total_steps or total_steps - progress.phase_start,
+        total_steps=end,
+        schedule_steps=config.schedule.total_steps or end - progress.phase_start,
     )
     say(startup_report(startup_facts(setup, progress, why, devices, told)))
     for change in directory.changed_keys:
         say(f"changed since the last start of this run: {change}")
     return setup, progress
+
+
+def _open_directory(config: RunConfig, topology: Topology, *, resume: bool) -> RunDirectory:
+    directory = by_main(topology, lambda: open_run_directory(config, resume=resume))
+    log_to_file(directory, topology.rank)
+    _LOG.info("process %d of %d, pid %d", topology.rank, topology.world_size, os.getpid())
+    return directory
+
+
+def _restored(
+    engine: Any, source: Path, facts: dict[str, Any], config: RunConfig, topology: Topology, step: int
+) -> bool:
+    """Puts a checkpoint of `step` into the engine; whether the random state came with it. Else dropout draws anew."""
+    random_state = checkpoint.load(engine, source, facts, topology)
+    if not random_state:
+        _seed_dropout(config, topology, step)
+    return random_state
 
 
 def _build(
