@@ -131,7 +131,7 @@ class LoggingConfig(Section):
 
 class ReliabilityConfig(Section):
     hang_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """A process that makes no progress for so long ends, and so do the others, which say who hung where."""
+    """When a process makes no progress, all have ended after this time, and have said who hung where."""
     nan: Literal["stop", "skip", "rollback"] = "stop"
     """When a loss or gradient is not finite: stop, go on without the step, or go on from the newest checkpoint, behind the
     samples seen since. In fp16 the loss scaler skips such steps by itself: see min_loss_scale."""

@@ -105,8 +105,7 @@ def _steps(setup: Setup, stop: StopRequest, watchdog: Watchdog, guard: NumericsG
                         log.log_step(record)
                     guard.check_loss(progress.step, record.loss)
                 if setup.data.validation is not None and _is_due(config.eval.every_steps, progress.step, finished):
-                    watchdog.at("evaluate")
-                    stopped |= not _evaluated(setup, stop, log, tally)
+                    stopped |= not _evaluated(setup, stop, watchdog, log, tally)
                 if _is_due(config.checkpoint.save_every_steps, progress.step, stopped or finished):
                     watchdog.at("save")
                     tally.saved_id = _save(setup, saver, progress)
@@ -173,9 +172,14 @@ def _open_log(setup: Setup, start: Progress) -> RunLog:
     )
 
 
-def _evaluated(setup: Setup, stop: StopRequest, log: RunLog | None, tally: _Tally) -> bool:
+def _evaluated(setup: Setup, stop: StopRequest, watchdog: Watchdog, log: RunLog | None, tally: _Tally) -> bool:
     """Whether an evaluation came to its end, which a stop cuts short."""
     assert setup.data.validation is not None, "asked for without held-out data"
+
+    def goes_on() -> bool:
+        watchdog.at("evaluate")  # before every micro-batch, as the whole may take longer than a hang is waited for
+        return not stop.agreed()
+
     parts = evaluate(
         setup.engine,
         setup.data.validation,
@@ -183,7 +187,7 @@ def _evaluated(setup: Setup, stop: StopRequest, log: RunLog | None, tally: _Tall
         setup.batch,
         setup.topology,
         setup.config.eval.batches,
-        goes_on=lambda: not stop.agreed(),
+        goes_on,
     )
     if parts is None:
         return False

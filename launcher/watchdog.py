@@ -88,6 +88,8 @@ class Watchdog:
     def __init__(self, topology: Topology, hang_timeout_s: float, stop: StopRequest) -> None:
         self._topology, self._timeout_s, self._stop = topology, hang_timeout_s, stop
         self._interval_s = min(_LONGEST_INTERVAL_S, hang_timeout_s / _INTERVALS_PER_TIMEOUT)
+        # All that follows takes its time too, and when the timeout is over all should have ended.
+        self._patience_s = hang_timeout_s - (_LOST_AFTER + 2) * self._interval_s
         self._own_phases: tuple[str, ...] = ("data",)
         self._phase, self._since, self._step = "start", time.monotonic(), 0
         self._times: defaultdict[str, float] = defaultdict(float)
@@ -165,10 +167,10 @@ class Watchdog:
         if self._phase in _UNLIMITED:
             others = self._others()
             self._pass_a_signal_on(others)
-            lost = [rank for rank, beat in others.items() if self._silence_s(rank, beat) > self._timeout_s]
-            return f"rank {lost[0]} has not been heard of for {self._timeout_s:g} s" if lost else ""
-        if waited_s > self._timeout_s:
-            return f"no progress for {self._timeout_s:g} s (reliability.hang_timeout_s)"
+            lost = [rank for rank, beat in others.items() if self._silence_s(rank, beat) > self._patience_s]
+            return f"rank {lost[0]} has not been heard of for {self._patience_s:g} s" if lost else ""
+        if waited_s > self._patience_s:
+            return f"no progress for {waited_s:.1f} s (reliability.hang_timeout_s is {self._timeout_s:g})"
         if waited_s > _LOST_AFTER * self._interval_s:
             gone = [rank for rank, beat in self._others().items() if beat.state in ("stuck", "failed")]
             return f"rank {gone[0]} has given up" if gone else ""

@@ -7,10 +7,14 @@ import sys
 
 import pytest
 import torch
+from runs import metrics, write_config
 
+from xformer_train.launcher import loop
+from xformer_train.launcher.config_loading import load_config
 from xformer_train.launcher.rank_status import REQUEUE
 from xformer_train.launcher.signals import StopAsked, StopRequest
 from xformer_train.launcher.topology import Topology
+from xformer_train.launcher.train import run
 
 ALONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 OTHER = Topology(rank=1, world_size=2, local_rank=1, device=torch.device("cpu"))
@@ -74,3 +78,17 @@ with StopRequest(Topology(0, 1, 0, torch.device("cpu"))):
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (130, "still here\n")
+
+
+def test_a_signal_cuts_an_evaluation_short_and_the_step_before_it_is_saved(tmp_path, monkeypatch):
+    right = loop.evaluate
+
+    def evaluate(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return right(*args)
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+    path = write_config(tmp_path, data__validation_fraction=0.2, eval__every_steps=3)
+    assert run(load_config(path, (), world_size=1), resume=False) == REQUEUE
+    assert [row["step"] for row in metrics(tmp_path / "runs" / "run")] == [1, 2, 3]  # no held-out loss
+    assert (tmp_path / "runs" / "run" / "checkpoints" / "latest").read_text() == "step00000003\n"

@@ -1,0 +1,74 @@
+"""Folders that cannot be used end a run before its first step, with their name."""
+
+import ctypes
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from runs import write_config
+
+from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.train import run
+
+_LINUX_CAPABILITY_VERSION_3, _CAP_DAC_OVERRIDE = 0x20080522, 1 << 1
+
+
+@contextmanager
+def bound_by_permissions():
+    """The superuser writes where permissions forbid it, unless this thread gives that up for a while."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, of two words
+    if libc.capget(header, sets):
+        pytest.skip("this system has no capabilities")
+    before = sets[0]
+    sets[0] &= ~_CAP_DAC_OVERRIDE
+    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
+    try:
+        yield
+    finally:
+        sets[0] = before
+        libc.capset(header, sets)
+
+
+def start(path: Path) -> None:
+    run(load_config(path, (), world_size=1), resume=True)
+
+
+def test_a_read_only_output_folder_is_named(tmp_path):
+    path = write_config(tmp_path, training__max_steps=1)
+    folder = tmp_path / "runs"
+    folder.mkdir(mode=0o555)
+    with (
+        bound_by_permissions(),
+        pytest.raises(OSError, match=f"cannot make {folder}/run: Permission denied; choose another"),
+    ):
+        start(path)
+
+
+def test_a_run_directory_that_became_read_only_is_named(tmp_path):
+    path = write_config(tmp_path, training__max_steps=1)
+    start(path)
+    folder = tmp_path / "runs" / "run"
+    folder.chmod(0o555)
+    try:
+        with (
+            bound_by_permissions(),
+            pytest.raises(OSError, match=f"cannot write {folder}/config.resolved.yaml: Permission"),
+        ):
+            start(path)
+    finally:
+        folder.chmod(0o755)
+
+
+def test_a_truncated_data_cache_is_named_with_its_file_and_the_remedy(tmp_path):
+    path = write_config(tmp_path, training__max_steps=1)
+    start(path)
+    largest = max((tmp_path / "cache").rglob("*"), key=lambda file: file.stat().st_size if file.is_file() else 0)
+    os.truncate(largest, largest.stat().st_size - 1)
+    with pytest.raises(
+        ValueError, match=rf"prepared data: {largest} has [\d,]+ bytes, must have [\d,]+; remove"
+    ) as error:
+        run(load_config(path, ["name=second"], world_size=1), resume=False)
+    assert f"remove {largest.parent} to have it prepared again" in str(error.value)
