@@ -20,7 +20,7 @@ from .sharding import Partition, shard_parameters
 from .tensor_parallel import ONE_PROCESS, TensorParallel, copy_to_group
 
 # The dropouts of one layer draw from one seed; the site keeps their masks apart, and those of processes where they must differ.
-_ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE, _SITES = 1, 2, 3, 8
+_ATTENTION_SITE, ATTENTION_OUTPUT_SITE, _OUTPUT_SITE, _SITES = 1, 2, 3, 8
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class _Replicated(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Pass:
+class Pass:
     """What one forward pass has besides its hidden states.
 
     seed: None where nothing is dropped. invertible: (attention_norm, mlp_norm). token_shape: (B, S) or (T,), of all processes.
@@ -109,7 +109,7 @@ class _Pass:
 
 
 @dataclass(frozen=True)
-class _Join:
+class Join:
     """Where a half meets the residual stream: bias of the projection that ends it, and the LayerNorm behind."""
 
     bias: Tensor
@@ -223,12 +223,12 @@ class TransformerLayer(nn.Module):
         recompute: Recompute = "dropout" if config.attn_dropout_checkpoint else "nothing"
         if recompute_attention:
             recompute = "core"
-        now = _Pass(mask, seed, invertible, token_shape, recompute, self._replicated())
+        now = Pass(mask, seed, invertible, token_shape, recompute, self._replicated())
         if config.pre_layer_norm:
             return self._pre_layer_norm(hidden_states, now)
         return self._post_layer_norm(hidden_states, now)
 
-    def _pre_layer_norm(self, hidden_states: Tensor, now: _Pass) -> Tensor:
+    def _pre_layer_norm(self, hidden_states: Tensor, now: Pass) -> Tensor:
         config, ours = self.config, now.replicated
         normalized, amax = norm_before(
             _fp8_state(self.qkv),
@@ -239,7 +239,7 @@ class TransformerLayer(nn.Module):
             kernels=config.kernels,
         )
         context = self._attend(normalized, amax, now)
-        join = _Join(ours.attention_output_bias, ours.mlp_norm, _ATTENTION_OUTPUT_SITE, now.invertible[1])
+        join = Join(ours.attention_output_bias, ours.mlp_norm, ATTENTION_OUTPUT_SITE, now.invertible[1])
         residual, normalized, amax = self._join(context, hidden_states, join, now, _fp8_state(self.intermediate))
         return residual_add(
             self._mlp(normalized, amax),
@@ -251,12 +251,12 @@ class TransformerLayer(nn.Module):
             kernels=config.kernels,
         )
 
-    def _post_layer_norm(self, hidden_states: Tensor, now: _Pass) -> Tensor:
+    def _post_layer_norm(self, hidden_states: Tensor, now: Pass) -> Tensor:
         ours = now.replicated
         context = self._attend(hidden_states, None, now)
-        join = _Join(ours.attention_output_bias, ours.attention_norm, _ATTENTION_OUTPUT_SITE, now.invertible[0])
+        join = Join(ours.attention_output_bias, ours.attention_norm, ATTENTION_OUTPUT_SITE, now.invertible[0])
         _, residual, amax = self._join(context, hidden_states, join, now, _fp8_state(self.intermediate))
-        join = _Join(ours.output_bias, ours.mlp_norm, _OUTPUT_SITE, now.invertible[1])
+        join = Join(ours.output_bias, ours.mlp_norm, _OUTPUT_SITE, now.invertible[1])
         return self._join(self._mlp(residual, amax), residual, join, now, None)[1]
 
     @property
@@ -282,7 +282,7 @@ class TransformerLayer(nn.Module):
         return _Replicated(_Affine(*vectors[:2]), _Affine(*vectors[2:4]), *vectors[4:])
 
     def _join(
-        self, x: Tensor, residual: Tensor, join: _Join, now: _Pass, behind: Fp8State | None
+        self, x: Tensor, residual: Tensor, join: Join, now: Pass, behind: Fp8State | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """(residual + dropout(x + bias), its LayerNorm, the amax of that if the product of `behind` makes use of it)."""
         return residual_norm_before(
@@ -304,14 +304,24 @@ class TransformerLayer(nn.Module):
         bias = projection.bias if mode == "column" else None
         return project(x, projection.weight, bias, _fp8_state(projection), mode, self.parallel, amax=amax)
 
-    def _attend(self, x: Tensor, amax: Tensor | None, now: _Pass) -> Tensor:
+    def _attend(self, x: Tensor, amax: Tensor | None, now: Pass) -> Tensor:
         """The attention half up to its projection, without the projection's bias. amax: of x, if it is known."""
         config = self.config
-        heads = config.num_attention_heads // self.parallel.size
+        heads, width = (
+            config.num_attention_heads // self.parallel.size,
+            config.hidden_size // config.num_attention_heads,
+        )
         qkv = self._project(x, self.qkv, "column", amax)
-        qkv = qkv.view(*now.token_shape, 3, heads, config.hidden_size // config.num_attention_heads)
-        context = attention(
-            qkv,  # (B, S, 3, N/t, D)
+        context = self._contexts(qkv.view(*now.token_shape, 3, heads, width), now)
+        if self.parallel.divides_tokens:
+            context = context.flatten(0, -2)
+        return self._project(context, self.attention_output, "row")
+
+    def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
+        """What the heads of this process attend to, (..., H/t) of qkv (..., 3, N/t, D)."""
+        config = self.config
+        return attention(
+            qkv,
             now.mask,
             config.attention_probs_dropout_prob,
             now.seed,
@@ -320,9 +330,6 @@ class TransformerLayer(nn.Module):
             stochastic=config.stochastic_mode,
             kernels=config.kernels,
         )
-        if self.parallel.divides_tokens:
-            context = context.flatten(0, -2)
-        return self._project(context, self.attention_output, "row")
 
     def _mlp(self, x: Tensor, amax: Tensor | None) -> Tensor:
         """The feed-forward half, without the bias of its second projection. amax: of x, if it is known."""

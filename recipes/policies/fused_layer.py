@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.attention import AttentionMask, attention
-from ...kernels.layer import _ATTENTION_OUTPUT_SITE, _ATTENTION_SITE, LayerConfig, TransformerLayer, _Join, _Pass
+from ...kernels.attention import AttentionMask
+from ...kernels.layer import ATTENTION_OUTPUT_SITE, Join, LayerConfig, Pass, TransformerLayer
+from ...kernels.sharding import Partition, is_sharded, mark_sharded, partitions_of
+from ...kernels.tensor_parallel import TensorParallel
 from .layer_masks import LayerMasks
+from .rank_random import RankRandom
 
 # Arguments of stock layers that have no influence on what they compute, or none here: the masks know of positions.
 _WITHOUT_INFLUENCE = {
@@ -32,7 +35,7 @@ class Origin:
     """The tensors of a stock layer that one parameter of the fused layer is made of.
 
     names: of all, in the order in which they are joined along dim 0. transposed: whether matrices are stored (in, out).
-    heads: of a projection to queries, keys and values that is fused head by head; None: one after the other.
+    heads: this process's, of a projection to queries, keys and values that is fused head by head; None: one after the other.
     """
 
     names: tuple[str, ...]
@@ -71,34 +74,32 @@ class FusedTransformerLayer(TransformerLayer):
     drops_attention_output: whether there is dropout behind the output projection of attention, too.
     """
 
-    def __init__(self, config: LayerConfig, drops_attention_output: bool) -> None:
-        super().__init__(config)
+    def __init__(self, config: LayerConfig, drops_attention_output: bool, parallel: TensorParallel) -> None:
+        super().__init__(config, parallel)
         self.drops_attention_output = drops_attention_output
 
-    def _join(self, x: Tensor, residual: Tensor, join: _Join, now: _Pass, behind: Any) -> Any:
-        if join.site == _ATTENTION_OUTPUT_SITE and not self.drops_attention_output:
+    def _join(self, x: Tensor, residual: Tensor, join: Join, now: Pass, behind: Any) -> Any:
+        if join.site == ATTENTION_OUTPUT_SITE and not self.drops_attention_output:
             now = dataclasses.replace(now, seed=None)
         return super()._join(x, residual, join, now, behind)
 
-    def _attend(self, x: Tensor, amax: Tensor | None, now: _Pass) -> Tensor:
+    def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
         mask = now.mask
         if not isinstance(mask, _CacheMask):
-            return super()._attend(x, amax, now)
+            return super()._contexts(qkv, now)
         assert mask.masks is not None
-        config = self.config
-        qkv = self._project(x, self.qkv, "column", amax)
-        qkv = qkv.unflatten(-1, (3, config.num_attention_heads, -1))  # (B, S, 3, N, D)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         k, v = mask.cache.update(k, v, mask.layer_idx)
         if k.shape[2] == q.shape[2]:  # the cache was empty
-            own = mask.masks.convert(mask.given, x)
-            p, site = config.attention_probs_dropout_prob, self._site(_ATTENTION_SITE, differs=True)
-            context = attention(qkv, own, p, now.seed, site, kernels=config.kernels)
-        else:
-            bias = mask.masks.over_cache(mask.given, q, k.shape[2])
-            p = config.attention_probs_dropout_prob if self.training else 0.0
-            context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p).transpose(1, 2).flatten(2)
-        return self._project(context, self.attention_output, "row")
+            return super()._contexts(qkv, dataclasses.replace(now, mask=mask.masks.convert(mask.given, qkv)))
+        bias = mask.masks.over_cache(mask.given, q, k.shape[2])
+        p, random = self.config.attention_probs_dropout_prob if self.training else 0.0, RankRandom(self.parallel)
+        if p > 0:
+            random.enter(q.device)
+        try:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p).transpose(1, 2).flatten(2)
+        finally:
+            random.leave()
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,14 @@ class Swapped:
     """What a fused layer keeps of the stock layer.
 
     children: its modules, without parameters. names: of its parameters, in the order of its state dict. origins: by the names
-    of the fused layer's parameters. layer_idx: under which it stands in a cache of keys and values.
+    of the fused layer's parameters. partitions: of those of its parameters that are shards, by name. layer_idx: under which it
+    stands in a cache of keys and values.
     """
 
     children: dict[str, nn.Module]
     names: list[str]
     origins: Mapping[str, Origin]
+    partitions: Mapping[str, Partition]
     masks: LayerMasks
     layer_idx: int | None
 
@@ -203,7 +206,7 @@ class MovedModule:
             raise AttributeError(name)
         raise ValueError(
             f"there is no {self._path}.{name}: swap(model) made one fused layer of the modules; revert(model) brings them "
-            f"back, which shard(model) too needs: swap and shard cannot be combined"
+            f"back, which shard(model, group) too needs: shard a model first, then swap it"
         )
 
 
@@ -220,24 +223,32 @@ def _new(stock: Any) -> Any:
 
 
 def build_fused(
-    config: LayerConfig, drops_attention_output: bool, origins: Mapping[str, Origin], stock: Mapping[str, Tensor]
+    config: LayerConfig,
+    drops_attention_output: bool,
+    origins: Mapping[str, Origin],
+    parallel: TensorParallel,
+    stock: Mapping[str, Tensor],
 ) -> FusedTransformerLayer:
-    """A fused layer with the stock layer's parameters, which it takes over where they are alike; gradients too.
+    """A fused layer with the stock layer's parameters, which it takes over where they are alike; gradients and marks too.
 
-    stock: parameters by their names.
+    stock: parameters by their names, shards if processes share the layer.
     """
     with torch.device("meta"):
-        fused = FusedTransformerLayer(config, drops_attention_output)
+        fused = FusedTransformerLayer(config, drops_attention_output, parallel)
+    partitions = partitions_of(fused)
     for ours, origin in origins.items():
         parameters = [stock[name] for name in origin.names]
-        set_parameter(fused, ours, _converted(parameters, origin.join))
+        parameter = _converted(parameters, origin.join)
+        if is_sharded(parameters[0]):
+            mark_sharded(parameter, partitions[ours])
+        set_parameter(fused, ours, parameter)
     return fused
 
 
-def stock_parameters(fused: FusedTransformerLayer, origins: Mapping[str, Origin]) -> dict[str, nn.Parameter]:
-    """The stock layer's parameters by their names, made of the fused layer's; gradients too."""
+def stock_parameters(fused: FusedTransformerLayer, swapped: Swapped) -> dict[str, nn.Parameter]:
+    """The stock layer's parameters by their names, made of the fused layer's; gradients and marks too."""
     found = {}
-    for ours, origin in origins.items():
+    for ours, origin in swapped.origins.items():
         parameter = fused.get_parameter(ours)
         for index, name in enumerate(origin.names):
             alone = len(origin.names) == 1
@@ -245,7 +256,19 @@ def stock_parameters(fused: FusedTransformerLayer, origins: Mapping[str, Origin]
                 [parameter],
                 lambda tensors, origin=origin, index=index, alone=alone: _own(origin.split(tensors[0])[index], alone),
             )
+    for name, partition in swapped.partitions.items():
+        mark_sharded(found[name], partition)
     return found
+
+
+def stock_partitions(model: nn.Module) -> dict[str, Partition]:
+    """`partitions_of` a model that may be swapped: by the names of its state dict, which are the stock model's."""
+    partitions = partitions_of(model)
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, FusedLayer):
+            prefix = f"{layer_name}." if layer_name else ""
+            partitions |= {prefix + name: partition for name, partition in layer.swapped.partitions.items()}
+    return partitions
 
 
 def set_parameter(module: nn.Module, path: str, parameter: nn.Parameter | None) -> None:

@@ -133,6 +133,11 @@ def become(module: nn.Module, cls: Any, *, keep_overrides: bool = False) -> None
         module.__class__ = type(cls.__name__, (own, cls) if keep_overrides else (cls, own), {})
 
 
+def class_before(module: nn.Module) -> type[nn.Module]:
+    """The module's class, or the one that it had before `become` made it one of the above."""
+    return type(module).__bases__[-1] if isinstance(module, Sharded) else type(module)
+
+
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands as torch.autocast would cast them for a linear layer; it does not look into autograd Functions."""
     if not torch.is_autocast_enabled(x.device.type):

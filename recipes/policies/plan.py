@@ -112,7 +112,7 @@ class _Planner:
     def _places(self, policy: type[Policy]) -> list[Place]:
         cls = policy.original_layer_class()
         found = [
-            Place(policy, name, module, _config_of(self.model, name))
+            Place(policy, name, module, config_of(self.model, name))
             for name, module in self.model.named_modules()
             if isinstance(module, cls)
         ]
@@ -332,7 +332,7 @@ def _names_of(cls: type) -> tuple[str, str]:
     return cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _config_of(model: nn.Module, name: str) -> Any:
+def config_of(model: nn.Module, name: str) -> Any:
     """The config that a layer of the model was built from: its own, a module's inside it, or that of what encloses it."""
     steps = name.split(".") if name else []
     enclosing = [model.get_submodule(".".join(steps[:count])) for count in range(len(steps), -1, -1)]

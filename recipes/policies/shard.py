@@ -13,9 +13,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.sharding import is_sharded, join_shards, mark_sharded, partitions_of, take_shard
+from ...kernels.sharding import is_sharded, join_shards, mark_sharded, take_shard
 from ...kernels.tensor_parallel import TensorParallel, sum_gradient_over
 from .agreement import check_first_forward
+from .fused_layer import stock_partitions
 from .layers import (
     AllReduceConv1D,
     AllReduceLinear,
@@ -97,9 +98,9 @@ def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
 def full_state_dict(model: nn.Module, tp_group: dist.ProcessGroup) -> dict[str, Tensor]:
     """The state dict that the model had before `shard`, bit for bit, on the CPU of every process; call it on all of the group.
 
-    Parameters that are tied are one tensor.
+    Parameters that are tied are one tensor. The model may be swapped.
     """
-    partitions = partitions_of(model)
+    partitions = stock_partitions(model)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     whole: dict[int, Tensor] = {}
     state = {}
@@ -107,10 +108,11 @@ def full_state_dict(model: nn.Module, tp_group: dist.ProcessGroup) -> dict[str, 
         if name not in partitions:
             state[name] = tensor.detach().cpu()
             continue
-        parameter = parameters[name]
+        parameter = parameters.get(name, tensor)  # those of swapped layers have other names there, and are not tied
         if id(parameter) not in whole:
-            shards = [torch.empty_like(tensor) for _ in range(tp_group.size())]
-            dist.all_gather(shards, tensor.detach().contiguous(), tp_group)
+            own = tensor.detach().contiguous()
+            shards = [torch.empty_like(own) for _ in range(tp_group.size())]
+            dist.all_gather(shards, own, tp_group)
             joined = join_shards([one.cpu() for one in shards], partitions[name], name)
             whole[id(parameter)] = joined[: getattr(parameter, "vocabulary_size", None)]
         state[name] = whole[id(parameter)]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ...kernels.sharding import partitions_of
 from .fused_layer import (
     FusedLayer,
     MovedModule,
@@ -31,8 +32,11 @@ def swap(model: nn.Module, policy: Policies = None) -> int:
     layers' names. Call it before optimizers or DeepSpeed engines are made. Under torch.autocast a layer computes in its dtype
     throughout.
 
-    Raises ValueError for a model without a policy, for one that is swapped or sharded already, and one for all that the fused
-    layer cannot take over or honour; the model is then as it was. output_attentions raises one at the call.
+    A model that `shard` sliced is swapped in shards; call it on every process of the group.
+
+    Raises ValueError for a model without a policy, for one that is swapped already or sharded with sequence_parallel, and one
+    for all that the fused layer cannot take over or honour; the model is then as it was. output_attentions raises one at the
+    call.
     """
     places = plan_swap(model, resolve_policies(model, policy))
     for place in places:
@@ -73,10 +77,10 @@ def revert(model: nn.Module) -> int:
 def _swap_layer(place: SwapPlace) -> None:
     layer: Any = place.module
     fused = place.build(layer).train(layer.training)
-    names = [name for name, _ in layer.named_parameters()]
+    names, partitions = [name for name, _ in layer.named_parameters()], partitions_of(layer)
     for name in names:
         set_parameter(layer, name, None)
-    swapped = Swapped(dict(layer._modules), names, place.origins, place.masks, place.layer_idx)
+    swapped = Swapped(dict(layer._modules), names, place.origins, partitions, place.masks, place.layer_idx)
     layer._modules.clear()
     stock: Any = type(layer)
     layer.__class__ = fused_class(stock)
@@ -92,7 +96,7 @@ def _revert_layer(layer: Any) -> None:
     del layer.swapped, layer.fused
     layer.__class__ = type(layer).__mro__[2]
     layer._modules.update(swapped.children)
-    for name, parameter in stock_parameters(fused, swapped.origins).items():
+    for name, parameter in stock_parameters(fused, swapped).items():
         set_parameter(layer, name, parameter)
     for child in swapped.children.values():
         child.train(layer.training)

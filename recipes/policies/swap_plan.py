@@ -1,6 +1,7 @@
 """A model held against what the fused layer computes: how to make each layer, or all that stands against it in one error."""
 
 import copy
+import dataclasses
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,10 +14,12 @@ from ...kernels.attention import AttentionMask
 from ...kernels.layer import LayerConfig
 from ...kernels.mlp import Activation
 from ...kernels.sharding import is_sharded
+from ...kernels.tensor_parallel import ONE_PROCESS, TensorParallel
 from .fused_layer import FusedLayer, FusedTransformerLayer, Origin, build_fused
 from .layer_masks import IMPLEMENTATIONS, LayerMasks
+from .layers import Sharded, class_before
 from .paths import closest, dotted, first_missing, get
-from .plan import _config_of, is_conv1d
+from .plan import config_of, is_conv1d
 from .policy import Description, Layer, Policy
 from .shipped import SHIPPED
 
@@ -49,20 +52,22 @@ _LARGEST_DIFFERENCE = 1e-9  # of outputs in fp64, relative; another eps or the o
 
 @dataclass(frozen=True)
 class SwapPlace:
-    """A layer of the model and the fused layer that it becomes."""
+    """A layer of the model and the fused layer that it becomes. parallel: the processes that share it."""
 
     name: str
     module: nn.Module
     config: LayerConfig
     description: Description
     origins: dict[str, Origin]
+    parallel: TensorParallel
     masks: LayerMasks
     layer_idx: int | None
 
     def build(self, stock: nn.Module) -> FusedTransformerLayer:
         """The fused layer with the parameters of a layer like `module`."""
         parameters = dict(stock.named_parameters())
-        return build_fused(self.config, self.description.drops_attention_output, self.origins, parameters)
+        drops = self.description.drops_attention_output
+        return build_fused(self.config, drops, self.origins, self.parallel, parameters)
 
 
 def plan_swap(model: nn.Module, policies: Sequence[type[Policy]]) -> list[SwapPlace]:
@@ -82,8 +87,11 @@ class _Planner:
         name = type(self.model).__name__
         if any(isinstance(module, FusedLayer) for module in self.model.modules()):
             raise ValueError(f"this {name} is swapped already; call revert(model) before another swap")
-        if any(is_sharded(parameter) for parameter in self.model.parameters()):
-            raise ValueError(f"this {name} is sharded; swap and shard cannot be combined, so leave one of them out")
+        if any(isinstance(one, Sharded) and one.parallel.divides_tokens for one in self.model.modules()):
+            raise ValueError(
+                f"this {name} is sharded with sequence_parallel=True, which fused layers cannot take over; leave it out, or "
+                f"do not swap"
+            )
         places = []
         for policy in policies:
             own = self._places(policy)
@@ -108,13 +116,14 @@ class _Planner:
         if any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
             self._problem(name, "DeepSpeed's ZeRO stage 3 has partitioned its parameters; swap before it does")
             return None
-        config = _config_of(self.model, name)
+        config = config_of(self.model, name)
         description = policy.describe(config)
         if description is None:
             self._problem(name, f"{policy.__name__} does not describe what the layer computes")
             return None
         activation, heads = self._check_options(name, config, description)
-        origins = self._origins(policy, name, layer, heads)
+        parallel = _parallel_of(layer)
+        origins = self._origins(policy, name, layer, heads // parallel.size)
         self._check_modules(name, layer, description)
         layer_config = self._layer_config(name, layer, origins, description, activation, heads)
         if layer_config is None:
@@ -125,6 +134,7 @@ class _Planner:
             layer_config,
             description,
             origins,
+            parallel,
             shared.setdefault(id(config), LayerMasks(config, description.causal)),
             next((module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")), None),  # type: ignore[arg-type]
         )
@@ -216,11 +226,12 @@ class _Planner:
     ) -> LayerConfig | None:
         if "output.bias" not in origins or "intermediate.bias" not in origins:
             return None
+        wide = layer.get_parameter(origins["intermediate.bias"].names[0])
         try:
             return LayerConfig(
                 len(layer.get_parameter(origins["output.bias"].names[0])),
                 heads,
-                len(layer.get_parameter(origins["intermediate.bias"].names[0])),
+                len(wide) * (_parallel_of(layer).size if is_sharded(wide) else 1),
                 hidden_act=activation,
                 hidden_dropout_prob=float(description.hidden_dropout),
                 attention_probs_dropout_prob=float(description.attention_dropout),
@@ -240,7 +251,7 @@ class _Planner:
         if any(parameter.is_meta for parameter in parameters.values()):
             self._problem(place.name, "its parameters are on meta; give them values first")
         with torch.device("meta"):
-            fused = FusedTransformerLayer(place.config, True)
+            fused = FusedTransformerLayer(place.config, True, place.parallel)
         used = set()
         for ours, origin in place.origins.items():
             used |= set(origin.names)
@@ -260,19 +271,24 @@ class _Planner:
     @torch.no_grad()
     def _compare(self, place: SwapPlace) -> None:
         """Computes a copy of the layer and its fused form in fp64, because a policy or transformers itself may have changed."""
-        stock = copy.deepcopy(place.module).to("cpu", torch.float64).eval()
+        # Processes that share a layer may have no way to communicate but from their GPUs.
+        device = "cpu" if place.parallel.size == 1 else next(place.module.parameters()).device
+        place = dataclasses.replace(place, config=dataclasses.replace(place.config, kernels="reference"))
+        stock = copy.deepcopy(place.module).to(device, torch.float64).eval()
         for module in stock.modules():
             if hasattr(module, "config"):
                 module.config._attn_implementation = "sdpa"  # type: ignore[union-attr]
         size = place.config.hidden_size
-        x = torch.randn(2, 5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(2, 5, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
         try:
             expected = type(stock).forward(stock, x)
         except Exception as error:  # of whatever kind: layers that need more are not what the fused layer computes
             self._problem(place.name, f"it does not compute on hidden states alone ({type(error).__name__}: {error})")
             return
         if not isinstance(expected, Tensor):
-            self._problem(place.name, f"it returns a {type(expected).__name__}, not a tensor as layers of transformers 5")
+            self._problem(
+                place.name, f"it returns a {type(expected).__name__}, not a tensor as layers of transformers 5"
+            )
             return
         found = place.build(stock).eval()(x, AttentionMask(place.description.causal))
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
@@ -303,9 +319,15 @@ class _Planner:
         )
 
 
+def _parallel_of(module: nn.Module) -> TensorParallel:
+    """The processes that share the module, by what `shard` made of its projections."""
+    return next((one.parallel for one in module.modules() if isinstance(one, Sharded)), ONE_PROCESS)
+
+
 def _is_plain(module: nn.Module) -> bool:
     """Whether the module computes what its class says, and no adapter or quantization changes it."""
-    return type(module) in (nn.Linear, nn.LayerNorm) or (is_conv1d(module) and type(module).__name__ == "Conv1D")
+    cls = class_before(module)
+    return cls in (nn.Linear, nn.LayerNorm) or (is_conv1d(module) and cls.__name__ == "Conv1D")
 
 
 def _is_foreign(hook: Any) -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from xformer_train.launcher.engine import build_engine, grad_norm
 from xformer_train.launcher.topology import quiet, start_processes, stop_processes
-from xformer_train.recipes.policies import full_state_dict, shard
+from xformer_train.recipes.policies import full_state_dict, shard, swap
 
 STEPS, REPLICAS, CLIPPING = 3, 2, 0.5  # clipping acts: the norms are above 1
 
@@ -23,16 +23,19 @@ def loss_of(model: Any, step: int, replica: int) -> Tensor:
     return loss
 
 
-def worker(stages: list[int]) -> dict[int, tuple[list[float], dict[str, Tensor]]]:
-    """By ZeRO stage: gradient norms of the steps, and the weights after them as one process would have them."""
+def worker(cases: list[tuple[int, bool]]) -> dict[tuple[int, bool], tuple[list[float], dict[str, Tensor]]]:
+    """By ZeRO stage and whether the model is swapped too: gradient norms of the steps, and the weights after them as one
+    process would have them."""
     torch.set_num_threads(1)
     quiet(debug=False)
     topology = start_processes(60, tensor_parallel=2)
     assert topology.tensor_group is not None
     results = {}
-    for stage in stages:
+    for stage, swapped in cases:
         model = MODELS["bert"].build()
         shard(model, topology.tensor_group)
+        if swapped:
+            swap(model)
         config = {
             "train_batch_size": 2 * REPLICAS,
             "train_micro_batch_size_per_gpu": 2,
@@ -47,6 +50,6 @@ def worker(stages: list[int]) -> dict[int, tuple[list[float], dict[str, Tensor]]
             engine.backward(loss_of(engine, step, topology.replica))
             engine.step()
             norms.append(float(grad_norm(engine) or 0.0))
-        results[stage] = (norms, full_state_dict(engine.module, topology.tensor_group))
+        results[stage, swapped] = (norms, full_state_dict(engine.module, topology.tensor_group))
     stop_processes()
     return results

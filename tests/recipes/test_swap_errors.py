@@ -8,13 +8,11 @@ from distributed.own_policies import MODELS_WITH_POLICIES, OpenAIGPTPolicy
 from hf_swap import build, inputs
 from torch import nn
 
-from xformer_train.kernels.tensor_parallel import ONE_PROCESS
 from xformer_train.recipes.policies import policies_for, revert, swap
 from xformer_train.recipes.policies.decoders import GPT2Policy, GPTNeoXPolicy
 from xformer_train.recipes.policies.encoders import BertPolicy
 from xformer_train.recipes.policies.plan import make_plan
 from xformer_train.recipes.policies.policy import Description
-from xformer_train.recipes.policies.shard import apply_plan
 
 
 def test_attention_weights_are_refused_and_come_back():
@@ -182,8 +180,6 @@ def test_wrong_use_is_said_in_one_sentence():
     swapped = build("bert")
     swap(swapped)
     layer = swapped.bert.encoder.layer[0]
-    sharded = build("bert")
-    apply_plan(sharded, make_plan(sharded, policies_for(sharded), 1), ONE_PROCESS)
     flex = build("bert")
     swap(flex)
     flex.config._attn_implementation = "flex_attention"
@@ -194,14 +190,13 @@ def test_wrong_use_is_said_in_one_sentence():
     ids = inputs()["input_ids"]
     wrong = [
         (lambda: swap(swapped), "this BertForPreTraining is swapped already; call revert"),
-        (lambda: swap(sharded), "this BertForPreTraining is sharded; swap and shard cannot be combined"),
         (
             lambda: revert(partitioned),
             "ZeRO stage 3 has partitioned this BertForPreTraining; load its gathered weights",
         ),
         (
             lambda: make_plan(swapped, policies_for(swapped), 2),
-            "revert.model. brings them back, which shard.model. too needs",
+            "revert.model. brings them back, which shard.model, group. too needs: shard a model first, then swap it",
         ),
         (lambda: layer.attention.self.query, "there is no attention.self: swap.model. made one fused layer"),
         (lambda: layer(x, encoder_hidden_states=x), "encoder_hidden_states was given to a fused BertLayer"),
