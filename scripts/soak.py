@@ -30,7 +30,7 @@ from xformer_train.launcher.config_loading import load_config
 from xformer_train.launcher.topology import quiet
 from xformer_train.launcher.train import run
 
-STEPS, SAVE_EVERY = 60, 4
+STEPS, SAVE_EVERY = 200, 4
 CONFIG = {
     "data": {"max_seq_length": 32},
     "model": {
@@ -49,6 +49,7 @@ CONFIG = {
     "checkpoint": {"save_every_steps": SAVE_EVERY, "keep_last": None},
     "reliability": {"hang_timeout_s": 20},
 }
+WHILE_STARTING = 0.2  # share of the kills outside of saves that may come before the first step
 LONGEST_S = 120  # that any wait for a run may take
 
 
@@ -59,13 +60,14 @@ class Report:
     kills: int = 0
     inside_a_save: int = 0
     moments: dict[str, int] = field(default_factory=dict)
-    """Kills by what the unfinished folder held."""
+    """Kills by what the run was doing, or had written of a checkpoint."""
     resumes: int = 0
+    """Starts that loaded a checkpoint."""
     runs: int = 0
     losses_compared: int = 0
     checkpoints: int = 0
     save_s: float = 0.05
-    """The longest that a save took, seen from outside; kills inside of one are spread over so long."""
+    """A running mean of how long saves take, seen from outside; kills inside of one are spread over so long."""
     faults: list[str] = field(default_factory=list)
 
 
@@ -106,6 +108,10 @@ class Attempt:
                 self.statuses[pid] = 0
         return len(self.statuses) == len(self.pids)
 
+    def trains(self) -> bool:
+        """Whether the report at its start is printed."""
+        return "start      " in self.output.read_text()
+
     def kill_one(self, generator: random.Random) -> None:
         """Kills one process; the others must end by themselves."""
         os.kill(generator.choice([pid for pid in self.pids if pid not in self.statuses]), signal.SIGKILL)
@@ -142,9 +148,11 @@ def changed_ns(folder: Path) -> int:
         return 0
 
 
-def moment(checkpoints: Path) -> str:
-    """What the kill left of a save; empty if it was in none."""
+def moment(checkpoints: Path, begun_ns: int) -> str:
+    """What the kill left of a save that began after that time; empty if it was in none."""
     for folder in unfinished(checkpoints):
+        if changed_ns(folder) < begun_ns:
+            continue
         names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         if not names:
             return "empty folder"
@@ -152,8 +160,9 @@ def moment(checkpoints: Path) -> str:
         if (folder / "state.json").exists() and (folder / "state.json").stat().st_size > 10:
             return "sealed, not renamed"
         return "files being written" if tensors else "before the first file"
-    entries = checkpoint_store.list_ids(checkpoints)
-    return "renamed, latest not moved" if entries and checkpoint_store.latest_id(checkpoints) != entries[-1] else ""
+    newest = next(reversed(checkpoint_store.list_ids(checkpoints)), "")
+    fresh = newest != checkpoint_store.latest_id(checkpoints) and changed_ns(checkpoints / newest) > begun_ns
+    return "renamed, latest not moved" if fresh else ""
 
 
 def soak(folder: Path, kills: int, seconds: float, processes: int, generator: random.Random) -> Report:
@@ -198,7 +207,7 @@ def _one_run(
         if not killed:
             wait_until(attempt.ended)
         output = attempt.output.read_text()
-        if newest is not None and "start      from" in output:
+        if newest is not None and attempt.trains():
             report.resumes += 1
             if f"{checkpoints}/{newest}" not in output or "damaged" in output:
                 report.faults.append(f"{name} did not go on from {newest}: {output[-500:]}")
@@ -236,19 +245,21 @@ def _kill(attempt: Attempt, run_dir: Path, run_s: float, generator: random.Rando
             wait_until(lambda: attempt.ended() or saving())
             started_s = time.monotonic()
             wait_until(lambda: attempt.ended() or not saving())
-            report.save_s = max(report.save_s, round(time.monotonic() - started_s, 3))
+            report.save_s = round((report.save_s + time.monotonic() - started_s) / 2, 4)
         wait_until(lambda: attempt.ended() or saving())
         time.sleep(generator.uniform(0, report.save_s))
     else:
-        until_s = time.monotonic() + generator.uniform(0, run_s)
+        if generator.random() > WHILE_STARTING:
+            wait_until(lambda: attempt.ended() or attempt.trains())
+        until_s = time.monotonic() + generator.uniform(0, run_s / 3)
         wait_until(lambda: attempt.ended() or time.monotonic() > until_s)
     if attempt.ended():
         return False
     attempt.kill_one(generator)
     report.kills += 1
-    what = moment(checkpoints)
+    what = moment(checkpoints, begun_ns)
     report.inside_a_save += bool(what)
-    what = what or "outside of a save"
+    what = what or ("between saves" if attempt.trains() else "while starting")
     report.moments[what] = report.moments.get(what, 0) + 1
     return True
 
