@@ -11,6 +11,9 @@ mkdir -p .venv/mypy/xformer_train
 for room in launcher recipes kernels; do ln -sfn "$PWD/$room" ".venv/mypy/xformer_train/$room"; done
 MYPYPATH=.venv/mypy .venv/bin/mypy
 if [ $# -gt 0 ]; then exec .venv/bin/pytest "$@"; fi
-# Triton interprets or compiles for the life of a process, so what runs in its interpreter has a process of its own.
-TRITON_INTERPRET=1 .venv/bin/pytest tests/kernels/interpreted
-exec .venv/bin/pytest --ignore=tests/kernels/interpreted
+# Two files at a time, for two cores. OpenMP's threads of several processes would keep each other from them.
+export OMP_NUM_THREADS=1
+two_at_a_time='-n 2 --dist loadfile'
+# Triton interprets or compiles for the life of a process, so what runs in its interpreter has processes of its own.
+TRITON_INTERPRET=1 .venv/bin/pytest $two_at_a_time tests/kernels/interpreted
+exec .venv/bin/pytest $two_at_a_time --ignore=tests/kernels/interpreted
