@@ -151,7 +151,7 @@ class CheckpointSaver:
                 self._prune(job.id)
         except OSError as error:
             self._failure = error
-            self._tell(f"{error}; training goes on, and the next save tries again")
+            self._tell(f"{error}; if steps are left, training goes on and the next save tries again")
         except Exception as error:
             _LOG.exception("checkpoint %s", job.id)
             self._crash = error

@@ -16,6 +16,10 @@ def read_hostfile(path: Path) -> Slots:
 
     Raises ValueError with every problem in the file, OSError if it cannot be read.
     """
+    if not path.is_file():
+        raise ValueError(
+            f"--hostfile={path} is not a file; give one that lists a host on each line, such as `node1 slots=8`"
+        )
     hosts: Slots = {}
     problems = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):

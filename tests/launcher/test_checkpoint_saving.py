@@ -176,7 +176,7 @@ def test_a_failed_save_is_told_and_the_next_one_tries_again(alone, engine, tmp_p
     assert checkpoint_store.list_ids(tmp_path) == ["c"]
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: checkpoint b could not be saved in {tmp_path}: No such file or directory; ")
-    assert warning.endswith("training goes on, and the next save tries again")
+    assert warning.endswith("if steps are left, training goes on and the next save tries again")
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])

@@ -182,7 +182,7 @@ def test_pdsh_is_not_given_what_its_remote_shell_would_change(hosts):
     ("arguments", "status", "said"),
     [
         (("--hostfile", "hosts", "--include", "node7"), 1, "host 'node7' is not in the hostfile"),
-        (("--hostfile", "none"), 1, "No such file or directory: 'none'"),
+        (("--hostfile", "none"), 1, "--hostfile=none is not a file"),
         (("--include", "node1"), 1, "give one with --hostfile"),
         (("--hostfile", "hosts", "--launcher", "rsh"), 1, "must be one of ssh, pdsh"),
         (("--hostfile", "hosts", "--launcher", "openmpi", "--num-nodes", "1"), 1, "takes all of the hostfile"),
