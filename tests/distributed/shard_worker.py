@@ -19,11 +19,11 @@ from xformer_train.recipes.policies import full_state_dict, shard
 
 Results = dict[str, Any]
 ALL = MODELS | MODELS_WITH_POLICIES
-OVER_FOUR = ("bert", "gpt2", "gpt_neox", "opt", "t5_gated", "bart", "mobilebert", "clip", "wav2vec2")
+TWO_KEY_HEADS = ("llama", "grouped", "llama_plan", "qwen3_plan")  # which four processes cannot share
+OVER_FOUR = tuple(name for name in ALL if name not in TWO_KEY_HEADS)
 SEQUENCE_PARALLEL = ("bert", "electra", "distilbert", "gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "llama")
-TRAINED = ("bert", "gpt2", "llama", "t5")
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-CHECKPOINTED = ("bert", "gpt2", "llama", "bart", "deberta_v2", "wav2vec2")
+CHECKPOINTED = tuple(name for name in MODELS if name != "albert")  # in which transformers has no checkpointing
 
 
 def tensors_of(value: Any, name: str = "") -> dict[str, Tensor]:
@@ -236,7 +236,7 @@ CHECKS: list[tuple[Callable[[str, dist.ProcessGroup], Results], tuple[str, ...],
     (equals_one_process_in_sequence, SEQUENCE_PARALLEL, 2),
     (equals_one_process_in_sequence, ("bert", "gpt2"), 4),
     (saved, ("bert", "gpt2"), 4),
-    (steps, TRAINED, 2),
+    (steps, tuple(MODELS), 2),
     (dropout, CHECKPOINTED, 2),
     (dropout_in_sequence, ("bert", "gpt2"), 2),
     (attention_masks, ("bert",), 2),
