@@ -3,7 +3,7 @@
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -307,17 +307,22 @@ class _Planner:
     def _raise_problems(self) -> None:
         if not self.problems:
             return
-        lines = []
-        for what, places in self.problems.items():
-            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-            lines.append(f"- {places[0] or type(self.model).__name__}{more}: {what}")
         common = functools.reduce(math.gcd, self.counts, 0)
         sizes = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
         raise ValueError(
             f"{type(self.model).__name__} cannot be sharded over {self.size} processes by its policy:\n"
-            + "\n".join(lines)
+            + problem_list(self.problems, self.model)
             + f"\nvalid tensor-parallel sizes: {sizes or 'any'}"
         )
+
+
+def problem_list(problems: Mapping[str, list[str]], model: nn.Module) -> str:
+    """A line for each problem, with the first of the places that have it, and how many more there are."""
+    lines = []
+    for what, places in problems.items():
+        more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+        lines.append(f"- {places[0] or type(model).__name__}{more}: {what}")
+    return "\n".join(lines)
 
 
 def _join(name: str, path: str) -> str:

@@ -19,7 +19,7 @@ from .fused_layer import FusedLayer, FusedTransformerLayer, Origin, build_fused
 from .layer_masks import IMPLEMENTATIONS, LayerMasks
 from .layers import Sharded, class_before
 from .paths import closest, dotted, first_missing, get
-from .plan import config_of, is_conv1d
+from .plan import config_of, is_conv1d, problem_list
 from .policy import Description, Layer, Policy
 from .shipped import SHIPPED
 
@@ -304,16 +304,12 @@ class _Planner:
     def _raise_problems(self) -> None:
         if not self.problems:
             return
-        lines = []
-        for what, places in self.problems.items():
-            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-            lines.append(f"- {places[0] or type(self.model).__name__}{more}: {what}")
         models = sorted(
             {policy.layer_class.split(".")[0] for policy in SHIPPED.values() if policy.describe is not Policy.describe}
         )
         raise ValueError(
             f"{type(self.model).__name__} cannot be swapped:\n"
-            + "\n".join(lines)
+            + problem_list(self.problems, self.model)
             + "\nsupported: layers of self-attention and "
             f"one MLP, with biases and two LayerNorms, of {', '.join(models)}; docs/huggingface.md has the list of options"
         )
