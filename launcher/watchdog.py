@@ -163,14 +163,15 @@ class Watchdog:
 
     def _reason_to_give_up(self) -> str:
         """What is wrong, empty if nothing is."""
+        setting = f"(reliability.hang_timeout_s is {self._timeout_s:g})"
         waited_s = time.monotonic() - self._since
         if self._phase in _UNLIMITED:
             others = self._others()
             self._pass_a_signal_on(others)
             lost = [rank for rank, beat in others.items() if self._silence_s(rank, beat) > self._patience_s]
-            return f"rank {lost[0]} has not been heard of for {self._patience_s:g} s" if lost else ""
+            return f"rank {lost[0]} has not been heard of for {self._patience_s:.1f} s {setting}" if lost else ""
         if waited_s > self._patience_s:
-            return f"no progress for {waited_s:.1f} s (reliability.hang_timeout_s is {self._timeout_s:g})"
+            return f"no progress for {waited_s:.1f} s {setting}"
         if waited_s > _LOST_AFTER * self._interval_s:
             gone = [rank for rank, beat in self._others().items() if beat.state in ("stuck", "failed")]
             return f"rank {gone[0]} has given up" if gone else ""

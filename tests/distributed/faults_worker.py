@@ -1,10 +1,11 @@
 """One process of a run in which something may be wrong: `faults_worker.py CONFIG FAULT`, with a launcher's variables set.
 
 FAULT: none; slow: the data of process 1 take 0.2 s longer; prepare: preparing data takes a minute; hang: process 1 never
-comes back from the sixth setting of a learning rate.
+comes back from the sixth setting of a learning rate; save: process 1 is stopped from outside as it begins to save.
 """
 
 import os
+import signal
 import sys
 import time
 
@@ -38,6 +39,14 @@ def main() -> int:
             time.sleep(1000)
         return set_learning_rate(*args)
 
+    save = loop._save
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return save(*args)
+
+    if fault == "save" and rank == 1:
+        loop._save = stopped
     if fault == "hang" and rank == 1:
         loop.set_learning_rate = for_ever
     if fault == "slow" and rank == 1:
