@@ -88,6 +88,18 @@ def test_a_signal_ends_the_run_after_a_checkpoint_from_which_it_goes_on_exactly(
     assert all(ours[name].equal(theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
+def test_torchrun_starts_a_run_too(tmp_path):
+    path = write_config(tmp_path, training__max_steps=3)
+    place = ["--standalone", "--nproc-per-node", "2"]
+    command = [LAUNCHER.with_name("torchrun"), *place, "-m", "xformer_train.launcher", "--config", path]
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300, env=ONE_THREAD, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(losses(tmp_path / "runs" / "run")) == [1, 2, 3]
+
+
 def test_nothing_but_the_runs_own_lines_is_printed(tmp_path):
     done = train("--config", str(write_config(tmp_path, training__max_steps=2)))
     assert done.returncode == 0

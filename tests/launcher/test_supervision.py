@@ -1,0 +1,158 @@
+"""How the end of a run is told from what its processes left, and that none of them is left, whatever ends first."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from runs import write_config
+
+from xformer_train.launcher import host_process
+from xformer_train.launcher.rank_status import FOLDER_VARIABLE
+from xformer_train.launcher.supervision import HostCommand, run_hosts
+
+# With programs in the place of runs
+
+
+def program(folder, *ranks, exit_code=0, then="pass"):
+    """A command that reports a status for each (rank, exit code, seconds, text), does `then`, and ends."""
+    text = f"import json, os, subprocess, sys, time\nfolder = os.environ[{FOLDER_VARIABLE!r}]\n"
+    for rank, code, time_s, said in ranks:
+        status = {"rank": rank, "host": "here", "exit_code": code, "time_s": time_s, "text": said}
+        text += f"open(f'{{folder}}/rank{rank}.json', 'w').write({json.dumps(status)!r})\n"
+    return HostCommand(
+        [sys.executable, "-c", f"{text}{then}\nsys.exit({exit_code})"], str(folder), {}, 1, "this machine", remote=False
+    )
+
+
+def ended(tmp_path, *commands, world_size=2):
+    folder = tmp_path / "status"
+    folder.mkdir()
+    return run_hosts(commands, folder, world_size)
+
+
+def test_a_run_is_well_only_if_every_rank_says_so(tmp_path):
+    assert ended(tmp_path, program(tmp_path, (0, 0, 1.0, ""), (1, 0, 1.0, ""))).exit_code == 0
+
+
+def test_a_launcher_that_exits_with_0_is_not_believed(tmp_path):
+    outcome = ended(tmp_path, program(tmp_path, (0, 0, 1.0, "")))
+    assert outcome.exit_code == 1
+    assert outcome.text.startswith("rank 1 ended without a word")
+
+
+def test_the_first_failure_comes_last_with_its_code(tmp_path):
+    ranks = [(0, 1, 5.0, "peer is gone"), (1, 3, 4.0, "Traceback\nKeyError: 1\n"), (2, 1, 3.0, "")]
+    outcome = ended(tmp_path, program(tmp_path, *ranks, exit_code=1), world_size=3)
+    assert outcome.exit_code == 3
+    assert outcome.text.splitlines() == [
+        "this machine: the launcher ended with exit code 1",
+        "ranks 0, 2 failed after rank 1",
+        "rank 1 on here ended with exit code 3",
+        "Traceback",
+        "KeyError: 1",
+    ]
+
+
+def test_an_end_that_all_agree_on_keeps_its_code(tmp_path):
+    outcome = ended(tmp_path, program(tmp_path, (0, 75, 1.0, ""), (1, 75, 2.0, ""), exit_code=75))
+    assert (outcome.exit_code, outcome.text) == (75, "all processes ended with exit code 75")
+
+
+def test_a_killed_launcher_is_named_with_the_signal(tmp_path):
+    outcome = ended(tmp_path, program(tmp_path, then="os.kill(os.getpid(), 9)"))
+    assert outcome.exit_code == 137
+    assert "exit code 137 (SIGKILL)" in outcome.text
+
+
+def test_no_process_is_left_when_the_launcher_leaves_some(tmp_path, capfd):
+    orphan = "child = subprocess.Popen(['sleep', '1000']); open('pid', 'w').write(str(child.pid))"
+    ranks = [(0, 0, 1.0, ""), (1, 0, 1.0, "")]
+    outcome = ended(tmp_path, program(tmp_path, *ranks, then=orphan))
+    assert outcome.exit_code == 1
+    assert "left 1 processes running" in capfd.readouterr().err
+    assert command_line((tmp_path / "pid").read_text()) == ""  # gone, or a zombie that nobody has cleared away yet
+
+
+def test_signals_go_to_the_ranks_and_their_end_is_waited_for(tmp_path):
+    """The launcher between would end at once and leave them."""
+    rank = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w'), sys.exit(0)));"
+        "open('ready', 'w'); time.sleep(1000)"
+    )
+    then = f"sys.exit(subprocess.call([sys.executable, '-c', {rank!r}], env={{**os.environ, 'RANK': '0', 'LOCAL_RANK': '0'}}))"
+    script = (
+        "import sys; from pathlib import Path; from xformer_train.launcher.supervision import *\n"
+        f"command = HostCommand([sys.executable, '-c', {'import os, subprocess, sys' + chr(10) + then!r}], {str(tmp_path)!r}, "
+        "{}, 1, 'here', remote=False)\n"
+        f"sys.exit(run_hosts([command], Path({str(tmp_path)!r}), 1).exit_code)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    wait_for(tmp_path / "ready", process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGTERM  # no rank reported, so the end is the signal's
+    assert (tmp_path / "saved").exists()
+
+
+def test_the_end_of_stdin_ends_the_command(tmp_path):
+    """As when `launch` is killed, or the connection to it is lost."""
+    order = {"command": ["sleep", "1000"], "directory": str(tmp_path), "environment": {}, "processes": 1}
+    done = subprocess.run(
+        [sys.executable, host_process.__file__], input=json.dumps(order) + "\n", text=True, timeout=60, check=False
+    )
+    assert done.returncode == 128 + signal.SIGTERM
+
+
+def wait_for(path, process):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# A whole run
+
+
+def start(*words, **options):
+    return subprocess.Popen(
+        words,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+@pytest.mark.slow
+def test_a_run_whose_launcher_is_killed_fails_and_leaves_nothing(tmp_path):
+    """DeepSpeed's own command would exit with 0 and leave both processes training."""
+    path = write_config(tmp_path, training__max_steps=100_000, schedule__type="constant", schedule__total_steps=None)
+    process = start(sys.executable, "-m", "xformer_train.launcher", "launch", "--config", str(path), "--processes", "2")
+    wait_for(tmp_path / "runs" / "run" / "metrics.jsonl", process)
+    launchers = [pid for pid in running(str(path)) if "deepspeed.launcher.launch" in command_line(pid)]
+    os.kill(launchers[0], signal.SIGKILL)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0, err
+    assert "left 2 processes running; they are stopped" in err
+    assert running(str(path)) == []
+    # They were asked to end, so they saved.
+    assert [p.name for p in (tmp_path / "runs" / "run" / "checkpoints").glob("step*")] != []
+
+
+def command_line(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def running(text):
+    """The processes with this text in their command line."""
+    pids = [int(folder.name) for folder in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if text in command_line(pid)]
