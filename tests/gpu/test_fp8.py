@@ -1,9 +1,8 @@
 """Casts to FP8 inside of GELU and behind LayerNorm on a GPU, against separate ones there and against the emulation."""
 
-import math
-
 import pytest
 import torch
+from fp8_linear import sqnr
 
 from xformer_train.kernels import TransformerLayer, fp8_norm, te
 from xformer_train.kernels.fp8 import DelayedScaling, Float8CurrentScaling, Fp8State, fp8_autocast, fp8_linear, fp8_path
@@ -20,12 +19,6 @@ pytestmark = [
     ),
 ]
 RECIPES = {"current": Float8CurrentScaling(), "delayed": DelayedScaling()}
-
-
-def sqnr(expected, actual):
-    """Signal to quantisation noise, dB."""
-    expected, actual = expected.double().cpu(), actual.double().cpu()
-    return 20 * math.log10(expected.norm() / max((expected - actual).norm().item(), 1e-300))
 
 
 def in_steps(x, w1, b1, w2, activation, state1, state2):

@@ -6,20 +6,17 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from fp8_linear import Layer, results, sqnr
 from torch import nn
 
-from xformer_train.kernels import fp8_products
 from xformer_train.kernels.fp8 import (
     DelayedScaling,
     Float8CurrentScaling,
     Format,
-    Fp8State,
     check_fp8_features,
     fp8_autocast,
-    fp8_linear,
     fp8_path,
 )
-from xformer_train.kernels.fp8_mlp import fp8_mlp
 from xformer_train.kernels.fp8_products import dgrad, fprop, quantize, wgrad
 from xformer_train.kernels.linear import linear
 
@@ -27,35 +24,9 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 WIDE_WGRAD = (False, False, True)
 
 
-def sqnr(expected, actual):
-    """Signal to quantisation noise, dB."""
-    expected = expected.double()
-    return 20 * math.log10(expected.norm() / (expected - actual.double()).norm())
-
-
 def quantized(x, dtype, scale=None):
     """All of x in FP8, as quantize gives it."""
     return quantize(x, scale, dtype, rows=True, columns=True)[0]
-
-
-class Layer(nn.Module):
-    def __init__(self, K, N, dtype=torch.float32):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(N, K, dtype=dtype) / K**0.5)
-        self.bias = nn.Parameter(torch.randn(N, dtype=dtype))
-        self.fp8 = Fp8State()
-
-    def forward(self, x, is_first_microbatch=None, main_grad=None):
-        options = {"is_first_microbatch": is_first_microbatch, "main_grad": main_grad}
-        return fp8_linear(x, self.weight, self.bias, self.fp8, **options)
-
-
-def results(layer, x, dy, recipe=None, **options):
-    """y and the gradients of x, weight and bias, of one pass with FP8 or, without a recipe, in high precision."""
-    inputs = (x, layer.weight, layer.bias)
-    with fp8_autocast(recipe is not None, fp8_recipe=recipe):
-        y = layer(x, **options)
-    return y.detach(), *torch.autograd.grad(y, inputs, dy)
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(E4M3, 31.0), (E5M2, 25.0)])
@@ -342,65 +313,3 @@ def test_wrong_shapes_and_dtypes_are_named():
 
 def test_the_path_can_be_asked():
     assert fp8_path(torch.device("cpu")) == "FP8 emulated: same rounding, no speed"
-
-
-def gpu_scaled_mm(a, b, scale_a, scale_b, *, bias, out_dtype, use_fast_accum):
-    """torch._scaled_mm with the demands that only a GPU makes."""
-    assert a.is_contiguous() and b.t().is_contiguous() and not b.is_contiguous()
-    assert a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0 and b.shape[1] % 16 == 0
-    assert a.numel() and b.numel() and not (a.dtype == b.dtype == E5M2)
-    assert all(scale.numel() == 1 and scale.dtype == torch.float32 for scale in (scale_a, scale_b))
-    assert bias is None or (bias.dtype == out_dtype != torch.float32)
-    assert use_fast_accum == (a.dtype == b.dtype)  # with HYBRID: in the forward product only
-    y = (a.double() * scale_a) @ (b.double() * scale_b)
-    return (y if bias is None else y + bias).to(out_dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("tokens", [48, 37, 1, 0])
-def test_what_a_gpu_is_asked_is_legal_there(dtype, tokens, monkeypatch):
-    torch.manual_seed(10)
-    layer, x = Layer(32, 64), torch.randn(tokens, 32, dtype=dtype, requires_grad=True)
-    dy = torch.randn(tokens, 64, dtype=dtype)
-    emulated = results(layer, x, dy, Float8CurrentScaling())
-    monkeypatch.setattr(fp8_products, "has_scaled_mm", lambda device: True)
-    monkeypatch.setattr(fp8_products, "_quantize", fp8_products.quantize_reference)
-    monkeypatch.setattr(torch, "_scaled_mm", gpu_scaled_mm)
-    for a, b in zip(emulated, results(layer, x, dy, Float8CurrentScaling()), strict=True):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=1e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)  # the last bit
-
-
-@pytest.mark.parametrize("tokens", [37, 0])
-def test_what_the_feed_forward_half_asks_a_gpu_is_legal_there(tokens, monkeypatch):
-    torch.manual_seed(11)
-    shapes = (tokens, 32), (64, 32), (64,), (32, 64)
-    inputs = [(torch.randn(shape) / 4).bfloat16().requires_grad_() for shape in shapes]
-    dy, passes = torch.randn(tokens, 32).bfloat16(), []
-    for _ in range(2):
-        with fp8_autocast():
-            y = fp8_mlp(*inputs, "gelu", Fp8State(), Fp8State())
-        passes.append((y.detach(), *torch.autograd.grad(y, inputs, dy)))
-        monkeypatch.setattr(fp8_products, "has_scaled_mm", lambda device: True)
-        monkeypatch.setattr(fp8_products, "_quantize", fp8_products.quantize_reference)
-        monkeypatch.setattr(torch, "_scaled_mm", gpu_scaled_mm)
-    for a, b in zip(*passes, strict=True):
-        assert not tokens or sqnr(a, b) > 34  # where a last bit of a sum is the amax it changes the scale
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("tokens", [256, 37])
-def test_scaled_mm_gives_what_the_emulation_gives(dtype, tokens):
-    device = torch.device("cuda")
-    if fp8_path(device) != "FP8 products by torch._scaled_mm":
-        pytest.skip("this GPU has no FP8")
-    torch.manual_seed(9)
-    layer, x = Layer(128, 64, dtype), torch.randn(tokens, 128, dtype=dtype, requires_grad=True)
-    dy = torch.randn(tokens, 64, dtype=dtype)
-    emulated = results(layer, x, dy, Float8CurrentScaling())
-    real = results(layer.to(device), x.detach().to(device).requires_grad_(), dy.to(device), Float8CurrentScaling())
-    for a, b in zip(emulated, real, strict=True):
-        # Hopper's fast accumulation keeps 14 bits of a sum; bf16 results keep 8
-        assert sqnr(a, b.cpu()) > 45

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from fp8_linear import sqnr
 
 from xformer_train.kernels import (
     AttentionMask,
@@ -55,11 +56,6 @@ def step(layer, *args, enabled=True, recipe=None):
         y = layer(x, *args)
     y.backward(dy)
     return {"output": y.detach(), "input": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
-
-
-def sqnr(expected, actual):
-    """Signal to quantisation noise in dB."""
-    return (20 * (expected.norm() / (expected - actual).norm()).log10()).item()
 
 
 @pytest.mark.parametrize("pre_layer_norm", [True, False], ids=["pre", "post"])
