@@ -1,41 +1,14 @@
-"""The DeepSpeed door: its config, its parameters, its arguments, and what it refuses."""
+"""What DeepSpeed's layer computes: as the core does, with masks, modes and dropout seeds, and what its call refuses."""
 
-import copy
-import json
 import math
 
 import pytest
 import torch
-from torch import nn
-from torch.func import functional_call
+from deepspeed_door import layer, perturbed
 from torch.utils.checkpoint import checkpoint
 
 from xformer_train.kernels import TransformerLayer
-from xformer_train.kernels.bert_state_dict import from_bert_state_dict, to_bert_state_dict
-from xformer_train.kernels.deepspeed_layer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 
-SMALL = {
-    "hidden_size": 24,
-    "heads": 3,
-    "attn_dropout_ratio": 0.1,
-    "hidden_dropout_ratio": 0.1,
-    "num_hidden_layers": 2,
-    "initializer_range": 0.02,
-}
-SHAPES = {
-    "attn_qkvw": (72, 24),
-    "attn_qkvb": (72,),
-    "attn_ow": (24, 24),
-    "attn_ob": (24,),
-    "attn_nw": (24,),
-    "attn_nb": (24,),
-    "inter_w": (96, 24),
-    "inter_b": (96,),
-    "output_w": (24, 96),
-    "output_b": (24,),
-    "norm_w": (24,),
-    "norm_b": (24,),
-}
 CORE_NAMES = {
     "attn_qkvw": "qkv.weight",
     "attn_qkvb": "qkv.bias",
@@ -60,163 +33,6 @@ POST_LN_NAMES = {
 }
 
 
-def config(**changes):
-    return DeepSpeedTransformerConfig(**{**SMALL, **changes})
-
-
-def layer(weights_from=3, **changes):
-    torch.manual_seed(weights_from)
-    return DeepSpeedTransformerLayer(config(**changes))
-
-
-def perturbed(module):
-    """The module with every parameter moved off its start, so that mixing two of them up shows."""
-    torch.manual_seed(17)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    return module
-
-
-def random_initial():
-    H, F = 24, 96
-    weights = [torch.randn(s) for s in [(H, H)] * 4 + [(H,), (F, H), (H, F), (H,)]]
-    biases = [torch.randn(s) for s in [(H,)] * 5 + [(F,), (H,), (H,)]]
-    return weights, biases
-
-
-def test_every_default_is_deepspeeds():
-    fresh = DeepSpeedTransformerConfig()
-    on = {"pre_layer_norm", "adjust_init_range", "training"}
-    off = {
-        "fp16",
-        "normalize_invertible",
-        "gelu_checkpoint",
-        "attn_dropout_checkpoint",
-        "stochastic_mode",
-        "return_tuple",
-    }
-    unset = {"batch_size", "hidden_size", "intermediate_size", "heads", "attn_dropout_ratio", "hidden_dropout_ratio"}
-    unset |= {"num_hidden_layers", "initializer_range", "local_rank", "seed", "max_seq_length"}
-    expected = (
-        dict.fromkeys(on, True) | dict.fromkeys(off, False) | dict.fromkeys(unset, -1) | {"layer_norm_eps": 1e-12}
-    )
-    assert {name: getattr(fresh, name) for name in fresh.__dataclass_fields__} == expected
-
-
-def test_positional_arguments_come_in_deepspeeds_order():
-    given = DeepSpeedTransformerConfig(8, 24, 40, 3, 0.1, 0.2, 2, 0.02, 1e-5, -1, 7, True, False)
-    assert (given.heads, given.hidden_dropout_ratio, given.seed, given.pre_layer_norm) == (3, 0.2, 7, False)
-
-
-def test_intermediate_size_is_four_times_the_hidden_size_of_the_moment_unless_given():
-    filled = DeepSpeedTransformerConfig()
-    assert filled.intermediate_size == -1
-    filled.hidden_size = 24
-    assert filled.intermediate_size == 96
-    filled.hidden_size = 32
-    assert filled.intermediate_size == copy.deepcopy(filled).intermediate_size == 128
-    filled.intermediate_size = 40
-    assert filled.intermediate_size == 40
-    assert DeepSpeedTransformerConfig.from_dict({"hidden_size": 24}).intermediate_size == 96
-    assert layer(intermediate_size=0).inter_w.shape == (96, 24)
-
-
-def test_a_config_can_be_filled_attribute_by_attribute():
-    filled = DeepSpeedTransformerConfig()
-    for name, value in SMALL.items():
-        setattr(filled, name, value)
-    assert filled == config()
-    DeepSpeedTransformerLayer(filled)
-    with pytest.raises(AttributeError, match="did you mean gelu_checkpoint"):
-        filled.gelu_checkpont = True
-
-
-def test_a_json_file_is_read_as_utf_8_and_equals_its_dict(tmp_path):
-    path = tmp_path / "größe.json"
-    path.write_text(json.dumps({**SMALL, "pre_layer_norm": False}), encoding="utf-8")
-    assert DeepSpeedTransformerConfig.from_json_file(path) == config(pre_layer_norm=False)
-    path.write_text("[1]")
-    with pytest.raises(ValueError, match="one object"):
-        DeepSpeedTransformerConfig.from_json_file(path)
-
-
-def test_from_dict_refuses_an_unknown_key_and_names_the_nearest():
-    with pytest.raises(ValueError, match=r"hiden_size=24.*did you mean hidden_size"):
-        DeepSpeedTransformerConfig.from_dict({"hiden_size": 24})
-    with pytest.raises(ValueError, match="no parameter xyz; remove it"):
-        DeepSpeedTransformerConfig.from_dict({"xyz": 1})
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_layer_refuses_a_config_in_which_something_it_needs_is_not_set(name):
-    with pytest.raises(ValueError, match=f"^{name}=-1 is .*set "):
-        layer(**{name: -1})
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"heads": 5}, "hidden_size=24 is not divisible by heads=5"),
-        ({"attn_dropout_ratio": 1.0}, r"attn_dropout_ratio=1.0 .* \[0, 1\)"),
-        ({"hidden_dropout_ratio": math.nan}, "hidden_dropout_ratio=nan"),
-        ({"initializer_range": math.inf}, "initializer_range=inf"),
-        ({"hidden_size": "24"}, "hidden_size='24' is of type str; give it as int"),
-        ({"hidden_size": 24.0}, "hidden_size=24.0 is of type float; give it as int"),
-        ({"fp16": "false"}, "fp16='false' is of type str; give it as bool"),
-        ({"heads": "3"}, "heads='3' is of type str"),
-        ({"seed": 2**63}, r"seed=9223372036854775808 does not fit .* below 2\*\*63"),
-        ({"seed": True}, "seed=True is of type bool; give it as int"),
-        ({"intermediate_size": None}, "intermediate_size=None is of type NoneType"),
-    ],
-)
-def test_impossible_values_are_refused_by_their_deepspeed_name(change, message):
-    with pytest.raises(ValueError, match=message):
-        layer(**change)
-
-
-@pytest.mark.parametrize(
-    "flag", ["normalize_invertible", "gelu_checkpoint", "attn_dropout_checkpoint", "stochastic_mode", "pre_layer_norm"]
-)
-@pytest.mark.parametrize("value", [True, False])
-def test_each_flag_reaches_the_core(flag, value):
-    core, other = layer(**{flag: value}).config, layer(**{flag: not value}).config
-    assert getattr(core, flag) is value
-    assert {name for name, setting in vars(core).items() if setting != vars(other)[name]} == {flag}
-
-
-def test_the_number_of_layers_is_needed_only_to_adjust_the_start():
-    layer(adjust_init_range=False, num_hidden_layers=-1)
-
-
-def test_parameters_have_deepspeeds_names_and_shapes_and_nothing_else_is_in_the_state():
-    made = layer()
-    assert {name: tuple(value.shape) for name, value in made.state_dict().items()} == SHAPES
-    assert list(dict(made.named_parameters())) == list(SHAPES)
-    assert all(isinstance(parameter, nn.Parameter) and parameter.is_leaf for parameter in made.parameters())
-
-
-@pytest.mark.parametrize("local_rank", [-1, 0, 3])
-def test_output_projections_start_smaller_on_every_rank(local_rank, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    made = layer(hidden_size=240, num_hidden_layers=8, local_rank=local_rank)
-    plain = layer(hidden_size=240, num_hidden_layers=8, adjust_init_range=False)
-    for name in ("attn_ow", "output_w"):
-        assert getattr(made, name).std().item() == pytest.approx(0.02 / 4, rel=0.05)
-        assert getattr(plain, name).std().item() == pytest.approx(0.02, rel=0.05)
-    assert made.attn_qkvw.std().item() == pytest.approx(0.02, rel=0.05)
-    assert torch.equal(made.norm_w, torch.ones(240)) and not made.attn_qkvb.any()
-
-
-def test_local_rank_makes_its_gpu_the_current_one_where_there_are_gpus(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    layer(local_rank=2)
-    layer()
-    assert chosen == [2]
-
-
 @pytest.mark.parametrize("pre_layer_norm", [True, False])
 def test_the_layer_computes_what_the_core_does_with_the_same_parameters(pre_layer_norm):
     ours = perturbed(layer(pre_layer_norm=pre_layer_norm))
@@ -235,58 +51,6 @@ def test_the_layer_computes_what_the_core_does_with_the_same_parameters(pre_laye
         assert torch.equal(parameter.grad, core.get_parameter(names[name]).grad), name
 
 
-def test_layer_ids_count_from_zero_or_are_what_was_given_and_layers_share_nothing(monkeypatch):
-    monkeypatch.setattr(DeepSpeedTransformerLayer, "layer_id", 0)
-    shared = config()
-    stack = nn.ModuleList(copy.deepcopy(DeepSpeedTransformerLayer(shared)) for _ in range(3))
-    assert [made.layer_id for made in stack] == [0, 1, 2]
-    assert DeepSpeedTransformerLayer.layer_id == 3
-    numbered = nn.ModuleList([copy.deepcopy(DeepSpeedTransformerLayer(i, shared)) for i in (5, 6)])
-    assert [made.layer_id for made in numbered] == [5, 6]
-    assert shared == config()
-    shared.return_tuple = True
-    assert torch.is_tensor(stack[0](torch.randn(1, 2, 24)))
-    assert len({parameter.data_ptr() for parameter in stack.parameters()}) == 3 * 12
-
-
-def test_both_forms_of_the_constructor_take_initial_values():
-    weights, biases = random_initial()
-    first = DeepSpeedTransformerLayer(config(), weights, biases)
-    second = DeepSpeedTransformerLayer(4, config(), initial_weights=weights, initial_biases=biases)
-    third = DeepSpeedTransformerLayer(layer_id=4, config=config(), initial_weights=weights, initial_biases=biases)
-    for name, value in first.state_dict().items():
-        assert torch.equal(value, second.state_dict()[name]) and torch.equal(value, third.state_dict()[name])
-    assert second.layer_id == third.layer_id == 4
-
-
-def test_initial_values_are_copied_to_their_places_biases_of_query_key_and_value_included():
-    weights, biases = random_initial()
-    made = DeepSpeedTransformerLayer(config(), weights, biases)
-    for given, kind in ((weights, "w"), (biases, "b")):
-        assert torch.equal(getattr(made, "attn_qkv" + kind), torch.cat(given[:3]))
-        for value, name in zip(given[3:], ("attn_o", "attn_n", "inter_", "output_", "norm_"), strict=True):
-            placed = getattr(made, name + kind)
-            assert torch.equal(placed, value)
-            assert placed.data_ptr() != value.data_ptr()
-
-
-def test_one_list_of_initial_values_leaves_the_other_parameters_at_their_start():
-    weights, biases = random_initial()
-    only_weights = DeepSpeedTransformerLayer(config(), initial_weights=weights)
-    assert torch.equal(only_weights.inter_w, weights[5]) and not only_weights.inter_b.any()
-    only_biases = DeepSpeedTransformerLayer(config(), initial_biases=biases)
-    assert torch.equal(only_biases.inter_b, biases[5]) and torch.equal(only_biases.norm_w, torch.ones(24))
-    assert only_biases.state_dict().keys() == SHAPES.keys()
-
-
-def test_initial_values_that_do_not_fit_are_refused():
-    weights, biases = random_initial()
-    with pytest.raises(ValueError, match=r"initial_weights\[6\] has shape \(24, 95\)"):
-        DeepSpeedTransformerLayer(config(), [*weights[:6], weights[6][:, 1:], weights[7]])
-    with pytest.raises(ValueError, match="initial_biases has 7 tensors; give 8"):
-        DeepSpeedTransformerLayer(config(), initial_biases=biases[1:])
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_layers_train(dtype):
     made = layer(fp16=True) if dtype == torch.float16 else layer().to(dtype)
@@ -297,18 +61,6 @@ def test_half_precision_layers_train(dtype):
     assert y.dtype == dtype and y.isfinite().all()
     y.float().square().sum().backward()
     assert all(parameter.grad.isfinite().all() and parameter.grad.any() for parameter in made.parameters())
-
-
-def test_a_state_dict_goes_round_and_a_replaced_parameter_is_the_one_computed_with():
-    source, target = perturbed(layer().eval()), layer(weights_from=4).eval()
-    x = torch.randn(2, 5, 24)
-    expected = source(x)
-    assert torch.equal(functional_call(target, source.state_dict(), (x,)), expected)
-    assert not torch.equal(target(x), expected)
-    target.load_state_dict(source.state_dict(), assign=True)
-    assert torch.equal(target(x), expected)
-    assert torch.equal(copy.deepcopy(source)(x), expected)
-    torch.testing.assert_close(source.double()(x.double()).float(), expected)
 
 
 @pytest.mark.parametrize("fully_masked", [False, True])
@@ -438,52 +190,3 @@ def test_activation_checkpointing_with_a_dropout_seed_reproduces_the_masks(reent
     torch.manual_seed(1)
     checkpoint(made, x, use_reentrant=reentrant).square().sum().backward()
     assert torch.equal(plain, x.grad)
-
-
-def test_a_model_state_goes_to_bert_names_and_back_exactly():
-    model = nn.ModuleDict({"embeddings": nn.Embedding(5, 24), "layer": nn.ModuleList([layer(), layer(weights_from=4)])})
-    state = perturbed(model).state_dict()
-    bert = to_bert_state_dict(state)
-    assert "layer.1.attention.self.key.bias" in bert and "embeddings.weight" in bert
-    assert not any("attn_" in name for name in bert)
-    assert len({value.untyped_storage().data_ptr() for value in bert.values()}) == len(bert) == 2 * 16 + 1
-    back = from_bert_state_dict(bert)
-    assert back.keys() == state.keys()
-    assert all(torch.equal(back[name], value) for name, value in state.items())
-
-
-def test_half_a_layer_or_none_is_refused_in_both_directions():
-    state = dict(layer().state_dict())
-    bert = to_bert_state_dict(state)
-    del state["norm_b"], bert["output.dense.bias"]
-    with pytest.raises(ValueError, match="no entry norm_b"):
-        to_bert_state_dict(state)
-    with pytest.raises(ValueError, match=r"no entry output\.dense\.bias"):
-        from_bert_state_dict(bert)
-    with pytest.raises(ValueError, match="so no layer"):
-        to_bert_state_dict(bert)
-
-
-def test_transformers_bert_with_converted_weights_computes_the_same():
-    transformers = pytest.importorskip("transformers")
-    bert_config = transformers.BertConfig(
-        hidden_size=24,
-        num_attention_heads=3,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        vocab_size=11,
-        hidden_act="gelu_pytorch_tanh",
-        attn_implementation="eager",
-    )
-    encoder = perturbed(transformers.models.bert.modeling_bert.BertEncoder(bert_config)).eval()
-    stack = nn.ModuleList([layer(pre_layer_norm=False), layer(pre_layer_norm=False)]).eval()
-    converted = from_bert_state_dict(encoder.state_dict())
-    stack.load_state_dict({name.removeprefix("layer."): value for name, value in converted.items()})
-    x = torch.randn(2, 7, 24)
-    mask = torch.zeros(2, 1, 1, 7)
-    mask[1, ..., 4:] = -1e4
-    hidden = x
-    for made in stack:
-        hidden = made(hidden, mask)
-    torch.testing.assert_close(hidden, encoder(x, attention_mask=mask).last_hidden_state, rtol=1e-5, atol=1e-5)
-    assert to_bert_state_dict(converted).keys() == encoder.state_dict().keys()
