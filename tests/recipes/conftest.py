@@ -1,0 +1,33 @@
+"""Fixtures that prepare data."""
+
+import numpy as np
+import pytest
+from prepared_data import document, write_text
+
+from xformer_train.recipes.config import DataConfig, ObjectiveConfig, TokenizerConfig
+from xformer_train.recipes.data import prepare_data
+from xformer_train.recipes.tokenizer import train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    rng = np.random.default_rng(0)
+    texts = [document(number, rng) for number in range(200)]
+    config = TokenizerConfig(vocab_size=300)
+    return {
+        "bert": train_tokenizer("wordpiece", config, texts, lambda _: None, model_type="bert"),
+        "gpt": train_tokenizer("bpe", config, texts, lambda _: None, model_type="gpt"),
+    }
+
+
+@pytest.fixture
+def prepare(tmp_path, tokenizers):
+    def run(objective=None, source=None, *, seed=1, report=lambda _: None, unpad=False, **keys):
+        objective = objective or ObjectiveConfig()
+        model_type = "bert" if objective.type == "mlm" else "gpt"
+        sources = [source or write_text(tmp_path / "text.txt")] if not isinstance(source, list) else source
+        settings = {"max_seq_length": 32, "cache_dir": str(tmp_path / "cache"), **keys}
+        config = DataConfig(sources=sources, **settings)
+        return prepare_data(model_type, tokenizers[model_type], config, objective, seed, report, unpad=unpad)
+
+    return run
