@@ -7,7 +7,6 @@ writes state.json last, renames the folder and moves `latest`. A crash at any po
 import json
 import logging
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,9 +17,8 @@ from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 
-from . import checkpoint_store
+from . import checkpoint_store, console
 from .checkpoint_files import file_access, random_state, write_file
 from .checkpoint_resharding import layout_record, loss_scaler_record, partitions_record
 from .checkpoint_store import LATEST, STATE
@@ -175,10 +173,10 @@ class CheckpointSaver:
         return values
 
     def _tell(self, text: str) -> None:
-        """A warning in the log, and on the console, past a progress bar if there is one."""
+        """A warning in the log, and on the console."""
         _LOG.warning(text)
         if self._topology.is_main:
-            tqdm.write(f"warning: {text}", file=sys.stderr)
+            console.warn(text)
 
     def _join(self) -> None:
         if self._thread is not None:

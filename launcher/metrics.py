@@ -1,12 +1,13 @@
 """What a run measured: metrics.jsonl, TensorBoard and the console, all from one record."""
 
 import json
+import logging
 import math
 import os
 import re
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +15,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from . import console
+
+_LOG = logging.getLogger(__name__)
+_LOG.addHandler(logging.NullHandler())
 _ETA_RECORDS = 20  # records that the remaining time is judged by
 
 
@@ -65,6 +70,7 @@ class RunLog:
     start_step, start_samples: where the run continues; rows and points of later steps, which a resumed run writes again,
     leave metrics.jsonl and the view of TensorBoard.
     The console is a bar on stderr where that is a terminal, else one line per record on stdout.
+    A disk that takes nothing is told, and training goes on: rows wait until it does, TensorBoard ends with this writer.
     Raises ValueError if metrics.jsonl holds a line that is not JSON, other than a last one cut short.
     """
 
@@ -83,7 +89,9 @@ class RunLog:
         self._recent: deque[tuple[int, float]] = deque(maxlen=_ETA_RECORDS)
         path = run_dir / "metrics.jsonl"
         _drop_rows_after(path, start_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)  # so that what a full disk does not take is known
+        self._unwritten = b""
+        self._told_of_rows = False
         self._boards = _Boards(run_dir / "tb", start_step, start_samples) if tensorboard else None
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
@@ -119,8 +127,7 @@ class RunLog:
         if record.loss_scale is not None or record.skipped_steps:
             row["skipped_steps"] = record.skipped_steps
         self._write_row(row)
-        if self._boards:
-            self._boards.add_step(record, rates)
+        self._draw(lambda boards: boards.add_step(record, rates))
         self._recent.append((record.num_steps, record.step_time_s))
         eta_s = (self._max_steps - record.step) * _ratio(
             sum(seconds for _, seconds in self._recent), sum(steps for steps, _ in self._recent)
@@ -129,38 +136,61 @@ class RunLog:
         fields = _console_fields(record, rates) | {"eta": f"eta {duration(eta_s)}"}
         if self._bar is None:
             share = f" {record.step / self._max_steps:.1%}"
-            _write_line(" | ".join([position + share, *fields.values()]))
+            console.say(" | ".join([position + share, *fields.values()]))
         else:
             first = [fields.pop(name) for name in ("eta", "loss", "speed")]  # a narrow terminal cuts the rest
             self._bar.n = record.step
-            self._bar.set_description_str(" | ".join([position, *first, *fields.values()]))
+            with console.surviving(sys.stderr):
+                self._bar.set_description_str(" | ".join([position, *first, *fields.values()]))
 
     def log_evaluation(self, step: int, samples: int, losses: Mapping[str, float]) -> None:
         """Nothing; one row, one point per series, one line for held-out losses: "loss", and its parts by name."""
         self._write_row({"step": step, "samples": samples} | {f"val_{name}": value for name, value in losses.items()})
-        if self._boards:
-            self._boards.add_evaluation(step, losses)
+        self._draw(lambda boards: boards.add_evaluation(step, losses))
         parts = {name: value for name, value in losses.items() if name != "loss"}
         line = f"step {step:,}/{self._max_steps:,} | held-out {_loss_text(losses['loss'], parts)}"
         if self._bar is None:
-            _write_line(line)
+            console.say(line)
         else:
-            self._bar.write(line, file=sys.stderr)
+            with console.surviving(sys.stderr):
+                self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
         """Nothing; everything is on disk and the bar, if there is one, stays as it is."""
+        self._write_rows()
         self._file.close()
-        if self._boards:
-            self._boards.close()
+        self._draw(_Boards.close)
         if self._bar is not None:
-            self._bar.close()
+            with console.surviving(sys.stderr):
+                self._bar.close()
 
     def _write_row(self, row: dict[str, Any]) -> None:
         finite = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
         }  # JSON has no NaN
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(finite).encode() + b"\n"
+        self._write_rows()
+
+    def _write_rows(self) -> None:
+        try:
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
+            self._told_of_rows = False
+        except OSError as error:
+            if not self._told_of_rows:
+                _tell(
+                    f"{self._file.name} takes no more rows: {error.strerror}; free space there, and they are written later"
+                )
+            self._told_of_rows = True
+
+    def _draw(self, draw: Callable[["_Boards"], None]) -> None:
+        if self._boards is None:
+            return
+        try:
+            draw(self._boards)
+        except OSError as error:  # which ends the thread that writes, so this writer is of no more use
+            self._boards = None
+            _tell(f"TensorBoard gets no more points until the run is started again: {error.strerror}")
 
 
 class _Boards:
@@ -306,10 +336,9 @@ def _loss_text(loss: float, parts: Mapping[str, float]) -> str:
     )
 
 
-def _write_line(line: str) -> None:
-    """Nothing; one write, so that lines of several processes on one stream do not interleave."""
-    sys.stdout.write(line + "\n")
-    sys.stdout.flush()
+def _tell(text: str) -> None:
+    _LOG.warning(text)
+    console.warn(text)
 
 
 def _drop_rows_after(path: Path, step: int) -> None:

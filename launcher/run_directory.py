@@ -117,12 +117,20 @@ def record_environment(directory: RunDirectory, ds_config: dict[str, Any], devic
 def log_to_file(directory: RunDirectory, rank: int) -> None:
     """Sends this process's log records, those of Python's warnings and of libraries included, to log/rank{N}.log."""
     directory.log.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(directory.log / f"rank{rank}.log", encoding="utf-8")
+    handler = _LogFile(directory.log / f"rank{rank}.log", encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
+
+
+class _LogFile(logging.FileHandler):
+    """A log that a full disk makes shorter, without a traceback on the console for each record that it does not take."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the name is logging's
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 def _write(path: Path, text: str) -> None:

@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -119,5 +119,6 @@ class StopRequest:
         if not self._topology.is_main:
             return
         what = "stopping" if self._raises else "finishing this step, then saving a checkpoint"
-        # One write, past Python's buffers: the signal may have interrupted a print.
-        os.write(sys.stderr.fileno(), f"\n{why}: {what}; Ctrl-C again leaves at once\n".encode())
+        # One write, past Python's buffers: the signal may have interrupted a print. What ends a run may have ended its console.
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), f"\n{why}: {what}; Ctrl-C again leaves at once\n".encode())

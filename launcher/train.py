@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..recipes import RECIPES
-from . import checkpoint, checkpoint_store
+from . import checkpoint, checkpoint_store, console
 from .batch import solve_batch
 from .config import RunConfig
 from .config_loading import LoadedConfig
@@ -96,7 +96,7 @@ def _train(
 
 def _say(topology: Topology, text: str) -> None:
     if topology.is_main:
-        print(text, flush=True)
+        console.say(text)
 
 
 def _prepare(

@@ -180,6 +180,49 @@ def test_a_last_row_cut_short_by_a_kill_is_dropped_on_resume(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+class FullDisk(io.FileIO):
+    """A file on a disk with room for so many bytes."""
+
+    room = 0
+
+    def write(self, data):
+        taken = data[: self.room]
+        if not taken:
+            raise OSError(28, "No space left on device")
+        self.room -= len(taken)
+        return super().write(taken)
+
+
+def test_a_full_disk_is_told_once_and_takes_the_rows_later(tmp_path, capsys):
+    with RunLog(tmp_path, 100, tensorboard=False) as log:
+        log.log_step(record_at(10))
+        whole = log._file
+        log._file = disk = FullDisk(tmp_path / "metrics.jsonl", "ab")
+        disk.room = 20  # bytes of the next row
+        log.log_step(record_at(20))
+        log.log_step(record_at(30))
+        log._file = whole
+        log.log_step(record_at(40))
+    assert [row["step"] for row in rows(tmp_path)] == [10, 20, 30, 40]
+    printed = capsys.readouterr()
+    assert printed.err.count("takes no more rows: No space left on device; free space there") == 1
+    assert printed.out.count("step ") == 4
+
+
+def test_tensorboard_on_a_full_disk_is_given_up_and_the_rows_go_on(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with RunLog(tmp_path, 100) as log:
+        monkeypatch.setattr(log._boards._by_step.file_writer.event_writer, "flush", full)
+        log.log_step(record_at(10))
+        log.log_step(record_at(20))
+    assert len(rows(tmp_path)) == 2
+    assert (
+        capsys.readouterr().err.count("TensorBoard gets no more points until the run is started again: No space") == 1
+    )
+
+
 @pytest.mark.parametrize("line", ["not json", "[1, 2]", '{"loss": 1.0}', '{"step": null}'])
 def test_a_broken_row_before_the_end_is_refused_by_file_and_line_and_left_in_place(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
