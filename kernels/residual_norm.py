@@ -220,9 +220,11 @@ def _norm_forward(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest
 
 def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     saved = Saved(*rest[: len(Saved._fields)])
-    dx = torch.empty_like(saved.kept) if saved.seed is not None else dy.new_empty(0)
+    shape = saved.kept.shape
+    dx = saved.kept.new_empty(0 if saved.seed is None else shape)
     dbias = torch.empty_like(saved.bias) if saved.bias is not None else dy.new_empty(0)
-    return dx, dbias, torch.empty_like(saved.kept), torch.empty_like(saved.weight), torch.empty_like(saved.norm_bias)
+    dresidual = saved.kept.new_empty(shape)
+    return dx, dbias, dresidual, torch.empty_like(saved.weight), torch.empty_like(saved.norm_bias)
 
 
 @operator(

@@ -344,6 +344,7 @@ def residual_norm_forward(
 def residual_norm_backward(dz: Tensor | None, dy: Tensor, saved: Saved, options: Options) -> Gradients:
     """As `residual_norm_backward_reference`."""
     kept, mean, rstd, weight, norm_bias, bias, seed = saved
+    kept = kept.contiguous()  # the input of `norm` is kept as it was given
     num_rows, H = kept.shape
     tile = _tile(H)
     programs, tiles = _backward_grid(num_rows, tile["ROWS"])

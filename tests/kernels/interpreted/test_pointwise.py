@@ -212,6 +212,26 @@ def test_the_norm_alone_equals_the_reference(inverted):
         assert relative_error(a, b) < 1e-6
 
 
+def rows_of_every_third(H):
+    """Rows as of the queries in what a projection to queries, keys and values gives."""
+    return torch.randn(2, 3, 3 * H)[..., :H]
+
+
+@pytest.mark.parametrize("strided", [rows_of_every_third, lambda H: torch.randn(H, 6).t()], ids=["part", "transposed"])
+@pytest.mark.parametrize("invertible", [False, True])
+def test_the_norm_of_an_input_that_is_not_contiguous_has_the_right_gradients(strided, invertible, monkeypatch):
+    monkeypatch.setattr(contract, "uses_triton", lambda *_: True)
+    z, weight, norm_bias = strided(20), torch.rand(20) + 0.5, torch.randn(20)
+    results = []
+    for one in (z, z.contiguous()):
+        leaves = [one.detach(), weight.clone(), norm_bias.clone()]
+        assert leaves[0].stride() == one.stride()
+        y = contract.norm(*(leaf.requires_grad_() for leaf in leaves), eps=1e-5, invertible=invertible)
+        results.append((y, *torch.autograd.grad(y, leaves, torch.ones_like(z).cumsum(-1))))
+    for ours, expected in zip(*results, strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize(
     ("size", "p", "with_bias"),
     [
