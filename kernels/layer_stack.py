@@ -26,9 +26,9 @@ class LayerStack(nn.ModuleList):
 
     cuda_graph: in training on a GPU, capture forward and backward of the whole stack in two CUDA graphs when a shape first
         comes, and replay them from then on: one launch each in place of dozens per layer, which is what a small batch waits
-        for. It needs parameters that stay where they are (not ZeRO stage 3) and padded batches without additive bias, and
-        holds one more copy of the layers' gradients. Seeds of dropout are inputs, so every replay draws fresh masks, the
-        same ones as without the graph.
+        for. It needs parameters that stay where they are (not ZeRO stage 3), padded batches without additive bias, and the
+        backward pass of each call before the next call of that shape, once; and it holds one more copy of the layers'
+        gradients. Seeds of dropout are inputs, so every replay draws fresh masks, the same ones as without the graph.
     fp8: FP8 products with `Float8CurrentScaling` in all layers, whatever region is around the stack. False leaves the layers to
         such a region.
     activation_checkpointing: what backward computes again. `selective`: the attention core, scores, softmax and dropout, whose
@@ -73,8 +73,8 @@ class LayerStack(nn.ModuleList):
     def forward(self, hidden_states: Tensor, mask: AttentionMask) -> Tensor:
         """The last layer's output, in shape and dtype of hidden_states: (B, S, H), or (T, H) where the mask has cu_seqlens.
 
-        Raises ValueError for what a CUDA graph cannot take, and with parallel.sequence for tokens that the processes cannot
-        share equally.
+        Raises ValueError for what a CUDA graph cannot take, in backward too, and with parallel.sequence for tokens that the
+        processes cannot share equally.
         """
         layers = [layer for layer in self if isinstance(layer, TransformerLayer)]
         invertible = invertible_norms(layers)
@@ -125,7 +125,8 @@ class LayerStack(nn.ModuleList):
                 return self._run(layers, invertible, hidden, named.get("seeds"), padded)
 
             parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-            self._graphs[key] = _Graph(run, [hidden_states, *inputs.values()], parameters)
+            with torch.cuda.device(hidden_states.device):
+                self._graphs[key] = _Graph(run, [hidden_states, *inputs.values()], parameters)
         graph = self._graphs[key]
         return _Replay.apply(  # type: ignore[no-any-return, no-untyped-call]
             graph, hidden_states, *inputs.values(), *graph.parameters
@@ -177,6 +178,7 @@ class _Graph:
 
     def __init__(self, run: Callable[..., Tensor], inputs: list[Tensor], parameters: list[nn.Parameter]) -> None:
         self.parameters = parameters
+        self.last_pass: Any = None  # the one whose tensors the backward graph would read now
         self.inputs = [tensor.detach().clone() for tensor in inputs]
         self.inputs[0].requires_grad_()
         leaves = [self.inputs[0], *parameters]
@@ -203,12 +205,19 @@ class _Replay(torch.autograd.Function):
             static.copy_(given)
         graph.forward.replay()
         ctx.graph = graph
+        ctx.own_pass = graph.last_pass = object()
         return graph.output.clone()  # the next replay overwrites it
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
         graph: _Graph = ctx.graph
+        if graph.last_pass is not ctx.own_pass:
+            raise ValueError(
+                "cuda_graph=True keeps the tensors of one call of the layers, and this one's are gone: the layers were called "
+                "again, or its backward pass has run; run backward once after each call, or turn cuda_graph off"
+            )
+        graph.last_pass = None
         graph.doutput.copy_(doutput)
         graph.backward.replay()
         dhidden, *gradients = graph.gradients

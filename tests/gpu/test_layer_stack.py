@@ -62,3 +62,12 @@ def test_evaluation_and_other_shapes_run_beside_a_graph():
     assert len(stack._graphs) == 2
     with pytest.raises(ValueError, match="cuda_graph=True needs masks of"):
         stack.train()(x, AttentionMask(bias=torch.zeros(3, 1, 1, 100, device="cuda", dtype=torch.bfloat16)))
+
+
+def test_a_backward_pass_behind_the_next_call_is_refused():
+    stack = LayerStack(CONFIG, 2, cuda_graph=True).to("cuda", torch.bfloat16)
+    (x, mask, dy), (other, other_mask, _) = batches(2)
+    y = stack(x, mask)
+    stack(other, other_mask)
+    with pytest.raises(ValueError, match="run backward once after each call"):
+        y.backward(dy)

@@ -2,11 +2,12 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, layer
+from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, layer, layer_stack
 from xformer_train.kernels.dropout import draw_seed
 from xformer_train.kernels.tensor_parallel import TensorParallel
 
@@ -50,6 +51,39 @@ def test_a_cuda_graph_is_no_matter_without_a_gpu():
     x = torch.randn(2, 9, 24, requires_grad=True)
     stack(x, MASK).sum().backward()
     assert x.grad is not None
+
+
+def replayed_scale():
+    """x -> scale * x as a graph of static tensors, which a GPU would replay; and the scale."""
+    scale = torch.nn.Parameter(torch.tensor(3.0))
+    x, y, dy, dx = torch.zeros(4, 2).unbind()
+    dscale = torch.zeros(())
+    graph = SimpleNamespace(parameters=[scale], inputs=[x], output=y, doutput=dy, gradients=[dx, dscale], last_pass=None)
+    graph.forward = SimpleNamespace(replay=lambda: y.copy_(scale.detach() * x))
+    graph.backward = SimpleNamespace(replay=lambda: [dx.copy_(scale.detach() * dy), dscale.copy_(dy @ x)])
+    return lambda given: layer_stack._Replay.apply(graph, given, scale), scale
+
+
+def test_a_replay_passes_gradients_of_its_own_call():
+    replay, scale = replayed_scale()
+    for _ in range(2):
+        x = torch.ones(2, requires_grad=True)
+        replay(x).sum().backward()
+        assert torch.equal(x.grad, torch.full((2,), 3.0))
+    assert scale.grad == 4
+
+
+@pytest.mark.parametrize("again", ["forward", "backward"])
+def test_a_graph_that_holds_another_call_by_now_gives_no_gradients(again):
+    """Its tensors are those of its last pass: gradients of an earlier one would be wrong, and nobody would notice."""
+    replay, _ = replayed_scale()
+    y = replay(torch.ones(2, requires_grad=True))
+    if again == "forward":
+        replay(torch.zeros(2))
+    else:
+        y.sum().backward(retain_graph=True)
+    with pytest.raises(ValueError, match="cuda_graph=True keeps the tensors of one call"):
+        y.sum().backward()
 
 
 @dataclasses.dataclass
