@@ -7,6 +7,7 @@ in place of `import transformer_engine.pytorch as te`. They work on a CPU too.
 
 from ..fp8 import DelayedScaling, Float8CurrentScaling, Format, fp8_autocast
 from .checkpoint import checkpoint
+from .inference import InferenceParams
 from .linear import LayerNormLinear, Linear
 from .mlp import LayerNormMLP
 from .normalization import LayerNorm, RMSNorm
@@ -17,6 +18,7 @@ __all__ = [
     "DelayedScaling",
     "Float8CurrentScaling",
     "Format",
+    "InferenceParams",
     "LayerNorm",
     "LayerNormLinear",
     "LayerNormMLP",

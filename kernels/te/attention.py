@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core_attention import Dropping, Visibility, cross_attention, self_attention
+from .core_attention import Dropping, Visibility, cached_attention, cross_attention, self_attention
+from .inference import Cache
 from .layer_options import LayerOptions
 from .linear import LayerNormLinear, Linear
 from .module import DEFAULT_INIT, ProjectionModule, Shard
@@ -77,10 +78,12 @@ class MultiheadAttention(ProjectionModule):
         rotary_pos_emb: tuple[Tensor, Tensor] | None = None,
         is_first_microbatch: bool | None = None,
         recompute: bool = False,
+        cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """(output without the projection's bias, that bias, what a residual connection adds), each of hidden_states' shape.
 
         hidden_states, encoder_output: in the layer's input format. seen: of this half. recompute: see `self_attention`.
+        cache: takes this half's keys and values, and has those that the queries see before their own.
         """
         first = getattr(self, self._first)
         parts = ("query",) if self.cross else ("query", "key", "value")
@@ -96,8 +99,12 @@ class MultiheadAttention(ProjectionModule):
         else:
             qkv = self._batch_first(self._split_qkv(projected))
             if rotary_pos_emb is not None:
-                qkv = self._rotated(qkv, rotary_pos_emb, seen)
-            context = self_attention(qkv, seen, dropping, recompute=recompute)
+                qkv = self._rotated(qkv, rotary_pos_emb, seen, 0 if cache is None else cache.start)
+            known = None if cache is None else self._extended(cache, qkv)
+            if known is None or known[0].shape[1] == qkv.shape[1]:
+                context = self_attention(qkv, seen, dropping, recompute=recompute)
+            else:
+                context = cached_attention(qkv[:, :, 0], *known, seen)
         out, bias = self.proj(self._batch_first(context), is_first_microbatch=is_first_microbatch)
         return out, bias, residual
 
@@ -138,14 +145,23 @@ class MultiheadAttention(ProjectionModule):
         """Between the input format and (B, S, ...), in which attention computes; its own inverse."""
         return x.transpose(0, 1) if self.config.attn_input_format == "sbhd" else x
 
-    def _rotated(self, qkv: Tensor, angles: tuple[Tensor, Tensor], seen: Visibility) -> Tensor:
-        """qkv (B, S, 3, N, D) or (T, 3, N, D) with queries and keys turned, each by its angles (S, 1, 1, columns)."""
+    def _extended(self, cache: Cache, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values so far; the cache holds those of a group of heads once."""
+        share = self.heads // self.groups
+        _, keys, values = qkv[:, :, :, ::share].unbind(2)
+        return cache.extend(keys, values)
+
+    def _rotated(self, qkv: Tensor, angles: tuple[Tensor, Tensor], seen: Visibility, start: int) -> Tensor:
+        """qkv (B, S, 3, N, D) or (T, 3, N, D) with queries and keys turned, each by its angles (S, 1, 1, columns).
+
+        start: the position of the first row.
+        """
         borders, length = seen.mask.cu_seqlens, seen.mask.max_length
-        length = qkv.shape[1] if length is None else length
+        length = start + qkv.shape[1] if length is None else length
         for part in angles:
             check_rotary(part, length, qkv.shape[-1])
         if borders is None:
-            at_positions = [part[:length, 0] for part in angles]  # (S, 1, columns)
+            at_positions = [part[start:length, 0] for part in angles]  # (S, 1, columns)
         else:
             places = torch.arange(len(qkv), device=qkv.device)
             positions = places - borders[torch.searchsorted(borders, places, right=True) - 1]

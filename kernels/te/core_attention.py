@@ -1,6 +1,6 @@
 """Which query sees which key, by Transformer Engine's names, and attention between the projections.
 
-Self-attention is kernels/attention.py's. Queries of one stream over keys of another, of another length, are here.
+Self-attention is kernels/attention.py's. Queries over more keys, those of another stream or of a cache, are here.
 """
 
 import functools
@@ -29,8 +29,8 @@ def check_mask_type(name: str, value: str) -> None:
 class Visibility:
     """What a forward pass's queries see.
 
-    mask: for kernels/attention.py; its bias alone for cross-attention. blind: (B or 1, Sq or 1) bool, True where a query sees
-    no key; None where every one sees some.
+    mask: for kernels/attention.py; its bias alone where keys are of another stream or in a cache. blind: (B or 1, Sq or 1)
+    bool, True where a query sees no key; None where every one sees some.
     """
 
     mask: AttentionMask
@@ -53,23 +53,26 @@ def check_attention_mask(mask: Tensor, mask_type: str, sizes: tuple[int, int, in
 
 
 def visibility(mask: Tensor | None, mask_type: str, sizes: tuple[int, int, int], like: Tensor) -> Visibility:
-    """What queries see of their own stream under a mask that is True where a key is hidden; sizes: B, S, S.
+    """What queries see of their own stream under a mask that is True where a key is hidden; sizes: B, Sq, Sk.
 
-    like: gives dtype and device. A mask and a causal order hold together. Raises ValueError for a mask that does not fit.
+    The queries are the last Sq of Sk positions; where there are more, those before are in a cache. like: gives dtype and
+    device. A mask and a causal order hold together. Raises ValueError for a mask that does not fit.
     """
-    causal = "causal" in mask_type
+    causal, (batch, queries, keys) = "causal" in mask_type, sizes
     if mask is None:
         if mask_type == "arbitrary":
             raise ValueError("the mask type is 'arbitrary' but attention_mask is None; give one, or use 'no_mask'")
-        return Visibility(AttentionMask(causal=causal))
-    check_attention_mask(mask, mask_type, sizes)
-    if mask.shape[2] == 1 and mask.shape[0] == sizes[0]:
-        seen = ~mask[:, 0, 0]
-        some = seen.cumsum(1) > 0 if causal else seen.any(1, keepdim=True)
-        return Visibility(AttentionMask(causal=causal, key_mask=seen), ~some)
-    seen = ~mask
+        if queries in (1, keys) or not causal:
+            return Visibility(AttentionMask(causal=causal and queries == keys))
+    else:
+        check_attention_mask(mask, mask_type, sizes)
+        if mask.shape[2] == 1 and mask.shape[0] == batch and queries == keys:
+            seen = ~mask[:, 0, 0]
+            some = seen.cumsum(1) > 0 if causal else seen.any(1, keepdim=True)
+            return Visibility(AttentionMask(causal=causal, key_mask=seen), ~some)
+    seen = torch.ones((1, 1, queries, keys), dtype=torch.bool, device=like.device) if mask is None else ~mask
     if causal:
-        seen = seen & torch.ones(sizes[1:], dtype=torch.bool, device=mask.device).tril()
+        seen = seen & torch.ones((queries, keys), dtype=torch.bool, device=like.device).tril(keys - queries)
     return _by_bias(seen, like)
 
 
@@ -109,6 +112,14 @@ def self_attention(qkv: Tensor, seen: Visibility, dropping: Dropping, *, recompu
         qkv, seen.mask, dropping.p, dropping.seed, dropping.site, recompute="core" if recompute else "nothing"
     )
     return _seeing(context, seen)
+
+
+def cached_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Visibility) -> Tensor:
+    """(B, Sq, N * D) of q (B, Sq, N, D) and keys and values (B, Sk, G, D), each for N / G consecutive heads; no dropout."""
+    q, keys, values = (part.transpose(1, 2) for part in (q, keys, values))
+    shared = q.shape[1] != keys.shape[1]
+    context = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen.mask.bias, enable_gqa=shared)
+    return _seeing(context.transpose(1, 2).flatten(2), seen)
 
 
 def cross_attention(q: Tensor, kv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool) -> Tensor:

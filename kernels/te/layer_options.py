@@ -29,7 +29,7 @@ class LayerOptions:
         norm's input. output_layernorm: no norm before QKV, one behind the layer; the feed-forward half keeps the norm before
         it. The original BERT is both True, and `layernorm_mlp.layer_norm_*` is then its attention.output.LayerNorm; one alone
         is another network.
-    layer_number: from 1; kept, and read by nothing here.
+    layer_number: from 1; by which `InferenceParams` tells layers apart, and read by nothing else.
     apply_query_key_layer_scaling, attention_softmax_in_fp32: change nothing. Softmax is always in fp32, where the first has
         lost its reason, the range of fp16; it is an identity in exact arithmetic.
     layer_type: 'encoder', or 'decoder' with a second attention half over `encoder_output`.

@@ -14,6 +14,7 @@ from ..rng_tracker import DropoutSeeds, draw_dropout_seeds
 from ..tensor_parallel import group_rank
 from .attention import MultiheadAttention
 from .core_attention import Dropping, MaskType, Visibility, check_mask_type, cross_visibility, visibility
+from .inference import Cache
 from .layer_options import LayerOptions
 from .mlp import LayerNormMLP
 from .module import ProjectionModule, cast_like
@@ -84,7 +85,7 @@ class TransformerLayer(ProjectionModule):
         enc_dec_attn_mask: Tensor | None = None,
         is_first_microbatch: bool | None = None,
         checkpoint_core_attention: bool = False,
-        inference_params: None = None,
+        inference_params: Any = None,
         *,
         rotary_pos_emb: Tensor | tuple[Tensor, Tensor] | None = None,
         self_attn_mask_type: MaskType | None = None,
@@ -103,19 +104,21 @@ class TransformerLayer(ProjectionModule):
         encoder_output: (Sk, B, H) or (B, Sk, H), for a decoder. enc_dec_attn_mask: (B or 1, 1, S or 1, Sk) bool, as above.
         is_first_microbatch: see `Linear.forward`.
         checkpoint_core_attention: compute scores and probabilities again in backward instead of keeping them.
-        inference_params: not in this version.
+        inference_params: an `InferenceParams`, or an object with its attributes. Self-attention then sees the keys of earlier
+            forward passes before its own, its attention_mask and rotary_pos_emb begin with the first of them, Sk is
+            sequence_len_offset + S, and the queries are the last S positions. In eval() under torch.no_grad() alone.
         rotary_pos_emb: angles (S, 1, 1, columns) for queries and keys of self-attention, or a pair of them; see
             `RotaryPositionEmbedding`.
         cu_seqlens_q, max_seqlen_q: for 'thd', (B + 1,) int32, 0 and the end of each sequence, and no less than the longest of
             them; without it the host looks it up. cu_seqlens_kv and max_seqlen_kv are the same, or left out.
         Raises ValueError for arguments that do not fit the layer or each other.
         """
-        if inference_params is not None:
-            raise ValueError("this version has no key-value cache; leave inference_params at None")
         x = self._enter(hidden_states, self.config.hidden_size, "hidden_size")
         self._check_packing(x, cu_seqlens_q, (cu_seqlens_kv, max_seqlen_kv), max_seqlen_q)
+        self._check_encoder_output(x, encoder_output, enc_dec_attn_mask)
+        cache = None if inference_params is None else self._open_cache(x, inference_params)
         mask_type = self_attn_mask_type or self.config.self_attn_mask_type
-        seen = self._visibility(x, attention_mask, mask_type, cu_seqlens_q, max_seqlen_q)
+        seen = self._visibility(x, attention_mask, mask_type, (cu_seqlens_q, max_seqlen_q), cache)
         now = _Pass(self._draw_seeds(x.device), is_first_microbatch, checkpoint_core_attention, cu_seqlens_q)
         angles = rotary_pos_emb if isinstance(rotary_pos_emb, tuple | None) else (rotary_pos_emb, rotary_pos_emb)
         out, bias, residual = self.self_attention(
@@ -125,8 +128,8 @@ class TransformerLayer(ProjectionModule):
             rotary_pos_emb=angles,
             is_first_microbatch=is_first_microbatch,
             recompute=checkpoint_core_attention,
+            cache=cache,
         )
-        self._check_encoder_output(x, encoder_output, enc_dec_attn_mask)
         if encoder_output is not None:
             x, *_ = self._join(out, bias, residual, now, _SELF_OUTPUT_SITE)
             out, bias, residual = self._cross_half(x, encoder_output, enc_dec_attn_mask, enc_dec_attn_mask_type, now)
@@ -228,13 +231,35 @@ class TransformerLayer(ProjectionModule):
             return x.shape[0], x.shape[1]
         return x.shape[1], x.shape[0] * (self.options.ranks if self.options.sequence_parallel else 1)
 
+    def _open_cache(self, x: Tensor, inference_params: Any) -> Cache:
+        """Where the keys of x go; raises ValueError where there is no such place."""
+        config = self.config
+        if self.training or torch.is_grad_enabled():
+            gradients = "on" if torch.is_grad_enabled() else "off"
+            raise ValueError(
+                f"inference_params is given with training={self.training} and gradients {gradients}; the cache passes no "
+                f"gradient, so call eval() and use torch.no_grad()"
+            )
+        if config.attn_input_format == "thd" or self.options.sequence_parallel:
+            raise ValueError(
+                f"inference_params goes with attn_input_format='sbhd' or 'bshd' and without sequence_parallel; the layer has "
+                f"{config.attn_input_format!r} and sequence_parallel={self.options.sequence_parallel}"
+            )
+        return Cache.open(inference_params, config.layer_number, *self._batch_and_length(x))
+
     def _visibility(
-        self, x: Tensor, mask: Tensor | None, mask_type: str, cu_seqlens: Tensor | None, max_length: int | None
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        mask_type: str,
+        packing: tuple[Tensor | None, int | None],
+        cache: Cache | None,
     ) -> Visibility:
         check_mask_type("self_attn_mask_type", mask_type)
+        cu_seqlens, max_length = packing
         if cu_seqlens is None:
             batch, length = self._batch_and_length(x)
-            return visibility(mask, mask_type, (batch, length, length), x)
+            return visibility(mask, mask_type, (batch, length, length + (0 if cache is None else cache.start)), x)
         if mask is not None or mask_type == "arbitrary":
             raise ValueError(
                 "packed sequences, 'thd', see themselves alone; give no attention_mask and no 'arbitrary' type"

@@ -89,6 +89,24 @@ def layers(group: dist.ProcessGroup) -> Triples:
             yield from compare(title, run(ours, whole_input, dy, *args), expected, cuts, group)
 
 
+@torch.no_grad()
+def generation(group: dist.ProcessGroup) -> Triples:
+    """With a key-value cache, of which each rank has its heads: five tokens, then one by one, beside all in one process."""
+    options = {"num_gqa_groups": 4, "params_dtype": torch.float64, "layer_number": 1}
+    angles, x = te.RotaryPositionEmbedding(HIDDEN // HEADS)(S), randn(S, B, HIDDEN, key=7)
+    torch.manual_seed(0)
+    single = te.TransformerLayer(HIDDEN, FFN, HEADS, **options).eval()
+    torch.manual_seed(0)
+    ours = te.TransformerLayer(HIDDEN, FFN, HEADS, **options, set_parallel_mode=True, tp_group=group).eval()
+    params, outputs = te.InferenceParams(B, S), []
+    for piece in x.split([5, 1, 1, 1]):
+        outputs.append(ours(piece, inference_params=params, rotary_pos_emb=angles))
+        params.sequence_len_offset += len(piece)
+    yield "generation", torch.cat(outputs), single(x, rotary_pos_emb=angles)
+    keys, _ = params.key_value_memory_dict[1]
+    yield "generation, heads in the cache", torch.tensor(keys.shape[2]), torch.tensor(4 // group.size())
+
+
 def single_modules(group: dist.ProcessGroup) -> Triples:
     """Linear in both modes, built with tp_size and given the group later."""
     for mode, build in (
@@ -222,7 +240,15 @@ def fp8(group: dist.ProcessGroup) -> Triples:
                 yield f"{what}, near", (mine - theirs).norm() < 0.2 * theirs.norm(), torch.tensor(True)
 
 
-CHECKS = (layers, single_modules, group_given_later, returned_bias_under_sequence_parallelism, dropout_masks, fp8)
+CHECKS = (
+    layers,
+    generation,
+    single_modules,
+    group_given_later,
+    returned_bias_under_sequence_parallelism,
+    dropout_masks,
+    fp8,
+)
 
 
 def worker(sizes: tuple[int, ...]) -> dict[int, dict[str, tuple[Tensor, Tensor]]]:
