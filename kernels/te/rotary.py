@@ -40,10 +40,10 @@ def check_rotary(angles: Tensor, length: int, head_dim: int) -> None:
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
     """x with its first columns turned: column i with column i + half of them, by the angle of i.
 
-    x: (..., N, D); angles: (..., 1, columns), broadcastable to x. Computed in fp32, in the dtype of x.
+    x: (..., N, D); angles: (..., 1, columns), broadcastable to x. Computed in fp32 or wider, in the dtype of x.
     """
-    columns = angles.shape[-1]
-    turned = x[..., :columns].to(angles.dtype)
+    columns, wide = angles.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    turned, angles = x[..., :columns].to(wide), angles.to(wide)
     first, second = turned.chunk(2, -1)
     turned = turned * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
     return torch.cat([turned.to(x.dtype), x[..., columns:]], -1)
