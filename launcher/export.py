@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, processors
+from torch import Tensor
 
 from ..recipes.config import ModelConfig
 from ..recipes.huggingface import config_json, to_huggingface
 from ..recipes.tokenizer import RunTokenizer
 from .model_card import model_card
-from .pretrained import CONFIG_FILE, from_checkpoint
+from .pretrained import CONFIG_FILE, Pretrained, from_checkpoint
 
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
@@ -33,42 +34,49 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
             f"--to={folder} holds files already; name another folder, or add --force to replace those it writes"
         )
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     trained = from_checkpoint(checkpoint)
-    tokenizer = trained.tokenizer
-    assert tokenizer is not None, "every checkpoint has its tokenizer"
+    assert trained.tokenizer is not None, "every checkpoint has its tokenizer"
     try:
-        config = config_json(trained.model, tokenizer, trained.sentence_task)
+        config = config_json(trained.model, trained.tokenizer, trained.sentence_task)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
     state = to_huggingface(trained.weights, trained.model, config)
     config["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    card = model_card(checkpoint, config, state)
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    partial.chmod(0o755)  # others may read a model, which mkdtemp forbids
+    partial = None
     try:
-        try:
-            save_file(state, partial / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise OSError(f"cannot write to {folder}: {error}; free space, or name another folder") from error
-        (partial / WEIGHTS_FILE).chmod(0o644)
-        _write_json(partial / CONFIG_FILE, config)
-        if trained.model.type == "gpt":
-            eos = config["eos_token_id"]
-            _write_json(
-                partial / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
-            )
-        _write_tokenizer(partial, tokenizer, trained.model)
-        (partial / CARD_FILE).write_text(model_card(checkpoint, config, state), encoding="utf-8")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        _write(partial, trained, state, config)
+        (partial / CARD_FILE).write_text(card, encoding="utf-8")
         folder.mkdir(exist_ok=True)
         for path in partial.iterdir():
             path.replace(folder / path.name)
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(f"cannot write --to={folder}: {reason}; free space, or name another folder") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     name: str = config["architectures"][0]
     return name
+
+
+def _write(folder: Path, trained: Pretrained, state: dict[str, Tensor], config: dict[str, Any]) -> None:
+    """All files but the card. state, config: of the model in transformers."""
+    from safetensors.torch import save_file
+
+    folder.chmod(0o755)  # others may read a model, which mkdtemp forbids
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / WEIGHTS_FILE).chmod(0o644)
+    _write_json(folder / CONFIG_FILE, config)
+    if trained.model.type == "gpt":
+        eos = config["eos_token_id"]
+        _write_json(folder / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos})
+    assert trained.tokenizer is not None, "every checkpoint has its tokenizer"
+    _write_tokenizer(folder, trained.tokenizer, trained.model)
 
 
 def _write_tokenizer(folder: Path, tokenizer: RunTokenizer, model: ModelConfig) -> None:

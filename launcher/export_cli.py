@@ -38,6 +38,7 @@ def export(
         from .export import export as write
         from .pretrained import find_checkpoint
 
+        to = to.expanduser()  # which no shell does behind --to=
         checkpoint = find_checkpoint(run, checkpoint_id)
         name = write(checkpoint, to, force=force)
         typer.echo(f"{checkpoint} is now {to}, a {name}")

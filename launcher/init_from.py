@@ -45,7 +45,9 @@ def find_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
-    if folder.exists() or not _HUB_ID.fullmatch(name):
+    if folder.exists():
+        raise ValueError(f"model.init_from={name} is a file; give the folder that holds {CONFIG_FILE} and the weights")
+    if not _HUB_ID.fullmatch(name):
         raise ValueError(
             f"model.init_from={name}: there is no such folder; correct the path, or give the id of a hub model"
         )

@@ -127,10 +127,11 @@ def _source(source: Any) -> str:
 
 
 def _losses(metrics: Path, step: int) -> Iterator[tuple[str, str]]:
-    """The last losses at or before a step."""
+    """The last losses at or before a step. A last row cut short, as of a run that was killed, is none."""
     if not metrics.is_file():
         return
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
     for label, prefix in (("training loss", ""), ("held-out loss", "val_")):
         found = [row for row in rows if f"{prefix}loss" in row and row["step"] <= step]
         if found:

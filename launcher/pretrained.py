@@ -4,7 +4,7 @@ Nothing that is read is executed, and transformers is not needed.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,17 +75,21 @@ def from_folder(folder: Path) -> Pretrained:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{folder} has no {CONFIG_FILE}; give a folder that transformers or export wrote") from None
+        raise ValueError(
+            f"{folder} has no {CONFIG_FILE}; give a folder that transformers or export wrote (load.path takes a run)"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); correct it") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is a {type(config).__name__}, not an object of keys and values; correct it")
     try:
         model = model_config_of(config)
         weights, left_out = from_huggingface(_read_weights(folder), config)
+        _check_weights(model, weights)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
-    _check_rows(folder, model, weights)
     return Pretrained(model, sentence_task_of(config), weights, tokenizer, tuple(left_out))
 
 
@@ -109,18 +113,18 @@ def find_checkpoint(run: Path, checkpoint_id: str | None) -> Path:
     return checkpoint_store.resolve(run, checkpoint_id or checkpoint_store.LATEST, ("--run", "--id"))
 
 
-def _check_rows(folder: Path, model: ModelConfig, weights: dict[str, Tensor]) -> None:
-    """That the weights have the sizes of config.json."""
-    expected = {
-        "word_embeddings.weight": (model.vocab_size, model.hidden_size),
-        "position_embeddings.weight": (model.max_position_embeddings, model.hidden_size),
-        "layers.0.intermediate.weight": (model.intermediate_size, model.hidden_size),
-    }
-    for name, shape in expected.items():
-        if tuple(weights[name].shape) != shape:
-            raise ValueError(
-                f"{folder}: {name} is {tuple(weights[name].shape)}, and {shape} by {CONFIG_FILE}; give a whole folder"
-            )
+def _check_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """That the weights, by our names, are floating-point numbers of the sizes that config.json gives."""
+    assert isinstance(model.vocab_size, int), "config.json says how many rows there are"
+    with torch.device("meta"):
+        module = RECIPES[model.type].build_model(model, LayerFlags(), ObjectiveConfig(), model.vocab_size)
+    expected = module.state_dict()
+    for name, weight in weights.items():
+        shape = tuple(expected[name].shape)
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{name} is {tuple(weight.shape)}, and {shape} by {CONFIG_FILE}; give a whole folder")
+        if not weight.is_floating_point():
+            raise ValueError(f"{name} is {weight.dtype}, as quantized weights are; give the model before quantization")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -137,6 +141,8 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{path.name} cannot be read ({error}); fetch it again") from None
         else:
             found: Any = read_file(path)
+            if not isinstance(found, dict):
+                raise ValueError(f"{path.name} holds a {type(found).__name__}, not weights by name; fetch it again")
             state |= {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     return state
 
@@ -148,7 +154,10 @@ def _weight_files(folder: Path) -> Iterator[Path]:
             return
         index = folder / f"{name}.index.json"
         if index.is_file():
-            names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            yield from (folder / name for name in dict.fromkeys(names))
+            try:
+                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise ValueError(f"{index.name} does not say which files hold the weights; fetch it again") from None
+            yield from (folder / file for file in sorted(files))
             return
     raise ValueError("it holds neither model.safetensors nor pytorch_model.bin; give a folder that does")

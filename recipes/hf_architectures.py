@@ -204,7 +204,7 @@ _ARCHITECTURES = {
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a config.json. Raises ValueError, naming those there are, if no model of ours computes it."""
     model_type = config.get("model_type")
-    if model_type not in _ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
         raise ValueError(
             f"config.json has model_type {model_type!r}, and only {', '.join(_ARCHITECTURES)} compute what a model here does"
         )

@@ -44,20 +44,25 @@ def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
         for key, value in architecture.features.items()
         if config.get(key, value) != value
     ]
-    activation = _ACTIVATIONS.get(found["hidden_act"])
+    activation = _ACTIVATIONS.get(str(found["hidden_act"]))
     if activation is None:
         obstacles.append(f"{architecture.keys['hidden_act'][0]} is {found['hidden_act']!r}, not a kind of GELU")
     elif architecture.positions_after_pad and activation != "gelu":
         obstacles.append(f"hidden_act is {found['hidden_act']!r}, but the head has 'gelu'")
     if architecture.ours == "bert" and config.get("type_vocab_size", NUM_TOKEN_TYPES) not in (1, NUM_TOKEN_TYPES):
         obstacles.append(f"type_vocab_size is {config['type_vocab_size']}, not {NUM_TOKEN_TYPES}")
+    if architecture.positions_after_pad and not isinstance(config.get("pad_token_id", 0), int):
+        obstacles.append(f"pad_token_id is {config['pad_token_id']!r}, but positions are counted from it")
     if obstacles:
         raise ValueError(f"config.json describes what no model here computes: {'; '.join(obstacles)}")
+    positions, width = found["max_position_embeddings"], found["hidden_size"]
+    if isinstance(positions, int):  # any other value is refused below, as every value of another type
+        found["max_position_embeddings"] = positions - architecture.first_position(config)
+    if found["intermediate_size"] is None and isinstance(width, int):
+        found["intermediate_size"] = 4 * width
     found |= {
         "type": architecture.ours,
         "hidden_act": activation,
-        "intermediate_size": found["intermediate_size"] or 4 * found["hidden_size"],
-        "max_position_embeddings": found["max_position_embeddings"] - architecture.first_position(config),
         "pre_layer_norm": architecture.pre_layer_norm,
         "vocab_size": config.get("vocab_size"),
     }
@@ -142,7 +147,7 @@ def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
             continue
         missing += absent
         if not missing:
-            value = torch.cat([state[part] for part in parts]) if len(parts) > 1 else state[parts[0]]
+            value = _joined(parts, state)
             converted[name] = value.t().contiguous() if architecture.is_transposed(name) else value
             taken.update(parts)
     if missing:
@@ -154,6 +159,18 @@ def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         types = converted["token_type_embeddings.weight"]
         converted["token_type_embeddings.weight"] = types.expand(NUM_TOKEN_TYPES, -1) if len(types) == 1 else types
     return converted, [name for name in state if name not in taken and not name.endswith(architecture.ignored)]
+
+
+def _joined(parts: tuple[str, ...], state: Mapping[str, Tensor]) -> Tensor:
+    """Parameters of equal shape as one, along dim 0."""
+    if len(parts) == 1:
+        return state[parts[0]]
+    shapes = {part: tuple(state[part].shape) for part in parts}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(
+            f"the weights {', '.join(f'{part} {shape}' for part, shape in shapes.items())} must have one shape"
+        )
+    return torch.cat([state[part] for part in parts])
 
 
 def _modern(name: str, base: str) -> str:

@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from distributed.runs_worker import runs_worker
 from distributed.spawn import free_port, run_processes
 from runs import BERT, GPT, write_config
+from safetensors.torch import load_file, save_file
 
 from xformer_train.launcher import checkpoint
 from xformer_train.launcher.config_loading import ConfigError, load_config
@@ -138,7 +141,43 @@ def test_folders_that_hold_no_model_are_refused(root, tmp_path):
     assert "neither model.safetensors nor pytorch_model.bin" in refused(root / "bert.yaml", first)
     (broken / "config.json").unlink()
     assert "has no config.json" in refused(root / "bert.yaml", first)
+    assert "is a file; give the folder" in refused(root / "bert.yaml", f"{first}/tokenizer_config.json")
     assert "there is no such folder" in refused(root / "bert.yaml", f"model.init_from={tmp_path}/nowhere/at/all")
+
+
+def test_damaged_folders_are_refused_by_what_is_wrong(root, tmp_path):
+    exported = root / "bert-exported"
+    state = load_file(exported / "model.safetensors")
+    config = json.loads((exported / "config.json").read_text())
+    query = next(name for name in state if name.endswith("layer.1.attention.self.query.weight"))
+    norm, words = "roberta_prelayernorm.LayerNorm.weight", "roberta_prelayernorm.embeddings.word_embeddings.weight"
+
+    def read(weights=state, settings=config, index=None, pickled=None):
+        folder = Path(tempfile.mkdtemp(dir=tmp_path))
+        (folder / "config.json").write_text(json.dumps(settings))
+        if index is not None:
+            (folder / "model.safetensors.index.json").write_text(index)
+        elif pickled is not None:
+            torch.save(pickled, folder / "pytorch_model.bin")
+        else:
+            save_file(weights, folder / "model.safetensors")
+        with pytest.raises(ValueError) as error:
+            from_folder(folder)
+        assert str(error.value).startswith(str(folder))
+        return str(error.value)
+
+    assert "final_norm.weight is (8,), and (16,) by config.json" in read(state | {norm: state[norm][:8].clone()})
+    assert "query.weight (16, 8)" in read(state | {query: state[query][:, :8].contiguous()})
+    assert "is torch.int8, as quantized weights are" in read(state | {words: state[words].to(torch.int8)})
+    assert "config.json is a list, not an object" in read(settings=[config])
+    assert "model_type ['bert']" in read(settings=config | {"model_type": ["bert"]})
+    assert "hidden_act is {}, not a kind of GELU" in read(settings=config | {"hidden_act": {}})
+    assert "pad_token_id is None" in read(settings=config | {"pad_token_id": None})
+    assert "max_position_embeddings is None" in read(settings=config | {"max_position_embeddings": None})
+    assert "is not divisible by num_attention_heads=3" in read(settings=config | {"num_attention_heads": 3})
+    for index in ("{", "{}", "[]"):
+        assert "index.json does not say which files hold the weights" in read(index=index)
+    assert "pytorch_model.bin holds a list" in read(pickled=[1])
 
 
 def test_the_tokenizer_of_the_run_may_be_given_too(root):
