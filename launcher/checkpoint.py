@@ -90,7 +90,7 @@ def load_weights(module: torch.nn.Module, checkpoint: Path, model: Mapping[str, 
 
 
 def weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The module's whole state dict in `checkpoint`, on the CPU, in the dtype of training; fp32 from ZeRO stage 3.
+    """The module's whole state dict in `checkpoint`, on the CPU, in fp32: in other precisions what the optimizer steps.
 
     Raises ValueError for a file that holds more than tensors and plain values.
     """

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..kernels.sharding import (
     Partition,
     join_shards,
-    join_state_dicts,
     partitions_of,
     shard_state_dict,
     take_shard,
@@ -62,12 +61,12 @@ def own_part(full: Mapping[str, Tensor], module: torch.nn.Module, topology: Topo
 
 
 def whole_weights(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The module's whole state dict, on the CPU, in the dtype of training; from ZeRO stage 3 parameters alone, in fp32."""
+    """The module's parameters, whole, on the CPU, in fp32: in other precisions those that the optimizer steps.
+
+    state: of the checkpoint.
+    """
     saved = Saved(checkpoint, state)
-    if state["engine"]["zero_stage"] == 3:
-        return {name: saved.whole(name, "weight") for name in saved.names}
-    files = [saved.model_file(tensor_rank)["module"] for tensor_rank in range(saved.tensor_parallel)]
-    return join_state_dicts(files, saved.partitions)
+    return {name: saved.whole(name, "weight") for name in saved.names}
 
 
 class _Part(NamedTuple):

@@ -1,6 +1,7 @@
 """Exported runs: transformers loads them and computes, fills masks and generates as the run itself does."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from runs import BERT, GPT, write_config
 from typer.testing import CliRunner
 
 from xformer_train.launcher import cli
+from xformer_train.launcher.checkpoint_files import read_file
 from xformer_train.launcher.export import export
 from xformer_train.launcher.pretrained import from_checkpoint, open_pretrained
 from xformer_train.launcher.sampling import Sampling, fill_mask, sample
@@ -44,6 +46,7 @@ def root(tmp_path_factory):
     ]
     together = [
         (bert, ["name=zero3", "deepspeed.zero_optimization.stage=3"], False, free_port()),
+        (gpt, ["name=bf16_zero2", "training.precision=bf16", SHARED[1]], False, free_port()),
         (bert, ["name=shared", "model.pre_layer_norm=false", *SHARED], False, free_port()),
         (gpt, ["name=shared_gpt", *SHARED], False, free_port()),
     ]
@@ -143,10 +146,15 @@ def test_the_card_says_what_the_run_recorded(exported, root):
         assert fact in card
 
 
-def test_the_dtype_of_training_is_kept(exported):
-    folder, trained = exported("bf16")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype="auto")
-    assert model.dtype == torch.bfloat16 == trained.weights["word_embeddings.weight"].dtype
+@pytest.mark.parametrize("name", ["bf16", "bf16_zero2"])
+def test_the_weights_that_the_optimizer_steps_are_exported(exported, root, name):
+    folder, trained = exported(name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    words = model.transformer.wte.weight
+    rounded = read_file(newest(root / name) / "mp_rank_00_model_states.pt")["module"]["word_embeddings.weight"]
+    assert (words.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(words.bfloat16(), rounded[: len(words)]) and not torch.equal(words.bfloat16().float(), words)
+    assert all(weight.dtype == torch.float32 for weight in trained.weights.values())
 
 
 def invoke(*arguments):
@@ -180,7 +188,19 @@ def test_what_cannot_be_exported_leaves_nothing(root, tmp_path):
         assert result.exit_code == 1 and message in result.output, result.output
     (tmp_path / "file").write_text("")
     assert "is a file" in invoke("export", "--run", root / "bert", "--to", tmp_path / "file").output
+    result = invoke("export", "--run", root / "bert", "--to", tmp_path / "file" / "below")
+    assert result.exit_code == 1 and f"cannot write --to={tmp_path}/file/below: " in result.output, result.output
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_that_was_killed_while_it_logged_is_exported(root, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(root / "post", copy)
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')
+    result = invoke("export", "--run", copy, "--to", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "training loss | " in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_checkpoint_speaks_in_one_line(root, exported):
