@@ -162,24 +162,30 @@ class LinearCall:
 
     def quantize_weight(self, weight: Tensor, columns: bool) -> Fp8Tensor:
         """The weight, perhaps the kept one; rows always, columns at least if asked for."""
-        first, state = self.is_first_microbatch, self.state
-        cached: _CachedWeight | None = None if state is None else state.weight_cache
+        cached, scale = self._cached(weight), self.scale("weight")
         recomputed = self.use is not None and self.use.region.step.closed
-        if (
-            cached is not None
-            and (first is False or (first and recomputed))
-            and (cached.weight() is weight and cached.version == weight._version)
-        ):
+        if recomputed and self.use is not None and self.is_first_microbatch is False:
+            scale = scale if self.use.kept_weight_scale is None else self.use.kept_weight_scale
+        if cached is not None and (cached.scale is scale if recomputed else self.is_first_microbatch is False):
+            if self.use is not None and not recomputed:
+                self.use.kept_weight_scale = cached.scale
             quantized = cached.quantized
             if columns and not quantized.columns.numel():  # kept by a pass without gradients
                 cached.quantized = quantized = quantized._replace(columns=quantized.rows.t().contiguous())
             return quantized
         dtype = forward_dtype(self.recipe)
-        quantized, amax = quantize(weight.detach(), self.scale("weight"), dtype, rows=True, columns=columns)
+        quantized, amax = quantize(weight.detach(), scale, dtype, rows=True, columns=columns)
         self.record("weight", amax)
-        if state is not None and first is not None:
-            state.weight_cache = _CachedWeight(weakref.ref(weight), weight._version, quantized)
+        if self.state is not None and self.is_first_microbatch is not None and not recomputed:
+            self.state.weight_cache = _CachedWeight(weakref.ref(weight), weight._version, scale, quantized)
         return quantized
+
+    def _cached(self, weight: Tensor) -> "_CachedWeight | None":
+        """The kept copy of the weight as it is now, for a call that says of which micro-batch it is."""
+        cached: _CachedWeight | None = None if self.state is None else self.state.weight_cache
+        if cached is None or self.is_first_microbatch is None:
+            return None
+        return cached if cached.weight() is weight and cached.version == weight._version else None
 
     def weight_gradient(
         self, dy: Fp8Tensor, x: Fp8Tensor, wide: tuple[Tensor, Tensor] | None, dtype: torch.dtype
@@ -201,10 +207,11 @@ class LinearCall:
 
 @dataclass
 class _CachedWeight:
-    """The FP8 weight of a first micro-batch, and of which weight it is."""
+    """The FP8 weight of a first micro-batch, of which weight it is, and the scale that it was cast with."""
 
     weight: "weakref.ref[Tensor]"
     version: int
+    scale: Tensor | None
     quantized: Fp8Tensor
 
 

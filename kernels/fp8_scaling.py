@@ -199,12 +199,16 @@ class _Slot:
 
 @dataclass
 class Use:
-    """A linear layer in one outermost region: the scales that its first pass took, which a recomputation takes again."""
+    """A linear layer in one outermost region: the scales that its first pass took, which a recomputation takes again.
+
+    kept_weight_scale: of the FP8 weight that it took from an earlier micro-batch in place of casting it.
+    """
 
     region: Region
     slots: dict[str, _Slot]
     scales: dict[str, Tensor]
     amaxes: dict[str, Tensor] = field(default_factory=dict)
+    kept_weight_scale: Tensor | None = None
 
     @property
     def recipe(self) -> Recipe:

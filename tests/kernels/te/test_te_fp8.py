@@ -137,6 +137,32 @@ def test_weights_are_cast_once_for_the_micro_batches_of_a_step():
     )  # a stale copy is not used
 
 
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_a_recomputation_takes_the_weight_as_its_own_pass_cast_it(reentrant):
+    """Several first micro-batches may wait for their backward; the scale of the weight moves behind the first region."""
+
+    def run(way):
+        torch.manual_seed(0)
+        module = te.LayerNormMLP(32, 64)
+        inputs = [torch.randn(5, 32, requires_grad=True) for _ in range(6)]
+        outputs = []
+        for first, x in zip((True, False, True, False, True), inputs, strict=False):
+            with te.fp8_autocast(fp8_recipe=DELAYED):
+                outputs.append(way(module, x, is_first_microbatch=first))
+        for y in outputs:
+            y.square().sum().backward()
+        with te.fp8_autocast(fp8_recipe=DELAYED):  # the kept copy is the latest's still
+            outputs.append(module(inputs[-1], is_first_microbatch=False))
+        gradients = [x.grad for x in inputs[:-1]] + [parameter.grad for parameter in module.parameters()]
+        return outputs + gradients + list(module.state_dict().values())
+
+    def checkpointed(module, x, **kwargs):
+        return te.checkpoint(module, x, use_reentrant=reentrant, **kwargs)
+
+    for ours, expected in zip(run(checkpointed), run(lambda module, *a, **k: module(*a, **k)), strict=True):
+        assert torch.equal(ours, expected)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_main_grad_in_fp8(name):
     fused, plain = MODULES[name](fuse_wgrad_accumulation=True), MODULES[name]()
