@@ -193,6 +193,8 @@ class Lamb(torch.optim.Optimizer):
         ratios = self._ratios(group, pieces.weights, updates, own, places)
         by_place = dict(zip(places, ratios.unbind(), strict=True))
         self._trust_ratios.update(by_place)
+        if not pieces.weights:  # of a shard that is all padding: this process has only taken part in the sums
+            return
         # One ratio per tensor, broadcast: it stays on the device.
         torch._foreach_addcmul_(
             pieces.weights,

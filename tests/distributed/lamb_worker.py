@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from distributed.tiny import tiny_model, whole_weights
+from distributed.tiny import WIDTH, tiny_model, whole_weights
 
 from xformer_train.launcher.engine import build_engine
 from xformer_train.launcher.lamb import Lamb
@@ -12,13 +12,18 @@ from xformer_train.launcher.topology import quiet, start_processes, stop_process
 STEPS, BATCH = 50, 8
 
 
-def lamb_worker(cases: list[tuple[int, str, dict[str, Any]]]) -> list[tuple[list[torch.Tensor], dict[int, float]]]:
-    """(weights, trust ratios of the last step) of each case: ZeRO stage, precision, more keys of zero_optimization."""
+def lamb_worker(
+    cases: list[tuple[int, str, dict[str, Any]]], outputs: int = WIDTH
+) -> list[tuple[list[torch.Tensor], dict[int, float]]]:
+    """(weights, trust ratios of the last step) of each case: ZeRO stage, precision, more keys of zero_optimization.
+
+    outputs: of the model; fewer than WIDTH make it a single layer, with that many biases.
+    """
     quiet(debug=False)
     topology = start_processes(60)
     results = []
     for stage, precision, extra in cases:
-        model = tiny_model(dropout=0.0)
+        model = tiny_model(dropout=0.0) if outputs == WIDTH else _one_layer(outputs)
         decayed = [p for p in model.parameters() if p.ndim > 1]
         others = [p for p in model.parameters() if p.ndim == 1]
         groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
@@ -38,18 +43,23 @@ def lamb_worker(cases: list[tuple[int, str, dict[str, Any]]]) -> list[tuple[list
         if stage == 3:
             _spoil_padding(engine, topology.rank)
         for step in range(STEPS):
-            _step(engine, step, topology.rank, topology.world_size)
+            _step(engine, step, topology.rank, topology.world_size, outputs)
         ratios = {place: float(ratio) for place, ratio in optimizer.trust_ratios().items()}
         results.append((whole_weights(engine), ratios))
     stop_processes()
     return results
 
 
-def _step(engine: Any, step: int, rank: int, world_size: int) -> None:
+def _one_layer(outputs: int) -> torch.nn.Module:
+    torch.manual_seed(11)
+    return torch.nn.Linear(WIDTH, outputs)
+
+
+def _step(engine: Any, step: int, rank: int, world_size: int, outputs: int) -> None:
     dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
-    batch = torch.randn(BATCH, 7, generator=torch.Generator().manual_seed(step))
+    batch = torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(step))
     own = batch.chunk(world_size)[rank]
-    engine.backward((engine(own.to(dtype)).float() - own.flip(1)).square().mean())
+    engine.backward((engine(own.to(dtype)).float() - own.flip(1)[:, :outputs]).square().mean())
     engine.step()
 
 

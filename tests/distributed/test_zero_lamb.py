@@ -16,8 +16,17 @@ MORE = [
 def test_fifty_steps_equal_those_of_stage_0(world_size):
     """The network has 13 x 7, 13, 7 x 13 and 7 numbers: tensors straddle the shards, and some processes hold none of one."""
     cases = [*STAGES, *MORE]
-    results = run_processes(lamb_worker, world_size, cases)[0]
-    expected = {precision: results[cases.index((0, precision, {}))] for precision in ("fp32", "bf16")}
+    compare_with_stage_0(cases, run_processes(lamb_worker, world_size, cases)[0])
+
+
+def test_a_process_that_holds_nothing_but_padding_steps_with_the_others():
+    """Three biases among four processes: at stage 1 in pairs, at stage 3 one by one."""
+    cases = [(stage, "fp32", {}) for stage in (0, 1, 2, 3)]
+    compare_with_stage_0(cases, run_processes(lamb_worker, 4, cases, 3)[0])
+
+
+def compare_with_stage_0(cases, results):
+    expected = {precision: results[cases.index((0, precision, {}))] for precision in {case[1] for case in cases}}
     for case, (weights, ratios) in zip(cases, results, strict=True):
         expected_weights, expected_ratios = expected[case[1]]
         assert ratios == pytest.approx(expected_ratios, rel=1e-5), case
