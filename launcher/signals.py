@@ -26,7 +26,9 @@ class StopAsked(KeyboardInterrupt):
 class StopRequest:
     """A context in which the first SIGINT, SIGTERM or SIGUSR1 asks for a stop and a second SIGINT ends the process at once.
 
-    To be entered on the main thread of every process alike; afterwards the handlers are those from before.
+    To be entered on the main thread of every process alike; afterwards the handlers are those from before, unless a scheduler
+    stopped the run: then the process is about to end, and later signals of a scheduler do not hasten that. Launchers send
+    SIGTERM to the processes that are left once one of them has ended.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -49,7 +51,8 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            leaving = self.exit_status == REQUEUE and number != signal.SIGINT
+            signal.signal(number, _nothing if leaving else handler)
 
     @property
     def exit_status(self) -> int:
@@ -122,3 +125,7 @@ class StopRequest:
         # One write, past Python's buffers: the signal may have interrupted a print. What ends a run may have ended its console.
         with suppress(OSError):
             os.write(sys.stderr.fileno(), f"\n{why}: {what}; Ctrl-C again leaves at once\n".encode())
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """Handles a signal that changes nothing any more. Not SIG_IGN, which child processes would inherit."""

@@ -20,6 +20,14 @@ ALONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 OTHER = Topology(rank=1, world_size=2, local_rank=1, device=torch.device("cpu"))
 
 
+@pytest.fixture(autouse=True)
+def handlers_from_before():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, REQUEUE), (signal.SIGUSR1, REQUEUE)]
 )
@@ -45,6 +53,15 @@ def test_handlers_from_before_come_back_also_after_an_error():
         assert signal.getsignal(signal.SIGINT) != before[0]
         raise KeyError
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_sigterm_after_a_stop_does_not_hasten_the_end():
+    """DeepSpeed's launcher sends one to those that are left when the first process has ended."""
+    with StopRequest(ALONE) as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.agreed()
+    os.kill(os.getpid(), signal.SIGTERM)  # would end this process
+    os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_later_sigterms_change_nothing(capfd):
