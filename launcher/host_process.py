@@ -6,8 +6,8 @@ Started directly or through ssh, as a script, so it imports the standard library
     environment   variables that are set beside those of this machine
     processes     how many processes of a run it starts here
 Each further line is the name of a signal to pass on, such as SIGTERM. The end of stdin means that `launch` is gone or its
-connection is, and ends the command. Exit code: the command's (128 + N after signal N); 1 if it came to an end with processes
-of it left running, whatever its code.
+connection is, and ends the command; so does the end of this process, though it be killed. Exit code: the command's (128 + N
+after signal N); 1 if it came to an end with processes of it left running, whatever its code.
 """
 
 import json
@@ -41,6 +41,7 @@ def main() -> int:
         stdin=subprocess.DEVNULL,
         start_new_session=True,
     )
+    guard, lifeline = _start_guard(command.pid)
     lost_control = _pass_signals_on(command)
     if lost_control:
         _end(command.pid, GRACE_S)
@@ -49,9 +50,28 @@ def main() -> int:
     if left:
         print(f"the launcher ended and left {left} processes running; they are stopped", file=sys.stderr, flush=True)
         _end(command.pid, GRACE_S)
+    os.close(lifeline)
+    os.waitpid(guard, 0)
     if code < 0:
         return 128 - code
     return code or int(bool(left) or lost_control)
+
+
+def _start_guard(session: int) -> tuple[int, int]:
+    """A process that ends the session once this one is gone; its id, and the pipe whose end tells it so.
+
+    It keeps stdin open, by which `launch` knows that it is not done yet.
+    """
+    told, lifeline = os.pipe()
+    guard = os.fork()
+    if guard:
+        os.close(told)
+        return guard, lifeline
+    os.close(lifeline)
+    os.setsid()  # who kills this process with its group spares the guard
+    os.read(told, 1)
+    _end(session, GRACE_S)
+    os._exit(0)
 
 
 def _environment(order: dict[str, Any]) -> dict[str, str]:

@@ -304,6 +304,7 @@ def _multi_node_command(
         max(map(len, slots.values())),
         _HERE,
         remote=False,
+        through_pdsh=options.launcher == "pdsh",
     )
 
 

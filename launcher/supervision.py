@@ -1,6 +1,7 @@
 """The processes of a launched run, seen from the machine that launched it: start, signals, the first failure, the end."""
 
 import json
+import select
 import shlex
 import signal
 import subprocess
@@ -46,6 +47,8 @@ class HostCommand:
     """Name or address of the machine."""
     remote: bool
     """Whether the way there is ssh; otherwise it is this machine."""
+    through_pdsh: bool = False
+    """Whether it starts the run on other machines through pdsh, which passes SIGTERM on alone, and ends before the run."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,22 @@ class Outcome:
 class _Host:
     """A machine while the run is on it."""
 
-    name: str
+    command: HostCommand
     process: subprocess.Popen[bytes]
+
+    def has_ended(self) -> bool:
+        """Also its guard, which after a kill ends what runs there, and holds the other end of the pipe so long."""
+        if self.process.poll() is None:
+            return False
+        assert self.process.stdin is not None, "started with a pipe"
+        held = select.poll()
+        held.register(self.process.stdin, 0)
+        return bool(held.poll(0))  # an error: nobody reads the pipe any more
 
     def send(self, number: signal.Signals) -> None:
         assert self.process.stdin is not None, "started with a pipe"
+        if self.command.through_pdsh and number in (signal.SIGUSR1, signal.SIGUSR2):
+            number = signal.SIGTERM
         with suppress(OSError):  # it has ended, or its connection has
             self.process.stdin.write(number.name.encode() + b"\n")
             self.process.stdin.flush()
@@ -90,12 +104,14 @@ def run_hosts(commands: Sequence[HostCommand], status_folder: Path, world_size: 
         with _handled(hosts, received):
             hosts += [_start(command, status_folder) for command in commands]
             _wait(hosts)
+            if received and any(command.through_pdsh for command in commands):
+                _wait_for_statuses(status_folder, world_size)
     finally:
         for host in hosts:  # the end of their stdin ends them, if something went wrong here
             assert host.process.stdin is not None, "started with a pipe"
             with suppress(OSError):
                 host.process.stdin.close()
-    codes = {host.name: host.process.returncode for host in hosts}
+    codes = {host.command.host: host.process.returncode for host in hosts}
     outcome = _outcome(codes, read_statuses(status_folder), world_size, received)
     return replace(outcome, told_to_end=bool(received))
 
@@ -115,7 +131,7 @@ def _start(command: HostCommand, status_folder: Path) -> _Host:
     with suppress(OSError):  # it has failed already; its exit code says so
         process.stdin.write(json.dumps(order).encode() + b"\n")
         process.stdin.flush()
-    return _Host(command.host, process)
+    return _Host(command, process)
 
 
 @contextmanager
@@ -128,7 +144,9 @@ def _handled(hosts: list[_Host], received: list[signal.Signals]) -> Iterator[Non
         for host in hosts:
             host.send(passed_on)
 
-    previous = {number: signal.signal(number, handle) for number in _PASSED_ON}
+    # nohup has a hang-up ignored: then the terminal may go, and the run goes on.
+    handled = [n for n in _PASSED_ON if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    previous = {number: signal.signal(number, handle) for number in handled}
     try:
         yield
     finally:
@@ -140,7 +158,7 @@ def _wait(hosts: list[_Host]) -> None:
     """Returns when all have ended, which they must soon after one has failed."""
     last_words = [signal.SIGTERM, signal.SIGKILL]
     deadline = None
-    while running := [host for host in hosts if host.process.poll() is None]:
+    while running := [host for host in hosts if not host.has_ended()]:
         failed = [host for host in hosts if host.process.poll()]
         if failed and deadline is None:
             deadline = time.monotonic() + _FAREWELL_S
@@ -153,6 +171,13 @@ def _wait(hosts: list[_Host]) -> None:
                 for host in running:
                     host.send(word)
             deadline = time.monotonic() + _FAREWELL_S
+        time.sleep(_POLL_S)
+
+
+def _wait_for_statuses(folder: Path, world_size: int) -> None:
+    """Returns when all ranks have said how they ended, or have been killed: by DeepSpeed's launcher, so long after SIGTERM."""
+    deadline = time.monotonic() + host_process.GRACE_S
+    while len(read_statuses(folder)) < world_size and time.monotonic() < deadline:
         time.sleep(_POLL_S)
 
 

@@ -78,24 +78,72 @@ def test_no_process_is_left_when_the_launcher_leaves_some(tmp_path, capfd):
     assert command_line((tmp_path / "pid").read_text()) == ""  # gone, or a zombie that nobody has cleared away yet
 
 
-def test_signals_go_to_the_ranks_and_their_end_is_waited_for(tmp_path):
-    """The launcher between would end at once and leave them."""
-    rank = (
-        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w'), sys.exit(0)));"
-        "open('ready', 'w'); time.sleep(1000)"
-    )
-    then = f"sys.exit(subprocess.call([sys.executable, '-c', {rank!r}], env={{**os.environ, 'RANK': '0', 'LOCAL_RANK': '0'}}))"
+RANK = (
+    "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: (open('saved', 'w'), sys.exit(0)));"
+    "open('ready', 'w'); time.sleep(1000)"
+)
+LAUNCHER = (
+    "import os, subprocess, sys\n"
+    f"sys.exit(subprocess.call([sys.executable, '-c', {RANK!r}], env={{**os.environ, 'RANK': '0', 'LOCAL_RANK': '0'}}))"
+)
+
+
+def launched(tmp_path, launcher, ignored=None, **fields):
+    """A process that supervises `launcher`, a program, as `launch` would; once the program has written `ready`."""
     script = (
         "import sys; from pathlib import Path; from xformer_train.launcher.supervision import *\n"
-        f"command = HostCommand([sys.executable, '-c', {'import os, subprocess, sys' + chr(10) + then!r}], {str(tmp_path)!r}, "
-        "{}, 1, 'here', remote=False)\n"
+        f"command = HostCommand([sys.executable, '-c', {launcher!r}], {str(tmp_path)!r}, {{}}, 1, 'here', False, **{fields})\n"
         f"sys.exit(run_hosts([command], Path({str(tmp_path)!r}), 1).exit_code)"
     )
-    process = subprocess.Popen([sys.executable, "-c", script])
+    before = None if ignored is None else signal.signal(ignored, signal.SIG_IGN)  # which the process inherits
+    try:
+        process = subprocess.Popen([sys.executable, "-c", script])
+    finally:
+        if ignored is not None:
+            signal.signal(ignored, before)
     wait_for(tmp_path / "ready", process)
+    return process
+
+
+def test_signals_go_to_the_ranks_and_their_end_is_waited_for(tmp_path):
+    """The launcher between would end at once and leave them."""
+    process = launched(tmp_path, LAUNCHER)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM  # no rank reported, so the end is the signal's
     assert (tmp_path / "saved").exists()
+
+
+def test_ranks_are_told_to_end_when_the_process_that_minds_them_is_killed(tmp_path):
+    process = launched(tmp_path, LAUNCHER)
+    [minder] = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    os.kill(minder, signal.SIGKILL)
+    assert process.wait(120) == 128 + signal.SIGKILL  # and not before the ranks have ended, as a restart may follow
+    assert (tmp_path / "saved").exists()
+    assert running(str(tmp_path)) == []
+
+
+def test_a_hang_up_ends_the_run_but_not_under_nohup(tmp_path):
+    process = launched(tmp_path, LAUNCHER, ignored=signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGINT)  # handled after it; ends the rank without a word
+    assert process.wait(60) == 128 + signal.SIGINT
+    assert not (tmp_path / "saved").exists()
+
+
+def test_pdsh_gets_the_one_signal_it_passes_on_and_its_ranks_are_waited_for(tmp_path):
+    """DeepSpeed's pdsh runner tells the hosts by another pdsh, and ends before the processes there."""
+    status = {"rank": 0, "host": "far", "exit_code": 75, "time_s": 1.0, "text": ""}
+    saving = f"import time; time.sleep(1); open('rank0.json', 'w').write({json.dumps(status)!r})"
+    runner = (
+        "import signal, subprocess, sys, time\n"
+        "def tell(*_):\n"
+        f"    subprocess.Popen([sys.executable, '-c', {saving!r}], start_new_session=True)\n"
+        "    sys.exit(1)\n"
+        "signal.signal(signal.SIGTERM, tell); open('ready', 'w'); time.sleep(1000)"
+    )
+    process = launched(tmp_path, runner, through_pdsh=True)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 75
 
 
 def test_the_end_of_stdin_ends_the_command(tmp_path):
