@@ -48,13 +48,17 @@ def train(
     """
     tally = _Tally(progress, Watch())
     guard = NumericsGuard(setup.config.reliability, say)
-    while True:
-        try:
-            _steps(setup, stop, watchdog, guard, tally)
-            break
-        except RollBack as why:
-            watchdog.at("start")
-            tally.progress = _gone_back(setup, tally.progress, why, say)
+    checkpoints, topology = setup.directory.checkpoints, setup.topology
+    with CheckpointSaver(setup.engine, checkpoints, topology, setup.config.checkpoint) as saver:
+        while True:
+            try:
+                _steps(setup, stop, watchdog, guard, saver, tally)
+                break
+            except RollBack as why:
+                watchdog.at("save")
+                saver.wait()
+                watchdog.at("start")
+                tally.progress = _gone_back(setup, tally.progress, why, say)
     return ClosingFacts(
         name=setup.config.name,
         run_dir=str(setup.directory.root),
@@ -73,7 +77,9 @@ def train(
     )
 
 
-def _steps(setup: Setup, stop: StopRequest, watchdog: Watchdog, guard: NumericsGuard, tally: _Tally) -> None:
+def _steps(
+    setup: Setup, stop: StopRequest, watchdog: Watchdog, guard: NumericsGuard, saver: CheckpointSaver, tally: _Tally
+) -> None:
     """Steps from `tally.progress` to the end of the run or a stop. Raises RollBack where training must go back."""
     config, topology, batch_size = setup.config, setup.topology, setup.batch.train_batch_size
     start, watch = tally.progress, tally.watch
@@ -82,10 +88,9 @@ def _steps(setup: Setup, stop: StopRequest, watchdog: Watchdog, guard: NumericsG
         positions = step_positions(start.position + (step - start.step) * batch_size, setup.batch, topology.replica)
         return read_step(setup.data.train, positions, setup.loss_counts, setup.recipe.real_tokens)
 
-    saver = CheckpointSaver(setup.engine, setup.directory.checkpoints, topology, config.checkpoint)
     log = _open_log(setup, start) if topology.is_main else None
     try:
-        with saver, prefetch(read, start.step, setup.total_steps) as steps:
+        with prefetch(read, start.step, setup.total_steps) as steps:
             watchdog.at("data", start.step + 1)
             for data in watch.timed(steps):
                 lr = _set_learning_rate(setup, tally.progress)

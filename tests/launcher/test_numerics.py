@@ -103,3 +103,26 @@ def test_a_run_without_a_checkpoint_cannot_go_back(tmp_path, monkeypatch):
     path = write_config(tmp_path, reliability__nan="rollback", checkpoint__save_every_steps=5)
     with pytest.raises(NotFiniteError, match="a jump, and there is no checkpoint yet to roll back to"):
         run(load_config(path, (), world_size=1), resume=False)
+
+
+def test_an_error_of_the_save_in_progress_ends_a_run_that_goes_back(tmp_path, monkeypatch):
+    """One save goes wrong, by an error that is not the system's; the run goes back while that is not known yet."""
+    from xformer_train.launcher import checkpoint_saving, loop
+
+    write, errors, jumps = checkpoint_saving.write_file, [ZeroDivisionError()], [5]
+
+    def fail_once(value, path):
+        if path.parent.name == ".step00000004.tmp" and errors:
+            raise errors.pop()
+        return write(value, path)
+
+    def jump_once(guard, step, loss):
+        if step in jumps:
+            jumps.remove(step)
+            raise RollBack("a jump")
+
+    monkeypatch.setattr(checkpoint_saving, "write_file", fail_once)
+    monkeypatch.setattr(loop.NumericsGuard, "check_loss", jump_once)
+    path = write_config(tmp_path, reliability__nan="rollback", checkpoint__save_every_steps=2, training__max_steps=8)
+    with pytest.raises(ZeroDivisionError):
+        run(load_config(path, (), world_size=1), resume=False)
