@@ -266,7 +266,14 @@ class TransformerLayer(ProjectionModule):
             )
         longest = int(cu_seqlens.diff().max()) if max_length is None else max_length
         causal = "causal" in mask_type
-        return Visibility(AttentionMask(causal=causal, cu_seqlens=cu_seqlens, max_length=longest))
+        seen = Visibility(AttentionMask(causal=causal, cu_seqlens=cu_seqlens, max_length=longest))
+        # on a GPU the host would have to wait for the number
+        if cu_seqlens.is_cpu and not torch.compiler.is_compiling() and cu_seqlens[-1] != len(x):
+            raise ValueError(
+                f"cu_seqlens_q ends with {int(cu_seqlens[-1])}, hidden_states has {len(x)} rows; its last border must be the "
+                f"number of rows"
+            )
+        return seen
 
     def _check_packing(
         self, x: Tensor, cu_seqlens: Tensor | None, of_keys: tuple[Tensor | None, int | None], max_length: int | None

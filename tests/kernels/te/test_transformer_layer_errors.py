@@ -10,6 +10,10 @@ def build(**options):
     return te.TransformerLayer(**{"hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2} | options)
 
 
+def packed(borders):
+    return build(attn_input_format="thd")(X[:, 0], cu_seqlens_q=torch.tensor(borders, dtype=torch.int32))
+
+
 X = torch.randn(5, 2, 8)
 
 
@@ -53,6 +57,8 @@ X = torch.randn(5, 2, 8)
             "enc_dec_attn_mask_type='causal'",
         ),
         (lambda: build(attn_input_format="thd")(X[0]), "cu_seqlens_q"),
+        (lambda: packed([0, 3, 4]), "cu_seqlens_q ends with 4, hidden_states has 5 rows"),
+        (lambda: packed([0, 3, 6]), "cu_seqlens_q ends with 6, hidden_states has 5 rows"),
         (lambda: build()(X, cu_seqlens_q=torch.tensor([0, 5], dtype=torch.int32)), "attn_input_format='thd'"),
         (lambda: build()(X, rotary_pos_emb=torch.zeros(4, 1, 1, 4)), "rotary_pos_emb"),
     ],
