@@ -117,10 +117,10 @@ class ProjectionModule(nn.Module):
 
     def _take_group(self, tp_group: ProcessGroup) -> None:
         waiting = self.options.tp_group is None and self.options.tp_size > 1
-        if self.options.tp_size != tp_group.size():
+        if self.options.ranks != tp_group.size():
             raise ValueError(
-                f"the module was built with tp_size={self.options.tp_size}, the group has {tp_group.size()} ranks; "
-                f"they must be equal"
+                f"the module was built for tp_size={self.options.ranks}, the group has {tp_group.size()} ranks; they must be "
+                f"equal"
             )
         self.options = dataclasses.replace(self.options, tp_group=tp_group)
         for name, start in self._start.items() if waiting else ():
@@ -128,9 +128,17 @@ class ProjectionModule(nn.Module):
                 self._draw(name)
 
     def reset_parameters(self) -> None:
-        """Draws all parameters of this module again; what a module built on the device `meta` needs after `to_empty`."""
+        """Draws all parameters of this module and of those inside it again, in the order in which they were drawn first.
+
+        That is what a module built on the device `meta` needs after `to_empty`.
+        """
         for name in self._start:
-            self._draw(name)
+            if not getattr(self, name).is_meta:
+                self._draw(name)
+        for child in self.children():
+            reset = getattr(child, "reset_parameters", None)
+            if reset is not None:
+                reset()
 
     def _allocate(
         self,

@@ -102,6 +102,7 @@ class LayerNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}_extra_state", None)  # see ProjectionModule
         for name in self._names:
             if f"{prefix}layer_norm_{name}" in state_dict:
                 state_dict[prefix + name] = state_dict.pop(f"{prefix}layer_norm_{name}")

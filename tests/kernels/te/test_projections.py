@@ -180,6 +180,19 @@ def test_a_module_on_meta_gets_its_values_from_reset_parameters():
         assert all(p.isfinite().all() for p in module.parameters())
 
 
+def test_a_group_may_be_given_again():
+    """As Megatron's models do after they built their layers with it."""
+
+    class TwoRanks:
+        def size(self):
+            return 2
+
+    group = TwoRanks()
+    module = te.LayerNormMLP(8, 16, set_parallel_mode=True, tp_group=group, device="meta")
+    module.set_tensor_parallel_group(group)
+    assert module.options.tp_group is group
+
+
 def test_weights_from_outside_take_the_gradients():
     ours, reference = te.Linear(6, 4, skip_weight_param_allocation=True), nn.Linear(6, 4)
     assert not list(ours.parameters())
@@ -310,6 +323,13 @@ def test_no_tokens_frozen_weights_and_input_without_gradient(name):
     x = torch.randn(3, 2, 16, requires_grad=True)
     frozen(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("build_module", [te.LayerNorm, te.RMSNorm, lambda size: te.Linear(size, size)])
+def test_the_pickled_fp8_state_of_a_module_is_skipped(build_module):
+    """Transformer Engine 2 gives its norms one too."""
+    module = build_module(8)
+    module.load_state_dict(module.state_dict() | {"_extra_state": torch.zeros(3, dtype=torch.uint8)})
 
 
 def test_old_names_of_the_norms_parameters_are_loaded():

@@ -146,3 +146,15 @@ def test_sanity_no_tokens_frozen_weights_casts_and_autocast():
     x.requires_grad_()
     layer(x).sum().backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [{}, {"layer_type": "decoder", "fuse_qkv_params": True, "output_layernorm": True}])
+def test_a_layer_on_meta_gets_the_values_of_one_built_elsewhere(options):
+    """All modules inside of it, drawn in the same order."""
+    torch.manual_seed(0)
+    expected = te.TransformerLayer(8, 16, 2, **options)
+    layer = te.TransformerLayer(8, 16, 2, **options, device="meta").to_empty(device="cpu")
+    torch.manual_seed(0)
+    layer.reset_parameters()
+    for (name, ours), theirs in zip(layer.named_parameters(), expected.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
