@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from distributed.spawn import PATIENCE_S
 from distributed.tiny import ACCUMULATION, MICRO_BATCH, tiny_config, whole_weights
 from torch import Tensor, nn
 
@@ -66,7 +67,7 @@ def worker() -> dict[str, dict[str, Any]]:
     """`shared` by name, and the trained weights by stage and choice."""
     torch.set_num_threads(1)
     quiet(debug=False)
-    topology = start_processes(60)
+    topology = start_processes(PATIENCE_S)
     engines = {f"{stage} {choice}": trained(stage, choice, topology) for stage in STAGES for choice in CHOICES}
     results = {"shared": dict(shared(dist.group.WORLD)), "engines": engines}
     stop_processes()

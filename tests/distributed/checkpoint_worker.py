@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distributed.spawn import PATIENCE_S
 from distributed.tiny import MODEL, tiny_engine, tiny_model, train, whole_weights
 
 from xformer_train.launcher import checkpoint, checkpoint_saving, checkpoint_store
@@ -18,7 +19,7 @@ from xformer_train.launcher.topology import Topology, quiet, start_processes, st
 def checkpoint_worker(folder: Path, stages: list[int]) -> dict[str, Any]:
     """Results of `_resume` by stage, of `_full_disk` and of `_beside_training`."""
     quiet(debug=False)
-    topology = start_processes(60)
+    topology = start_processes(PATIENCE_S)
     results = {stage: _resume(folder / str(stage), stage, topology) for stage in stages}
     full = _full_disk(folder / "full", topology)
     beside = _beside_training(folder / "beside", topology)

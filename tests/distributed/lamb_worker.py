@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from distributed.spawn import PATIENCE_S
 from distributed.tiny import WIDTH, tiny_model, whole_weights
 
 from xformer_train.launcher.engine import build_engine
@@ -20,7 +21,7 @@ def lamb_worker(
     outputs: of the model; fewer than WIDTH make it a single layer, with that many biases.
     """
     quiet(debug=False)
-    topology = start_processes(60)
+    topology = start_processes(PATIENCE_S)
     results = []
     for stage, precision, extra in cases:
         model = tiny_model(dropout=0.0) if outputs == WIDTH else _one_layer(outputs)

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from distributed.hf_models import MODELS
+from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.launcher.engine import build_engine, grad_norm
@@ -28,7 +29,7 @@ def worker(cases: list[tuple[int, bool]]) -> dict[tuple[int, bool], tuple[list[f
     process would have them."""
     torch.set_num_threads(1)
     quiet(debug=False)
-    topology = start_processes(60, tensor_parallel=2)
+    topology = start_processes(PATIENCE_S, tensor_parallel=2)
     assert topology.tensor_group is not None
     results = {}
     for stage, swapped in cases:

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from distributed.hf_models import MODELS, text
 from distributed.shard_worker import Results, equal_on_all, error, run, sharded, tensors_of, whole_gradients
+from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels.sharding import is_sharded, partitions_of
@@ -200,7 +201,7 @@ CHECKS = [
 def worker() -> dict[tuple[str, str], Results]:
     """By check and model: what the check found, or the error it ended with."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE_S))
     results: dict[tuple[str, str], Results] = {}
     for check, names in CHECKS:
         for name in names:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from distributed.hf_models import MODELS
 from distributed.own_policies import MODELS_WITH_POLICIES
+from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels.sharding import join_shards, partitions_of
@@ -249,7 +250,7 @@ CHECKS: list[tuple[Callable[[str, dist.ProcessGroup], Results], tuple[str, ...],
 def worker() -> dict[tuple[str, str, int], Results]:
     """By check, model and group size: what the check found, or the error it ended with. Groups of two take turns."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE_S))
     rank = dist.get_rank()
     halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]  # ranks within the group are not those of the world
     results: dict[tuple[str, str, int], Results] = {}

@@ -1,33 +1,65 @@
 """Runs a function in several processes that are started like those of a run on one machine."""
 
+import itertools
 import os
+import random
 import socket
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from typing import Any
 
 import torch
 
+PATIENCE_S = 600.0
+"""How long tests wait for processes, and these for each other: far longer than anything takes on a busy machine."""
 
-def run_processes(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 100) -> list[Any]:
+_PORTS = range(10_000, 32_000)  # below those that Linux gives out by itself
+_marks: list[socket.socket] = []
+
+
+def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """What `function(*args)` returned in each of `world_size` processes, by rank. It must stand in an importable module.
 
-    The processes are forked from one that has done nothing but import, which takes seconds.
+    The processes are forked from one that has done nothing but import, which takes seconds. The first error of one ends them
+    all and is raised here: the others would wait for it.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "deepspeed"])
     port = free_port()
     with ProcessPoolExecutor(world_size, mp_context=context) as pool:
         futures = [pool.submit(_run, function, rank, world_size, port, args) for rank in range(world_size)]
-        return [future.result(timeout=timeout_s) for future in futures]
+        ended, running = wait(futures, PATIENCE_S, FIRST_EXCEPTION)
+        if running:
+            for process in list(pool._processes.values()):
+                process.kill()
+    for future in ended:
+        future.result()
+    if running:
+        raise TimeoutError(f"{function.__name__} took longer than {PATIENCE_S:g} s")
+    return [future.result() for future in futures]
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port of this machine that nobody listens on, and that no other test is given as long as this process lives.
+
+    One that the system chose and took back might be somebody else's by the time it is used. So these are ports that no
+    system chooses, and a UDP socket marks those that are given, for the tests of other processes too.
+    """
+    first = random.SystemRandom().choice(_PORTS)
+    for port in itertools.chain(range(first, _PORTS.stop), range(_PORTS.start, first)):
+        mark = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            mark.bind(("127.0.0.1", port))
+            with socket.socket() as listener:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as stores of process groups do
+                listener.bind(("", port))
+        except OSError:
+            mark.close()
+            continue
+        _marks.append(mark)
+        return port
+    raise OSError(f"no port of {_PORTS.start} to {_PORTS.stop - 1} is free")
 
 
 def _run(function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...]) -> Any:

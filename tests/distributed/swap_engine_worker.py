@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from distributed.hf_models import MODELS
 from distributed.shard_engine_worker import CLIPPING, REPLICAS, STEPS, loss_of, optimizer_of
+from distributed.spawn import PATIENCE_S
 from torch import Tensor
 
 from xformer_train.launcher.engine import build_engine, grad_norm
@@ -19,7 +20,7 @@ def worker(stages: list[int]) -> dict[int, tuple[list[float], dict[str, Tensor],
     """By ZeRO stage: gradient norms of the steps, the weights after them, and those that another engine loaded."""
     torch.set_num_threads(1)
     quiet(debug=False)
-    topology = start_processes(60)
+    topology = start_processes(PATIENCE_S)
     folder = [tempfile.mkdtemp()]
     dist.broadcast_object_list(folder)
     results = {}

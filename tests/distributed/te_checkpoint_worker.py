@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels import te
@@ -132,7 +133,7 @@ CHECKS = (recomputed, fp8_history, bytes_kept, refusals)
 def worker() -> dict[str, tuple[Any, Any]]:
     """All pairs of what is and what should be."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE_S))
     pairs = {name: (ours, expected) for check in CHECKS for name, ours, expected in check(dist.group.WORLD)}
     dist.destroy_process_group()
     return pairs

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from distributed.spawn import PATIENCE_S
 from distributed.tiny import ACCUMULATION, MICRO_BATCH, tiny_config, whole_weights
 from torch import Tensor, nn
 
@@ -57,7 +58,7 @@ def worker(stages: list[tuple[int, str]]) -> dict[Any, Any]:
     """Final weights by (stage, precision, whether fused), then by stage what a weight with main_grad says."""
     torch.set_num_threads(1)
     quiet(debug=False)
-    topology = start_processes(60)
+    topology = start_processes(PATIENCE_S)
     results: dict[Any, Any] = {}
     for stage, precision in stages:
         for fused in (True, False):

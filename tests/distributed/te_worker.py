@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels import te
@@ -254,7 +255,7 @@ CHECKS = (
 def worker(sizes: tuple[int, ...]) -> dict[int, dict[str, tuple[Tensor, Tensor]]]:
     """All triples by group size."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE_S))
     results: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
     for size in sizes:
         groups = [dist.new_group(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]

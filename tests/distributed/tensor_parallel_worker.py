@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels import cross_entropy, tensor_parallel, vocab_parallel
@@ -343,7 +344,7 @@ CHECKS: dict[str, Callable[[dist.ProcessGroup], Triples]] = {
 def worker() -> dict[int, dict[str, Any]]:
     """By group size: the triples of every check, detached, and this process's dropout masks."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE_S))
     halves = [dist.new_group([0, 2]), dist.new_group([1, 3])]  # ranks within the group are not those of the world
     results: dict[int, dict[str, Any]] = {}
     for group in (halves[dist.get_rank() % 2], dist.group.WORLD):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from distributed.spawn import run_processes
+from distributed.spawn import PATIENCE_S, run_processes
 from distributed.tiny import (
     ACCUMULATION,
     CLIPPING,
@@ -165,4 +165,5 @@ def test_processes_agree_on_what_one_of_them_knows_and_do_not_wait_for_ever():
             "any": (False, True),
             "broadcast": {"rank": 0},
             "gather": [0, 1],
+            "timeout": PATIENCE_S,
         }

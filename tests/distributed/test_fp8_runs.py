@@ -19,7 +19,7 @@ def test_two_hundred_steps_in_fp8_end_where_bf16_does(tmp_path):
     path = write_config(tmp_path, GPT, **changes)
     names = ("bf16", "fp8")
     runs = [(path, [f"name={name}", f"training.precision={name}"], False, free_port()) for name in names]
-    run_processes(runs_worker, 1, 1, runs, timeout_s=300)
+    run_processes(runs_worker, 1, 1, runs)
     wide, narrow = (tmp_path / "runs" / name for name in names)
     first, *_, last = losses(narrow).values()
     assert last < first - 2  # it learned: bytes of made-up words

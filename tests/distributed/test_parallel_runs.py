@@ -45,7 +45,7 @@ def root(tmp_path_factory):
 
     def start(world_size, *runs):
         with_ports = [(*run, free_port()) for run in runs]
-        outputs = run_processes(runs_worker, world_size, world_size, with_ports, timeout_s=400)[0]
+        outputs = run_processes(runs_worker, world_size, world_size, with_ports)[0]
         printed.update({sets[0].removeprefix("name="): text for (_, sets, _), text in zip(runs, outputs, strict=True)})
 
     start(

@@ -49,7 +49,7 @@ def folder(tmp_path_factory):
         ]
         if processes == 1:
             runs += straight
-        printed = run_processes(runs_worker, processes, processes, runs, timeout_s=300)[0]
+        printed = run_processes(runs_worker, processes, processes, runs)[0]
         assert all("finished" in text for text in printed), printed
     return path
 
@@ -83,7 +83,7 @@ def test_fp32_weights_of_a_bf16_run_are_loaded_bit_for_bit(folder):
         "parallel.tensor=2",
         "deepspeed.zero_optimization.stage=3",
     ]
-    run_processes(runs_worker, 4, 4, [(folder / "gpt.yaml", sets, False, free_port())], timeout_s=300)
+    run_processes(runs_worker, 4, 4, [(folder / "gpt.yaml", sets, False, free_port())])
     (copied,) = (folder / "runs/gpt_copy/checkpoints").glob("step*")
     copy = Saved(copied, json.loads((copied / "state.json").read_text()))
     assert set(copy.names) == set(source.names)

@@ -8,22 +8,23 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed.runs_worker import runs_worker
+from distributed.spawn import PATIENCE_S, free_port, run_processes
 from runs import losses, metrics, weights, write_config
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def train(*arguments, processes=1, **options):
+def train(*arguments, processes=1):
     """The finished process of a run that was started as a user starts it."""
     command = [sys.executable, "-m", "xformer_train.launcher", *arguments]
     if processes > 1:
-        port = str(20000 + os.getpid() % 20000)
-        start = [LAUNCHER, "--num_accelerators", str(processes), "--master_port", port]
+        start = [LAUNCHER, "--num_accelerators", str(processes), "--master_port", str(free_port())]
         command = [*start, "--module", "xformer_train.launcher", *arguments]
     environment = {**ONE_THREAD, "PATH": f"{LAUNCHER.parent}:{os.environ['PATH']}"}
     return subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300, env=environment, cwd=options.get("cwd", "/")
+        command, check=False, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, cwd="/"
     )
 
 
@@ -59,29 +60,33 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])
 def test_a_signal_ends_the_run_after_a_checkpoint_from_which_it_goes_on_exactly(number, status, tmp_path):
-    path = write_config(tmp_path, training__max_steps=400, schedule__type="constant", schedule__total_steps=None)
+    # More steps than any machine takes before the signal.
+    path = write_config(tmp_path, training__max_steps=100_000, schedule__type="constant", schedule__total_steps=None)
     log = tmp_path / "runs" / "cut" / "metrics.jsonl"
     command = [sys.executable, "-m", "xformer_train.launcher", "--config", str(path), "--job_name"]
     process = subprocess.Popen(
         [*command, "cut"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
     )
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") >= 3):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (log.exists() and log.read_text().count("\n") >= 3):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
     assert process.returncode == status, err
     assert "run cut stopped as asked" in out
     assert "--resume auto" in out
     last = max(losses(log.parent))
     assert [p.name for p in (log.parent / "checkpoints").glob("step*")] == [f"step{last:08d}"]
 
-    total = str(last + 3)
-    for name in ("cut", "straight"):
-        done = train("--config", str(path), "--job_name", name, "--max_steps", total, "--resume", "auto")
-        assert done.returncode == 0, done.stderr
+    total = f"training.max_steps={last + 3}"
+    runs = [(path, [f"name={name}", total], True, free_port()) for name in ("cut", "straight")]
+    (printed,) = run_processes(runs_worker, 1, 1, runs)
+    assert all("finished" in text for text in printed), printed
     root = tmp_path / "runs"
     assert losses(root / "cut") == losses(root / "straight")
     ours, theirs = (weights(root / name / "checkpoints" / f"step{last + 3:08d}") for name in ("cut", "straight"))
@@ -94,7 +99,7 @@ def test_torchrun_starts_a_run_too(tmp_path):
     place = ["--standalone", "--nproc-per-node", "2"]
     command = [LAUNCHER.with_name("torchrun"), *place, "-m", "xformer_train.launcher", "--config", path]
     done = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300, env=ONE_THREAD, cwd=tmp_path
+        command, check=False, capture_output=True, text=True, timeout=PATIENCE_S, env=ONE_THREAD, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
     assert sorted(losses(tmp_path / "runs" / "run")) == [1, 2, 3]

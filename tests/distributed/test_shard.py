@@ -13,7 +13,7 @@ WITHOUT_DROPOUT = ("llama", "gpt_neo", "gptj", "gpt_neox", "vit", "deit", "clip"
 def results():
     """By check, model and group size: what each process that ran it found."""
     found = {}
-    for by_process in run_processes(worker, 4, timeout_s=300):
+    for by_process in run_processes(worker, 4):
         for key, result in by_process.items():
             found.setdefault(key, []).append(result)
     return found

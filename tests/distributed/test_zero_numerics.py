@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
             name = f"name={nan}{stage}{precision}"
             sets = [*common, name, f"reliability.nan={nan}", f"checkpoint.save_every_steps={every}"]
             runs.append((path, sets, bad, free_port()))
-    printed = run_processes(numerics_worker, 2, runs, timeout_s=400)
+    printed = run_processes(numerics_worker, 2, runs)
 
     # The run that went back, from the checkpoint it went back to: as if it had been started anew behind the samples.
     again = []
@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
         (checkpoints / "latest").write_text("step00000004\n")
         sets = [f"deepspeed.zero_optimization.stage={stage}", f"training.precision={precision}"]
         again.append((path, [*sets, f"name=again{stage}{precision}"], [], free_port()))
-    run_processes(numerics_worker, 2, again, timeout_s=400)
+    run_processes(numerics_worker, 2, again)
     names = [f"{nan}{stage}{precision}" for stage, precision in CASES for nan in ("skip", "stop", "rollback")]
     (folder / "printed.json").write_text(json.dumps(dict(zip(names, zip(*printed, strict=True), strict=True))))
     return folder

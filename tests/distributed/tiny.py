@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from distributed.spawn import PATIENCE_S
 from torch import Tensor
 
 from xformer_train.launcher.engine import build_engine, grad_norm, set_learning_rate
@@ -90,7 +91,7 @@ def whole_weights(engine: Any) -> list[Tensor]:
 def stages_worker(stages: list[tuple[int, str]]) -> dict[tuple[int, str], Any]:
     """Records and final weights of three steps without dropout at each (stage, precision)."""
     quiet(debug=False)
-    topology = start_processes(60)
+    topology = start_processes(PATIENCE_S)
     results = {}
     for stage, precision in stages:
         engine = tiny_engine(topology, stage, precision, dropout=0.0)
@@ -100,9 +101,9 @@ def stages_worker(stages: list[tuple[int, str]]) -> dict[tuple[int, str], Any]:
 
 
 def agreement_worker() -> dict[str, Any]:
-    """What the processes get to know of each other where they differ, and in the end what process 0 meets when process 1
-    does not join it in a group made without a timeout, as DeepSpeed's are."""
-    topology = start_processes(hang_timeout_s=2)
+    """What the processes get to know of each other where they differ, how long a group waits that is made without a timeout, as
+    DeepSpeed's are, and what process 0 meets in the end when it has waited as long and process 1 does not join it."""
+    topology = start_processes(PATIENCE_S)
     mine = torch.tensor([topology.rank + 1.0])
     with StopRequest(topology) as stop:
         agreed_before = stop.agreed_now()
@@ -117,11 +118,13 @@ def agreement_worker() -> dict[str, Any]:
         "gather": topology.gather(topology.rank),
     }
     group = dist.new_group()
+    known["timeout"] = group._get_backend(topology.device).options._timeout.total_seconds()
     store = dist.distributed_c10d._get_default_store()
     if topology.rank == 1:
         # Alive and silent: a closed connection would be noticed without any timeout.
-        store.wait(["process 0 gave up"], timedelta(seconds=60))
+        store.wait(["process 0 gave up"], timedelta(seconds=PATIENCE_S))
         return known
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), group)  # nothing but this waits from here on
     try:
         dist.all_reduce(torch.ones(1), group=group)
         return known | {"error": None}
