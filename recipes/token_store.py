@@ -15,19 +15,21 @@ from tqdm import tqdm
 
 from .prepared_cache import open_or_build, read_array
 from .sources import Source, is_held_out
-from .tokenizer import RunTokenizer
+from .tokenizer import RunTokenizer, pieces
 
 FORMAT_VERSION = 1  # raise it when the same documents would give other files
 
 Layout = Literal["sentences", "stream"]
 Report = Callable[[str], None]
 
-_BATCH_DOCUMENTS = 1024
+_BATCH_TEXTS = 1024
 _BATCH_CHARACTERS = 2**22
-_LONGEST_TEXT = 100_000  # characters tokenised as one text: a whole book as one would need gigabytes
 _REPORT_EVERY_S = 60.0
+# A run of marks is tried at its first one (behind an initial at its second) and never again: a page of dots takes no hour.
 _SENTENCE_END = re.compile(
-    r"""(?<!\b[A-Z])[.!?…]+["'”’)\]]*(?=\s+["'“‘(\[]*([^\s"'“‘(\[])) | [。！？]+[”’」』]* | \n[^\S\n]*\n""", re.VERBOSE
+    r"""(?:(?<![.!?…])(?<!\b[A-Z]) | (?<=\b[A-Z][.!?…])) [.!?…]++ ["'”’)\]]*+ (?=\s+["'“‘(\[]*([^\s"'“‘(\[]))
+    | [。！？]+[”’」』]* | \n[^\S\n]*\n""",
+    re.VERBOSE,
 )
 
 
@@ -145,9 +147,11 @@ class _Writer:
 
 def _encode(texts: list[str], tokenizer: RunTokenizer, layout: Layout) -> list[list[np.ndarray]]:
     """The token ids of each document, cut at sentences (layout sentences) or only where it is very long."""
-    split = split_sentences if layout == "sentences" else _cut
+    split = split_sentences if layout == "sentences" else pieces
     parts = [list(split(text)) for text in texts]
-    encoded = iter(tokenizer.encode_batch([part for document in parts for part in document]))
+    # In batches once more, for long documents: while it tokenises, the library takes many times the bytes of the text.
+    batches = _batches(part for document in parts for part in document)
+    encoded = (ids for batch in batches for ids in tokenizer.encode_batch(batch))
     documents = [[next(encoded) for _ in document] for document in parts]
     if layout == "sentences":
         return documents
@@ -166,29 +170,18 @@ def split_sentences(text: str) -> Iterator[str]:
     for match in _SENTENCE_END.finditer(text):
         follower = match.group(1)
         if follower is None or not follower.islower():
-            yield from _cut(text[start : match.end()])
+            yield from pieces(text[start : match.end()])
             start = match.end()
-    yield from _cut(text[start:])
+    yield from pieces(text[start:])
 
 
-def _cut(text: str) -> Iterator[str]:
-    """The text in pieces of at most _LONGEST_TEXT characters, cut before white space if there is any."""
-    while len(text) > _LONGEST_TEXT:
-        at = max(text.rfind(" ", 1, _LONGEST_TEXT), text.rfind("\n", 1, _LONGEST_TEXT))
-        at = at if at > 0 else _LONGEST_TEXT
-        yield text[:at]
-        text = text[at:]
-    if text:
-        yield text
-
-
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
     batch: list[str] = []
     characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if len(batch) == _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == _BATCH_TEXTS or characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:

@@ -20,6 +20,7 @@ from .sources import Source, is_held_out, open_source
 TRAINING_BYTES = 200 * 2**20  # of text, shared equally among the sources: vocabularies hardly change beyond it
 _TRAINING_VERSION = 1  # raise it when the same sources and settings would give another tokenizer
 _NUM_BYTES = 256
+_LONGEST_TEXT = 100_000  # characters tokenised as one text: a whole book as one would need gigabytes
 
 _TOKENIZER_FILE = "tokenizer.json"
 _SPECIALS_FILE = "tokenizer_config.json"  # names and place as in `transformers`, which can read the folder
@@ -360,7 +361,20 @@ def _training_text(sources: list[Source], validation_fraction: float) -> Iterato
         for document in source.documents():
             if is_held_out(document, validation_fraction):
                 continue
-            yield document[:left]
+            yield from pieces(document[:left])
             left -= len(document.encode())
             if left <= 0:
                 break
+
+
+def pieces(text: str) -> Iterator[str]:
+    """The text in pieces of at most _LONGEST_TEXT characters, cut before white space if there is any."""
+    start = 0
+    while len(text) - start > _LONGEST_TEXT:
+        end = start + _LONGEST_TEXT
+        space = max(text.rfind(" ", start + 1, end), text.rfind("\n", start + 1, end))
+        end = space if space > 0 else end
+        yield text[start:end]
+        start = end
+    if start < len(text):
+        yield text[start:]

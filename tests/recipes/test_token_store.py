@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from prepared_data import CLM, WORDS, equal, store_documents, write_text
 
-from xformer_train.recipes import token_store
+from xformer_train.recipes import token_store, tokenizer
 from xformer_train.recipes.config import DataConfig, SourceConfig
 from xformer_train.recipes.token_store import split_sentences
 
@@ -37,7 +37,7 @@ def test_a_failure_half_way_leaves_nothing_and_the_next_try_works(tmp_path, prep
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(token_store, "_BATCH_DOCUMENTS", 10)
+    monkeypatch.setattr(token_store, "_BATCH_TEXTS", 10)
     monkeypatch.setattr(token_store, "_encode", fail_late)
     with pytest.raises(KeyboardInterrupt):
         prepare()
@@ -47,7 +47,7 @@ def test_a_failure_half_way_leaves_nothing_and_the_next_try_works(tmp_path, prep
 
 _VICTIM = """
 import os, signal, sys
-from xformer_train.recipes import token_store
+from xformer_train.recipes import token_store, tokenizer
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig
 from xformer_train.recipes.data import prepare_data
 from xformer_train.recipes.tokenizer import load_tokenizer
@@ -57,7 +57,7 @@ def kill_late(*arguments):
     if len(calls) == 3:
         os.kill(os.getpid(), signal.SIGKILL)
     return encode(*arguments)
-token_store._BATCH_DOCUMENTS = 10
+token_store._BATCH_TEXTS = 10
 token_store._encode = kill_late
 config = DataConfig.model_validate_json(sys.argv[2])
 prepare_data("bert", load_tokenizer(sys.argv[1]), config, ObjectiveConfig(), 1, print)
@@ -115,6 +115,7 @@ def test_no_space_for_prepared_data_names_the_folder(tmp_path, prepare, monkeypa
         ("It costs 3.5 euros, e.g. today. So it is.", ["It costs 3.5 euros, e.g. today.", " So it is."]),
         ("J. R. Tolkien wrote. Then slept.", ["J. R. Tolkien wrote.", " Then slept."]),
         ('He said "no." (She agreed.) 7 came.', ['He said "no."', " (She agreed.)", " 7 came."]),
+        ("So... What?! (J.! J... A.) No", ["So...", " What?!", " (J.!", " J...", " A.) No"]),
         ("Hard-wrapped line\ngoes on.\nNext one", ["Hard-wrapped line\ngoes on.", "\nNext one"]),
         ("Heading\n\nBody text", ["Heading\n\n", "Body text"]),
         ("今日は。明日！", ["今日は。", "明日！"]),
@@ -127,16 +128,29 @@ def test_sentences(text, sentences):
     assert "".join(sentences) == text
 
 
+def test_a_line_of_marks_takes_time_in_proportion_to_its_length():
+    marks = "." * 50_000 + "!?" * 25_000  # milliseconds; in proportion to its square, minutes
+    assert list(split_sentences(marks)) == [marks]
+
+
 def test_a_very_long_text_is_tokenised_in_pieces_cut_at_white_space(tmp_path, prepare, tokenizers, monkeypatch):
     rng = np.random.default_rng(0)
     text = " ".join(rng.choice(WORDS, 500))
     (tmp_path / "long.txt").write_text(text)
     source = SourceConfig(kind="text", path=str(tmp_path / "long.txt"))
-    monkeypatch.setattr(token_store, "_LONGEST_TEXT", 100)
+    monkeypatch.setattr(tokenizer, "_LONGEST_TEXT", 100)
+    monkeypatch.setattr(token_store, "_BATCH_CHARACTERS", 300)
+    encode, batches = tokenizer.RunTokenizer.encode_batch, []
+    monkeypatch.setattr(
+        tokenizer.RunTokenizer, "encode_batch", lambda self, texts: batches.append(texts) or encode(self, texts)
+    )
     tokens = prepare(CLM, source).train.parts[0].store.tokens
-    expected = tokenizers["gpt"].encode_batch([text])[0]
+    assert "".join(piece for batch in batches for piece in batch) == text
+    assert max(len(piece) for batch in batches for piece in batch) <= 100
+    assert max(sum(map(len, batch)) for batch in batches) < 400
+    expected = encode(tokenizers["gpt"], [text])[0]
     assert tokens[:-1].tolist() == expected.tolist()
-    assert len(list(token_store._cut("x" * 250))) == 3
+    assert [len(piece) for piece in tokenizer.pieces("x" * 250)] == [100, 100, 50]
 
 
 def test_the_manifest_says_what_the_folder_holds(tmp_path, prepare):

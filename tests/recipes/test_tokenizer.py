@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from xformer_train.recipes import tokenizer as tokenizer_module
 from xformer_train.recipes.config import DataConfig, SourceConfig, TokenizerConfig
-from xformer_train.recipes.sources import is_held_out
+from xformer_train.recipes.sources import is_held_out, open_source
 from xformer_train.recipes.tokenizer import build_tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [
@@ -140,6 +141,16 @@ def test_a_new_tokenizer_is_trained_on_the_sources_without_held_out_text(tmp_pat
     assert {word for word in words if f"Ġ{word}" in vocabulary} == {line.split()[0] for line in seen}
     again = build_tokenizer("gpt", TokenizerConfig(vocab_size=8000), data, quiet)
     assert again.equals(tokenizer)
+
+
+def test_a_very_long_text_is_trained_on_in_pieces(tmp_path, monkeypatch):
+    text = " ".join(f"word{number}" for number in range(200))
+    (tmp_path / "a.txt").write_text(text)
+    monkeypatch.setattr(tokenizer_module, "_LONGEST_TEXT", 100)
+    source = open_source(SourceConfig(kind="text", path=str(tmp_path / "a.txt")), tmp_path / "cache")
+    found = list(tokenizer_module._training_text([source], 0.0))
+    assert "".join(found) == text
+    assert max(map(len, found)) <= 100
 
 
 @pytest.mark.parametrize(
