@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed.spawn import PATIENCE_S
 from runs import write_config
 
 from xformer_train.launcher import host_process
@@ -101,7 +102,7 @@ def launched(tmp_path, launcher, ignored=None, **fields):
     finally:
         if ignored is not None:
             signal.signal(ignored, before)
-    wait_for(tmp_path / "ready", process)
+    wait_until((tmp_path / "ready").exists, process)
     return process
 
 
@@ -109,7 +110,7 @@ def test_signals_go_to_the_ranks_and_their_end_is_waited_for(tmp_path):
     """The launcher between would end at once and leave them."""
     process = launched(tmp_path, LAUNCHER)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 128 + signal.SIGTERM  # no rank reported, so the end is the signal's
+    assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM  # no rank reported, so the end is the signal's
     assert (tmp_path / "saved").exists()
 
 
@@ -117,7 +118,8 @@ def test_ranks_are_told_to_end_when_the_process_that_minds_them_is_killed(tmp_pa
     process = launched(tmp_path, LAUNCHER)
     [minder] = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     os.kill(minder, signal.SIGKILL)
-    assert process.wait(120) == 128 + signal.SIGKILL  # and not before the ranks have ended, as a restart may follow
+    # Not before the ranks have ended, as a restart may follow.
+    assert process.wait(PATIENCE_S) == 128 + signal.SIGKILL
     assert (tmp_path / "saved").exists()
     assert running(str(tmp_path)) == []
 
@@ -126,7 +128,7 @@ def test_a_hang_up_ends_the_run_but_not_under_nohup(tmp_path):
     process = launched(tmp_path, LAUNCHER, ignored=signal.SIGHUP)
     process.send_signal(signal.SIGHUP)
     process.send_signal(signal.SIGINT)  # handled after it; ends the rank without a word
-    assert process.wait(60) == 128 + signal.SIGINT
+    assert process.wait(PATIENCE_S) == 128 + signal.SIGINT
     assert not (tmp_path / "saved").exists()
 
 
@@ -143,21 +145,25 @@ def test_pdsh_gets_the_one_signal_it_passes_on_and_its_ranks_are_waited_for(tmp_
     )
     process = launched(tmp_path, runner, through_pdsh=True)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(60) == 75
+    assert process.wait(PATIENCE_S) == 75
 
 
 def test_the_end_of_stdin_ends_the_command(tmp_path):
     """As when `launch` is killed, or the connection to it is lost."""
     order = {"command": ["sleep", "1000"], "directory": str(tmp_path), "environment": {}, "processes": 1}
     done = subprocess.run(
-        [sys.executable, host_process.__file__], input=json.dumps(order) + "\n", text=True, timeout=60, check=False
+        [sys.executable, host_process.__file__],
+        input=json.dumps(order) + "\n",
+        text=True,
+        timeout=PATIENCE_S,
+        check=False,
     )
     assert done.returncode == 128 + signal.SIGTERM
 
 
-def wait_for(path, process):
-    deadline = time.monotonic() + 120
-    while not path.exists():
+def wait_until(holds, process):
+    deadline = time.monotonic() + PATIENCE_S
+    while not holds():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -182,10 +188,12 @@ def test_a_run_whose_launcher_is_killed_fails_and_leaves_nothing(tmp_path):
     """DeepSpeed's own command would exit with 0 and leave both processes training."""
     path = write_config(tmp_path, training__max_steps=100_000, schedule__type="constant", schedule__total_steps=None)
     process = start(sys.executable, "-m", "xformer_train.launcher", "launch", "--config", str(path), "--processes", "2")
-    wait_for(tmp_path / "runs" / "run" / "metrics.jsonl", process)
+    metrics = tmp_path / "runs" / "run" / "metrics.jsonl"
+    # Before the first step there would be nothing to save.
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size, process)
     launchers = [pid for pid in running(str(path)) if "deepspeed.launcher.launch" in command_line(pid)]
     os.kill(launchers[0], signal.SIGKILL)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode != 0, err
     assert "left 2 processes running; they are stopped" in err
     assert running(str(path)) == []
