@@ -162,13 +162,14 @@ class LinearCall:
 
     def quantize_weight(self, weight: Tensor, columns: bool) -> Fp8Tensor:
         """The weight, perhaps the kept one; rows always, columns at least if asked for."""
+        first, use = self.is_first_microbatch, self.use
         cached, scale = self._cached(weight), self.scale("weight")
-        recomputed = self.use is not None and self.use.region.step.closed
-        if recomputed and self.use is not None and self.is_first_microbatch is False:
-            scale = scale if self.use.kept_weight_scale is None else self.use.kept_weight_scale
-        if cached is not None and (cached.scale is scale if recomputed else self.is_first_microbatch is False):
-            if self.use is not None and not recomputed:
-                self.use.kept_weight_scale = cached.scale
+        recomputed = use is not None and use.region.step.closed
+        if use is not None and recomputed and first is not None and use.kept_weight_scale is not None:
+            scale = use.kept_weight_scale
+        if cached is not None and (cached.scale is scale if recomputed else first is False):
+            if use is not None:
+                use.kept_weight_scale = cached.scale
             quantized = cached.quantized
             if columns and not quantized.columns.numel():  # kept by a pass without gradients
                 cached.quantized = quantized = quantized._replace(columns=quantized.rows.t().contiguous())
@@ -176,7 +177,7 @@ class LinearCall:
         dtype = forward_dtype(self.recipe)
         quantized, amax = quantize(weight.detach(), scale, dtype, rows=True, columns=columns)
         self.record("weight", amax)
-        if self.state is not None and self.is_first_microbatch is not None and not recomputed:
+        if self.state is not None and first is not None and not recomputed:
             self.state.weight_cache = _CachedWeight(weakref.ref(weight), weight._version, scale, quantized)
         return quantized
 

@@ -163,6 +163,27 @@ def test_a_recomputation_takes_the_weight_as_its_own_pass_cast_it(reentrant):
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("flags", [(True, False), (True, False, False)])
+def test_torchs_checkpoint_takes_the_kept_weight(flags):
+    """It knows the latest pass alone, whose kept weight is the first's; the input's gradient has no other scale of then."""
+
+    def run(way):
+        torch.manual_seed(0)
+        module = te.Linear(32, 48)
+        inputs = [torch.randn(5, 32, requires_grad=True) for _ in flags]
+        outputs = []
+        for x, first in zip(inputs, flags, strict=True):
+            with te.fp8_autocast(fp8_recipe=DELAYED):
+                outputs.append(way(lambda x, first=first: module(x, is_first_microbatch=first), x))
+        for y in outputs:
+            y.square().sum().backward()
+        return [x.grad for x in inputs]
+
+    ours = run(lambda function, x: checkpoint(function, x, use_reentrant=False))
+    for mine, expected in zip(ours, run(lambda function, x: function(x)), strict=True):
+        assert torch.equal(mine, expected)
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_main_grad_in_fp8(name):
     fused, plain = MODULES[name](fuse_wgrad_accumulation=True), MODULES[name]()
