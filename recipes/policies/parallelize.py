@@ -8,7 +8,9 @@ shared memory, which containers are short of; TMPDIR says where.
 import contextlib
 import functools
 import pickle
+import signal
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -43,7 +45,8 @@ def parallelize(model: nn.Module, num_gpus: int, fp16: bool = False, policy: Pol
     is a context manager too, ends the processes.
 
     Raises ValueError for a model that is not on the CPU, for fewer GPUs than asked for, and as `shard` does.
-    Raises RuntimeError, with the traceback, for what happens in a process; if only some of them answer, all are ended.
+    Raises RuntimeError, with the traceback, for what happens in a process; if only some of them answer, or the call is
+    interrupted, all are ended. Threads may call at the same time and take turns.
     """
     if num_gpus < 1:
         raise ValueError(f"num_gpus is {num_gpus}; it must be 1 or more")
@@ -120,6 +123,7 @@ class Workers:
         self._folder = tempfile.TemporaryDirectory(prefix="parallelize-")
         self._connections: list[connection.Connection] = []
         self._processes: list[SpawnProcess] = []
+        self._lock = threading.RLock()  # of one request and its answers
         context = get_context("spawn")
         try:
             torch.save(Portable.of(model), Path(self._folder.name, _MODEL))
@@ -148,16 +152,17 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """Ends the processes and gives the model its own methods back; a second call does nothing."""
-        for name in (*_PROXIED, "cpu"):
-            vars(self._model).pop(name, None)
-        for ours in self._connections:
-            ours.close()  # which ends the loop at the other end
-        for process in self._processes:
-            process.join(_GRACE_S)
-            process.kill()
-        self._connections, self._processes = [], []
-        self._folder.cleanup()
+        """Ends the processes, when they have answered, and gives the model its own methods back; a second call does nothing."""
+        with self._lock:
+            for name in (*_PROXIED, "cpu"):
+                vars(self._model).pop(name, None)
+            for ours in self._connections:
+                ours.close()  # which ends the loop at the other end
+            for process in self._processes:
+                process.join(_GRACE_S)
+                process.kill()
+            self._connections, self._processes = [], []
+            self._folder.cleanup()
 
     def _cpu(self) -> nn.Module:
         self.close()
@@ -166,17 +171,37 @@ class Workers:
     def _proxy(self, name: str) -> Callable[..., Any]:
         @functools.wraps(getattr(self._model, name))
         def call(*args: Any, **kwargs: Any) -> Any:
-            seed = int(torch.randint(2**63 - 1, ()))
-            request = pickle.dumps((name, args, kwargs, seed))
-            for ours in self._connections:
-                with contextlib.suppress(OSError):  # it has ended, which its answer will say
-                    ours.send_bytes(request)
-            return self._answer()
+            with self._lock:
+                if not self._processes:  # another thread has ended them
+                    return getattr(self._model, name)(*args, **kwargs)
+                seed = int(torch.randint(2**63 - 1, ()))
+                return self._answer(pickle.dumps((name, args, kwargs, seed)))
 
         return call
 
-    def _answer(self) -> Any:
-        """The first process's answer, when all have answered."""
+    def _answer(self, request: bytes | None = None) -> Any:
+        """The first process's answer to a request, or to its start, when all have answered."""
+        try:
+            answers, complete = self._collect(request)
+        except BaseException:  # as by Ctrl-C: answers still to come would be taken for those of the next request
+            self._kill()
+            raise
+        # First those that ended, because of which others may have failed.
+        for rank, answer in sorted(answers.items(), key=lambda item: (not item[1].ended, item[0])):
+            if answer.error is None:
+                continue
+            if not complete or any(one.ended for one in answers.values()):
+                self._kill()  # they may wait for one that will not come
+            name = type(self._model).__name__
+            raise RuntimeError(f"process {rank} of the parallelized {name} failed:\n{answer.error}") from answer.cause
+        return answers[0].value
+
+    def _collect(self, request: bytes | None) -> tuple[dict[int, _Answer], bool]:
+        """Answers by rank, and whether these are all: when one has failed, the others get some time."""
+        if request is not None:
+            for ours in self._connections:
+                with contextlib.suppress(OSError):  # it has ended, which its answer will say
+                    ours.send_bytes(request)
         pending = dict(enumerate(self._connections))
         answers: dict[int, _Answer] = {}
         while pending:
@@ -186,17 +211,12 @@ class Workers:
                 break
             for rank in [rank for rank, ours in pending.items() if ours in ready]:
                 answers[rank] = self._receive(rank, pending.pop(rank))
-        # First those that ended, because of which others may have failed.
-        for rank, answer in sorted(answers.items(), key=lambda item: (not item[1].ended, item[0])):
-            if answer.error is None:
-                continue
-            if pending or any(one.ended for one in answers.values()):
-                for process in self._processes:
-                    process.kill()  # they may wait for one that will not come
-                self.close()
-            name = type(self._model).__name__
-            raise RuntimeError(f"process {rank} of the parallelized {name} failed:\n{answer.error}") from answer.cause
-        return answers[0].value
+        return answers, not pending
+
+    def _kill(self) -> None:
+        for process in self._processes:
+            process.kill()
+        self.close()
 
     def _receive(self, rank: int, ours: connection.Connection) -> _Answer:
         try:
@@ -212,6 +232,7 @@ def _work(
     requests: connection.Connection, folder: Path, rank: int, size: int, fp16: bool, policies: list[type[Policy]]
 ) -> None:
     """A process: takes its shard, and answers until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the first ends the others
     try:
         model, device = _load(folder, rank, size, fp16, policies)
     except Exception as error:
@@ -221,7 +242,7 @@ def _work(
     while True:
         try:
             name, args, kwargs, seed = pickle.loads(requests.recv_bytes())
-        except EOFError:
+        except (EOFError, ConnectionError):
             break
         try:
             args, kwargs = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (args, kwargs))
@@ -264,6 +285,8 @@ def _for_parent(result: Any) -> Any:
 def _failure(error: Exception) -> bytes:
     text = traceback.format_exc()
     try:
-        return pickle.dumps(_Answer(error=text, cause=error))
+        answer = pickle.dumps(_Answer(error=text, cause=error))
+        pickle.loads(answer)  # an exception may be pickled and yet not come back
+        return answer
     except Exception:  # whatever the error holds
         return pickle.dumps(_Answer(error=text))

@@ -1,6 +1,8 @@
 """A model whose calls two processes on the CPU answer."""
 
 import inspect
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from distributed.hf_models import MODELS
 from distributed.own_policies import MODELS_WITH_POLICIES, GroupedPolicy
 
 from xformer_train.recipes.policies import parallelize
+from xformer_train.recipes.policies.parallelize import _failure
 
 
 def generate(model, **options):
@@ -61,6 +64,27 @@ def test_an_error_comes_back_and_the_model_answers_on(gpt2):
         parallelize(model, 2)
 
 
+def test_threads_take_turns(gpt2):
+    model, *_ = gpt2
+    inputs = [torch.full((1, 3), token) for token in range(8)]
+    alone = [model(input_ids=ids).logits for ids in inputs]
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda ids: model(input_ids=ids).logits, inputs * 3))
+    assert all(map(torch.equal, together, alone * 3))
+
+
+def test_an_exception_that_cannot_be_unpickled_comes_as_text():
+    answer = pickle.loads(_failure(StubbornError(1, 2)))
+    assert answer.error is not None and answer.cause is None
+
+
+class StubbornError(Exception):
+    """Pickled with one argument for two."""
+
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
 def test_when_a_process_dies_the_others_end_and_the_model_is_as_before(gpt2):
     model, expected, _, workers = gpt2
     processes = list(workers._processes)
@@ -70,6 +94,23 @@ def test_when_a_process_dies_the_others_end_and_the_model_is_as_before(gpt2):
     assert not any(process.is_alive() for process in processes)
     assert not {"forward", "generate", "cpu"} & vars(model).keys()
     assert torch.equal(model(**MODELS["gpt2"].make_inputs()).logits, expected.logits)
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next(monkeypatch):
+    model = MODELS_WITH_POLICIES["grouped"].build().eval()
+    x = MODELS_WITH_POLICIES["grouped"].make_inputs()["x"]
+    expected = model(x=x)["states"][-1]
+    with parallelize(model, 1, policy=GroupedPolicy) as workers:
+        (process,) = workers._processes
+
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(workers, "_receive", interrupt)
+            model(x=2 * x)
+        torch.testing.assert_close(model(x=x)["states"][-1], expected, rtol=0, atol=1e-5)  # sums in another order
+        assert not process.is_alive()
 
 
 def test_half_precision_with_a_policy_of_ones_own_until_the_model_is_taken_back():
