@@ -23,9 +23,9 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The sum over rows of -log softmax(hidden @ weight.T + bias)[label], fp32 (fp64 for fp64 input), shape ().
 
-    hidden: (T, H), weight: (V, H), bias: (V,) or None, one float dtype; labels: (T,) int64, IGNORED rows add nothing.
-    Divide by the number of labels outside, where the whole batch is known. The gradient is computed along with the loss,
-    unless gradients are off.
+    hidden: (T, H), weight: (V, H), bias: (V,) or None, one float dtype; labels: (T,) int64 in [0, V), IGNORED rows add
+    nothing. Divide by the number of labels outside, where the whole batch is known. The gradient is computed along with the
+    loss, unless gradients are off. With a label of no row the Triton kernel's loss is NaN; PyTorch raises.
     """
     return chunked_cross_entropy(hidden, weight, bias, labels, functools.partial(_softmax_loss_, kernels=kernels))
 
@@ -63,7 +63,8 @@ def softmax_loss_reference_(logits: Tensor, labels: Tensor) -> Tensor:
 
     logits: (rows, V), labels: (rows,) int64.
     """
-    kept, target = labels != IGNORED, labels.clamp(min=0)[:, None]
+    kept = labels != IGNORED
+    target = labels.masked_fill(~kept, 0)[:, None]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     normalizer = wide.logsumexp(-1, keepdim=True)
     loss = (normalizer - wide.gather(1, target)).squeeze(1).masked_fill_(~kept, 0.0)

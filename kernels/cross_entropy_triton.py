@@ -24,7 +24,8 @@ def _softmax_loss_kernel(
     logits_ptr += row * stride_row
     label = tl.load(labels_ptr + row)
     counts = label != IGNORED
-    target = tl.load(logits_ptr + tl.where(counts, label, 0)).to(tl.float32)
+    # no logit belongs to another label: NaN says so without making the host wait
+    target = tl.load(logits_ptr + label, mask=(label >= 0) & (label < V), other=float("nan")).to(tl.float32)
     # Every lane keeps the largest value of its own columns and its sum of exponentials relative to that.
     largest = tl.full((COLUMNS,), -3.0e38, tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -49,7 +50,7 @@ def softmax_loss_(logits: Tensor, labels: Tensor) -> Tensor:
     """-log softmax(logits)[label] per row, fp32 (rows,); overwrites logits with the gradient of the losses' sum.
 
     logits: (rows, V), last dim contiguous, any float dtype but float64; labels: (rows,) int64 in [0, V) or IGNORED, whose
-    rows get loss 0 and gradient 0. Maths in fp32.
+    rows get loss 0 and gradient 0; with any other label a row's loss is NaN. Maths in fp32.
     """
     rows, V = logits.shape
     assert logits.stride(1) == 1, "the rows of logits must be contiguous"

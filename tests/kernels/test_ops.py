@@ -91,6 +91,31 @@ def test_attention_equals_the_explicit_formula(p, recompute, kind):
         assert torch.autograd.gradcheck(lambda a: attention(a, allowed, p, seed, 1, recompute=recompute), (qkv,))
 
 
+@pytest.mark.parametrize(
+    ("field", "shape", "legal"),
+    [
+        ("key_mask", (3, 7), r"\(B or 1, S\)"),
+        ("key_mask", (2, 8), r"\(B or 1, S\)"),
+        ("key_mask", (2, 1, 1, 7), r"\(B or 1, S\)"),
+        ("segment_ids", (2, 6), r"\(B or 1, S\)"),
+        ("bias", (2, 7), r"\(B or 1, N or 1, S or 1, S\)"),
+        ("bias", (7, 7), r"\(B or 1, N or 1, S or 1, S\)"),
+        ("bias", (2, 1, 1, 6), r"\(B or 1, N or 1, S or 1, S\)"),
+        ("bias", (2, 2, 1, 7), r"\(B or 1, N or 1, S or 1, S\)"),
+    ],
+)
+def test_a_mask_of_another_size_than_the_batch_is_refused(field, shape, legal):
+    """The Triton kernels would read past its end."""
+    mask = AttentionMask(**{field: torch.zeros(shape, dtype={"key_mask": torch.bool}.get(field))})
+    with pytest.raises(ValueError, match=rf"{field} is .* B=2, S=7, N=3 it must be {legal}"):
+        attention(randn(2, 7, 3, 3, 5), mask, 0.0, None, 1)
+
+
+def test_a_key_mask_of_numbers_is_refused():
+    with pytest.raises(ValueError, match=r"key_mask is torch.int64; .*give key_mask.bool\(\)"):
+        AttentionMask(key_mask=torch.ones(2, 7, dtype=torch.int64))
+
+
 def test_a_query_sees_only_what_the_bias_allows():
     segments = torch.tensor([[0, 0, 1, 1]])
     mask = AttentionMask(causal=True, key_mask=torch.tensor([[True, True, True, False]]), segment_ids=segments)
@@ -131,6 +156,12 @@ def test_all_ignored_labels_give_zero_loss_and_zero_gradient():
     assert loss.item() == 0
     assert hidden.grad.abs().max() == 0
     assert weight.grad.abs().max() == 0
+
+
+@pytest.mark.parametrize("label", [-1, 11])
+def test_a_label_of_no_row_is_an_error(label):
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(randn(2, 6), randn(11, 6), None, torch.tensor([3, label]))
 
 
 def test_half_precision_loss_is_within_twice_torchs_own_error():

@@ -363,3 +363,9 @@ def test_softmax_loss_survives_large_and_minus_infinite_logits():
     losses = softmax_loss_(logits, torch.tensor([7, 3, 5]))
     torch.testing.assert_close(losses, torch.tensor([0.0, 0.0, math.log(100)]))
     assert logits.isfinite().all()
+
+
+def test_a_label_of_no_row_makes_its_loss_nan_and_no_other():
+    logits = torch.zeros(5, 100)
+    losses = softmax_loss_(logits[:4], torch.tensor([7, -1, 100, IGNORED]))
+    torch.testing.assert_close(losses, torch.tensor([math.log(100), math.nan, math.nan, 0.0]), equal_nan=True)
