@@ -161,10 +161,9 @@ def _jsonl_documents(path: Path, field: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({error.msg} at column {error.colno}); each line must be one JSON object"
-            ) from None
+        except (ValueError, RecursionError) as error:  # an integer of 5,000 digits and brackets 1,000 deep are JSON too
+            reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+            raise ValueError(f"{path}, line {number}: not JSON ({reason}); each line must be one JSON object") from None
         if not isinstance(row, dict):
             raise ValueError(f"{path}, line {number}: holds a {type(row).__name__}; each line must be one JSON object")
         if field not in row:
@@ -178,6 +177,13 @@ def _checked(value: Any, place: str, field: str) -> Iterator[str]:
         return
     if not isinstance(value, str):
         raise ValueError(f"{place}: {field} holds a {type(value).__name__}; data.sources text_field must name text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # a JSON string may say "\ud83d" alone
+        raise ValueError(
+            f"{place}: character {error.start + 1:,} of {field} is half of a surrogate pair, U+{ord(value[error.start]):X}; "
+            f"correct the text or leave it out"
+        ) from None
     if value.strip():
         yield value
 
@@ -203,10 +209,15 @@ def _open_parquet(path: Path, field: str) -> Any:
 
 
 def _parquet_documents(path: Path, field: str) -> Iterator[str]:
+    import pyarrow
+
     with _open_parquet(path, field) as file:
-        for batch in file.iter_batches(batch_size=1024, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                yield from _checked(value, str(path), field)
+        try:
+            for batch in file.iter_batches(batch_size=1024, columns=[field]):
+                for value in batch.column(0).to_pylist():
+                    yield from _checked(value, str(path), field)
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: damaged parquet file ({_one_line(error)}); fetch it again") from None
 
 
 def _open_dataset(source: SourceConfig, name: str) -> Source:

@@ -103,6 +103,14 @@ def test_a_hub_dataset_that_cannot_be_reached_is_named(documents, monkeypatch):
             r"a\.jsonl, line 1: there is no text, only body, id; set text_field",
         ),
         ("jsonl", "a.jsonl", b'{"text": 5}\n', r"a\.jsonl, line 1: text holds a int"),
+        ("jsonl", "a.jsonl", b"[" * 99_999, r"a\.jsonl, line 1: not JSON \(maximum recursion"),
+        ("jsonl", "a.jsonl", b'{"text": "x", "n": ' + b"9" * 9999 + b"}", r"a\.jsonl, line 1: not JSON \(.*digits"),
+        (
+            "jsonl",
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "ab\\ud83d"}\n',
+            r"a\.jsonl, line 2: character 3 of text is half of a surrogate pair, U\+D83D; correct",
+        ),
         ("jsonl", "a.json.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9], r"a\.json\.gz: damaged gzip"),
         ("jsonl", "a.json.gz", b"not gzip", r"a\.json\.gz: damaged gzip"),
         ("parquet", "a.parquet", b"PAR0", r"a\.parquet: not a parquet file"),
@@ -114,6 +122,22 @@ def test_bad_files_are_named_with_the_place_and_the_remedy(tmp_path, documents, 
     with pytest.raises(ValueError, match=message) as error:
         documents(kind, name)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", ["compression", "text"])
+def test_a_damaged_parquet_file_is_named(tmp_path, documents, damage):
+    path = tmp_path / "a.parquet"
+    if damage == "text":
+        column = pyarrow.array([b"ab\xff"]).view(pyarrow.string())
+        pyarrow.parquet.write_table(pyarrow.table({"text": column}), path)
+    else:
+        lines = [f"line {number} of many" for number in range(999)]
+        pyarrow.parquet.write_table(pyarrow.table({"text": lines}), path, compression="snappy")
+        content = bytearray(path.read_bytes())
+        content[500:1500] = bytes(1000)
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet: damaged parquet file \(.+\); fetch it again$"):
+        documents("parquet", "a.parquet")
 
 
 def test_a_folder_without_a_fitting_file_is_an_error(tmp_path, documents):
