@@ -15,17 +15,18 @@ from .checkpoint_files import file_access, read_file, restore_random_state
 from .checkpoint_resharding import load_resharded, own_part, whole_weights
 from .checkpoint_saving import engine_facts
 from .checkpoint_store import damage, not_verified, read_state
+from .deepspeed_config import Precision
 from .topology import Topology
 
 # Settings of training that stand in the model's config but change no weight: a later run may set them anew.
 _FREE_MODEL_KEYS = frozenset({"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"})
 
 
-def check(checkpoint: Path, model: Mapping[str, Any], facts: Mapping[str, Any] | None) -> dict[str, Any]:
+def check(checkpoint: Path, model: Mapping[str, Any], precision: Precision | None) -> dict[str, Any]:
     """`read_state(checkpoint)`, after making sure that it can be loaded into a run like this.
 
-    model: config of the run's model. facts: what `read_state` has as `engine`, of the run; None to ask for the weights alone.
-    Raises ValueError for another model, unequal engine facts, missing, cut or changed files.
+    model: config of the run's model. precision: what the run trains in; None to ask for the weights alone.
+    Raises ValueError for another model, another precision, missing, cut or changed files.
     """
     state = read_state(checkpoint)
     theirs, ours = state["model"], json.loads(json.dumps(dict(model)))
@@ -38,8 +39,12 @@ def check(checkpoint: Path, model: Mapping[str, Any], facts: Mapping[str, Any] |
         raise ValueError(
             f"{checkpoint} is a checkpoint of another model: {'; '.join(differing)}; choose another checkpoint"
         )
-    if facts is not None:
-        _check_engine(checkpoint, state["engine"], facts)
+    trained_in, stored_as = state["engine"]["precision"], "bf16" if precision == "fp8" else precision
+    if precision is not None and trained_in != stored_as:
+        raise ValueError(
+            f"{checkpoint} was trained in {trained_in}, this run has {precision}; set it so, or load.what=weights to start a "
+            "new run from its weights"
+        )
     files = state["files"]
     problems = damage(checkpoint, files, contents=False) or damage(checkpoint, not_verified(checkpoint, files))
     if problems:
@@ -58,11 +63,12 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
     """
     if engine.load_universal_checkpoint():
         raise ValueError("deepspeed.checkpoint.load_universal=true reads files that could run any code; remove the key")
-    state = check(checkpoint, model, engine_facts(engine))
+    ours = engine_facts(engine)
+    state = check(checkpoint, model, ours["precision"])
+    theirs = state["engine"]
     optimizer = engine.basic_optimizer
     settings = [{key: group[key] for key in optimizer.defaults} for group in optimizer.param_groups]
     clipping = getattr(engine.optimizer, "clip_grad", None)
-    theirs, ours = state["engine"], engine_facts(engine)
     if all(theirs[fact] == ours[fact] for fact in ("zero_stage", "world_size", "tensor_parallel")):
         with file_access(engine):
             engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
@@ -95,11 +101,3 @@ def weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises ValueError for a file that holds more than tensors and plain values.
     """
     return whole_weights(checkpoint, read_state(checkpoint))
-
-
-def _check_engine(checkpoint: Path, theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> None:
-    if theirs["precision"] != ours["precision"]:
-        raise ValueError(
-            f"{checkpoint} was trained in {theirs['precision']}, this run has {ours['precision']}; set it so, or "
-            f"load.what=weights to start a new run from its weights"
-        )

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .durable_files import FileRecord, flush_folder, read_record
+from .durable_files import FileRecord, flush_folder, read_record, write_text
 
 if TYPE_CHECKING:
     from .topology import Topology  # imports torch
@@ -173,6 +173,14 @@ def latest_id(folder: Path) -> str:
     """What the file `latest` says; empty without it."""
     pointer = folder / LATEST
     return pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else ""
+
+
+def set_latest(folder: Path, checkpoint_id: str) -> None:
+    """Lets `latest` name that checkpoint, in one motion."""
+    pointer = folder / f".{LATEST}.tmp"
+    write_text(pointer, checkpoint_id + "\n")
+    pointer.replace(folder / LATEST)
+    flush_folder(folder)
 
 
 def check_id(folder: Path, checkpoint_id: str) -> None:

@@ -214,6 +214,7 @@ def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
     checkpoint_id = config.checkpoint.id_format.format(step=progress.step, epoch=epoch)
     state = {
         **asdict(progress),
+        "train_batch_size": setup.batch.train_batch_size,
         "data_fingerprint": setup.data.fingerprint,
         "model": model_facts(config, setup.vocab_size),
     }

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,6 +41,8 @@ class Progress:
     """Sequences taken from the data in use; less than samples after a change of data between two phases."""
     phase_start: int = 0
     """The step at which the clock of the schedule stood at 0."""
+    phase_start_samples: int = 0
+    """`samples` at that step."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,10 @@ def checkpoint_to_load(
 
 
 def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
-    """The newest whole checkpoint in `folder`. Damaged ones that are newer are set aside: training meets their steps again."""
+    """The newest whole checkpoint in `folder`, which `latest` names from now on.
+
+    Damaged ones that are newer are set aside: training meets their steps again.
+    """
     entries = by_main(topology, lambda: [(entry.id, entry.problem) for entry in checkpoint_store.entries(folder)])
     damaged = {name: [problem] for name, problem in entries if problem}
     whole = None
@@ -142,6 +148,9 @@ def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
             new_name = checkpoint_store.set_aside(folder, name)
             _LOG.warning("%s; renamed to %s", text, new_name)
             say(f"warning: {text}; renamed to {new_name}, the run goes on from {whole}")
+        if checkpoint_store.latest_id(folder) != whole:
+            with suppress(OSError):  # the run can go on without it
+                checkpoint_store.set_latest(folder, whole)
 
     by_main(topology, set_aside)
     return folder / str(whole)
@@ -288,22 +297,32 @@ def starting_progress(config: RunConfig, state: dict[str, Any], fingerprint: str
         samples=saved.samples,
         position=saved.position if same_data else 0,
         phase_start=saved.step if config.load.rewarmup else saved.phase_start,
+        phase_start_samples=saved.samples if config.load.rewarmup else saved.phase_start_samples,
     )
 
 
-def loaded_text(source: Path, progress: Progress, *, weights_only: bool, random_state: bool) -> str:
-    """What was taken from a checkpoint, for the start-up report."""
+def loaded_text(
+    source: Path, state: dict[str, Any], progress: Progress, batch: BatchPlan, *, weights_only: bool, random_state: bool
+) -> str:
+    """What was taken from a checkpoint with this state, for the start-up report."""
     if weights_only:
         return f"{source} (weights only)"
     random = "random state" if random_state else "new random state, for another number of processes"
     data = f"data at sample {progress.position:,}" if progress.position else "new data"
     clock = "schedule restarted" if progress.phase_start == progress.step else "schedule continued"
-    return f"{source} (weights, optimizer, {random}; {data}, {clock})"
+    then, now = state["train_batch_size"], batch.train_batch_size
+    sizes = "" if now == then else f", {now} sequences per step instead of {then}"
+    return f"{source} (weights, optimizer, {random}; {data}, {clock}{sizes})"
 
 
-def phase_steps(config: RunConfig, data: PreparedData, batch: BatchPlan) -> int:
-    """Steps from phase_start to the end of the run: max_steps, or as many as num_epochs passes over the data take."""
+def last_step(config: RunConfig, progress: Progress, data: PreparedData, batch: BatchPlan) -> int:
+    """The step at which the run ends: max_steps or num_epochs after the start of its phase.
+
+    Epochs are counted in samples, as steps before a resume may have taken more or fewer of them.
+    """
     if config.training.max_steps is not None:
-        return config.training.max_steps
+        return progress.phase_start + config.training.max_steps
     assert config.training.num_epochs is not None, "the run config has one of the two"
-    return -(-config.training.num_epochs * data.train.num_samples // batch.train_batch_size)
+    taken = progress.samples - progress.phase_start_samples
+    left = max(0, config.training.num_epochs * data.train.num_samples - taken)
+    return progress.step - (-left // batch.train_batch_size)

@@ -29,12 +29,12 @@ from .setup import (
     Setup,
     by_main,
     checkpoint_to_load,
+    last_step,
     loaded_text,
     model_facts,
     open_data,
     open_initial,
     open_tokenizer,
-    phase_steps,
     runtime_of,
     sentence_task,
     starting_progress,
@@ -84,7 +84,8 @@ def _train(
         say("stopped before the first step; nothing was trained")
         return stop.exit_status
     if progress.step >= setup.total_steps:
-        say(f"nothing to do: step {progress.step:,} is reached; raise training.max_steps to go on")
+        length = "num_epochs" if loaded.config.training.max_steps is None else "max_steps"
+        say(f"nothing to do: step {progress.step:,} is reached; raise training.{length} to go on")
         return 0
     if stop.agreed_now():
         say("stopped before the first step; nothing was trained")
@@ -125,7 +126,7 @@ def _prepare(
     vocab_size = by_main(topology, lambda: vocabulary_size(config, tokenizer))
     facts = model_facts(config, vocab_size)
     if source is not None:
-        by_main(topology, lambda: checkpoint.check(source, facts, None))
+        by_main(topology, lambda: checkpoint.check(source, facts, None if weights_only else number_format))
     data = open_data(config, topology, batch, tokenizer, say, stop)
     watchdog.at("start")
 
@@ -136,9 +137,9 @@ def _prepare(
         state = checkpoint_store.read_state(source)
         progress = by_main(topology, lambda: starting_progress(config, state, data.fingerprint, continued=continued))
         random_state = not weights_only and _restored(engine, source, facts, config, topology, progress.step)
-        told = loaded_text(source, progress, weights_only=weights_only, random_state=random_state)
+        told = loaded_text(source, state, progress, batch, weights_only=weights_only, random_state=random_state)
     by_main(topology, lambda: checkpoint_store.refuse_later(directory.checkpoints, progress.step))
-    end = progress.phase_start + phase_steps(config, data, batch)
+    end = last_step(config, progress, data, batch)
     setup = Setup(
         config=config,
         topology=topology,

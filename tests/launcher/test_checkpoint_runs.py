@@ -1,5 +1,7 @@
 """Whole runs whose checkpoints are damaged or cannot be written, in one process."""
 
+import shutil
+
 import pytest
 import torch
 from checkpoints import flip_byte
@@ -110,3 +112,25 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused_though_there_are_oth
         start(config, *other)
     assert not (tmp_path / "runs/other/checkpoints").exists()
     start(config, *other, "load.id=step00000004")
+
+
+def test_another_precision_is_refused_before_data_are_prepared_and_another_batch_is_told(config, tmp_path, capsys):
+    start(config, "training.max_steps=2")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(ValueError, match="was trained in fp32, this run has bf16; set it so"):
+        start(config, "training.precision=bf16", resume=True)
+    assert not (tmp_path / "cache").exists()
+    start(config, "training.max_steps=3", "training.train_batch_size=4", resume=True)
+    assert "schedule continued, 4 sequences per step instead of 8)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_latest_names_the_checkpoint_that_a_run_goes_on_from(config, tmp_path):
+    """It may be gone, or have named one that was damaged; `export` and `sample` ask for it before the next save."""
+    start(config, "training.max_steps=4")
+    folder = tmp_path / "runs/run/checkpoints"
+    flip_byte(folder / "step00000004/rng_replica0.pt")
+    start(config, "training.max_steps=2", resume=True)
+    assert checkpoint_store.latest_id(folder) == "step00000002"
+    (folder / "latest").unlink()
+    start(config, "training.max_steps=2", resume=True)
+    assert checkpoint_store.latest_id(folder) == "step00000002"

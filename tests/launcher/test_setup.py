@@ -1,0 +1,36 @@
+"""Where a run ends."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from xformer_train.launcher.batch import BatchPlan
+from xformer_train.launcher.setup import Progress, last_step
+
+DATA = SimpleNamespace(train=SimpleNamespace(num_samples=100))
+
+
+def end(progress, batch_size, *, num_epochs=None, max_steps=None):
+    config = SimpleNamespace(training=SimpleNamespace(num_epochs=num_epochs, max_steps=max_steps))
+    return last_step(config, progress, DATA, BatchPlan(batch_size, batch_size, 1, 1))
+
+
+def test_epochs_are_passes_over_the_samples_and_the_last_step_may_begin_another():
+    assert [end(Progress(), batch, num_epochs=2) for batch in (8, 10, 16, 300)] == [25, 20, 13, 1]
+
+
+@pytest.mark.parametrize(("batch_size", "steps_left"), [(5, 20), (10, 10), (20, 5), (30, 4)])
+def test_a_run_that_goes_on_with_another_batch_makes_as_many_epochs(batch_size, steps_left):
+    half = Progress(step=10, samples=100, position=100)
+    assert end(half, batch_size, num_epochs=2) == 10 + steps_left
+
+
+def test_a_run_that_has_made_its_epochs_has_no_step_left():
+    assert end(Progress(step=13, samples=208, position=208), 16, num_epochs=2) == 13
+    assert end(Progress(step=13, samples=208, position=208), 1, num_epochs=2) == 13
+
+
+def test_a_second_phase_counts_from_its_start():
+    second = Progress(step=30, samples=300, position=50, phase_start=25, phase_start_samples=250)
+    assert end(second, 10, num_epochs=1) == 35
+    assert end(second, 10, max_steps=40) == 65
