@@ -1,42 +1,35 @@
 """`xformer-train doctor`: whether a run can start on this machine or on the hosts of a hostfile, and what to do where not.
 
-`doctor_facts.py` asks each machine, this module judges the answers, one finding per question.
+`doctor_facts.py` asks a machine, `doctor_machine.py` and `doctor_hosts.py` judge the answers.
 """
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
 
-from ..recipes.prepared_cache import cache_folder
 from . import doctor_facts
 from .config import RunConfig
-from .doctor_facts import Questions
-from .launch import DEFAULT_PORT, LaunchOptions, choose_hosts, count_processes
+from .config_loading import ConfigError, load_config
+from .doctor_hosts import examine_hosts
+from .doctor_machine import Finding, devices, folders, kernels, port, questions, size, software, system
+from .hostfile import Slots
+from .launch import (
+    DEFAULT_PORT,
+    LaunchOptions,
+    choose_hosts,
+    count_processes,
+    free_port,
+    local_devices,
+    plan_launch,
+    start,
+)
 
-PACKAGES = ["xformer-train", "torch", "deepspeed", "triton", "transformers", "numpy"]
-_NEEDED_FREE = 100 * 2**20  # bytes without which not even a small run's files fit
-_COMFORTABLE_FREE = 10 * 2**30
-_OPEN_FILES = 4096
-_SHARED_MEMORY = 512 * 2**20  # NCCL's buffers between GPUs of one machine; containers often come with 64 MiB
 _BANDWIDTH_LIMIT_S = 120.0
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What came out of one check."""
-
-    level: Literal["ok", "warn", "FAIL"]
-    what: str
-    detail: str
-    remedy: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,26 +44,27 @@ class Examination:
 
 def examine(examination: Examination) -> Iterator[Finding]:
     """All findings, each as soon as it is there."""
-    config, findings = _examine_config(examination)
+    options = examination.options
+    slots, processes, faults = _choose(options)
+    yield from faults
+    config, findings = _examine_config(examination.config, processes)
     yield from findings
-    machine = doctor_facts.facts(questions(config, port=examination.options.master_port or DEFAULT_PORT))
+    machine = doctor_facts.facts(questions(config, port=options.master_port or DEFAULT_PORT))
     yield from _checked("software", lambda: software(machine))
     yield from _checked("devices", lambda: devices(machine))
     yield from _checked("kernels", lambda: kernels(config, machine))
     yield from _checked("system", lambda: system(machine))
     yield from _checked("folders", lambda: folders(machine))
-    if examination.options.hostfile is None:
-        yield from port(machine, examination.options)
-        reachable = True
-    else:
-        from .doctor_hosts import examine_hosts
-
-        on_hosts = list(_checked("hosts", lambda: examine_hosts(examination, config, machine)))
+    reachable = not faults
+    if options.hostfile is None:
+        yield from port(machine, options)
+    elif slots is not None:
+        on_hosts = list(_checked("hosts", lambda: examine_hosts(options, slots, examination.config, config, machine)))
         yield from on_hosts
         reachable = all(finding.level != "FAIL" for finding in on_hosts)
     if not examination.quick:
         if reachable:
-            yield from _checked("all-reduce", lambda: bandwidth(examination, config))
+            yield from _checked("all-reduce", lambda: bandwidth(options, slots, config))
         else:
             yield Finding("warn", "all-reduce", "not tried, because of the failures above")
 
@@ -79,20 +73,6 @@ def line(finding: Finding, width: int) -> str:
     """`level  what  detail  -> remedy`, `what` in a column of this width."""
     remedy = f"  -> {finding.remedy}" if finding.remedy else ""
     return f"{finding.level:<4}  {finding.what:<{width}}  {finding.detail}{remedy}"
-
-
-def questions(
-    config: RunConfig, *, port: int | None, files: Sequence[str] = (), names: Sequence[str] = ()
-) -> Questions:
-    """What this run config has to ask of a machine."""
-    return {
-        "packages": PACKAGES,
-        "folders": [config.output_dir, str(cache_folder(config.data.cache_dir))],
-        "files": list(files),
-        "names": list(names),
-        "port": port,
-        "python_path": os.environ.get("PYTHONPATH", ""),
-    }
 
 
 def _checked(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -105,186 +85,59 @@ def _checked(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
         )
 
 
-def _examine_config(examination: Examination) -> tuple[RunConfig, list[Finding]]:
-    """The run config, the default one where there is none or it is wrong."""
-    from .config_loading import load_config
-
-    default = RunConfig()
-    if examination.config is None:
-        return default, []
+def _choose(options: LaunchOptions) -> tuple[Slots | None, int | None, list[Finding]]:
+    """The hosts of the run, its number of processes, and what is wrong with the choice: then both are None."""
     try:
-        processes = count_processes(examination.options, choose_hosts(examination.options))
-        config = load_config(examination.config, world_size=processes).config
+        slots = choose_hosts(options)
+        return slots, count_processes(options, slots), []
     except (ValueError, OSError) as error:
-        problems = getattr(error, "problems", None) or [str(error)]
-        return default, [Finding("FAIL", "run config", problem, "mend the file") for problem in problems]
-    noun = "process" if processes == 1 else "processes"
-    return config, [Finding("ok", "run config", f"{examination.config} is valid for {processes} {noun}")]
+        what = "processes" if options.hostfile is None else "hostfile"
+        remedy = "mend the choice" if options.hostfile is None else "mend the hostfile, or the choice from it"
+        return None, None, [Finding("FAIL", what, problem, remedy) for problem in str(error).splitlines()]
 
 
-def software(machine: dict[str, Any]) -> Iterator[Finding]:
-    """Versions, and the requirements of this package on them."""
-    yield Finding("ok", "python", f"{machine['python']}, {machine['c_library']}")
-    versions = machine["packages"]
-    yield Finding("ok", "packages", ", ".join(f"{name} {versions[name]}" for name in PACKAGES if versions[name]))
-    from packaging.requirements import Requirement
-
-    for entry in metadata.requires("xformer-train") or []:
-        requirement = Requirement(entry)
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            yield Finding("FAIL", requirement.name, "is not installed", f"pip install '{entry}'")
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            yield Finding(
-                "FAIL", requirement.name, f"is {version}, needs {requirement.specifier}", f"pip install '{entry}'"
-            )
+def _examine_config(path: Path | None, processes: int | None) -> tuple[RunConfig, list[Finding]]:
+    """The run config, the default one where there is none or it is wrong. processes: None where that is not known."""
+    if path is None:
+        return RunConfig(), []
+    try:
+        config = load_config(path, world_size=processes).config
+    except ConfigError as error:
+        return RunConfig(), [Finding("FAIL", "run config", problem, "mend the file") for problem in error.problems]
+    on = "" if processes is None else " for 1 process" if processes == 1 else f" for {processes} processes"
+    return config, [Finding("ok", "run config", f"{path} is valid{on}")]
 
 
-def devices(machine: dict[str, Any]) -> Iterator[Finding]:
-    """GPUs with their memory, or the CPU."""
-    import torch
-
-    gpus = machine["gpus"]
-    if gpus and not torch.cuda.is_available():
-        yield Finding(
-            "FAIL",
-            "CUDA",
-            f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}, and torch {torch.__version__} cannot use it",
-            "install a CUDA build of torch that this driver supports, or set CUDA_VISIBLE_DEVICES= to train on the CPU",
-        )
-    elif torch.cuda.is_available():
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        driver = gpus[0]["driver"] if gpus else "unknown"
-        yield Finding("ok", "CUDA", f"{torch.version.cuda}, driver {driver}, NCCL {nccl}")
-    for index, gpu in enumerate(gpus):
-        detail = f"{gpu['name']}, {_size(gpu['total'])}, {_size(gpu['used'])} in use"
-        if gpu["used"] > gpu["total"] // 10:
-            yield Finding("warn", f"GPU {index}", detail, "see `nvidia-smi` for who uses it")
-        else:
-            yield Finding("ok", f"GPU {index}", detail)
-    if not gpus:
-        yield Finding(
-            "ok", "devices", f"no GPU; {machine['cores']} CPU cores, {_size(machine['memory_available'])} free memory"
-        )
-
-
-def kernels(config: RunConfig, machine: dict[str, Any]) -> Iterator[Finding]:
-    """The kernels a run would use, and that they need no compiler on the way."""
-    import torch
-
-    from ..recipes.layers import kernels_text
-    from ..recipes.recipe import Runtime
-
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    yield Finding("ok", "kernels", kernels_text(config.model, config.layer, Runtime(), device))
-    if on_gpu and config.layer.kernels == "auto" and _triton_needs_compiler():
-        if not any(machine["tools"].values()):
-            yield Finding(
-                "FAIL",
-                "compiler",
-                "this Triton builds a part of itself with a C compiler, and there is none",
-                "install gcc or a newer Triton, or set layer.kernels: reference",
-            )
-        else:
-            yield Finding("ok", "compiler", "a C compiler, which this Triton needs at its first start, is there")
-    else:
-        yield Finding("ok", "compiler", "none is needed: no operator is built from C++ or CUDA sources")
-
-
-def _triton_needs_compiler() -> bool:
-    """Whether the installed Triton compiles its driver interface with the system's C compiler; older ones do."""
-    found = importlib.util.find_spec("triton")
-    if found is None or found.origin is None:
-        return False
-    driver = Path(found.origin).parent / "backends" / "nvidia" / "driver.py"
-    return driver.exists() and "compile_module_from_src" in driver.read_text(encoding="utf-8")
-
-
-def system(machine: dict[str, Any], prefix: str = "") -> Iterator[Finding]:
-    """Limits that end runs late. prefix: stands before the name of each finding."""
-    limit = machine["open_files"]
-    if limit < _OPEN_FILES:
-        remedy = f"ulimit -n {_OPEN_FILES}, or LimitNOFILE of the service that starts runs"
-        yield Finding("warn", f"{prefix}open files", f"at most {limit:,} per process", remedy)
-    else:
-        yield Finding("ok", f"{prefix}open files", f"at most {limit:,} per process")
-    shared = machine["shared_memory"]
-    if shared is not None and shared < _SHARED_MEMORY and len(machine["gpus"]) > 1:
-        remedy = "start the container with --shm-size=1g, or --ipc=host"
-        yield Finding("warn", f"{prefix}shared memory", f"{_size(shared)} free in /dev/shm", remedy)
-
-
-def folders(machine: dict[str, Any], prefix: str = "") -> Iterator[Finding]:
-    """Whether output and cache can be written, and how much."""
-    for what, (folder, state) in zip(("output_dir", "cache_dir"), machine["folders"].items(), strict=False):
-        name, detail = f"{prefix}{what}", f"{folder}, {_size(state['free'])} free"
-        if state["fault"] is not None:
-            yield Finding(
-                "FAIL", name, f"cannot write: {state['fault']}", f"choose another {what}, or mend its permissions"
-            )
-        elif state["free"] < _NEEDED_FREE:
-            yield Finding("FAIL", name, detail, f"free space, or choose another {what}")
-        elif state["free"] < _COMFORTABLE_FREE:
-            yield Finding(
-                "warn", name, detail, "a checkpoint with AdamW takes 12 bytes per parameter or more; docs/memory.md"
-            )
-        else:
-            yield Finding("ok", name, detail)
-
-
-def port(machine: dict[str, Any], options: LaunchOptions) -> Iterator[Finding]:
-    """Whether processes of this machine can meet at the given port; without one `launch` finds a free one."""
-    wanted = options.master_port or DEFAULT_PORT
-    if machine["port_free"]:
-        yield Finding("ok", "port", f"{wanted} is free")
-    elif options.master_port is None:
-        yield Finding(
-            "warn", "port", f"{wanted} is taken", "`launch` takes another; give deepspeed and torchrun --master_port"
-        )
-    else:
-        yield Finding("FAIL", "port", f"{wanted} is taken", "choose another --master-port")
-
-
-def bandwidth(examination: Examination, config: RunConfig) -> Iterator[Finding]:
-    """How fast the processes of the run exchange gradients; that they can at all."""
-    from .launch import local_devices, plan_launch, start
-
-    folder = Path(config.output_dir).absolute()
-    where = None if examination.options.hostfile is None else folder
-    if where is not None:
+def bandwidth(options: LaunchOptions, slots: Slots | None, config: RunConfig) -> Iterator[Finding]:
+    """How fast the processes of the run exchange gradients; that they can at all. slots: None for this machine alone."""
+    where = None
+    if slots is not None:
+        where = Path(config.output_dir).absolute()
         where.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=where) as temporary:
         result = Path(temporary) / "all_reduce.json"
         module = "xformer_train.launcher.doctor_bandwidth"
-        if examination.options.hostfile is None:
-            fault = _local_bandwidth(module, result, examination.options.num_gpus or len(local_devices()) or 2)
+        if slots is None:
+            fault = _local_bandwidth(module, result, options.num_gpus or len(local_devices()) or 2)
         else:
-            planned = plan_launch(examination.options, choose_hosts(examination.options), [str(result)], module)
-            outcome = start(planned, Path(temporary))
+            outcome = start(plan_launch(options, slots, [str(result)], module), Path(temporary))
             fault = outcome.text.splitlines()[-1] if outcome.exit_code else ""
         if fault or not result.exists():
             remedy = "name the network's interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and open its ports"
             yield Finding("FAIL", "all-reduce", fault or "no process answered", remedy)
             return
         measured = json.loads(result.read_text())
-    processes, size = measured["processes"], measured["bytes"]
+    processes, num_bytes = measured["processes"], measured["bytes"]
     if processes == 1:
         yield Finding("ok", "all-reduce", "one process exchanges nothing")
         return
-    rate = 2 * (processes - 1) / processes * size / measured["seconds"] / 1e9
-    took = f"{_size(size)} in {1e3 * measured['seconds']:.1f} ms, {rate:.2f} GB/s to and from each"
+    rate = 2 * (processes - 1) / processes * num_bytes / measured["seconds"] / 1e9
+    took = f"{size(num_bytes)} in {1e3 * measured['seconds']:.1f} ms, {rate:.2f} GB/s to and from each"
     yield Finding("ok", "all-reduce", f"{measured['backend']}, {processes} processes: {took}")
 
 
 def _local_bandwidth(module: str, result: Path, processes: int) -> str:
     """What went wrong, if something did. Without DeepSpeed's launcher, which takes longer to start than the check itself."""
-    from .launch import free_port
-
     place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     started = [
         subprocess.Popen(
@@ -307,8 +160,3 @@ def _local_bandwidth(module: str, result: Path, processes: int) -> str:
             process.kill()
     failed = [error.strip() for process, error in zip(started, errors, strict=True) if process.returncode]
     return failed[0].splitlines()[-1] if failed and failed[0] else "a process failed without a word" if failed else ""
-
-
-def _size(number: int) -> str:
-    """Bytes in words."""
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

@@ -17,10 +17,10 @@ from typing import Any
 
 from . import doctor_facts
 from .config import RunConfig
-from .doctor import Examination, Finding, folders, questions, system
 from .doctor_facts import Questions
+from .doctor_machine import Finding, folders, questions, system
 from .hostfile import Slots
-from .launch import DEFAULT_PORT, choose_hosts, is_this_machine
+from .launch import DEFAULT_PORT, LaunchOptions, is_this_machine
 from .supervision import SSH
 
 _LIMIT_S = 60.0  # ssh itself gives up sooner
@@ -41,18 +41,12 @@ class Answer:
     """Its clock ahead of ours, beyond what the way there explains."""
 
 
-def examine_hosts(examination: Examination, config: RunConfig, here: Mapping[str, Any]) -> Iterator[Finding]:
-    """here: the facts of this machine."""
-    options = examination.options
-    try:
-        slots = choose_hosts(options)
-    except (ValueError, OSError) as error:
-        for problem in str(error).splitlines():
-            yield Finding("FAIL", "hostfile", problem, "mend the hostfile, or the choice from it")
-        return
-    assert slots is not None, "asked for with a hostfile only"
-    total = sum(map(len, slots.values()))
-    yield Finding("ok", "hostfile", f"{options.hostfile}: {len(slots)} hosts, {total} slots")
+def examine_hosts(
+    options: LaunchOptions, slots: Slots, config_file: Path | None, config: RunConfig, here: Mapping[str, Any]
+) -> Iterator[Finding]:
+    """slots: the hosts of the run. config: of config_file, or the default. here: the facts of this machine."""
+    hosts = f"{len(slots)} {'host' if len(slots) == 1 else 'hosts'}"
+    yield Finding("ok", "hostfile", f"{options.hostfile}: {hosts}, slots: {sum(map(len, slots.values()))}")
     tool = _TOOLS[options.launcher]
     if shutil.which(tool) is None:
         yield Finding("FAIL", "launcher", f"{tool} is not installed here", f"install {tool}, or use another --launcher")
@@ -62,7 +56,7 @@ def examine_hosts(examination: Examination, config: RunConfig, here: Mapping[str
     output = Path(config.output_dir).absolute()
     shared = output if output.exists() else next(folder for folder in output.parents if folder.exists())
     with tempfile.NamedTemporaryFile(prefix=".doctor-", dir=shared if os.access(shared, os.W_OK) else None) as marker:
-        files = [marker.name, *([str(examination.config.absolute())] if examination.config else [])]
+        files = [marker.name, *([str(config_file.absolute())] if config_file else [])]
         asked = questions(config, port=None, files=files, names=[master])
         answers = ask_hosts(slots, asked, port=port)
     for rank, (host, answer) in enumerate(answers.items()):

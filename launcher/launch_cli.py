@@ -1,12 +1,12 @@
 """The commands around a run on several machines: `xformer-train launch` and `xformer-train doctor`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from .cli_errors import reported_errors
-from .flags import values_by_key
+from .train_cli import training_options
 
 ConfigOption = Annotated[
     Path, typer.Option("--config", "--config-file", "--cf", metavar="FILE", help="The run config.")
@@ -15,6 +15,9 @@ HostfileOption = Annotated[
     Path | None,
     typer.Option("--hostfile", "-H", metavar="FILE", help="Hosts, `NAME slots=N` on each line; default this machine."),
 ]
+IncludeOption = Annotated[str, typer.Option(metavar="HOST[:SLOT,...]@...", help="Only these hosts and slots.")]
+ExcludeOption = Annotated[str, typer.Option(metavar="HOST[:SLOT,...]@...", help="All but these hosts and slots.")]
+NumNodesOption = Annotated[int | None, typer.Option(min=1, help="Only the first hosts of the hostfile.")]
 ProcessesOption = Annotated[
     int | None,
     typer.Option(
@@ -36,14 +39,14 @@ _WHAT_WIDTH = 24  # room for `node12 open files`; findings are printed before th
 
 
 def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the command line
-    config: ConfigOption,
+    config_file: ConfigOption,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="-- [OPTIONS]", help="Options of training, such as -- --max_steps 10.")
     ] = None,
     hostfile: HostfileOption = None,
-    include: Annotated[str, typer.Option(metavar="HOST[:SLOT,...]@...", help="Only these hosts and slots.")] = "",
-    exclude: Annotated[str, typer.Option(metavar="HOST[:SLOT,...]@...", help="All but these hosts and slots.")] = "",
-    num_nodes: Annotated[int | None, typer.Option(min=1, help="Only the first hosts of the hostfile.")] = None,
+    include: IncludeOption = "",
+    exclude: ExcludeOption = "",
+    num_nodes: NumNodesOption = None,
     num_gpus: ProcessesOption = None,
     launcher: LauncherOption = "ssh",
     master_addr: AddressOption = None,
@@ -64,21 +67,23 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     with reported_errors(debug):
         from .config_loading import load_config
         from .launch import LaunchOptions, choose_hosts, count_processes, plan_launch, start
+        from .run_directory import check_run_directory
 
         options = LaunchOptions(
             hostfile, include, exclude, num_nodes, num_gpus, launcher, master_addr, master_port, launcher_args
         )
         slots = choose_hosts(options)
-        arguments = ["--config", str(config), *(overrides or ())]
-        path, sets, flags = _training_options(arguments)
-        loaded = load_config(path, sets, flags, count_processes(options, slots))
+        arguments = ["--config", str(config_file), *(overrides or ())]
+        training = training_options(arguments)
+        config = load_config(training.config, training.sets, training.flags, count_processes(options, slots)).config
         planned = plan_launch(options, slots, arguments)
         if print_only:
             typer.echo(planned.text())
             return
-        folder = Path(loaded.config.output_dir).absolute() / loaded.config.name / "log"
+        # Each process would find another run's directory too, but a restart would then go on with that run.
+        folder = check_run_directory(config, resume=training.resume).log.absolute()
         outcome = start(planned, folder)
-        resuming = arguments if "--resume" in arguments else [*arguments, "--resume", "auto"]
+        resuming = arguments if training.resume else [*arguments, "--resume", "auto"]
         for restart in range(1, max_restarts + 1):
             if not outcome.may_start_again:
                 break
@@ -89,12 +94,15 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     raise typer.Exit(outcome.exit_code)
 
 
-def doctor(
+def doctor(  # noqa: PLR0913, PLR0917  each parameter is an option of the command line
     config: Annotated[
         Path | None,
         typer.Option("--config", "--config-file", "--cf", metavar="FILE", help="The run config, if there is one."),
     ] = None,
     hostfile: HostfileOption = None,
+    include: IncludeOption = "",
+    exclude: ExcludeOption = "",
+    num_nodes: NumNodesOption = None,
     num_gpus: ProcessesOption = None,
     launcher: LauncherOption = "ssh",
     master_addr: AddressOption = None,
@@ -109,23 +117,9 @@ def doctor(
         from .doctor import Examination, examine, line
         from .launch import LaunchOptions
 
-        options = LaunchOptions(
-            hostfile, num_gpus=num_gpus, launcher=launcher, master_addr=master_addr, master_port=master_port
-        )
+        options = LaunchOptions(hostfile, include, exclude, num_nodes, num_gpus, launcher, master_addr, master_port)
         failed = False
         for finding in examine(Examination(options, config, quick)):
             typer.echo(line(finding, _WHAT_WIDTH))
             failed |= finding.level == "FAIL"
     raise typer.Exit(int(failed))
-
-
-def _training_options(arguments: list[str]) -> tuple[Path, list[str], dict[str, Any]]:
-    """The config file, --set texts and values by key in the options of a training command, which are checked so far."""
-    from .cli import app
-
-    context = typer.main.get_command(app).make_context("xformer-train", list(arguments))  # which it empties
-    words = [*getattr(context, "_protected_args", ()), *context.args]
-    if words:
-        raise ValueError(f"got {words[0]!r} behind --, must be options of training, such as --max_steps 10")
-    values = dict(context.params)
-    return values.pop("config"), values.pop("sets") or [], values_by_key(values)

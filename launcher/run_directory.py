@@ -39,6 +39,11 @@ class RunDirectory:
     changed_keys: tuple[str, ...] = ()
 
     @property
+    def holds_run(self) -> bool:
+        """A start that failed before its first step leaves neither, and may simply be tried again."""
+        return self.checkpoints.exists() or self.metrics.exists()
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -59,25 +64,32 @@ class RunDirectory:
         return self.root / "config.resolved.yaml"
 
 
-def open_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
-    """The directory of this run, made if it is not there, with the resolved config in it.
+def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
+    """The directory of this run, which may not be there yet.
 
-    Called by one process for all. Raises ValueError if the directory holds another run and `resume` is not given, or if its
-    path is a file; OSError if it cannot be written.
+    Raises ValueError if it holds another run and `resume` is not given, or if its path is a file.
     """
     root = Path(config.output_dir) / config.name
     if root.exists() and not root.is_dir():
         raise ValueError(f"output folder {root} is a file; choose another --output_dir or --job_name")
     directory = RunDirectory(root)
-    # A start that failed before its first step leaves neither, and may simply be tried again.
-    holds_run = directory.checkpoints.exists() or directory.metrics.exists()
-    if holds_run and not resume:
+    if directory.holds_run and not resume:
         raise ValueError(
             f"output folder {root} already holds a run; continue it with --resume auto, or start another with "
             f"--job_name or --output_dir"
         )
+    return directory
+
+
+def open_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
+    """As `check_run_directory`, and the directory is made if it is not there, with the resolved config in it.
+
+    Called by one process for all. Raises OSError if it cannot be written.
+    """
+    directory = check_run_directory(config, resume=resume)
+    root = directory.root
     previous = None
-    if holds_run and directory.config.exists():
+    if directory.holds_run and directory.config.exists():
         previous = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,7 @@
 """The rooms, their order, and what pyproject must say of them."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 import tomllib
@@ -35,6 +36,25 @@ def test_imports_go_from_launcher_to_recipes_to_kernels_and_never_back(room):
                 assert first not in later, f"{path} imports from {first}"
             if level == 0:
                 assert first not in ROOMS, f"{path}: {first} as a top-level name is another, public package"
+
+
+def modules_imported(path):
+    """The files of this project that a file imports, inside functions too; what only types need does not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            inside = [folder / f"{alias.name}.py" for alias in node.names] if folder.is_dir() else []
+            yield from (file for file in (folder.with_suffix(".py"), *inside) if file.exists())
+
+
+def test_no_two_modules_of_the_launcher_need_each_other():
+    graph = {path: set(modules_imported(path)) for path in modules("launcher")}
+    assert any(graph.values())
+    list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError with the circle
 
 
 def test_importing_the_kernels_imports_neither_triton_nor_the_compiler():

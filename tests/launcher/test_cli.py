@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from xformer_train.launcher import cli
+from xformer_train.launcher import cli, train_cli
 from xformer_train.launcher.config_loading import load_config
 from xformer_train.launcher.flags import FLAGS
 
@@ -226,7 +226,7 @@ def test_help_lists_the_tutorials_flags_with_the_keys_they_set():
             assert name in text
         if flag.key:
             assert f"({flag.key})" in text.replace("\n", " ")
-    own, tutorial = text.index("--config"), text.index(cli.TUTORIAL_PANEL)
+    own, tutorial = text.index("--config"), text.index(train_cli.TUTORIAL_PANEL)
     assert own < tutorial < text.index("--max_seq_length")
 
 
@@ -255,7 +255,7 @@ def test_the_module_is_the_console_script(tmp_path):
 def test_library_warnings_are_silent_unless_asked_for(monkeypatch):
     code = (
         "import sys, types, warnings\n"
-        "from xformer_train.launcher.cli import _quieten_libraries\n"
+        "from xformer_train.launcher.train_cli import _quieten_libraries\n"
         "_quieten_libraries()\n"
         "for name in ('torch.x', 'torchlike', 'mine'):\n"
         "    warnings.warn_explicit(name, FutureWarning, 'f.py', 1, module=name)\n"

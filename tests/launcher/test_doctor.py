@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from runs import write_config
 from typer.testing import CliRunner
 
-from xformer_train.launcher import cli, doctor, doctor_facts, doctor_hosts
+from xformer_train.launcher import cli, doctor, doctor_facts, doctor_hosts, doctor_machine
 from xformer_train.launcher.config import RunConfig
 from xformer_train.launcher.launch import LaunchOptions
 
@@ -20,7 +21,7 @@ from xformer_train.launcher.launch import LaunchOptions
 def facts(tmp_path, monkeypatch):
     """Those of this machine, with nothing in particular in the current folder."""
     monkeypatch.chdir(tmp_path)
-    return doctor_facts.facts(doctor.questions(RunConfig(), port=None, names=["127.0.0.1"]))
+    return doctor_facts.facts(doctor_machine.questions(RunConfig(), port=None, names=["127.0.0.1"]))
 
 
 def told(findings):
@@ -47,8 +48,7 @@ def test_a_run_can_start_here(tmp_path, monkeypatch):
 
 def test_the_all_reduce_runs_over_processes_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    examination = doctor.Examination(LaunchOptions(num_gpus=2))
-    [finding] = doctor.bandwidth(examination, RunConfig())
+    [finding] = doctor.bandwidth(LaunchOptions(num_gpus=2), None, RunConfig())
     assert finding.level == "ok", finding
     assert "2 processes" in finding.detail
 
@@ -92,7 +92,7 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch, tmp_
 
 def test_folders_must_be_writable_and_have_room(facts):
     def judged(free, fault=None):
-        return told(doctor.folders({"folders": {"/a": {"free": free, "fault": fault}}}))
+        return told(doctor_machine.folders({"folders": {"/a": {"free": free, "fault": fault}}}))
 
     assert judged(2**40) == [("output_dir", "ok")]
     assert judged(2**32) == [("output_dir", "warn")]
@@ -105,16 +105,18 @@ def test_folders_must_be_writable_and_have_room(facts):
 
 
 def test_low_limits_are_warnings(facts):
-    assert ("open files", "warn") in told(doctor.system(facts | {"open_files": 1024}))
+    assert ("open files", "warn") in told(doctor_machine.system(facts | {"open_files": 1024}))
     gpu = {"name": "H", "driver": "1", "total": 2**36, "used": 0}
-    assert ("shared memory", "warn") in told(doctor.system(facts | {"shared_memory": 2**26, "gpus": [gpu, gpu]}))
+    assert ("shared memory", "warn") in told(
+        doctor_machine.system(facts | {"shared_memory": 2**26, "gpus": [gpu, gpu]})
+    )
 
 
 def test_a_package_that_is_missing_or_too_old_is_named_with_what_installs_it(facts, monkeypatch):
     monkeypatch.setattr(
-        doctor.metadata, "requires", lambda _: ["nosuchthing>=1", "pytest<0.1", "numpy", "x>1; extra == 'e'"]
+        doctor_machine.metadata, "requires", lambda _: ["nosuchthing>=1", "pytest<0.1", "numpy", "x>1; extra == 'e'"]
     )
-    found = [finding for finding in doctor.software(facts) if finding.level == "FAIL"]
+    found = [finding for finding in doctor_machine.software(facts) if finding.level == "FAIL"]
     assert told(found) == [("nosuchthing", "FAIL"), ("pytest", "FAIL")]
     assert found[0].remedy == "pip install 'nosuchthing>=1'"
 
@@ -122,7 +124,7 @@ def test_a_package_that_is_missing_or_too_old_is_named_with_what_installs_it(fac
 def test_gpus_that_torch_cannot_use_are_a_failure(facts, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     gpu = {"name": "NVIDIA H200", "driver": "570.1", "total": 2**37, "used": 2**36}
-    assert told(doctor.devices(facts | {"gpus": [gpu]})) == [("CUDA", "FAIL"), ("GPU 0", "warn")]
+    assert told(doctor_machine.devices(facts | {"gpus": [gpu]})) == [("CUDA", "FAIL"), ("GPU 0", "warn")]
 
 
 def test_a_host_must_be_like_this_machine(facts):
@@ -176,14 +178,29 @@ def test_a_host_that_does_not_answer_is_a_failure(tmp_path, monkeypatch):
 def test_a_bad_hostfile_is_a_failure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("hosts").write_text("node1\n")
-    result = run_doctor("--hostfile", "hosts", "--quick")
+    result = run_doctor("--config", str(write_config(tmp_path)), "--hostfile", "hosts")
     assert result.exit_code == 1
-    assert "FAIL  hostfile" in result.output
+    lines = result.output.splitlines()
+    assert [line[6:30].strip() for line in lines if line.startswith("FAIL")] == ["hostfile"]
+    assert any(line.startswith("ok    run config") for line in lines)
+    assert lines[-1].startswith("warn  all-reduce")
+
+
+def test_only_chosen_hosts_are_asked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("hosts").write_text(f"192.0.2.1 slots=1\n{platform.node()} slots=4\n")
+    monkeypatch.setattr(doctor_hosts, "is_this_machine", lambda host: True)
+    result = run_doctor("--hostfile", "hosts", "--include", f"{platform.node()}:0,1", "--quick")
+    assert "1 host, slots: 2" in result.output
+    assert "192.0.2.1" not in result.output
+    result = run_doctor("--hostfile", "hosts", "--exclude", "node7", "--quick")
+    assert result.exit_code == 1
+    assert "FAIL  hostfile" in result.output and "host 'node7' is not in the hostfile" in result.output
 
 
 def test_facts_need_nothing_but_python(tmp_path):
     """So that a host without the packages says so."""
-    asked = doctor.questions(RunConfig(), port=29500, files=[__file__])
+    asked = doctor_machine.questions(RunConfig(), port=29500, files=[__file__])
     done = subprocess.run(
         [sys.executable, "-I", "-S", doctor_facts.__file__],
         input=json.dumps(asked),

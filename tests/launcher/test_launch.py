@@ -108,8 +108,9 @@ def test_pdsh_is_not_given_what_its_remote_shell_would_change(hosts):
         (("--hostfile", "hosts", "--launcher", "openmpi", "--num-nodes", "1"), 1, "takes all of the hostfile"),
         (("--processes", "3"), 2, "training.train_batch_size: got 8, must be a multiple of micro_batch_size 2 times 3"),
         (("--hostfile", "hosts", "--exclude", "node1:0"), 2, "times 3 replicas"),
+        (("--", "--resume", "step3"), 2, "--resume got 'step3', must be auto"),
         (("--", "--max_stepz", "3"), 2, "No such option: --max-stepz"),
-        (("--", "run"), 1, "got 'run' behind --"),
+        (("--", "run"), 2, "got 'run' behind --"),
         (("--", "--set", "training.max_stepz=3"), 2, "max_stepz"),
     ],
 )
@@ -117,6 +118,15 @@ def test_mistakes_are_found_before_anything_is_started(hosts, arguments, status,
     result = print_launch(*arguments)
     assert result.exit_code == status, result.output
     assert said in result.output
+
+
+def test_a_directory_of_another_run_is_found_before_anything_is_started(hosts, monkeypatch):
+    """By its processes too; but then --max-restarts would go on with that run."""
+    monkeypatch.setattr("xformer_train.launcher.launch.start", lambda *_: pytest.fail("started"))
+    (hosts.parent / "runs" / "run" / "checkpoints").mkdir(parents=True)
+    result = CliRunner().invoke(cli.app, ["launch", "--config", "run.yaml", "--max-restarts", "3"])
+    assert result.exit_code == 1
+    assert "runs/run already holds a run; continue it with --resume auto" in result.output
 
 
 def test_this_machine_is_known_by_its_addresses():

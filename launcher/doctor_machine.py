@@ -1,0 +1,177 @@
+"""What `doctor` makes of one machine: its software, devices, kernels, limits, folders and port, one finding per question."""
+
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from ..recipes.prepared_cache import cache_folder
+from .config import RunConfig
+from .doctor_facts import Questions
+from .launch import DEFAULT_PORT, LaunchOptions
+
+PACKAGES = ["xformer-train", "torch", "deepspeed", "triton", "transformers", "numpy"]
+_NEEDED_FREE = 100 * 2**20  # bytes without which not even a small run's files fit
+_COMFORTABLE_FREE = 10 * 2**30
+_OPEN_FILES = 4096
+_SHARED_MEMORY = 512 * 2**20  # NCCL's buffers between GPUs of one machine; containers often come with 64 MiB
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What came out of one check."""
+
+    level: Literal["ok", "warn", "FAIL"]
+    what: str
+    detail: str
+    remedy: str = ""
+
+
+def questions(
+    config: RunConfig, *, port: int | None, files: Sequence[str] = (), names: Sequence[str] = ()
+) -> Questions:
+    """What this run config has to ask of a machine."""
+    return {
+        "packages": PACKAGES,
+        "folders": [config.output_dir, str(cache_folder(config.data.cache_dir))],
+        "files": list(files),
+        "names": list(names),
+        "port": port,
+        "python_path": os.environ.get("PYTHONPATH", ""),
+    }
+
+
+def software(machine: dict[str, Any]) -> Iterator[Finding]:
+    """Versions, and the requirements of this package on them."""
+    yield Finding("ok", "python", f"{machine['python']}, {machine['c_library']}")
+    versions = machine["packages"]
+    yield Finding("ok", "packages", ", ".join(f"{name} {versions[name]}" for name in PACKAGES if versions[name]))
+    from packaging.requirements import Requirement
+
+    for entry in metadata.requires("xformer-train") or []:
+        requirement = Requirement(entry)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding("FAIL", requirement.name, "is not installed", f"pip install '{entry}'")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            yield Finding(
+                "FAIL", requirement.name, f"is {version}, needs {requirement.specifier}", f"pip install '{entry}'"
+            )
+
+
+def devices(machine: dict[str, Any]) -> Iterator[Finding]:
+    """GPUs with their memory, or the CPU."""
+    import torch
+
+    gpus = machine["gpus"]
+    if gpus and not torch.cuda.is_available():
+        yield Finding(
+            "FAIL",
+            "CUDA",
+            f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}, and torch {torch.__version__} cannot use it",
+            "install a CUDA build of torch that this driver supports, or set CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
+    elif torch.cuda.is_available():
+        nccl = ".".join(map(str, torch.cuda.nccl.version()))
+        driver = gpus[0]["driver"] if gpus else "unknown"
+        yield Finding("ok", "CUDA", f"{torch.version.cuda}, driver {driver}, NCCL {nccl}")
+    for index, gpu in enumerate(gpus):
+        detail = f"{gpu['name']}, {size(gpu['total'])}, {size(gpu['used'])} in use"
+        if gpu["used"] > gpu["total"] // 10:
+            yield Finding("warn", f"GPU {index}", detail, "see `nvidia-smi` for who uses it")
+        else:
+            yield Finding("ok", f"GPU {index}", detail)
+    if not gpus:
+        yield Finding(
+            "ok", "devices", f"no GPU; {machine['cores']} CPU cores, {size(machine['memory_available'])} free memory"
+        )
+
+
+def kernels(config: RunConfig, machine: dict[str, Any]) -> Iterator[Finding]:
+    """The kernels a run would use, and that they need no compiler on the way."""
+    import torch
+
+    from ..recipes.layers import kernels_text
+    from ..recipes.recipe import Runtime
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    yield Finding("ok", "kernels", kernels_text(config.model, config.layer, Runtime(), device))
+    if on_gpu and config.layer.kernels == "auto" and _triton_needs_compiler():
+        if not any(machine["tools"].values()):
+            yield Finding(
+                "FAIL",
+                "compiler",
+                "this Triton builds a part of itself with a C compiler, and there is none",
+                "install gcc or a newer Triton, or set layer.kernels: reference",
+            )
+        else:
+            yield Finding("ok", "compiler", "a C compiler, which this Triton needs at its first start, is there")
+    else:
+        yield Finding("ok", "compiler", "none is needed: no operator is built from C++ or CUDA sources")
+
+
+def _triton_needs_compiler() -> bool:
+    """Whether the installed Triton compiles its driver interface with the system's C compiler; older ones do."""
+    found = importlib.util.find_spec("triton")
+    if found is None or found.origin is None:
+        return False
+    driver = Path(found.origin).parent / "backends" / "nvidia" / "driver.py"
+    return driver.exists() and "compile_module_from_src" in driver.read_text(encoding="utf-8")
+
+
+def system(machine: dict[str, Any], prefix: str = "") -> Iterator[Finding]:
+    """Limits that end runs late. prefix: stands before the name of each finding."""
+    limit = machine["open_files"]
+    if limit < _OPEN_FILES:
+        remedy = f"ulimit -n {_OPEN_FILES}, or LimitNOFILE of the service that starts runs"
+        yield Finding("warn", f"{prefix}open files", f"at most {limit:,} per process", remedy)
+    else:
+        yield Finding("ok", f"{prefix}open files", f"at most {limit:,} per process")
+    shared = machine["shared_memory"]
+    if shared is not None and shared < _SHARED_MEMORY and len(machine["gpus"]) > 1:
+        remedy = "start the container with --shm-size=1g, or --ipc=host"
+        yield Finding("warn", f"{prefix}shared memory", f"{size(shared)} free in /dev/shm", remedy)
+
+
+def folders(machine: dict[str, Any], prefix: str = "") -> Iterator[Finding]:
+    """Whether output and cache can be written, and how much."""
+    for what, (folder, state) in zip(("output_dir", "cache_dir"), machine["folders"].items(), strict=False):
+        name, detail = f"{prefix}{what}", f"{folder}, {size(state['free'])} free"
+        if state["fault"] is not None:
+            yield Finding(
+                "FAIL", name, f"cannot write: {state['fault']}", f"choose another {what}, or mend its permissions"
+            )
+        elif state["free"] < _NEEDED_FREE:
+            yield Finding("FAIL", name, detail, f"free space, or choose another {what}")
+        elif state["free"] < _COMFORTABLE_FREE:
+            yield Finding(
+                "warn", name, detail, "a checkpoint with AdamW takes 12 bytes per parameter or more; docs/memory.md"
+            )
+        else:
+            yield Finding("ok", name, detail)
+
+
+def port(machine: dict[str, Any], options: LaunchOptions) -> Iterator[Finding]:
+    """Whether processes of this machine can meet at the given port; without one `launch` finds a free one."""
+    wanted = options.master_port or DEFAULT_PORT
+    if machine["port_free"]:
+        yield Finding("ok", "port", f"{wanted} is free")
+    elif options.master_port is None:
+        yield Finding(
+            "warn", "port", f"{wanted} is taken", "`launch` takes another; give deepspeed and torchrun --master_port"
+        )
+    else:
+        yield Finding("FAIL", "port", f"{wanted} is taken", "choose another --master-port")
+
+
+def size(number: int) -> str:
+    """Bytes in words."""
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

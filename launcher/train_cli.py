@@ -1,0 +1,159 @@
+"""`xformer-train --config run.yaml`, the command that trains, and its options; `cli.py` adds the other commands to `app`.
+
+Torch, DeepSpeed and pydantic are imported only once a command needs them, so that `--help` is quick.
+"""
+
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_errors import leave, reported_errors
+from .flags import FLAGS, values_by_key
+
+if TYPE_CHECKING:
+    from .config_loading import LoadedConfig
+
+TUTORIAL_PANEL = "Flags of DeepSpeed's BERT recipe (with underscores or hyphens)"
+SPELLING = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
+
+app = typer.Typer(name="xformer-train", add_completion=False, pretty_exceptions_enable=False, context_settings=SPELLING)
+
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "--config-file", "--cf", metavar="FILE", help="The run config, YAML or JSON."),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as training.max_steps=100; may be repeated."),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Tracebacks, and all that DeepSpeed has to say.")]
+
+
+def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with one keyword parameter for each row of FLAGS in the place of its `**flags`."""
+    signature = inspect.signature(command)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    flags = [
+        inspect.Parameter(
+            flag.parameter,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                flag.kind | None,
+                typer.Option(
+                    *flag.names,
+                    help=f"{flag.help} ({flag.key})" if flag.key else flag.help,
+                    rich_help_panel=TUTORIAL_PANEL,
+                    show_default=False,
+                ),
+            ],
+        )
+        for flag in FLAGS
+    ]
+    command.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
+    return command
+
+
+@app.callback(invoke_without_command=True)
+@_with_flags
+def train(
+    context: typer.Context,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="auto", help="Continue the run directory where it has checkpoints, else start."),
+    ] = None,
+    debug: DebugOption = False,
+    **flags: Any,
+) -> None:
+    """Pretrain a BERT or a GPT from a run config.
+
+    Each key has a default, which the file changes, which --set changes, which the flags below change.
+    """
+    values = values_by_key(flags)
+    if context.invoked_subcommand is not None:
+        if config or sets or resume or values:
+            leave(
+                f"error: options of {context.invoked_subcommand} stand behind it, and those of training have no effect",
+                2,
+            )
+        return
+    if config is None:
+        leave("error: no run config is given; use --config FILE, or --help", status=2)
+    _check_resume(resume)
+    with reported_errors(debug):
+        loaded = load(config, sets, values, world_size(1))
+        if not debug:
+            _quieten_libraries()
+        from .topology import quiet
+
+        quiet(debug)  # before `train`, which imports DeepSpeed
+        from .train import run
+
+        status = run(loaded, resume=resume == "auto")
+    raise typer.Exit(status)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The options of a training command; `sets` and `flags` as `load_config` takes them."""
+
+    config: Path
+    sets: list[str]
+    flags: dict[str, Any]
+    resume: bool
+
+
+def training_options(arguments: list[str]) -> TrainingOptions:
+    """The options in a command line with --config, which are checked so far. Leaves with status 2 where they are wrong."""
+    context = typer.main.get_command(app).make_context("xformer-train", list(arguments))  # which it empties
+    words = [*getattr(context, "_protected_args", ()), *context.args]
+    if words:
+        leave(f"error: got {words[0]!r} behind --, must be options of training, such as --max_steps 10", status=2)
+    given = context.params
+    _check_resume(given["resume"])
+    return TrainingOptions(given["config"], given["sets"] or [], values_by_key(given), given["resume"] == "auto")
+
+
+def _check_resume(resume: str | None) -> None:
+    if resume not in (None, "auto"):
+        leave(
+            f"error: --resume got {resume!r}, must be auto; --load_training_checkpoint DIR --load_checkpoint_id ID loads a "
+            "certain checkpoint",
+            status=2,
+        )
+
+
+def load(config: Path | None, sets: list[str] | None, flags: dict[str, Any], processes: int | None) -> "LoadedConfig":
+    if config is None:
+        leave("error: no run config is given; use --config FILE, or --help", status=2)
+    from .config_loading import load_config
+
+    return load_config(config, sets or (), flags, processes)
+
+
+def world_size(default: int | None) -> int | None:
+    """The number of processes that a launcher started."""
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"environment variable WORLD_SIZE is {text!r}, must be a number of processes, 1 or more")
+    return int(text)
+
+
+def _quieten_libraries() -> None:
+    """Silences what PyTorch and DeepSpeed say of themselves on import and at start."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:
+        for module in ("torch", "deepspeed"):
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.filterwarnings("ignore", category=category, module=rf"{module}(\.|$)")
