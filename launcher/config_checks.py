@@ -169,14 +169,14 @@ def _source_faults(source: SourceConfig) -> Iterator[tuple[str, str]]:
         yield "path", f"is missing; kind {source.kind} needs {what}"
     if source.kind in ("builtin", "text") and source.text_field != "text":
         yield "text_field", f"got {source.text_field!r}, but kind {source.kind} has no fields; remove it"
-    if source.kind != "hf":
-        for name, given, default in (
-            ("subset", source.subset, None),
-            ("split", source.split, "train"),
-            ("streaming", source.streaming, False),
-        ):
-            if given != default:
-                yield name, f"got {given!r}, but only kind hf has it, and this source is kind {source.kind}; remove it"
+    for owner, name, given, default in (
+        ("hf", "subset", source.subset, None),
+        ("hf", "split", source.split, "train"),
+        ("hf", "streaming", source.streaming, False),
+        ("text", "documents", source.documents, "auto"),
+    ):
+        if source.kind != owner and given != default:
+            yield name, f"got {given!r}, but only kind {owner} has it, and this source is kind {source.kind}; remove it"
 
 
 def _schedule_faults(config: RunConfig) -> Iterator[Fault]:

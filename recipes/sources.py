@@ -55,13 +55,14 @@ def open_source(source: SourceConfig, cache: Path) -> Source:
     paths = _find_files(source, name)
     hashes = [_content_hash(path, cache / "file_hashes") for path in paths]
     field = source.text_field
-    identity = json.dumps([READER_VERSION, source.kind, field, *hashes])
+    cut_by = source.documents if source.kind == "text" else field
+    identity = json.dumps([READER_VERSION, source.kind, cut_by, *hashes])
     if source.kind == "parquet":
         total = sum(_open_parquet(path, field).metadata.num_rows for path in paths)
         return Source(name, lambda: _each(paths, lambda path: _parquet_documents(path, field)), identity, total)
     if source.kind == "jsonl":
         return Source(name, lambda: _each(paths, lambda path: _jsonl_documents(path, field)), identity)
-    return Source(name, lambda: _each(paths, _text_documents), identity)
+    return Source(name, lambda: _each(paths, _whole_text if source.documents == "file" else _text_documents), identity)
 
 
 def is_held_out(document: str, fraction: float) -> bool:
@@ -147,6 +148,10 @@ def _text_documents(path: Path) -> Iterator[str]:
         titled = titled or is_title
         document.append(line)
     yield from _joined(document)
+
+
+def _whole_text(path: Path) -> Iterator[str]:
+    yield from _joined([line for _, line in _lines(path)])
 
 
 def _joined(lines: list[str]) -> Iterator[str]:

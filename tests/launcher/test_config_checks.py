@@ -64,6 +64,10 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "data: {sources: {kind: text, path: x, streaming: true}}",
             "data.sources.0.streaming: got True, but only kind hf",
         ),
+        (
+            "data: {sources: {kind: jsonl, path: x, documents: file}}",
+            "data.sources.0.documents: got 'file', but only kind text",
+        ),
         ("data: {sources: {kind: jsonl, path: x, subset: y}}", "data.sources.0.subset: got 'y', but only kind hf"),
         ("data: {sources: {kind: jsonl, path: x, split: y}}", "data.sources.0.split: got 'y', but only kind hf"),
         (
