@@ -110,9 +110,12 @@ def equals_one_process_in_sequence(name: str, group: dist.ProcessGroup) -> Resul
 
 
 def saved(name: str, group: dist.ProcessGroup) -> Results:
-    """Outputs of the sharded model, and of the whole one that from_pretrained makes of what it saved."""
-    model = sharded(name, group)
-    state = full_state_dict(model, group)
+    """Outputs of the sharded model, and of the whole one that from_pretrained makes of its state, saved later."""
+    model, inputs = sharded(name, group), MODELS[name].make_inputs()
+    outputs, state = run(model, inputs), full_state_dict(model, group)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folder)
     model.save_pretrained(folder[0], state_dict=state)  # writes on the first process of all
@@ -120,8 +123,7 @@ def saved(name: str, group: dist.ProcessGroup) -> Results:
     again = type(model).from_pretrained(folder[0]).eval()
     dist.barrier()
     shutil.rmtree(folder[0], ignore_errors=True)  # the first that comes here
-    inputs = MODELS[name].make_inputs()
-    return {"outputs": error(run(model, inputs), run(again, inputs))}
+    return {"outputs": error(outputs, run(again, inputs))}
 
 
 def steps(name: str, group: dist.ProcessGroup) -> Results:
