@@ -110,7 +110,8 @@ class TransformerLayer(ProjectionModule):
         rotary_pos_emb: angles (S, 1, 1, columns) for queries and keys of self-attention, or a pair of them; see
             `RotaryPositionEmbedding`.
         cu_seqlens_q, max_seqlen_q: for 'thd', (B + 1,) int32, 0 and the end of each sequence, and no less than the longest of
-            them; without it the host looks it up. cu_seqlens_kv and max_seqlen_kv are the same, or left out.
+            them; without it the host looks it up. cu_seqlens_kv and max_seqlen_kv are equal to them, or left out. Borders are
+            checked on a CPU only: a GPU would have to be waited for.
         Raises ValueError for arguments that do not fit the layer or each other.
         """
         x = self._enter(hidden_states, self.config.hidden_size, "hidden_size")
@@ -267,8 +268,7 @@ class TransformerLayer(ProjectionModule):
         longest = int(cu_seqlens.diff().max()) if max_length is None else max_length
         causal = "causal" in mask_type
         seen = Visibility(AttentionMask(causal=causal, cu_seqlens=cu_seqlens, max_length=longest))
-        # on a GPU the host would have to wait for the number
-        if cu_seqlens.is_cpu and not torch.compiler.is_compiling() and cu_seqlens[-1] != len(x):
+        if _readable(cu_seqlens) and cu_seqlens[-1] != len(x):
             raise ValueError(
                 f"cu_seqlens_q ends with {int(cu_seqlens[-1])}, hidden_states has {len(x)} rows; its last border must be the "
                 f"number of rows"
@@ -287,9 +287,9 @@ class TransformerLayer(ProjectionModule):
             raise ValueError(
                 f"cu_seqlens_q and max_seqlen_q go with attn_input_format='thd'; the layer's is {layout!r}"
             )
-        if of_keys[0] is not None and of_keys[0] is not cu_seqlens:
+        if of_keys[0] is not None and (cu_seqlens is None or _differ(of_keys[0], cu_seqlens)):
             raise ValueError(
-                "self-attention has one set of borders; pass the tensor cu_seqlens_q as cu_seqlens_kv, or none"
+                "cu_seqlens_kv differs from cu_seqlens_q; self-attention has one set of borders, so leave cu_seqlens_kv out"
             )
         if of_keys[1] is not None and of_keys[1] != max_length:
             raise ValueError(f"max_seqlen_kv={of_keys[1]} but max_seqlen_q={max_length}; self-attention has one")
@@ -308,3 +308,13 @@ class TransformerLayer(ProjectionModule):
                 f"encoder_output is {tuple(encoder_output.shape)}, hidden_states {tuple(x.shape)}; they must have equally many "
                 f"dims and samples"
             )
+
+
+def _readable(borders: Tensor) -> bool:
+    """Whether the host knows the numbers; for those on a GPU it would have to wait."""
+    return borders.is_cpu and not torch.compiler.is_compiling()
+
+
+def _differ(borders: Tensor, others: Tensor) -> bool:
+    """Whether two sets of borders are seen to differ."""
+    return borders.shape != others.shape or (_readable(borders) and not torch.equal(borders, others))

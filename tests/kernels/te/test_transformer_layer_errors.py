@@ -10,8 +10,9 @@ def build(**options):
     return te.TransformerLayer(**{"hidden_size": 8, "ffn_hidden_size": 16, "num_attention_heads": 2} | options)
 
 
-def packed(borders):
-    return build(attn_input_format="thd")(X[:, 0], cu_seqlens_q=torch.tensor(borders, dtype=torch.int32))
+def packed(borders, **of_keys):
+    of_keys = {name: torch.tensor(value, dtype=torch.int32) for name, value in of_keys.items()}
+    return build(attn_input_format="thd")(X[:, 0], cu_seqlens_q=torch.tensor(borders, dtype=torch.int32), **of_keys)
 
 
 X = torch.randn(5, 2, 8)
@@ -58,6 +59,9 @@ X = torch.randn(5, 2, 8)
         ),
         (lambda: build(attn_input_format="thd")(X[0]), "cu_seqlens_q"),
         (lambda: packed([0, 3, 4]), "cu_seqlens_q ends with 4, hidden_states has 5 rows"),
+        (lambda: packed([0, 3, 5], cu_seqlens_kv=[0, 2, 5]), "cu_seqlens_kv differs from cu_seqlens_q"),
+        (lambda: packed([0, 3, 5], cu_seqlens_kv=[0, 5]), "cu_seqlens_kv differs from cu_seqlens_q"),
+        (lambda: build()(X, cu_seqlens_kv=torch.tensor([0, 5], dtype=torch.int32)), "cu_seqlens_kv"),
         (lambda: packed([0, 3, 6]), "cu_seqlens_q ends with 6, hidden_states has 5 rows"),
         (lambda: build()(X, cu_seqlens_q=torch.tensor([0, 5], dtype=torch.int32)), "attn_input_format='thd'"),
         (lambda: build()(X, rotary_pos_emb=torch.zeros(4, 1, 1, 4)), "rotary_pos_emb"),

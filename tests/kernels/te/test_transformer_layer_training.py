@@ -148,6 +148,21 @@ def test_sanity_no_tokens_frozen_weights_casts_and_autocast():
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_packed_layer_in_a_checkpoint_takes_borders_of_keys_too(reentrant):
+    """The reentrant kind hands its recomputation tensors that are others, with the same numbers."""
+    layer = te.TransformerLayer(HIDDEN, FFN, HEADS, attn_input_format="thd")
+    borders = torch.tensor([0, 3, 7], dtype=torch.int32)
+    packing = {"cu_seqlens_q": borders, "cu_seqlens_kv": borders.clone(), "max_seqlen_q": 4, "max_seqlen_kv": 4}
+    gradients = []
+    for run in (lambda x: layer(x, **packing), lambda x: te.checkpoint(layer, x, use_reentrant=reentrant, **packing)):
+        torch.manual_seed(5)
+        x = torch.randn(7, HIDDEN, requires_grad=True)
+        run(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("options", [{}, {"layer_type": "decoder", "fuse_qkv_params": True, "output_layernorm": True}])
 def test_a_layer_on_meta_gets_the_values_of_one_built_elsewhere(options):
     """All modules inside of it, drawn in the same order."""
