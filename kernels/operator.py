@@ -1,10 +1,11 @@
 """Functions of tensors as operators of `torch.library`, so that torch.compile takes each as one node of its graph."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -16,14 +17,23 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]]
 
     schema: `name(Tensor x, float p) -> Tensor`, in torch's operator language; no result may share memory with an argument.
     fake: takes the same arguments and gives empty results of the right shape, dtype and device.
-    Eager calls run the function itself: the dispatcher would add 10 us to each.
+    Eager calls run the function itself: the dispatcher would add 10 us to each. On a GPU that is the device of the first tensor
+    meanwhile.
     """
     name = schema.partition("(")[0]
 
     def register(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            device = _other_device(args)
+            if device is None:
+                return function(*args, **kwargs)
+            with torch.cuda.device(device):
+                return function(*args, **kwargs)
+
         if not hasattr(torch.ops.xformer_train, name):  # a program may import this package under a second name
             _LIBRARY.define(schema)
-            _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+            _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
             torch.library.register_fake(f"xformer_train::{name}", fake, lib=_LIBRARY)
         traced = getattr(torch.ops.xformer_train, name)
 
@@ -32,8 +42,16 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]]
             if torch.compiler.is_compiling():
                 recorded: R = traced(*args, **kwargs)
                 return recorded
-            return function(*args, **kwargs)
+            return run(*args, **kwargs)
 
         return call
 
     return register
+
+
+def _other_device(args: Iterable[object]) -> torch.device | None:
+    """The GPU of the first tensor, if it is not the current one, on which Triton launches kernels."""
+    tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
+    if tensor is None or not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return None
+    return tensor.device

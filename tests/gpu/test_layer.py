@@ -223,3 +223,14 @@ def test_the_loss_over_the_vocabulary_is_as_exact_as_torch(dtype):
     for mine, theirs, right in zip(ours, torchs, exact, strict=True):
         allowed = 2 * (theirs.double() - right).norm() + torch.finfo(dtype).eps * right.norm()
         assert (mine.double() - right).norm() <= allowed
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_layer_runs_on_a_device_that_is_not_the_current_one():
+    layer, (mask, x, dy) = layer_of(CONFIG, BRAIN), batch_of("causal", 2, 100, CONFIG.hidden_size, BRAIN)
+    config = dataclasses.replace(CONFIG, **WITHOUT_DROPOUT)
+    here = step(with_config(layer, **WITHOUT_DROPOUT), mask, x, dy)
+    there = TransformerLayer(config).to("cuda:1", BRAIN)
+    there.load_state_dict(layer.state_dict())
+    results = step(there, mask, x.detach().to("cuda:1").requires_grad_(), dy.to("cuda:1"))
+    assert_equal(here, [result.to("cuda:0") for result in results])

@@ -1,7 +1,10 @@
 """Every op as an operator of torch.library: what traces rely on, on the CPU path and on the GPU path without a GPU."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xformer_train.kernels import (
     AttentionMask,
@@ -105,6 +108,24 @@ def test_no_step_of_the_gpu_path_makes_the_host_wait(flags, pre_layer_norm, pack
     loss.backward()
     assert x.grad.shape == x.shape
     assert all(parameter.grad.dtype == torch.bfloat16 for parameter in layer.parameters())
+
+
+@pytest.mark.parametrize(("index", "expected"), [(0, []), (1, [1])])
+def test_an_op_runs_on_the_device_of_its_tensors(index, expected, monkeypatch):
+    """Triton launches on the current device, whatever the tensors' is."""
+    entered = []
+
+    @contextmanager
+    def device(other):
+        entered.append(other.index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    with FakeTensorMode():
+        z, vector = torch.empty(T, H, device=f"cuda:{index}"), torch.empty(H, device=f"cuda:{index}")
+        residual_norm.norm(z, vector, vector, eps=1e-5, kernels="reference")
+    assert entered == expected
 
 
 def test_a_trace_asks_to_be_told_which_norms_may_be_inverted():
