@@ -16,18 +16,33 @@ _MANIFEST = "manifest.json"
 
 
 def cache_folder(given: str | None) -> Path:
-    """data.cache_dir, or the user's cache folder for this program."""
-    if given is not None:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xformer-train"
+    """data.cache_dir, or the user's cache folder for this program. Raises ValueError if the user has no home folder."""
+    try:
+        if given is not None:
+            return Path(given).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xformer-train"
+    except RuntimeError as error:  # in a container, for one
+        raise ValueError(
+            f"data.cache_dir={given}: {str(error).rstrip('.')}; name a folder that can be written"
+        ) from None
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that a reader finds all of it or the one before; creates its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    """Write a small file of the cache so that a reader finds all of it or the one before; creates its folder.
+
+    Raises ValueError if the cache cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        raise _unusable(path.parents[1], error) from error
+
+
+def _unusable(cache: Path, error: OSError) -> ValueError:
+    return ValueError(f"data.cache_dir={cache}: {error}; name a folder that can be written")
 
 
 def open_or_build(
@@ -39,16 +54,18 @@ def open_or_build(
     folder, renamed when all is written, so a process killed half-way leaves nothing that could be taken for prepared data.
     Processes of one machine that want the same folder wait for the first; machines that share the cache may both build, and
     the first to finish wins.
-    Raises ValueError if the folder is damaged, there is no space for it, or its file system has no locks.
+    Raises ValueError if the folder is damaged, the cache cannot be written or has no space, or its file system has no locks.
     """
     if not folder.exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder.with_name(f"{folder.name}.lock"))
         try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
             report("waiting for another process that prepares the same data")
             lock.acquire()
+        except OSError as error:
+            raise _unusable(folder.parents[1], error) from error
         except NotImplementedError as error:
             raise ValueError(
                 f"data.cache_dir={folder.parents[1]}: its file system has no file locks; name a folder on another"

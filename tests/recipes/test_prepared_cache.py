@@ -52,6 +52,35 @@ def test_the_first_of_two_machines_to_finish_wins(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["key"]
 
 
+def test_a_cache_that_cannot_be_written_is_named(tmp_path):
+    cache = tmp_path / "file"
+    cache.touch()
+    message = rf"^data\.cache_dir={cache}: .*Not a directory.*; name a folder that can be written$"
+    with pytest.raises(ValueError, match=message):
+        open_or_build(cache / "tokens" / "key", build_one, pytest.fail)
+    with pytest.raises(ValueError, match=message):
+        write_atomically(cache / "file_hashes" / "key", "text")
+
+
+def test_a_lock_that_the_file_system_does_not_have_names_the_cache(tmp_path, monkeypatch):
+    def no_locks(*_, **__):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    with pytest.raises(ValueError, match=rf"^data\.cache_dir={tmp_path}: .*No locks available; name a folder"):
+        open_or_build(tmp_path / "tokens" / "key", build_one, pytest.fail)
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    with pytest.raises(ValueError, match=r"^data\.cache_dir=None: .*home directory.*; name a folder"):
+        cache_folder(None)
+
+
 def test_an_empty_array_can_be_read(tmp_path):
     (tmp_path / "none").touch()
     assert read_array(tmp_path / "none", "<i8").tolist() == []
