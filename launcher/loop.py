@@ -224,6 +224,6 @@ def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
 
 def _resume_command(topology: Topology) -> str:
     if topology.world_size > 1:
-        return "the same command with --resume auto"
+        return "the same command with --resume auto (with launch, behind --)"
     arguments = [*sys.argv[1:]] if "--resume" in sys.argv else [*sys.argv[1:], "--resume", "auto"]
     return shlex.join(["xformer-train", *arguments])
