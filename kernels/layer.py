@@ -204,8 +204,8 @@ class TransformerLayer(nn.Module):
         answer of `invertible_norms`; None: the layer asks. Both are for stacks, which do either for all their layers at once.
         token_shape: (B, S) or (T,), of all processes; needed with parallel.sequence, and else that of hidden_states.
         recompute_attention: keep no attention probabilities, but compute scores and softmax again in backward.
-        Raises ValueError if the last dim is not hidden_size, and under torch.compile for normalize_invertible without
-        `invertible`.
+        Raises ValueError if the last dim is not hidden_size, under torch.autocast to another dtype, and under torch.compile
+        for normalize_invertible without `invertible`.
         """
         config = self.config
         mask = AttentionMask() if mask is None else mask
@@ -213,6 +213,13 @@ class TransformerLayer(nn.Module):
         if hidden_states.shape[-1] != config.hidden_size:
             raise ValueError(
                 f"hidden_states has last dim {hidden_states.shape[-1]}, the layer has hidden_size={config.hidden_size}"
+            )
+        device = hidden_states.device.type
+        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != hidden_states.dtype:
+            raise ValueError(
+                f"torch.autocast would cast some products of the layer from {hidden_states.dtype} to "
+                f"{torch.get_autocast_dtype(device)} and none of its other kernels; convert layer and input by .to(dtype), or "
+                f"use te.TransformerLayer, which follows torch.autocast"
             )
         if not self.drops:
             seed = None

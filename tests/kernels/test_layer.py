@@ -232,6 +232,16 @@ def test_a_wrong_width_is_refused():
         layer_of(CONFIG)(torch.randn(1, 2, 25))
 
 
+def test_autocast_to_another_dtype_is_refused():
+    layer, x = layer_of(CONFIG), torch.randn(1, 2, 24)
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(
+            ValueError, match=r"torch.autocast .* from torch.float32 to torch.bfloat16 .*te.TransformerLayer"
+        ):
+            layer(x)
+        assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
 def test_projections_to_the_residual_stream_start_smaller_with_depth():
     config = dataclasses.replace(CONFIG, hidden_size=240, num_hidden_layers=8, initializer_range=0.02)
     layer = layer_of(config)
