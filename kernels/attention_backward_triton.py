@@ -26,9 +26,10 @@ from .attention_triton import (
     sequence_grid,
     shared_arguments,
 )
+from .dropout_triton import SEED
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SEED)
 def attention_backward_queries(
     dout_ptr,  # (B, S, N * D) or (T, N * D)
     dout_stride_batch,
@@ -108,7 +109,7 @@ def attention_backward_queries(
     _store(dqkv_ptr + first * (3 * hidden) + head * D, 3 * hidden, query_start, num_queries, dq, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SEED)
 def attention_backward_keys(
     dout_ptr,
     dout_stride_batch,

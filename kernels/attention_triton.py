@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import drop_threshold, keep_scale
+from .dropout_triton import SEED
 
 LN_2 = tl.constexpr(math.log(2))
 
@@ -182,7 +183,7 @@ def _key_range(
     return full, end
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=SEED)
 def attention_forward(
     qkv_ptr,  # (B, S, 3, N, D), or (T, 3, N, D) packed
     out_ptr,  # (B, S, N * D) or (T, N * D)

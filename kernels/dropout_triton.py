@@ -7,6 +7,10 @@ Source: Salmon et al., Parallel Random Numbers: As Easy as 1, 2, 3 (SC 2011); 7 
 import triton
 import triton.language as tl
 
+# Kernels take seeds by this name, at any alignment: those of a stack's layers lie eight bytes apart, and Triton would compile a
+# second variant of every kernel for each other layer.
+SEED = ["seed_ptr"]
+
 
 @triton.jit
 def keep_rows(seed, site, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr, threshold):

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .dropout import drop_threshold, keep_scale
-from .dropout_triton import keep_rows
+from .dropout_triton import SEED, keep_rows
 from .fp8_triton import magnitude_bits, raise_amax
 from .residual_norm_options import Gradients, Options, Saved
 
@@ -20,6 +20,7 @@ _TILE_ELEMENTS = 2048  # 8 warps of 8 elements a thread: one 128-bit load of a 1
 _FORWARD_TILES = 4  # tiles per program: the parameters' loads are shared by them
 _BACKWARD_PROGRAMS = 264  # two per SM of an H100 or H200
 _SUM_COLUMNS = 32
+_NUMBERS = ["num_rows", "tiles", "site", "threshold"]
 
 
 @triton.jit
@@ -34,7 +35,7 @@ def _dropped_sum(
     return residual + x
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles", "site", "threshold"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=SEED)
 def _norm_forward_kernel(
     x_ptr,  # (T, H); unused without HAS_X
     bias_ptr,  # (H,); unused without HAS_BIAS
@@ -95,7 +96,7 @@ def _norm_forward_kernel(
         raise_amax(amax_ptr, tl.max(largest))
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles", "site", "threshold"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=SEED)
 def _norm_backward_kernel(
     dz_ptr,  # (T, H); unused without HAS_DZ
     dy_ptr,  # (T, H)
@@ -165,7 +166,7 @@ def _norm_backward_kernel(
         tl.store(partial_ptr + 2 * H, tl.sum(dbias, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles", "site", "threshold"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=SEED)
 def _add_forward_kernel(
     x_ptr,  # (T, H)
     bias_ptr,  # (H,); unused without HAS_BIAS
@@ -201,7 +202,7 @@ def _add_forward_kernel(
         tl.store(z_ptr + offsets, z.to(z_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=["num_rows", "tiles", "site", "threshold"])
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=SEED)
 def _add_backward_kernel(
     dz_ptr,  # (T, H)
     seed_ptr,  # () int64; unused without DROPS

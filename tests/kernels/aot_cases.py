@@ -46,6 +46,7 @@ def cases() -> Iterator[Case]:
     yield from _mlp_cases()
     yield from _cross_entropy_cases()
     yield from _attention_cases()
+    yield from _stack_cases()
 
 
 def _sizes() -> Iterator[tuple[str, int, torch.dtype]]:
@@ -169,3 +170,34 @@ def _attention_case(S: int, D: int, mask: str, p: float, dtype: torch.dtype, sto
     # wgmma takes at least 64 rows, for which fp32 products have too few registers
     dots = frozenset() if dtype == torch.float32 else _ATTENTION_DOTS
     return Case(f"attention S{S} D{D} {mask} p={p} {dtype} stochastic={stochastic}", launch, dot_kernels=dots)
+
+
+def _stack_cases() -> Iterator[Case]:
+    """Two layers of a stack, whose seeds lie eight bytes apart; sizes and masks that no other case has."""
+    x, vector, row = (
+        torch.empty(_ROWS, 512, dtype=torch.bfloat16),
+        torch.empty(512, dtype=torch.bfloat16),
+        torch.empty(_ROWS),
+    )
+    options, seeds = Options(1e-12, 0.1, 2, False, "auto"), torch.zeros(2, dtype=torch.int64).unbind()
+    module = residual_norm_triton
+
+    def norms() -> None:
+        for seed in seeds:
+            module.residual_norm_forward(x, vector, x, vector, vector, seed, options)
+            module.residual_norm_backward(x, x, Saved(x, row, row, vector, vector, vector, seed), options)
+
+    def adds() -> None:
+        for seed in seeds:
+            module.residual_add_forward(x, vector, x, seed, options)
+            module.residual_add_backward(x, vector, seed, options)
+
+    def attention() -> None:
+        qkv = torch.empty(2, 512, 3, 2, 64, dtype=torch.bfloat16)
+        for seed in seeds:
+            out, lse = attention_triton.forward(qkv, p=0.1, seed=seed)
+            attention_backward_triton.backward(out, qkv, out, lse, p=0.1, seed=seed)
+
+    yield Case("norms of two layers", norms)
+    yield Case("additions of two layers", adds)
+    yield Case("attention of two layers", attention, dot_kernels=_ATTENTION_DOTS)

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,8 @@ def test_every_kernel_compiles_without_spills_and_with_the_fast_instructions(cap
     assert rows
     faults = [f"{row['case']} {row['kernel']} {fault}" for row in rows for fault in _faults(row, capability)]
     assert not faults, "\n".join(faults)
+    variants = Counter((row["case"], row["kernel"]) for row in rows)
+    assert [name for name, count in variants.items() if count > 1] == [], "compiled more than once"
 
 
 if __name__ == "__main__":

@@ -58,7 +58,9 @@ def replayed_scale():
     scale = torch.nn.Parameter(torch.tensor(3.0))
     x, y, dy, dx = torch.zeros(4, 2).unbind()
     dscale = torch.zeros(())
-    graph = SimpleNamespace(parameters=[scale], inputs=[x], output=y, doutput=dy, gradients=[dx, dscale], last_pass=None)
+    graph = SimpleNamespace(
+        parameters=[scale], inputs=[x], output=y, doutput=dy, gradients=[dx, dscale], last_pass=None
+    )
     graph.forward = SimpleNamespace(replay=lambda: y.copy_(scale.detach() * x))
     graph.backward = SimpleNamespace(replay=lambda: [dx.copy_(scale.detach() * dy), dscale.copy_(dy @ x)])
     return lambda given: layer_stack._Replay.apply(graph, given, scale), scale
