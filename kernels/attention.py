@@ -30,8 +30,8 @@ Recompute = Literal["nothing", "dropout", "core"]
 class AttentionMask:
     """Which keys each query may see; make one for all layers of a forward pass. Conditions hold together.
 
-    causal: none behind the query. key_mask: (B, S) bool, only keys that are True (tokens, not padding).
-    segment_ids: (B, S) int, only keys of the query's own segment.
+    causal: none behind the query. key_mask: (B or 1, S) bool, only keys that are True (tokens, not padding).
+    segment_ids: (B or 1, S) int, only keys of the query's own segment.
     bias: (B or 1, 1 or N, S or 1, S), added to the scaled scores, in their dtype, finite, without a gradient; takes the place
         of the others. Under one huge value for all keys PyTorch rounds the scores away and attends evenly, while the Triton
         kernels attend by the scores, as without a bias.
@@ -60,6 +60,10 @@ class AttentionMask:
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name} is for padded batches, cu_seqlens for packed ones; give one of the two")
             _check_borders(self.cu_seqlens, self.max_length)
+        if self.key_mask is not None and self.key_mask.dtype != torch.bool:
+            raise ValueError(
+                f"key_mask is {self.key_mask.dtype}; it must be bool, True at tokens: give key_mask.bool() if it is 1 there"
+            )
         if self.bias is not None and self.bias.requires_grad:
             raise ValueError("bias requires a gradient, but attention computes none for it; give bias.detach()")
 
@@ -90,14 +94,13 @@ class AttentionMask:
         """Whether there is a bias that is the same for all heads and queries."""
         return self.bias is not None and self.bias.shape[1:3] == (1, 1)
 
-    def key_bias(self, batch: int) -> Tensor | None:
-        """A bias per key as the Triton kernels take it, (B, S) fp32: less its largest value in each sequence.
+    def key_bias(self) -> Tensor | None:
+        """A bias per key as the Triton kernels take it, (B or 1, S) fp32: less its largest value in each sequence.
 
         Softmax does not notice the difference, but a sequence whose values are all huge keeps its scores by it.
         """
         if self.bias_per_key and self.bias is not None and "key_bias" not in self._made:
-            bias = self.bias.float() - self.bias.amax(-1, keepdim=True)
-            self._made["key_bias"] = bias.flatten(1).expand(batch, -1)
+            self._made["key_bias"] = (self.bias.float() - self.bias.amax(-1, keepdim=True)).flatten(1)
         return self._made.get("key_bias")
 
     def _make_additive(self, size: int, like: Tensor) -> Tensor | None:
@@ -147,16 +150,19 @@ def attention(
     recompute: what backward computes again in place of keeping it: with `dropout` the probabilities after dropout, with `core`
         those before it too, from scores on. The Triton path and the one without dropout keep nothing of size S * S anyway.
     stochastic: let the Triton backward add dQ atomically where that is faster; its last bits then vary from run to run.
-    Raises ValueError for a packed qkv without a mask that has cu_seqlens, and the other way round.
+    Raises ValueError for a packed qkv without a mask that has cu_seqlens, and the other way round; and for a mask of another
+    size.
     """
     if qkv.ndim != (5 if mask.cu_seqlens is None else 4):
         raise ValueError(
             f"qkv is {tuple(qkv.shape)}; it must be (T, 3, N, D) with a mask that has cu_seqlens, else (B, S, 3, N, D)"
         )
+    if mask.cu_seqlens is None:
+        _check_sizes(qkv, mask)
     seed = seed if p > 0 else None
     if uses_triton(qkv, kernels) and qkv.shape[-1] <= LARGEST_TRITON_HEAD and (mask.bias is None or mask.bias_per_key):
         return _TritonAttention.apply(  # type: ignore[no-any-return, no-untyped-call]
-            qkv, mask, mask.key_bias(qkv.shape[0]), seed, (p, site), stochastic
+            qkv, mask, mask.key_bias(), seed, (p, site), stochastic
         )
     rows = mask.rows_when_padded(qkv.shape[0])
     bias = mask.additive(qkv.shape[1] if mask.max_length is None else mask.max_length, qkv)
@@ -166,6 +172,21 @@ def attention(
         )
     q, k, v = (part.transpose(1, 2) for part in _padded(qkv, rows, bias).unbind(2))
     return _unpadded(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2), rows)
+
+
+def _check_sizes(qkv: Tensor, mask: AttentionMask) -> None:
+    """Raises ValueError for a mask that does not fit qkv (B, S, 3, N, D): the Triton kernels would read past its end."""
+    batch, size, _, heads, _ = qkv.shape
+    by_token = "(B or 1, S)", ((1, batch), (size,))
+    by_score = "(B or 1, N or 1, S or 1, S)", ((1, batch), (1, heads), (1, size), (size,))
+    for name, (shape, legal) in (("key_mask", by_token), ("segment_ids", by_token), ("bias", by_score)):
+        given: Tensor | None = getattr(mask, name)
+        if given is None:
+            continue
+        if given.ndim != len(legal) or any(have not in sizes for have, sizes in zip(given.shape, legal, strict=True)):
+            raise ValueError(
+                f"{name} is {tuple(given.shape)}; for qkv of B={batch}, S={size}, N={heads} it must be {shape}"
+            )
 
 
 def _padded(x: Tensor, rows: Tensor | None, scores: Tensor | None) -> Tensor:

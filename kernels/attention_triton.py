@@ -283,10 +283,11 @@ def shared_arguments(
     assert stride_column == 1, "a head's columns lie side by side in the output of the QKV projection"
     assert size <= 128, "no tile for such heads"
     drops = seed is not None and p > 0
-    # the kernels index these without strides, and one row of a mask may have been expanded to the whole batch
-    masks = (lengths, cu_seqlens, key_mask, segment_ids, key_bias)
+    # the kernels index these without strides, and one row of a mask may stand for the whole batch
+    by_sequence, by_token = (lengths, cu_seqlens), (key_mask, segment_ids, key_bias)
     return (
-        *(None if mask is None else mask.contiguous() for mask in masks),
+        *(None if mask is None else mask.contiguous() for mask in by_sequence),
+        *(None if mask is None else mask.expand(qkv.shape[:-3]).contiguous() for mask in by_token),
         seed if drops else None,
         0 if packed else qkv.shape[1],
         math.prod(qkv.shape[:-3]),
@@ -341,10 +342,10 @@ def forward(
 
     qkv: (B, S, 3, N, D) padded, or (T, 3, N, D) packed; fp16, bf16 or fp32, D at most 128, any strides with the columns of a
         head side by side. Which keys a query sees: the first lengths[b] of its sequence, lengths (B,) int32, default all;
-        those with key_mask (B, S) bool True, default all; those of its own segment, segment_ids (B, S) int, default one;
-        none behind it when causal. What several of these allow must hold together. Queries at padding attend too.
-    key_bias: (B, S) fp32, for padded batches, added to the scaled scores. Its largest value in each sequence should be 0: lse
-        would lose the precision that a huge one takes. -inf hides a key.
+        those with key_mask (B or 1, S) bool True, default all; those of its own segment, segment_ids (B or 1, S) int, default
+        one; none behind it when causal. What several of these allow must hold together. Queries at padding attend too.
+    key_bias: (B or 1, S) fp32, for padded batches, added to the scaled scores. Its largest value in each sequence should be
+        0: lse would lose the precision that a huge one takes. -inf hides a key.
     cu_seqlens: (B + 1,) int32, borders of the packed sequences, starting at 0 and ending at T, empty sequences allowed;
         max_length: no fewer than the tokens of the longest one. lengths is for padded batches only; key_mask and segment_ids
         are (T,) when packed.

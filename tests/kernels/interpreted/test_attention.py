@@ -256,6 +256,17 @@ def test_the_op_adds_a_bias_of_any_shape_in_place_of_other_masks(shape, shift):
 
 
 @pytest.mark.usefixtures("kernels_auto_means_triton")
+@pytest.mark.parametrize("field", ["key_mask", "segment_ids"])
+def test_one_row_of_a_mask_holds_for_every_sequence(field):
+    qkv, dout = torch.randn(3, 40, 3, 1, 16).half(), torch.randn(3, 40, 16).half()
+    row = (torch.arange(40) % 3 > 0)[None] if field == "key_mask" else (torch.arange(40) // 7)[None]
+    one = attended(qkv, dout, AttentionMask(**{field: row}))
+    every = attended(qkv, dout, AttentionMask(**{field: row.expand(3, 40).contiguous()}))
+    assert torch.equal(one[0], every[0])
+    assert torch.equal(one[1], every[1])
+
+
+@pytest.mark.usefixtures("kernels_auto_means_triton")
 @pytest.mark.filterwarnings("ignore:overflow")  # to -inf, which hides a key as well
 @pytest.mark.parametrize(
     ("size", "dtype", "hidden"),
