@@ -198,16 +198,6 @@ def check_id(folder: Path, checkpoint_id: str) -> None:
         )
 
 
-def refuse_later(folder: Path, step: int) -> None:
-    """Raises ValueError if `folder` holds checkpoints beyond `step`, which a run that goes on from `step` would meet again."""
-    later = [entry.id for entry in entries(folder) if entry.state is not None and entry.state["step"] > step]
-    if later:
-        raise ValueError(
-            f"{folder} holds checkpoints after step {step}, where this run begins: {', '.join(later)}; move them away, or give "
-            "the run another name"
-        )
-
-
 def surplus(
     folder: Path, keep_last: int, keep_every_steps: int | None = None, *, verified_id: str | None = None
 ) -> list[str]:

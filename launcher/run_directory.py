@@ -9,6 +9,7 @@ import logging
 import os
 import platform
 import sys
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 
 from .config import RunConfig
 from .config_loading import dump_config
+from .run_lock import only_run
 
 _RECORDED_PACKAGES = [
     "xformer-train",
@@ -81,10 +83,11 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
     return directory
 
 
-def open_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
+def open_run_directory(config: RunConfig, held: ExitStack, *, resume: bool) -> RunDirectory:
     """As `check_run_directory`, and the directory is made if it is not there, with the resolved config in it.
 
-    Called by one process for all. Raises OSError if it cannot be written.
+    Called by one process for all. held: until it is closed, no other run can open the directory. Raises ValueError also if
+    another run has it open, and OSError if it cannot be written.
     """
     directory = check_run_directory(config, resume=resume)
     root = directory.root
@@ -95,6 +98,7 @@ def open_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot make {root}: {error.strerror}; choose another --output_dir") from error
+    held.enter_context(only_run(root))
     text = dump_config(config)
     changed = () if previous is None else tuple(_differences(previous, yaml.safe_load(text)))
     _write(directory.config, text)

@@ -283,7 +283,8 @@ def starting_progress(config: RunConfig, state: dict[str, Any], fingerprint: str
     """
     if config.load.what == "weights" and not continued:
         return Progress()
-    saved = Progress(**{name: state[name] for name in Progress.__dataclass_fields__})
+    # Checkpoints that were written before a field was there lack it.
+    saved = Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
     same_data = state["data_fingerprint"] == fingerprint
     if continued:
         if not same_data:
@@ -310,7 +311,8 @@ def loaded_text(
     random = "random state" if random_state else "new random state, for another number of processes"
     data = f"data at sample {progress.position:,}" if progress.position else "new data"
     clock = "schedule restarted" if progress.phase_start == progress.step else "schedule continued"
-    then, now = state["train_batch_size"], batch.train_batch_size
+    now = batch.train_batch_size
+    then = state.get("train_batch_size", now)
     sizes = "" if now == then else f", {now} sequences per step instead of {then}"
     return f"{source} (weights, optimizer, {random}; {data}, {clock}{sizes})"
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,8 +61,8 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
     hang_timeout_s = loaded.config.reliability.hang_timeout_s
     topology = start_processes(collective_timeout_s(hang_timeout_s), loaded.config.parallel.tensor)
     try:
-        with StopRequest(topology) as stop, Watchdog(topology, hang_timeout_s, stop) as watchdog:
-            return _train(loaded, stop, watchdog, topology, started_s, resume=resume)
+        with StopRequest(topology) as stop, Watchdog(topology, hang_timeout_s, stop) as watchdog, ExitStack() as held:
+            return _train(loaded, stop, watchdog, topology, held, started_s, resume=resume)
     except Exception:
         _LOG.exception("the run failed")
         raise
@@ -70,7 +71,14 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
 
 
 def _train(
-    loaded: LoadedConfig, stop: StopRequest, watchdog: Watchdog, topology: Topology, started_s: float, *, resume: bool
+    loaded: LoadedConfig,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    topology: Topology,
+    held: ExitStack,
+    started_s: float,
+    *,
+    resume: bool,
 ) -> int:
     """As `run`, with the processes up."""
 
@@ -78,7 +86,7 @@ def _train(
         _say(topology, text)
 
     try:
-        setup, progress = _prepare(loaded, topology, stop, watchdog, resume=resume)
+        setup, progress = _prepare(loaded, topology, stop, watchdog, held, resume=resume)
     except StopAsked:
         stop.agreed_now()
         say("stopped before the first step; nothing was trained")
@@ -101,7 +109,7 @@ def _say(topology: Topology, text: str) -> None:
 
 
 def _prepare(
-    loaded: LoadedConfig, topology: Topology, stop: StopRequest, watchdog: Watchdog, *, resume: bool
+    loaded: LoadedConfig, topology: Topology, stop: StopRequest, watchdog: Watchdog, held: ExitStack, *, resume: bool
 ) -> tuple[Setup, Progress]:
     """Everything the loop needs, and where it begins; prints the start-up report.
 
@@ -112,7 +120,7 @@ def _prepare(
     number_format, why = precision(config.training.precision, topology.device)
     batch = solve_batch(config.training, topology.num_replicas)
     ds_config = deepspeed_config(config, batch, number_format, loaded.origins)
-    directory = _open_directory(config, topology, resume=resume)
+    directory = _open_directory(config, topology, held, resume=resume)
     watchdog.start(directory.log, forward_is_own=topology.tensor_parallel == 1 and zero_stage(ds_config) < 3)
     devices = topology.gather(device_name(topology.device))
     by_main(topology, lambda: record_environment(directory, ds_config, devices))
@@ -138,7 +146,6 @@ def _prepare(
         progress = by_main(topology, lambda: starting_progress(config, state, data.fingerprint, continued=continued))
         random_state = not weights_only and _restored(engine, source, facts, config, topology, progress.step)
         told = loaded_text(source, state, progress, batch, weights_only=weights_only, random_state=random_state)
-    by_main(topology, lambda: checkpoint_store.refuse_later(directory.checkpoints, progress.step))
     end = last_step(config, progress, data, batch)
     setup = Setup(
         config=config,
@@ -162,8 +169,8 @@ def _prepare(
     return setup, progress
 
 
-def _open_directory(config: RunConfig, topology: Topology, *, resume: bool) -> RunDirectory:
-    directory = by_main(topology, lambda: open_run_directory(config, resume=resume))
+def _open_directory(config: RunConfig, topology: Topology, held: ExitStack, *, resume: bool) -> RunDirectory:
+    directory = by_main(topology, lambda: open_run_directory(config, held, resume=resume))
     log_to_file(directory, topology.rank)
     _LOG.info("process %d of %d, pid %d", topology.rank, topology.world_size, os.getpid())
     return directory

@@ -133,13 +133,6 @@ def test_a_damaged_checkpoint_set_aside_is_none_of_the_checkpoints_any_more(tmp_
         checkpoint_store.check_id(tmp_path, "step1.damaged3")
 
 
-def test_checkpoints_beyond_the_step_a_run_begins_at_are_refused(run_folder):
-    folder = run_folder / "checkpoints"
-    checkpoint_store.refuse_later(folder, 1100)
-    with pytest.raises(ValueError, match=r"after step 900.*step1000, step1100"):
-        checkpoint_store.refuse_later(folder, 900)
-
-
 # Verifying
 
 

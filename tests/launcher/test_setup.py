@@ -1,11 +1,11 @@
-"""Where a run ends."""
+"""Where a run begins and ends."""
 
 from types import SimpleNamespace
 
 import pytest
 
 from xformer_train.launcher.batch import BatchPlan
-from xformer_train.launcher.setup import Progress, last_step
+from xformer_train.launcher.setup import Progress, last_step, starting_progress
 
 DATA = SimpleNamespace(train=SimpleNamespace(num_samples=100))
 
@@ -34,3 +34,9 @@ def test_a_second_phase_counts_from_its_start():
     second = Progress(step=30, samples=300, position=50, phase_start=25, phase_start_samples=250)
     assert end(second, 10, num_epochs=1) == 35
     assert end(second, 10, max_steps=40) == 65
+
+
+def test_a_checkpoint_of_an_earlier_version_lacks_what_it_did_not_know():
+    state = {"step": 5, "samples": 40, "position": 40, "phase_start": 0, "data_fingerprint": "data"}
+    config = SimpleNamespace(load=SimpleNamespace(what="all", rewarmup=False))
+    assert starting_progress(config, state, "data", continued=True) == Progress(step=5, samples=40, position=40)

@@ -1,0 +1,62 @@
+"""One run at a time in a run directory."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from runs import metrics, write_config
+
+from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.run_lock import only_run
+from xformer_train.launcher.train import run
+
+HOLDER = """
+import sys
+from pathlib import Path
+from xformer_train.launcher.run_lock import only_run
+with only_run(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder():
+    """A function that starts a process which is within `only_run` for a folder."""
+    processes = []
+
+    def start(folder):
+        command = [sys.executable, "-c", HOLDER, str(folder)]
+        processes.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+        assert processes[-1].stdout.readline() == "held\n"
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_run_that_another_one_writes_is_refused_untouched_and_named(holder, tmp_path):
+    path = write_config(tmp_path, training__max_steps=2)
+    run(load_config(path, (), world_size=1), resume=False)
+    folder = tmp_path / "runs/run"
+    before = (folder / "config.resolved.yaml").read_text(), metrics(folder)
+    process = holder(folder)
+    message = rf"{folder} is in use by another run, process {process.pid} on {os.uname().nodename}; wait for its end"
+    with pytest.raises(ValueError, match=message):
+        run(load_config(path, ["training.max_steps=3"], world_size=1), resume=True)
+    assert ((folder / "config.resolved.yaml").read_text(), metrics(folder)) == before
+
+
+def test_a_killed_process_and_one_that_left_keep_nobody_out(holder, tmp_path):
+    process = holder(tmp_path)
+    with pytest.raises(ValueError, match="in use"), only_run(tmp_path):
+        pass
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with only_run(tmp_path):
+        pass
+    assert holder(tmp_path).poll() is None
