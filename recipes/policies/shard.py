@@ -68,10 +68,18 @@ def shard(
 
 
 def resolve_policies(model: nn.Module, policy: Policies) -> list[type[Policy]]:
-    """The policies given, or those shipped for the model. Raises ValueError if there are none."""
+    """The policies given, or those shipped for the model. Raises ValueError if there are none, and for what is none."""
     if policy is None:
         return policies_for(model)
-    return [policy] if isinstance(policy, type) else list(policy)
+    policies = list(policy) if isinstance(policy, Sequence) else [policy]
+    for one in policies:
+        if not isinstance(one, type) or not issubclass(one, Policy):
+            raise ValueError(f"policy is {one!r}, not a class derived from xformer_train.recipes.policies.Policy")
+        if not isinstance(one.original_layer_class(), type):
+            raise ValueError(
+                f"{one.__name__} has no original_layer_class that returns the class of its layers; add one"
+            )
+    return policies
 
 
 def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:

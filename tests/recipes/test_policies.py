@@ -15,7 +15,7 @@ from torch import nn
 
 from xformer_train.kernels.sharding import Partition
 from xformer_train.kernels.tensor_parallel import ONE_PROCESS
-from xformer_train.recipes.policies import Layer, Policy, parallelize, policies_for, shard
+from xformer_train.recipes.policies import Layer, Policy, parallelize, policies_for, shard, swap
 from xformer_train.recipes.policies.encoder_decoders import BartDecoderPolicy, BartEncoderPolicy
 from xformer_train.recipes.policies.encoders import BertPolicy
 from xformer_train.recipes.policies.parallelize import Portable
@@ -261,6 +261,15 @@ def test_wrong_use_is_said_in_one_sentence():
         (lambda: parallelize(grouped(), 0), "num_gpus is 0; it must be 1 or more"),
         (lambda: parallelize(meta, 2), "the model is on meta; call model.cpu"),
         (lambda: parallelize(grouped(), 2), "no policy is shipped for Grouped"),
+        (lambda: parallelize(grouped(), 2, policy=GroupedPolicy(None)), "policy is <.*>, not a class derived from"),
+        (
+            lambda: parallelize(grouped(), 2, policy=[nn.Linear]),
+            "policy is <class .*Linear'>, not a class derived from",
+        ),
+        (
+            lambda: swap(grouped(), change(Policy, attn_qkv=[Layer("q.weight")])),
+            "Changed has no original_layer_class that returns the class of its layers",
+        ),
     ]
     for call, message in wrong:
         with pytest.raises(ValueError, match=message) as error:
