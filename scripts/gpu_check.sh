@@ -77,6 +77,7 @@ if wanted tests; then
     run attention-tests 190 "$python" -m pytest $options $workers $folder/test_attention.py &
     run kernel-tests 190 "$python" -m pytest $options $folder --ignore=$folder/test_attention.py &
     run conformance-tests 190 "$python" -m pytest $options $conformance &
+    run other-tests 190 "$python" -m pytest $options tests/kernels --ignore=$folder --ignore=$conformance &
     run layer-tests 190 "$python" -m pytest $options tests/gpu &
 fi
 if wanted layer && command -v nvcc >/dev/null && "$python" -c 'import deepspeed' 2>/dev/null; then
@@ -85,7 +86,7 @@ if wanted layer && command -v nvcc >/dev/null && "$python" -c 'import deepspeed'
 fi
 wait
 if wanted tests; then
-    for name in attention-tests kernel-tests conformance-tests layer-tests; do report $name 40; done
+    for name in attention-tests kernel-tests conformance-tests other-tests layer-tests; do report $name 40; done
 fi
 if wanted layer; then
     # The first shape is te-quickstart, so that layer.jsonl has it even if the time runs out.
