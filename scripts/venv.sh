@@ -2,7 +2,7 @@
 
 # Installs $1 (`.` or `.[test]`) into .venv, making that first if need be; says nothing on a later, unchanged call.
 install_into_venv() {
-    if [ ! -x .venv/bin/python ]; then
+    if [ ! -x .venv/bin/pip ]; then # comes last: where ensurepip is missing, as on a bare Debian, only python is there
         python=$(command -v python3 || command -v python) || {
             echo "no python3 on PATH; install Python 3.11 or newer" >&2
             return 1
