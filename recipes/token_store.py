@@ -25,6 +25,7 @@ Report = Callable[[str], None]
 _BATCH_TEXTS = 1024
 _BATCH_CHARACTERS = 2**22
 _REPORT_EVERY_S = 60.0
+_MANY_UNKNOWN = 0.05  # of the tokens; text that a tokenizer was made for has nearly none
 # A run of marks is tried at its first one (behind an initial at its second) and never again: a page of dots takes no hour.
 _SENTENCE_END = re.compile(
     r"""(?:(?<![.!?…])(?<!\b[A-Z]) | (?<=\b[A-Z][.!?…])) [.!?…]++ ["'”’)\]]*+ (?=\s+["'“‘(\[]*([^\s"'“‘(\[]))
@@ -67,14 +68,22 @@ def tokenise(
 
     def build(partial: Path) -> dict[str, Any]:
         report(f"tokenising {source.name}")
-        with _Writer(partial, "train", dtype) as train, _Writer(partial, "held_out", dtype) as rest:
+        unknown = tokenizer.special_id("unk") if "unk" in tokenizer.specials else None
+        with _Writer(partial, "train", dtype, unknown) as train, _Writer(partial, "held_out", dtype, unknown) as rest:
             for batch in _batches(_with_progress(source, train, rest, report)):
                 chosen = [is_held_out(text, held_out) for text in batch]
                 encoded = _encode(batch, tokenizer, layout)
                 for writer, wanted in ((train, False), (rest, True)):
                     writer.add([ids for ids, is_out in zip(encoded, chosen, strict=True) if is_out == wanted])
         _check_parts(source.name, train.num_documents, rest.num_documents, held_out)
-        report(f"tokenised {source.name}: {train.num_tokens + rest.num_tokens:,} tokens")
+        num_tokens = train.num_tokens + rest.num_tokens
+        report(f"tokenised {source.name}: {num_tokens:,} tokens")
+        share = (train.num_unknown + rest.num_unknown) / num_tokens
+        if share >= _MANY_UNKNOWN:
+            report(
+                f"warning: {share:.0%} of the tokens of {source.name} are unknown to the tokenizer, so nothing is learnt from "
+                f"them; take one that knows this text, or train one by removing tokenizer.path"
+            )
         return {"digests": {"train": train.digest, "held_out": rest.digest}}
 
     digests = open_or_build(folder, build, report)["digests"]
@@ -103,13 +112,14 @@ def _check_parts(name: str, num_train: int, num_held_out: int, held_out: float) 
 
 
 class _Writer:
-    """Appends documents to the three files of one part."""
+    """Appends documents to the three files of one part. unknown: the id of [UNK], if there is one, to count."""
 
-    def __init__(self, folder: Path, part: str, dtype: str) -> None:
+    def __init__(self, folder: Path, part: str, dtype: str, unknown: int | None) -> None:
         self._files = {name: (folder / f"{part}.{name}").open("wb") for name in ("tokens", "documents", "sentences")}
         self._dtype = dtype
         self._hash = hashlib.blake2b(dtype.encode(), digest_size=16)
-        self.num_tokens = self.num_documents = 0
+        self._unknown = -1 if unknown is None else unknown
+        self.num_tokens = self.num_documents = self.num_unknown = 0
 
     def __enter__(self) -> "_Writer":
         return self
@@ -133,11 +143,13 @@ class _Writer:
         ends = self.num_tokens + np.cumsum([len(ids) for ids in sentences])
         starts = np.concatenate([[self.num_tokens], ends[:-1]]).astype("<i8")
         firsts = np.concatenate([[0], np.cumsum([len(document) for document in documents])[:-1]]).astype(np.int64)
-        self._write("tokens", np.concatenate(sentences).astype(self._dtype))
+        tokens = np.concatenate(sentences)
+        self._write("tokens", tokens.astype(self._dtype))
         self._write("sentences", starts)
         self._write("documents", starts[firsts])
         self.num_tokens = int(ends[-1])
         self.num_documents += len(documents)
+        self.num_unknown += int(np.count_nonzero(tokens == self._unknown))
 
     def _write(self, name: str, numbers: np.ndarray) -> None:
         content = numbers.tobytes()

@@ -94,6 +94,18 @@ def test_a_damaged_cache_is_noticed_and_the_file_is_named(tmp_path, prepare, kin
     assert f"remove {folder} to have it prepared again" in str(error.value)
 
 
+def test_text_that_the_tokenizer_does_not_know_is_told(tmp_path, prepare):
+    (tmp_path / "greek.txt").write_text("\n\n".join(["ένα δύο τρία. Amber birch cedar dune, ember fjord."] * 2))
+    told = []
+    prepare(source=SourceConfig(kind="text", path=str(tmp_path / "greek.txt")), report=told.append)
+    (warning,) = [text for text in told if text.startswith("warning: ")]
+    assert "% of the tokens of text" in warning
+    told.clear()
+    prepare(report=told.append)
+    assert told
+    assert not [text for text in told if text.startswith("warning: ")]
+
+
 def test_a_vocabulary_beyond_16_bits_is_stored_whole(tmp_path, prepare, tokenizers, monkeypatch):
     monkeypatch.setitem(tokenizers["gpt"].__dict__, "vocab_size", 70_000)
     assert prepare(CLM).train.parts[0].store.tokens.dtype == np.uint32
