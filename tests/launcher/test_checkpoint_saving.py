@@ -7,6 +7,7 @@ import resource
 import shutil
 import signal
 import threading
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -111,16 +112,15 @@ def test_leftovers_of_an_interrupted_save_are_removed_and_other_folders_are_not(
 
 @contextlib.contextmanager
 def held_up(monkeypatch):
-    """Within, no file of tensors is written; gives the event that lets the writing begin."""
-    gate, write = threading.Event(), checkpoint_saving.write_file
+    """Within, no file of tensors is written; gives the events, by checkpoint id, that let the writing begin."""
+    gates, write = defaultdict(threading.Event), checkpoint_saving.write_file
 
     def wait_and_write(value, path):
-        assert gate.wait(60)
+        assert gates[path.parent.name.removeprefix(".").removesuffix(".tmp")].wait(60)
         return write(value, path)
 
     monkeypatch.setattr(checkpoint_saving, "write_file", wait_and_write)
-    yield gate
-    gate.set()
+    yield gates
 
 
 def saver(engine, folder, topology, **settings):
@@ -136,11 +136,11 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_goes_on(alone, t
     engine = tiny_engine(alone, stage, "fp32")
     train(engine, alone, 0, 2)
     weights = whole_weights(engine)
-    with held_up(monkeypatch) as gate, saver(engine, tmp_path, alone) as saving:
+    with held_up(monkeypatch) as gates, saver(engine, tmp_path, alone) as saving:
         saving.save("a", facts(2), {})
         record = train(engine, alone, 2, 4)
         assert checkpoint_store.list_ids(tmp_path) == []
-        gate.set()
+        gates["a"].set()
     after = tiny_engine(alone, stage, "fp32")
     checkpoint.load(after, tmp_path / "a", MODEL, alone)
     assert all(map(torch.equal, whole_weights(after), weights))
@@ -148,18 +148,19 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_goes_on(alone, t
 
 
 def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(alone, engine, tmp_path, monkeypatch):
-    with held_up(monkeypatch) as gate, saver(engine, tmp_path, alone) as saving:
+    with held_up(monkeypatch) as gates, saver(engine, tmp_path, alone) as saving:
         saving.save("a", facts(1), {})
-        threading.Timer(0.05, gate.set).start()
+        threading.Timer(0.05, gates["a"].set).start()
         saving.save("b", facts(2), {})
         assert checkpoint_store.list_ids(tmp_path) == ["a"]
+        gates["b"].set()
     assert checkpoint_store.list_ids(tmp_path) == ["a", "b"]
 
 
 def test_an_error_of_training_waits_for_the_save_in_progress(alone, engine, tmp_path, monkeypatch):
-    with pytest.raises(KeyError), held_up(monkeypatch) as gate, saver(engine, tmp_path, alone) as saving:
+    with pytest.raises(KeyError), held_up(monkeypatch) as gates, saver(engine, tmp_path, alone) as saving:
         saving.save("a", facts(1), {})
-        threading.Timer(0.05, gate.set).start()
+        threading.Timer(0.05, gates["a"].set).start()
         raise KeyError
     assert checkpoint_store.list_ids(tmp_path) == ["a"]
 

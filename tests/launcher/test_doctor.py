@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributed.spawn import free_port
 from runs import write_config
 from typer.testing import CliRunner
 
@@ -36,7 +37,7 @@ def run_doctor(*arguments):
 def test_a_run_can_start_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_config(tmp_path)
-    result = run_doctor("--config", str(path), "--quick")
+    result = run_doctor("--config", str(path), "--quick", "--master-port", str(free_port()))
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     assert len({line[6:30].index(line[6:30].split()[0]) for line in lines}) == 1, "columns"

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributed.spawn import PATIENCE_S, free_port
 from runs import losses, write_text
 
 from xformer_train.launcher.config_loading import load_config
@@ -81,6 +82,8 @@ def test_the_tutorials_command_runs_after_a_first_phase(tmp_path):
         --load_training_checkpoint ${{CHECKPOINT_BASE_PATH}} \\
         --load_checkpoint_id ${{CHECKPOINT_EPOCH150_NAME}} """
     small = " ".join(f"--set '{one}'" for one in [*scaled_down(tmp_path), "training.max_steps=2"])
+    # DeepSpeed's launcher takes the same port on every machine, which another run on this one may have.
+    script = script.replace("deepspeed --module", f"deepspeed --master_port {free_port()} --module")
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
@@ -95,7 +98,7 @@ def test_the_tutorials_command_runs_after_a_first_phase(tmp_path):
         text=True,
         env=environment,
         cwd=tmp_path,
-        timeout=200,
+        timeout=PATIENCE_S,
     )
     assert done.returncode == 0, done.stderr
     assert "epoch0_step2 (weights, optimizer" in " ".join(done.stdout.split())

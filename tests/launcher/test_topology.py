@@ -2,7 +2,6 @@
 
 import os
 import platform
-import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from distributed.spawn import free_port
 
 from xformer_train.launcher.topology import precision, start_processes, stop_processes
 
@@ -162,16 +162,13 @@ def test_one_process_prints_its_own_lines_only(tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_under_a_quiet_deepspeed_launcher_print_their_own_lines_only(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     command = [
         "-m",
         "deepspeed.launcher.runner",
         "-q",
         "--num_accelerators=2",
         "--no_local_rank",
-        f"--master_port={port}",
+        f"--master_port={free_port()}",
     ]
     # The launcher's own search for a GPU, before our code runs, prints a line unless the shell names the CPU.
     assert run_training(tmp_path, command, DS_ACCELERATOR="cpu") == ["own line of 0 of 2", "own line of 1 of 2"]

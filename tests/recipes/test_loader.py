@@ -76,4 +76,4 @@ def test_building_runs_while_the_consumer_works():
 
     with prefetch(build, 0, 2) as items:
         next(items)
-        assert second.wait(timeout=10)
+        assert second.wait(timeout=60)
