@@ -91,6 +91,10 @@ class LayerStack(nn.ModuleList):
             rows = self._run(layers, invertible, rows, seeds, mask, hidden_states.shape[:-1])
             return gather_from_group(rows, self.parallel.group, 0).view(hidden_states.shape)
 
+    def __getitem__(self, index: Any) -> Any:
+        """A layer; of a slice an nn.ModuleList of those layers, without what the stack does around them."""
+        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
     def _rows(self, hidden_states: Tensor) -> Tensor:
         """Hidden states with one row for each token, (T, H); raises ValueError if the processes cannot share them equally."""
         rows = hidden_states.flatten(0, -2)

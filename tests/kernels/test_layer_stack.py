@@ -53,6 +53,15 @@ def test_a_cuda_graph_is_no_matter_without_a_gpu():
     assert x.grad is not None
 
 
+def test_a_slice_of_a_stack_is_its_layers():
+    """To freeze some, say."""
+    stack = LayerStack(CONFIG, 3)
+    first = stack[:2].requires_grad_(False)
+    assert list(first) == [stack[0], stack[1]]
+    assert stack[-1].qkv.weight.requires_grad
+    assert not stack[1].qkv.weight.requires_grad
+
+
 def replayed_scale():
     """x -> scale * x as a graph of static tensors, which a GPU would replay; and the scale."""
     scale = torch.nn.Parameter(torch.tensor(3.0))
