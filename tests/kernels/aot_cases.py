@@ -125,7 +125,8 @@ def _cross_entropy_cases() -> Iterator[Case]:
             )
 
 
-# Which keys a query sees. Number of heads and of sequences select no variant, nor do 512 and 1024 tokens differ.
+# Which keys a query sees; masks by token are cut to S. Number of heads and of sequences select no variant, nor do 512 and 1024
+# tokens differ.
 _ATTENTION_MASKS = {
     "lengths": {"lengths": torch.ones(2, dtype=torch.int32)},
     "causal": {"causal": True},
@@ -161,7 +162,9 @@ def _attention_case(S: int, D: int, mask: str, p: float, dtype: torch.dtype, sto
     N = 1024 // D
     packed = "cu_seqlens" in _ATTENTION_MASKS[mask]
     qkv = torch.empty(2 * S, 3, N, D, dtype=dtype) if packed else torch.empty(2, S, 3, N, D, dtype=dtype)
-    arguments = {**_ATTENTION_MASKS[mask], "max_length": S, "p": p, "seed": _SEED, "site": 1}
+    by_token = ("key_mask", "segment_ids", "key_bias")
+    masks = {name: given[:, :S] if name in by_token else given for name, given in _ATTENTION_MASKS[mask].items()}
+    arguments = {**masks, "max_length": S, "p": p, "seed": _SEED, "site": 1}
 
     def launch() -> None:
         out, lse = attention_triton.forward(qkv, **arguments)
