@@ -246,9 +246,7 @@ def _open_dataset(source: SourceConfig, name: str) -> Source:
             version, total = dataset._fingerprint, len(dataset)
     # Not found, unreachable, unknown split or subset; files that cannot be read; a dataset that is a program.
     except (OSError, ValueError, datasets.exceptions.DatasetsError, RuntimeError) as error:
-        raise ValueError(
-            f"data source {name}: {_one_line(error)}; correct data.sources, or check the network"
-        ) from error
+        raise _dataset_fault(name, error) from error
     columns = dataset.column_names
     if columns is not None and source.text_field not in columns:
         raise _no_field(f"data source {name}", source.text_field, columns)
@@ -256,7 +254,7 @@ def _open_dataset(source: SourceConfig, name: str) -> Source:
         dataset = dataset.select_columns([source.text_field])
 
     def documents() -> Iterator[str]:
-        for row in dataset:
+        for row in _rows(dataset, name):
             if source.text_field not in row:
                 raise _no_field(f"data source {name}", source.text_field, list(row))
             yield from _checked(row[source.text_field], f"data source {name}", source.text_field)
@@ -264,5 +262,20 @@ def _open_dataset(source: SourceConfig, name: str) -> Source:
     return Source(name, documents, json.dumps([READER_VERSION, name, source.text_field, version]), total)
 
 
-def _one_line(error: Exception) -> str:
+def _rows(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from dataset
+    except Exception as error:  # of whatever reads a stream: network, gzip, Arrow, JSON
+        raise _dataset_fault(name, error) from error
+
+
+def _dataset_fault(name: str, error: Exception) -> ValueError:
+    from datasets.exceptions import DatasetGenerationError
+
+    # That one says no more than that an error occurred.
+    told = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+    return ValueError(f"data source {name}: {_one_line(told)}; correct data.sources, or check the network")
+
+
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()).rstrip(".")

@@ -84,6 +84,18 @@ def test_local_datasets_of_both_kinds_are_read(tmp_path, documents, monkeypatch)
         documents("hf", tmp_path / "folder", split="test")
 
 
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_dataset_that_breaks_off_is_named_with_the_reason(tmp_path, documents, monkeypatch, streaming):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train-0.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "folder" / "train-1.jsonl.gz").write_bytes(gzip.compress(b'{"text": "b"}\n' * 9)[:-9])
+    with pytest.raises(ValueError, match=r"^data source hf folder: Compressed file ended .*; correct data.sources"):
+        documents("hf", "folder", streaming=streaming)
+
+
 def test_a_hub_dataset_that_cannot_be_reached_is_named(documents, monkeypatch):
     datasets = pytest.importorskip("datasets")
 
