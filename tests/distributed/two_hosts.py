@@ -111,7 +111,7 @@ def _write_ssh(folder: Path) -> None:
 
 
 def _wait_for_sshd() -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     for address in ADDRESSES.values():
         while subprocess.call(["ip", "netns", "exec", "h1", "ssh", "-o", "ConnectTimeout=2", address, "true"]):
             if time.monotonic() > deadline:
