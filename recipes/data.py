@@ -104,12 +104,20 @@ def prepare_data(
     )
     digests = [first.digest for first, _ in stores]
     settings = _sample_settings(model_type, data, objective)
-    facts = [model_type, digests, train.draws, settings, tokenizer.fingerprint, seed]
+    facts = [model_type, digests, train.draws, settings, _symbols(tokenizer), seed]
     return PreparedData(train, validation, _fingerprint(facts), sizes)
 
 
 def _fingerprint(facts: list[Any]) -> str:
     return hashlib.blake2b(json.dumps([ORDER_VERSION, *facts]).encode(), digest_size=16).hexdigest()
+
+
+def _symbols(tokenizer: RunTokenizer) -> list[Any]:
+    """What of the tokenizer samples depend on beside the tokens. Not its file: another version of the library writes another
+    one, and a run must be continued with it."""
+    specials = {name: int(tokenizer.special_id(name)) for name in tokenizer.specials}
+    word_start = hashlib.blake2b(tokenizer.word_start.tobytes(), digest_size=16).hexdigest()
+    return [specials, tokenizer.special_ids.tolist(), word_start]
 
 
 def _sample_settings(model_type: ModelType, data: DataConfig, objective: ObjectiveConfig) -> list[Any]:

@@ -1,9 +1,12 @@
 """Prepared data of any objective: which sample comes when, from which source, and what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from prepared_data import CLM, each_objective, equal, rows, store_documents, write_text
+from tokenizers import Tokenizer, decoders
 
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig, SourceConfig
 from xformer_train.recipes.data import draws_per_epoch, prepare_data
@@ -189,3 +192,15 @@ def test_a_tokenizer_of_the_other_model_is_refused(tmp_path, tokenizers):
     data = DataConfig(sources=[write_text(tmp_path / "a.txt")], cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="a gpt needs eos"):
         prepare_data("gpt", tokenizers["bert"], data, CLM, 1, lambda _: None)
+
+
+@pytest.mark.parametrize("objective", [ObjectiveConfig(), CLM], ids=["bert", "gpt"])
+def test_a_tokenizer_file_of_another_form_leaves_the_fingerprint_as_it_is(prepare, tokenizers, objective, monkeypatch):
+    model_type = "bert" if objective.type == "mlm" else "gpt"
+    before = prepare(objective).fingerprint
+    other = Tokenizer.from_str(tokenizers[model_type].tokenizer.to_str())
+    other.decoder = decoders.Fuse()  # no sample depends on it
+    same_symbols = replace(tokenizers[model_type], tokenizer=other)
+    assert same_symbols.fingerprint != tokenizers[model_type].fingerprint
+    monkeypatch.setitem(tokenizers, model_type, same_symbols)
+    assert prepare(objective).fingerprint == before
