@@ -115,7 +115,7 @@ def _fingerprint(facts: list[Any]) -> str:
 def _symbols(tokenizer: RunTokenizer) -> list[Any]:
     """What of the tokenizer samples depend on beside the tokens. Not its file: another version of the library writes another
     one, and a run must be continued with it."""
-    specials = {name: int(tokenizer.special_id(name)) for name in tokenizer.specials}
+    specials = {name: tokenizer.tokenizer.token_to_id(token) for name, token in tokenizer.specials.items()}
     word_start = hashlib.blake2b(tokenizer.word_start.tobytes(), digest_size=16).hexdigest()
     return [specials, tokenizer.special_ids.tolist(), word_start]
 

@@ -5,6 +5,7 @@ out of it a process computes its own heads and columns; everything else is repli
 token.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ def shard(
     dropout of whole activations is then equal on all, that of attention probabilities and of intermediate activations differs.
     A parameter that is cut carries the marks of `kernels.sharding.mark_sharded`. Attention weights that a model returns are
     those of this process's heads. The first forward asks whether batches and generators are equal, and raises a ValueError
-    if not. Call it before optimizers or DeepSpeed engines are made.
+    if not. `save_pretrained` must be given the `full_state_dict`. Call it before optimizers or DeepSpeed engines are made.
 
     Raises ValueError without a group, for a model without a policy, for a model that is sharded already, under
     sequence_parallel for a model that does not support it, and one for all rules that do not fit.
@@ -65,6 +66,8 @@ def shard(
     _broadcast(model, tp_group)
     apply_plan(model, plan, TensorParallel(tp_group, sequence_parallel))
     check_first_forward(model, tp_group)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained = functools.partial(_save_whole, model)  # type: ignore[assignment]  # survives copies
 
 
 def resolve_policies(model: nn.Module, policy: Policies) -> list[type[Policy]]:
@@ -131,6 +134,16 @@ def _gather(own: Tensor, partition: Partition, name: str, group: dist.ProcessGro
     shards = [torch.empty_like(own) for _ in range(group.size())]
     dist.all_gather(shards, own, group)
     return join_shards([one.cpu() for one in shards], partition, name)
+
+
+def _save_whole(model: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
+    """`save_pretrained`, which would by itself write one process's shards as if they were the model."""
+    if state_dict is None:
+        raise ValueError(
+            f"this {type(model).__name__} is sharded; on every process, call "
+            "save_pretrained(folder, state_dict=full_state_dict(model, group))"
+        )
+    type(model).save_pretrained(model, *args, state_dict=state_dict, **kwargs)
 
 
 @torch.no_grad()

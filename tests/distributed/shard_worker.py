@@ -1,5 +1,6 @@
 """What each of four processes does for test_shard.py: sharded models beside whole ones, in groups of two and of four."""
 
+import copy
 import shutil
 import tempfile
 import traceback
@@ -8,6 +9,7 @@ from datetime import timedelta
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from distributed.hf_models import MODELS
@@ -118,6 +120,8 @@ def saved(name: str, group: dist.ProcessGroup) -> Results:
             parameter.add_(1)
     folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else ""]
     dist.broadcast_object_list(folder)
+    with pytest.raises(ValueError, match=r"is sharded; on every process, call save_pretrained\(folder, state_dict="):
+        copy.deepcopy(model).save_pretrained(folder[0])
     model.save_pretrained(folder[0], state_dict=state)  # writes on the first process of all
     dist.barrier()
     again = type(model).from_pretrained(folder[0]).eval()
