@@ -37,8 +37,8 @@ TE_NAMES = {
 }
 
 
-def layer_of(config=CONFIG):
-    torch.manual_seed(3)
+def layer_of(config=CONFIG, seed=3):
+    torch.manual_seed(seed)
     layer = TransformerLayer(config)
     with torch.no_grad():
         for parameter in layer.parameters():
@@ -46,9 +46,9 @@ def layer_of(config=CONFIG):
     return layer
 
 
-def step(layer, *args, enabled=True, recipe=None):
+def step(layer, *args, enabled=True, recipe=None, seed=8):
     """Output and gradients by name of one step with random x and dy."""
-    torch.manual_seed(8)
+    torch.manual_seed(seed)
     x, dy = torch.randn(2, 2, 9, 64)
     x.requires_grad_()
     layer.zero_grad()
@@ -61,12 +61,19 @@ def step(layer, *args, enabled=True, recipe=None):
 @pytest.mark.parametrize("pre_layer_norm", [True, False], ids=["pre", "post"])
 @pytest.mark.parametrize("hidden_act", ["gelu", "gelu_tanh"])
 def test_fp8_is_near_fp32_and_not_equal(pre_layer_norm, hidden_act):
-    """One product keeps 27 dB forward and 23 dB backward; what passed several of them adds their noise."""
-    layer = layer_of(dataclasses.replace(CONFIG, pre_layer_norm=pre_layer_norm, hidden_act=hidden_act))
-    exact, ours = step(layer, enabled=False), step(layer)
-    for name, expected in exact.items():
-        assert sqnr(expected, ours[name]) > (24 if name == "output" else 17), name
-    assert sqnr(exact["output"], ours["output"]) < 60
+    """One product keeps 27 dB forward and 23 dB backward; what passed several of them adds their noise.
+
+    Of eight layers and inputs together: the noise of one gradient of 64 numbers varies by 7 dB. Of 24 such averages, which
+    are of other seeds, the worst is 27.2 dB of an output and 18.3 dB of a gradient.
+    """
+    config = dataclasses.replace(CONFIG, pre_layer_norm=pre_layer_norm, hidden_act=hidden_act)
+    layers = [layer_of(config, seed) for seed in range(8)]
+    exact, ours = (
+        [step(layer, enabled=enabled, seed=100 + i) for i, layer in enumerate(layers)] for enabled in (False, True)
+    )
+    noise = {name: sqnr(*(torch.stack([one[name] for one in drawn]) for drawn in (exact, ours))) for name in exact[0]}
+    assert 25 < noise.pop("output") < 60
+    assert min(noise.values()) > 17, noise
 
 
 def test_the_rounding_is_that_of_transformer_engines_layer():
