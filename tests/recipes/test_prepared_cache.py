@@ -23,12 +23,12 @@ def test_a_second_process_waits_for_the_first_and_says_so(tmp_path):
 
     def slow(partial):
         building.set()
-        assert go_on.wait(timeout=10)
+        assert go_on.wait(timeout=60)
         return build_one(partial)
 
     first = threading.Thread(target=lambda: results.append(open_or_build(folder, slow, pytest.fail)))
     first.start()
-    assert building.wait(timeout=10)
+    assert building.wait(timeout=60)
 
     def tell(text):
         told.append(text)
