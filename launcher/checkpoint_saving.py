@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +29,7 @@ from .topology import Topology
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())
+_LONGEST_SAVE = timedelta(days=1)  # a process that does not live is noticed by the watchdog, long before
 _NOTICEABLE_S = 1.0  # a shorter wait for the save before stands in the log alone
 
 Gather = Callable[[Any], list[Any]]
@@ -84,10 +85,9 @@ class CheckpointSaver:
     def __init__(self, engine: Any, folder: Path, topology: Topology, config: CheckpointConfig) -> None:
         self._engine, self._folder, self._topology, self._config = engine, folder, topology, config
         self._copies = HostCopies() if config.asynchronous else None
-        # The thread must not meet the collectives of training, so it has a group of its own. Like all groups that are made
-        # without a timeout it has that of `start_processes`.
+        # The thread must not meet the collectives of training, and one may write for longer than those wait for another.
         alone = topology.world_size == 1
-        self._group = None if alone or not config.asynchronous else dist.new_group(backend="gloo")
+        self._group = None if alone else dist.new_group(backend="gloo", timeout=_LONGEST_SAVE)
         self._thread: threading.Thread | None = None
         self._failure: OSError | None = None
         self._crash: Exception | None = None

@@ -2,6 +2,7 @@
 
 import sys
 import threading
+from datetime import timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -140,4 +141,12 @@ def _beside_training(folder: Path, topology: Topology) -> dict[str, Any]:
         "problems": problems,
         "saved": (saved, whole_weights(after)),
         "resumed": train(after, topology, 3, 5) == expected[3:],
+        "timeouts_s": [_timeout_s(engine, folder, topology, asynchronous) for asynchronous in (True, False)],
     }
+
+
+def _timeout_s(engine: Any, folder: Path, topology: Topology, asynchronous: bool) -> float:
+    """How long a saver waits for the other process."""
+    saver = CheckpointSaver(engine, folder, topology, CheckpointConfig(asynchronous=asynchronous))
+    timeout: timedelta = saver._group._get_backend(torch.device("cpu")).options._timeout
+    return timeout.total_seconds()

@@ -96,6 +96,12 @@ def test_two_processes_train_while_their_checkpoints_are_written(two_processes):
         assert beside["warning"].count("two could not be saved") == (rank == 0)
 
 
+def test_a_process_waits_for_one_that_writes_longer_than_it_waits_for_a_step(two_processes):
+    """The watchdog ends a run whose process does not live; gigabytes to a slow disk are no hang."""
+    for results in two_processes[1]:
+        assert min(results["beside training"]["timeouts_s"]) >= 24 * 3600
+
+
 def test_every_global_generator_goes_on_where_it_was(alone, engine, tmp_path):
     def draw():
         return torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(), random.random()
