@@ -10,8 +10,11 @@ import typer
 
 
 @contextmanager
-def reported_errors(debug: bool) -> Iterator[None]:
-    """Turns errors that are meant for the user into text on stderr and an exit status; all others pass."""
+def reported_errors(debug: bool, status: int = 1) -> Iterator[None]:
+    """Turns errors that are meant for the user into text on stderr and an exit status; all others pass.
+
+    status: that of errors which do not list `problems` of a run config; 2 where they are the command line's.
+    """
     try:
         yield
     except (ValueError, OSError) as error:
@@ -19,7 +22,7 @@ def reported_errors(debug: bool) -> Iterator[None]:
             traceback.print_exc()
         problems = getattr(error, "problems", None)
         if problems is None:
-            leave(f"error{_rank_note()}: {error}", status=1)
+            leave(f"error{_rank_note()}: {error}", status)
         leave("\n".join(problems), status=2)
 
 

@@ -189,7 +189,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def describe(value: Any) -> str:
-    """A value and its kind, in words for an error: `'4' (text)`, `true`, `a list`."""
+    """A value and its kind, in words for an error: `'4' (text)`, `true`, `an empty list`."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -198,7 +198,7 @@ def describe(value: Any) -> str:
         return repr(value)
     if isinstance(value, str):
         return f"{value!r} (text)"
-    return "a mapping" if isinstance(value, Mapping) else "a list"
+    return "a mapping" if isinstance(value, Mapping) else "a list" if value else "an empty list"
 
 
 def to_yaml(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> str:

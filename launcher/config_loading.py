@@ -110,8 +110,11 @@ class _Layers:
         for depth, part in enumerate(path):
             beyond_end = isinstance(part, int) and isinstance(holder, list) and part >= len(holder)
             if beyond_end:
-                text = f"there is no item {part}; the list has {len(holder)} (the first is 0)"
+                there = f"the list has {len(holder)} (the first is 0)" if holder else "the list is empty"
+                text = f"there is no item {part}; {there}; to make it longer, set {dotted(path[:depth])} as a whole"
                 self.problems.append(f"{origin}: {dotted(path)}: {text}")
+                if not holder:  # made on the way here
+                    self._drop(path[:depth])
                 return
             fits = isinstance(holder, list if isinstance(part, int) else dict)
             if not fits:
@@ -168,6 +171,8 @@ class _Layers:
                 wrong.add(path)
             for path in wrong:
                 self._drop(_outside_lists(path))
+            meant = (_meant(error["loc"]) for error in errors if error["type"] == "extra_forbidden")
+            wrong.update(path for path in meant if path is not None and path not in self.origins)
             config, errors = _try(self.values)
             assert config is not None, f"no problem is left after the wrong values are gone, but {errors}"
         for fault in faults(config, world_size):
@@ -280,11 +285,16 @@ def _rule(error: ErrorDetails) -> str:
 
 
 def _unknown_key(path: KeyPath) -> str:
-    section = _section_of(path[:-1])
-    near = difflib.get_close_matches(str(path[-1]), section.model_fields, n=1)
-    if near:
-        return f"unknown key (did you mean {near[0]}?)"
-    return f"unknown key; {dotted(path[:-1]) or 'a run config'} has {', '.join(section.model_fields)}"
+    meant = _meant(path)
+    if meant is not None:
+        return f"unknown key (did you mean {meant[-1]}?)"
+    return f"unknown key; {dotted(path[:-1]) or 'a run config'} has {', '.join(_section_of(path[:-1]).model_fields)}"
+
+
+def _meant(path: KeyPath) -> KeyPath | None:
+    """The key of the schema that an unknown one resembles."""
+    near = difflib.get_close_matches(str(path[-1]), _section_of(path[:-1]).model_fields, n=1)
+    return (*path[:-1], near[0]) if near else None
 
 
 def _literals(path: KeyPath) -> str:

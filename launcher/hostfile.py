@@ -22,7 +22,11 @@ def read_hostfile(path: Path) -> Slots:
         )
     hosts: Slots = {}
     problems = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--hostfile={path} is not UTF-8 text; give a text file, a host on each line") from None
+    for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text or text.startswith("#"):
             continue
@@ -31,7 +35,8 @@ def read_hostfile(path: Path) -> Slots:
             problems.append(f"{path}:{number}: got {text!r}, must be a host and its slots, such as `node1 slots=8`")
         elif not _HOST.fullmatch(match[1]):
             problems.append(
-                f"{path}:{number}: host {match[1]!r} must be a name or address of letters, digits, `.` and `-`"
+                f"{path}:{number}: host {match[1]!r} must be a name or address of letters, digits, `.` and `-`; "
+                "user and port go into ~/.ssh/config"
             )
         elif match[1] in hosts:
             problems.append(f"{path}:{number}: host {match[1]} stands there twice; give its slots on one line")
@@ -81,7 +86,9 @@ def choose_slots(
             raise ValueError(f"--exclude {exclude} leaves no slot of the hostfile")
         return chosen
     if num_nodes and num_nodes > len(hosts):
-        raise ValueError(f"--num-nodes is {num_nodes}, and the hostfile has {len(hosts)} hosts")
+        raise ValueError(
+            f"--num-nodes is {num_nodes}, must be at most {len(hosts)}, the number of hosts in the hostfile"
+        )
     chosen = dict(list(hosts.items())[: num_nodes or None])
     for host, slots in chosen.items():
         if num_gpus and num_gpus > len(slots):

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .cli_errors import reported_errors
+from .rank_status import USAGE_ERROR
 from .train_cli import training_options
 
 ConfigOption = Annotated[
@@ -64,7 +65,7 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     The run config is checked first, for the number of processes that the hosts have. The exit status is 0 only if every process
     ended well; otherwise the first one to fail is named last, with its traceback.
     """
-    with reported_errors(debug):
+    with reported_errors(debug, USAGE_ERROR):
         from .config_loading import load_config
         from .launch import LaunchOptions, choose_hosts, count_processes, plan_launch, start
         from .run_directory import check_run_directory
@@ -77,9 +78,10 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
         training = training_options(arguments)
         config = load_config(training.config, training.sets, training.flags, count_processes(options, slots)).config
         planned = plan_launch(options, slots, arguments)
-        if print_only:
-            typer.echo(planned.text())
-            return
+    if print_only:
+        typer.echo(planned.text())
+        return
+    with reported_errors(debug):
         # Each process would find another run's directory too, but a restart would then go on with that run.
         folder = check_run_directory(config, resume=training.resume).log.absolute()
         outcome = start(planned, folder)
@@ -113,7 +115,7 @@ def doctor(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
 
     A line for each finding: ok, warn or FAIL, what, and the remedy. The exit status is 1 if there was a FAIL.
     """
-    with reported_errors(debug=False):
+    with reported_errors(debug=False, status=USAGE_ERROR):
         from .doctor import Examination, examine, line
         from .launch import LaunchOptions
 

@@ -114,7 +114,16 @@ def test_of_two_exclusive_keys_the_higher_layer_wins(load):
             "training.max_steps.x=1",
             "--set: training.max_steps.x: unknown key; training.max_steps is 10, so there is nothing",
         ),
-        ("data.sources.1.path=x", "--set: data.sources.1.path: there is no item 1; the list has 1 (the first is 0)"),
+        (
+            "data.sources.1.path=x",
+            "--set: data.sources.1.path: there is no item 1; the list has 1 (the first is 0); to make it longer, set "
+            "data.sources as a whole",
+        ),
+        (
+            "data.validation.0.kind=builtin",
+            "--set: data.validation.0.kind: there is no item 0; the list is empty; to make it longer, set data.validation as "
+            "a whole",
+        ),
         ("seed.x=1", "--set: seed: got a mapping, must be a whole number"),
         ("name=2024", '--set: name: got 2024, must be text; write "2024"'),
         ("optimizer.lr=fast", "--set: optimizer.lr: got 'fast' (text), must be a number"),
@@ -123,6 +132,14 @@ def test_of_two_exclusive_keys_the_higher_layer_wins(load):
 def test_a_wrong_set_is_reported(problems, text, message):
     [problem] = problems(MINIMAL, [text])
     assert problem.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "text", ["traning: {max_steps: 10, train_batch_size: 8}", "training: {max_step: 10, train_batch_size: 8}"]
+)
+def test_what_a_misspelt_key_leaves_unset_is_not_reported_as_missing_too(problems, text):
+    [problem] = problems(text)
+    assert "did you mean" in problem
 
 
 def test_a_wrong_flag_is_reported_under_its_name(problems):
@@ -139,7 +156,7 @@ def test_a_wrong_flag_is_reported_under_its_name(problems):
         ("data: {sources: [{kind: builtin, pth: x}]}", "data.sources.0.pth: unknown key (did you mean path?)"),
         ("data: {validation: {kind: text, pth: x}}", "data.validation.0.pth: unknown key (did you mean path?)"),
         ("data: {sources: [{path: x}]}", "data.sources.0.kind: is missing; must be 'builtin' or 'text'"),
-        ("data: {sources: []}", "data.sources: got a list, must be a list of at least 1"),
+        ("data: {sources: []}", "data.sources: got an empty list, must be a list of at least 1"),
         ("data: {sources: x.txt}", "data.sources: got 'x.txt' (text), must be a list"),
         ("data: {sources: [x.txt]}", "data.sources.0: got 'x.txt' (text), must be a mapping"),
         ("seed: 1.5", "seed: got 1.5, must be a whole number"),

@@ -21,6 +21,7 @@ def test_a_hostfile_may_have_comments_and_blank_lines(tmp_path):
         ("node1 slots=0\n", "hosts:1: host node1 has no slots"),
         ("-oProxyCommand=x slots=1\n", "must be a name or address"),
         ("localhost slots=1\nnode2 slots=1\n", "localhost means another machine on each host"),
+        ("me@node1 slots=1\n", "user and port go into ~/.ssh/config"),
         ("# nothing\n", "holds no host"),
     ],
 )
@@ -29,6 +30,12 @@ def test_a_bad_hostfile_is_refused_with_its_line(tmp_path, text, said):
     with pytest.raises(ValueError, match="hosts") as error:
         read_hostfile(tmp_path / "hosts")
     assert said in str(error.value)
+
+
+def test_a_hostfile_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "hosts").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"--hostfile=.*/hosts is not UTF-8 text"):
+        read_hostfile(tmp_path / "hosts")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +70,7 @@ def test_slots_are_chosen_as_deepspeed_chooses_them(choice, slots):
         ({"exclude": "node1@node2@node3"}, "leaves no slot"),
         ({"include": "node1", "exclude": "node2"}, "exclude each other"),
         ({"include": "node1", "num_nodes": 1}, "do not go with them"),
-        ({"num_nodes": 4}, "--num-nodes is 4, and the hostfile has 3 hosts"),
+        ({"num_nodes": 4}, "--num-nodes is 4, must be at most 3, the number of hosts in the hostfile"),
         ({"num_gpus": 3}, "--num-gpus is 3, and host node2 has slots=2"),
     ],
 )

@@ -73,7 +73,7 @@ def test_gpus_of_this_machine_are_those_it_may_use(hosts, monkeypatch):
     words = shlex.split(print_launch("--num-gpus", "2").output)
     assert words[words.index("--include") + 1] == "localhost:2,5"
     result = print_launch("--num-gpus", "4")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "--num-gpus is 4, and this machine offers 3 GPUs" in result.output
 
 
@@ -94,18 +94,18 @@ def test_deepspeeds_own_launchers_get_the_hostfile_and_the_variables_in_a_file(h
 
 def test_pdsh_is_not_given_what_its_remote_shell_would_change(hosts):
     result = print_launch("--hostfile", "hosts", "--launcher", "pdsh", "--", "--job_name", "a;touch b")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "'a;touch b' would not come through --launcher pdsh" in result.output
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
-        (("--hostfile", "hosts", "--include", "node7"), 1, "host 'node7' is not in the hostfile"),
-        (("--hostfile", "none"), 1, "--hostfile=none is not a file"),
-        (("--include", "node1"), 1, "give one with --hostfile"),
-        (("--hostfile", "hosts", "--launcher", "rsh"), 1, "must be one of ssh, pdsh"),
-        (("--hostfile", "hosts", "--launcher", "openmpi", "--num-nodes", "1"), 1, "takes all of the hostfile"),
+        (("--hostfile", "hosts", "--include", "node7"), 2, "host 'node7' is not in the hostfile"),
+        (("--hostfile", "none"), 2, "--hostfile=none is not a file"),
+        (("--include", "node1"), 2, "give one with --hostfile"),
+        (("--hostfile", "hosts", "--launcher", "rsh"), 2, "must be one of ssh, pdsh"),
+        (("--hostfile", "hosts", "--launcher", "openmpi", "--num-nodes", "1"), 2, "takes all of the hostfile"),
         (("--processes", "3"), 2, "training.train_batch_size: got 8, must be a multiple of micro_batch_size 2 times 3"),
         (("--hostfile", "hosts", "--exclude", "node1:0"), 2, "times 3 replicas"),
         (("--", "--resume", "step3"), 2, "--resume got 'step3', must be auto"),
