@@ -84,10 +84,10 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
 
 
 def open_run_directory(config: RunConfig, held: ExitStack, *, resume: bool) -> RunDirectory:
-    """As `check_run_directory`, and the directory is made if it is not there, with the resolved config in it.
+    """As `check_run_directory`, and the directory is made if it is not there.
 
     Called by one process for all. held: until it is closed, no other run can open the directory. Raises ValueError also if
-    another run has it open, and OSError if it cannot be written.
+    another run has it open, and OSError if it cannot be made.
     """
     directory = check_run_directory(config, resume=resume)
     root = directory.root
@@ -99,10 +99,14 @@ def open_run_directory(config: RunConfig, held: ExitStack, *, resume: bool) -> R
     except OSError as error:
         raise OSError(f"cannot make {root}: {error.strerror}; choose another --output_dir") from error
     held.enter_context(only_run(root))
-    text = dump_config(config)
-    changed = () if previous is None else tuple(_differences(previous, yaml.safe_load(text)))
-    _write(directory.config, text)
-    return RunDirectory(root, changed)
+    if previous is None:
+        return directory
+    return RunDirectory(root, tuple(_differences(previous, yaml.safe_load(dump_config(config)))))
+
+
+def record_config(directory: RunDirectory, config: RunConfig) -> None:
+    """Writes config.resolved.yaml, once the run is sure to begin: a start that is refused leaves that of the run before."""
+    _write(directory.config, dump_config(config))
 
 
 def record_environment(directory: RunDirectory, ds_config: dict[str, Any], devices: list[str]) -> None:

@@ -24,7 +24,7 @@ from .optim import build_optimizer
 from .pretrained import Pretrained
 from .recording import device_name, startup_facts
 from .report import closing_summary, startup_report
-from .run_directory import RunDirectory, log_to_file, open_run_directory, record_environment
+from .run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
 from .setup import (
     Progress,
     Setup,
@@ -163,6 +163,7 @@ def _prepare(
         total_steps=end,
         schedule_steps=config.schedule.total_steps or end - progress.phase_start,
     )
+    by_main(topology, lambda: record_config(directory, config))
     say(startup_report(startup_facts(setup, progress, why, devices, told)))
     for change in directory.changed_keys:
         say(f"changed since the last start of this run: {change}")

@@ -55,7 +55,7 @@ def test_a_run_directory_that_became_read_only_is_named(tmp_path):
     try:
         with (
             bound_by_permissions(),
-            pytest.raises(OSError, match=f"cannot write {folder}/config.resolved.yaml: Permission"),
+            pytest.raises(OSError, match=f"cannot write {folder}/ds_config.json: Permission"),
         ):
             start(path)
     finally:

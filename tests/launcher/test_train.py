@@ -152,6 +152,16 @@ def test_a_checkpoint_of_another_model_is_refused_with_the_differing_keys(tmp_pa
         start(path, "model.num_hidden_layers=3")
 
 
+def test_a_start_that_is_refused_leaves_the_resolved_config_of_the_run(tmp_path):
+    path = write_config(tmp_path)
+    start(path, "training.max_steps=1")
+    resolved = tmp_path / "runs" / "run" / "config.resolved.yaml"
+    before = resolved.read_text()
+    with pytest.raises(ValueError, match=r"another model"):
+        start(path, "model.num_hidden_layers=3", resume=True)
+    assert resolved.read_text() == before
+
+
 def test_a_wrong_id_lists_the_ids_there_are(tmp_path):
     start(write_config(tmp_path, name="first"), "training.max_steps=1")
     path = write_config(tmp_path, name="second", load__path=str(tmp_path / "runs" / "first"), load__id="step9")
