@@ -15,6 +15,7 @@ SIZES = {
     "roberta": BERT_SIZES,
     "xlm_roberta": BERT_SIZES,
     "camembert": BERT_SIZES,
+    "roberta_prelayernorm": BERT_SIZES,
     "electra": BERT_SIZES,
     "distilbert": {"dim": 15, "n_heads": 3, "hidden_dim": 37},
     "gpt2": {"n_embd": 15, "n_head": 3, "n_inner": 37},

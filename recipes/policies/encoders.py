@@ -1,5 +1,6 @@
 """Policies of encoders of text."""
 
+import dataclasses
 from typing import Any
 
 from .policy import Description
@@ -47,6 +48,17 @@ class XLMRobertaPolicy(RobertaPolicy):
 
 class CamembertPolicy(RobertaPolicy):
     layer_class = "camembert.modeling_camembert.CamembertLayer"
+
+
+class RobertaPreLayerNormPolicy(RobertaPolicy):
+    """Of what `xformer-train export` makes of a pre-LN BERT."""
+
+    layer_class = "roberta_prelayernorm.modeling_roberta_prelayernorm.RobertaPreLayerNormLayer"
+    norm_paths = ("attention.LayerNorm", "intermediate.LayerNorm")
+
+    @staticmethod
+    def describe(config: Any) -> Description:
+        return dataclasses.replace(RobertaPolicy.describe(config), pre_layer_norm=True)
 
 
 class ElectraPolicy(BertPolicy):
@@ -118,6 +130,7 @@ POLICIES: tuple[type[ShippedPolicy], ...] = (
     RobertaPolicy,
     XLMRobertaPolicy,
     CamembertPolicy,
+    RobertaPreLayerNormPolicy,
     ElectraPolicy,
     DistilBertPolicy,
     AlbertPolicy,

@@ -119,6 +119,7 @@ MODELS: dict[str, Small] = {
     "roberta": Small("RobertaForMaskedLM", BERT, text),
     "xlm_roberta": Small("XLMRobertaForMaskedLM", BERT, text),
     "camembert": Small("CamembertForMaskedLM", BERT, text),
+    "roberta_prelayernorm": Small("RobertaPreLayerNormForMaskedLM", BERT, text),
     "electra": Small("ElectraForMaskedLM", BERT | {"embedding_size": 8}, text),
     "distilbert": Small(
         "DistilBertForMaskedLM", WORDS | {"dim": 16, "n_heads": 4, "n_layers": 2, "hidden_dim": 32}, text

@@ -24,7 +24,18 @@ Results = dict[str, Any]
 ALL = MODELS | MODELS_WITH_POLICIES
 TWO_KEY_HEADS = ("llama", "grouped", "llama_plan", "qwen3_plan")  # which four processes cannot share
 OVER_FOUR = tuple(name for name in ALL if name not in TWO_KEY_HEADS)
-SEQUENCE_PARALLEL = ("bert", "electra", "distilbert", "gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "llama")
+SEQUENCE_PARALLEL = (
+    "bert",
+    "roberta_prelayernorm",
+    "electra",
+    "distilbert",
+    "gpt2",
+    "gpt_neo",
+    "gptj",
+    "gpt_neox",
+    "opt",
+    "llama",
+)
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CHECKPOINTED = tuple(name for name in MODELS if name != "albert")  # in which transformers has no checkpointing
 

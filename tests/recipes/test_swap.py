@@ -200,6 +200,7 @@ HEADS = [
     ("RobertaForSequenceClassification", "roberta"),
     ("XLMRobertaModel", "xlm_roberta"),
     ("CamembertForTokenClassification", "camembert"),
+    ("RobertaPreLayerNormForSequenceClassification", "roberta_prelayernorm"),
     ("ElectraForPreTraining", "electra"),
     ("ElectraForSequenceClassification", "electra"),
     ("DistilBertForQuestionAnswering", "distilbert"),

@@ -93,7 +93,7 @@ def test_everything_that_cannot_be_honoured_comes_in_one_error():
         "attn_qkv names 3 projections that the layer has; a fused layer has qkv alone",
         "a fused layer has no place for ln_cross_attn.weight (15,)",
         "supported: layers of self-attention and one MLP, with biases and two LayerNorms, of bert, camembert, distilbert, "
-        "electra, gpt2, roberta, xlm_roberta; docs/huggingface.md has the list of options",
+        "electra, gpt2, roberta, roberta_prelayernorm, xlm_roberta; docs/huggingface.md has the list of options",
     ):
         assert text in message, (text, message)
 
