@@ -84,9 +84,9 @@ class SourceConfig(Section):
     """A file, folder or glob (text, jsonl, parquet), or a dataset name or folder (hf); not for builtin."""
     text_field: str = "text"
     """The column or JSON key that holds the text of one document."""
-    documents: Literal["auto", "file"] = "auto"
+    documents: Literal["auto", "line", "file"] = "auto"
     """What one document of a text source is: auto ends it at a blank line, or where the next article begins in a file with
-    titles as in WikiText; file takes each file whole, as for books."""
+    titles as in WikiText; line takes each line, file each file whole, as for books."""
     subset: str | None = None
     """The configuration of an hf dataset, such as `20231101.en`."""
     split: str = "train"

@@ -62,7 +62,8 @@ def open_source(source: SourceConfig, cache: Path) -> Source:
         return Source(name, lambda: _each(paths, lambda path: _parquet_documents(path, field)), identity, total)
     if source.kind == "jsonl":
         return Source(name, lambda: _each(paths, lambda path: _jsonl_documents(path, field)), identity)
-    return Source(name, lambda: _each(paths, _whole_text if source.documents == "file" else _text_documents), identity)
+    read = {"auto": _text_documents, "line": _text_lines, "file": _whole_text}[source.documents]
+    return Source(name, lambda: _each(paths, read), identity)
 
 
 def is_held_out(document: str, fraction: float) -> bool:
@@ -148,6 +149,11 @@ def _text_documents(path: Path) -> Iterator[str]:
         titled = titled or is_title
         document.append(line)
     yield from _joined(document)
+
+
+def _text_lines(path: Path) -> Iterator[str]:
+    for _, line in _lines(path):
+        yield from _joined([line])
 
 
 def _whole_text(path: Path) -> Iterator[str]:

@@ -36,16 +36,17 @@ def test_text_documents_of_wikitext_begin_at_titles(tmp_path, documents):
     assert "= no title =" in found[0]
 
 
-def test_a_file_is_one_document_where_the_source_says_so(tmp_path, documents):
+def test_a_file_or_a_line_is_one_document_where_the_source_says_so(tmp_path, documents):
     (tmp_path / "a.txt").write_text("\n = Title = \n\nOne.\n\nTwo.\n")
     (tmp_path / "b.txt").write_text(" \n")
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"Three.\r\n\r\nFour."))
     assert documents("text", ".", documents="file") == ["= Title = \n\nOne.\n\nTwo.", "Three.\n\nFour."]
+    assert documents("text", ".", documents="line") == ["= Title =", "One.", "Two.", "Three.", "Four."]
     identities = [
         open_source(SourceConfig(kind="text", path=str(tmp_path), documents=one), tmp_path / "cache").identity
-        for one in ("auto", "file")
+        for one in ("auto", "line", "file")
     ]
-    assert identities[0] != identities[1]
+    assert len(set(identities)) == 3
 
 
 def test_files_come_in_the_order_of_their_names_from_folders_and_globs(tmp_path, documents):
