@@ -215,7 +215,8 @@ class TransformerLayer(nn.Module):
                 f"hidden_states has last dim {hidden_states.shape[-1]}, the layer has hidden_size={config.hidden_size}"
             )
         device = hidden_states.device.type
-        if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) != hidden_states.dtype:
+        autocasts = device != "meta" and torch.is_autocast_enabled(device)  # which knows no meta device
+        if autocasts and torch.get_autocast_dtype(device) != hidden_states.dtype:
             raise ValueError(
                 f"torch.autocast would cast some products of the layer from {hidden_states.dtype} to "
                 f"{torch.get_autocast_dtype(device)} and none of its other kernels; convert layer and input by .to(dtype), or "
