@@ -10,6 +10,7 @@ Only the first knows packed batches; for the others the sequences are padded her
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -69,13 +70,10 @@ class AttentionMask:
 
     def rows_when_padded(self, num_tokens: int) -> Tensor | None:
         """The row of each token of a packed batch among the B * max_length rows of the padded one, (T,) int64."""
-        if self.cu_seqlens is not None and self.max_length is not None and "rows" not in self._made:
-            first = self.cu_seqlens[:-1]
-            shift = torch.arange(first.shape[0], device=first.device) * self.max_length - first
-            # with output_size, or the host would wait for a GPU to tell it
-            shifts = shift.repeat_interleave(self.cu_seqlens.diff(), output_size=num_tokens)
-            self._made["rows"] = torch.arange(num_tokens, device=first.device) + shifts
-        return self._made.get("rows")
+        borders, longest = self.cu_seqlens, self.max_length
+        if borders is None or longest is None:
+            return None
+        return self._once("rows", lambda: _rows_when_padded(borders, longest, num_tokens))
 
     def additive(self, size: int, like: Tensor) -> Tensor | None:
         """What to add to the scores: 0 where a query may see a key, a huge negative but finite value elsewhere.
@@ -84,10 +82,7 @@ class AttentionMask:
         """
         if self.bias is not None:
             return self.bias
-        key = (size, like.dtype, like.device)
-        if key not in self._made:
-            self._made[key] = self._make_additive(size, like)
-        return self._made[key]
+        return self._once((size, like.dtype, like.device), lambda: self._make_additive(size, like))
 
     @property
     def bias_per_key(self) -> bool:
@@ -99,9 +94,17 @@ class AttentionMask:
 
         Softmax does not notice the difference, but a sequence whose values are all huge keeps its scores by it.
         """
-        if self.bias_per_key and self.bias is not None and "key_bias" not in self._made:
-            self._made["key_bias"] = (self.bias.float() - self.bias.amax(-1, keepdim=True)).flatten(1)
-        return self._made.get("key_bias")
+        bias = self.bias
+        if bias is None or not self.bias_per_key:
+            return None
+        return self._once("key_bias", lambda: (bias.float() - bias.amax(-1, keepdim=True)).flatten(1))
+
+    def _once(self, key: Any, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """make() of the first layer that asks, for all; another one under inference_mode, whose tensors serve no training."""
+        key = key, not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
     def _make_additive(self, size: int, like: Tensor) -> Tensor | None:
         key_mask = self.key_mask
@@ -118,6 +121,14 @@ class AttentionMask:
             return None
         lowest = torch.finfo(like.dtype).min / 2  # half of it, or a negative score would take fp16 to -inf
         return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, lowest)
+
+
+def _rows_when_padded(cu_seqlens: Tensor, max_length: int, num_tokens: int) -> Tensor:
+    first = cu_seqlens[:-1]
+    shift = torch.arange(first.shape[0], device=first.device) * max_length - first
+    # with output_size, or the host would wait for a GPU to tell it
+    shifts = shift.repeat_interleave(cu_seqlens.diff(), output_size=num_tokens)
+    return torch.arange(num_tokens, device=first.device) + shifts
 
 
 def _check_borders(cu_seqlens: Tensor, max_length: int) -> None:

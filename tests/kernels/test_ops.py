@@ -133,6 +133,21 @@ def test_a_row_without_visible_keys_is_finite():
     assert qkv.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["causal", "packed"])
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_mask_of_inference_mode_serves_training_too(kind, p):
+    """Masks keep what they make, and those of swapped models live on from evaluation to training."""
+    borders = torch.tensor([0, 2, 7], dtype=torch.int32)
+    mask = {"causal": AttentionMask(causal=True), "packed": AttentionMask(cu_seqlens=borders, max_length=5)}[kind]
+    qkv = randn(7, 3, 3, 5) if kind == "packed" else randn(2, 7, 3, 3, 5)
+    arguments = (mask, p, SEED if p else None, 1)
+    with torch.inference_mode():
+        expected = attention(qkv, *arguments)
+    out = attention(qkv, *arguments, recompute="core")
+    out.sum().backward()
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize("chunk", [1, 40, 10**9])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_linear_cross_entropy_equals_torch_for_every_chunk_size(chunk, with_bias, monkeypatch):
