@@ -1,25 +1,25 @@
 """One run at a time in a run directory: two would write the same checkpoints and lose each other's metrics."""
 
 import fcntl
-import logging
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_LOG = logging.getLogger(__name__)
-_NAME = ".lock"
+from . import console
+
+NAME = ".lock"
 
 
 @contextmanager
 def only_run(root: Path) -> Iterator[None]:
     """Within, no other process enters this for the run directory `root`, on any machine whose file system shares locks.
 
-    The system lets go of the lock when this process ends, however it ends. Raises ValueError if another process is within,
-    and OSError if the directory cannot be written.
+    The system lets go of the lock when this process ends, however it ends. Without locks there is a warning. Raises ValueError
+    if another process is within, and OSError if the directory cannot be written.
     """
-    path = root / _NAME
+    path = root / NAME
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose lock children inherit and may keep
@@ -30,7 +30,7 @@ def only_run(root: Path) -> Iterator[None]:
                 f"another --job_name (if that process is gone with its machine, remove {path})"
             ) from None
         except OSError as error:
-            _LOG.warning("%s cannot be locked: %s", path, error.strerror)  # some file systems of clusters know no locks
+            console.warn(f"{path} cannot be locked ({error.strerror}), so nothing keeps another run out of this directory")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import platform
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ..kernels.tensor_parallel import TensorParallel
 from ..recipes.data import PreparedData, prepare_data
 from ..recipes.recipe import Batch, Recipe, Runtime
 from ..recipes.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
-from . import checkpoint_store, init_from
+from . import checkpoint_store, init_from, run_lock
 from .batch import BatchPlan
 from .config import RunConfig
 from .pretrained import Pretrained
@@ -97,6 +98,19 @@ def _agreed(topology: Topology, task: Callable[[], T] | None) -> T | None:
     if False in failures:
         raise SystemExit(1)
     return result
+
+
+def check_is_shared(directory: RunDirectory, topology: Topology) -> None:
+    """Raises ValueError, and SystemExit on the other processes, where one does not see what the main process has written."""
+
+    def look() -> None:
+        if not (directory.root / run_lock.NAME).exists():  # the main process has made it
+            raise ValueError(
+                f"output folder {directory.root} is not seen by {platform.node()}; choose an --output_dir on a disk that all "
+                "machines share"
+            )
+
+    _agreed(topology, look)
 
 
 def checkpoint_to_load(

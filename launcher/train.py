@@ -29,6 +29,7 @@ from .setup import (
     Progress,
     Setup,
     by_main,
+    check_is_shared,
     checkpoint_to_load,
     last_step,
     loaded_text,
@@ -172,6 +173,7 @@ def _prepare(
 
 def _open_directory(config: RunConfig, topology: Topology, held: ExitStack, *, resume: bool) -> RunDirectory:
     directory = by_main(topology, lambda: open_run_directory(config, held, resume=resume))
+    check_is_shared(directory, topology)
     log_to_file(directory, topology.rank)
     _LOG.info("process %d of %d, pid %d", topology.rank, topology.world_size, os.getpid())
     return directory

@@ -1,5 +1,7 @@
 """One run at a time in a run directory."""
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -60,3 +62,13 @@ def test_a_killed_process_and_one_that_left_keep_nobody_out(holder, tmp_path):
     with only_run(tmp_path):
         pass
     assert holder(tmp_path).poll() is None
+
+
+def test_a_file_system_without_locks_is_told_and_keeps_nobody_out(tmp_path, monkeypatch, capsys):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with only_run(tmp_path):
+        pass
+    assert f"{tmp_path}/.lock cannot be locked (No locks available), so nothing keeps" in capsys.readouterr().err

@@ -1,11 +1,14 @@
-"""Where a run begins and ends."""
+"""Where a run begins and ends, and that all machines see its directory."""
 
+import platform
 from types import SimpleNamespace
 
 import pytest
 
+from xformer_train.launcher import run_lock
 from xformer_train.launcher.batch import BatchPlan
-from xformer_train.launcher.setup import Progress, last_step, starting_progress
+from xformer_train.launcher.run_directory import RunDirectory
+from xformer_train.launcher.setup import Progress, check_is_shared, last_step, starting_progress
 
 DATA = SimpleNamespace(train=SimpleNamespace(num_samples=100))
 
@@ -40,3 +43,23 @@ def test_a_checkpoint_of_an_earlier_version_lacks_what_it_did_not_know():
     state = {"step": 5, "samples": 40, "position": 40, "phase_start": 0, "data_fingerprint": "data"}
     config = SimpleNamespace(load=SimpleNamespace(what="all", rewarmup=False))
     assert starting_progress(config, state, "data", continued=True) == Progress(step=5, samples=40, position=40)
+
+
+def test_a_machine_that_does_not_see_the_run_directory_says_so_and_the_others_leave(tmp_path):
+    shared, missing = RunDirectory(tmp_path / "shared"), RunDirectory(tmp_path / "missing")
+    shared.root.mkdir()
+    (shared.root / run_lock.NAME).touch()
+
+    def two(rank, of_the_other):
+        def gather(value):
+            return [value, of_the_other] if rank == 0 else [of_the_other, value]
+
+        return SimpleNamespace(rank=rank, gather=gather, meet=lambda: None)
+
+    check_is_shared(shared, two(0, None))
+    with pytest.raises(
+        ValueError, match=rf"output folder {missing.root} is not seen by {platform.node()}; .*all machines share"
+    ):
+        check_is_shared(missing, two(1, None))
+    with pytest.raises(SystemExit):
+        check_is_shared(shared, two(0, False))
