@@ -20,7 +20,11 @@ def only_run(root: Path) -> Iterator[None]:
     if another process is within, and OSError if the directory cannot be written.
     """
     path = root / NAME
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        opened = path.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}; choose another --output_dir") from error
+    with opened as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose lock children inherit and may keep
         except BlockingIOError:
@@ -30,7 +34,9 @@ def only_run(root: Path) -> Iterator[None]:
                 f"another --job_name (if that process is gone with its machine, remove {path})"
             ) from None
         except OSError as error:
-            console.warn(f"{path} cannot be locked ({error.strerror}), so nothing keeps another run out of this directory")
+            console.warn(
+                f"{path} cannot be locked ({error.strerror}), so nothing keeps another run out of this directory"
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

@@ -51,15 +51,17 @@ def test_a_run_directory_that_became_read_only_is_named(tmp_path):
     path = write_config(tmp_path, training__max_steps=1)
     start(path)
     folder = tmp_path / "runs" / "run"
-    folder.chmod(0o555)
-    try:
-        with (
-            bound_by_permissions(),
-            pytest.raises(OSError, match=f"cannot write {folder}/ds_config.json: Permission"),
-        ):
-            start(path)
-    finally:
-        folder.chmod(0o755)
+    for file in ("ds_config.json", ".lock"):
+        folder.chmod(0o555)
+        try:
+            with (
+                bound_by_permissions(),
+                pytest.raises(OSError, match=f"cannot write {folder}/{file}: Permission denied; "),
+            ):
+                start(path)
+        finally:
+            folder.chmod(0o755)
+        (folder / ".lock").unlink(missing_ok=True)  # the next time it cannot be made
 
 
 def test_a_truncated_data_cache_is_named_with_its_file_and_the_remedy(tmp_path):
