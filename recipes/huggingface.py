@@ -137,8 +137,9 @@ def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     architecture = architecture_of(config)
     state = {_modern(name, architecture.base): tensor for name, tensor in state.items()}
     heads, refused = {*architecture.heads, "mlm_bias"}, set[str]()
-    if sentence_task_of(config) == "none":  # a classifier of the same name may be of any task
-        refused = {"pooler", "sentence_classifier"}
+    classifier = state.get(f"{architecture.heads.get('sentence_classifier')}.weight")
+    if sentence_task_of(config) == "none" or (classifier is not None and len(classifier) != 2):
+        refused = {"pooler", "sentence_classifier"}  # a classifier of the same name may be of any task
     missing, converted, taken = [], {}, set[str]()
     for name, parts in architecture.names(model_config_of(config).num_hidden_layers):
         absent = [part for part in parts if part not in state]

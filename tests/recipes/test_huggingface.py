@@ -180,9 +180,10 @@ def test_bodies_alone_and_names_of_2018_are_read():
 def test_a_classifier_of_another_task_is_no_sentence_head():
     theirs = stock("roberta-prelayernorm")
     other = {"classifier.dense.weight": torch.ones(32, 32), "classifier.out_proj.weight": torch.ones(3, 32)}
-    weights, left_out = from_huggingface(theirs.state_dict() | other, theirs.config.to_dict())
-    assert not any(name.startswith(("pooler", "sentence_classifier")) for name in weights)
-    assert left_out == list(other)
+    for config in (theirs.config.to_dict(), theirs.config.to_dict() | {"sentence_task": "nsp"}):  # which has two labels
+        weights, left_out = from_huggingface(theirs.state_dict() | other, config)
+        assert not any(name.startswith(("pooler", "sentence_classifier")) for name in weights)
+        assert left_out == list(other)
 
 
 def test_what_no_model_here_computes_is_refused_with_all_reasons():
