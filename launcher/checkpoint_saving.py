@@ -263,7 +263,9 @@ def _write(job: _Save, gather: Gather) -> None:
         if job.problems:
             raise job.problems[0]
         if job.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
+            if not folder.is_dir():
+                folder.mkdir(parents=True)
+                flush_folder(folder.parent)
             checkpoint_store.remove_unfinished(folder)
             unfinished.mkdir()
             write_text(unfinished / STATE, "{}\n")  # by which leftovers are known

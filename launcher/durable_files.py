@@ -1,5 +1,6 @@
 """Files that are on the disk, not only in the system's memory, when a function here returns, and their checksums. No torch."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -85,10 +86,13 @@ def flush_folders(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """As `flush_folders`, for one folder; Windows has no such call."""
+    """As `flush_folders`, for one folder. Windows has no such call, and some network file systems refuse it."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
         finally:
             os.close(descriptor)

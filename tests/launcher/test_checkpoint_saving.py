@@ -1,11 +1,13 @@
 """Saves of a tiny network: whole or not at all, beside training, whatever fails and whenever the process dies."""
 
 import contextlib
+import errno
 import itertools
 import os
 import resource
 import shutil
 import signal
+import stat
 import threading
 from collections import defaultdict
 from pathlib import Path
@@ -105,6 +107,26 @@ def test_leftovers_of_an_interrupted_save_are_removed_and_other_folders_are_not(
     assert checkpoint_store.list_ids(tmp_path) == []
     save(engine, tmp_path, "dead", 1, alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "dead", "latest"]
+
+
+def test_the_first_save_makes_the_name_of_its_folder_survive_a_power_cut(alone, engine, tmp_path, monkeypatch):
+    flushed, flush = [], checkpoint_saving.flush_folder
+    monkeypatch.setattr(checkpoint_saving, "flush_folder", lambda folder: (flushed.append(folder), flush(folder)))
+    save(engine, tmp_path / "run/checkpoints", "a", 1, alone)
+    assert flushed == [tmp_path / "run", tmp_path / "run/checkpoints", tmp_path / "run/checkpoints"]
+
+
+def test_a_file_system_that_cannot_flush_folders_takes_checkpoints(alone, engine, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    save(engine, tmp_path, "a", 1, alone)
+    assert checkpoint_store.problems_of(tmp_path / "a") == []
 
 
 # Beside training
