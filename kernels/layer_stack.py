@@ -95,6 +95,13 @@ class LayerStack(nn.ModuleList):
         """A layer; of a slice an nn.ModuleList of those layers, without what the stack does around them."""
         return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_graphs": {}}  # a copy has parameters of its own
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._graphs.clear()  # parameters move
+        return super()._apply(*args, **kwargs)
+
     def _rows(self, hidden_states: Tensor) -> Tensor:
         """Hidden states with one row for each token, (T, H); raises ValueError if the processes cannot share them equally."""
         rows = hidden_states.flatten(0, -2)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, layer, layer_stack
 from xformer_train.kernels.dropout import draw_seed
@@ -64,7 +65,7 @@ def test_a_slice_of_a_stack_is_its_layers():
 
 def replayed_scale():
     """x -> scale * x as a graph of static tensors, which a GPU would replay; and the scale."""
-    scale = torch.nn.Parameter(torch.tensor(3.0))
+    scale = nn.Parameter(torch.tensor(3.0))
     x, y, dy, dx = torch.zeros(4, 2).unbind()
     dscale = torch.zeros(())
     graph = SimpleNamespace(
@@ -95,6 +96,22 @@ def test_a_graph_that_holds_another_call_by_now_gives_no_gradients(again):
         y.sum().backward(retain_graph=True)
     with pytest.raises(ValueError, match="cuda_graph=True keeps the tensors of one call"):
         y.sum().backward()
+
+
+class Captured:
+    """Stands for a CUDA graph, which holds the addresses of its stack's parameters."""
+
+    def __deepcopy__(self, memo):
+        raise TypeError("CUDA graphs cannot be copied")
+
+
+def test_graphs_stay_with_the_parameters_they_were_captured_with():
+    stack = LayerStack(CONFIG, 1, cuda_graph=True)
+    stack._graphs["a shape"] = Captured()
+    assert not copy.deepcopy(stack)._graphs
+    assert stack._graphs
+    nn.Sequential(stack).bfloat16()
+    assert not stack._graphs
 
 
 @dataclasses.dataclass
