@@ -50,7 +50,7 @@ CONFIG = {
     "reliability": {"hang_timeout_s": 20},
 }
 WHILE_STARTING = 0.2  # share of the kills outside of saves that may come before the first step
-LONGEST_S = 120  # that any wait for a run may take
+LONGEST_S = 600  # that any wait for a run may take
 
 
 @dataclass
@@ -112,9 +112,15 @@ class Attempt:
         """Whether the report at its start is printed."""
         return "start      " in self.output.read_text()
 
-    def kill_one(self, generator: random.Random) -> None:
+    def stop_one(self, generator: random.Random) -> int:
+        """Stops one process, which is then killed or goes on; its id."""
+        pid = generator.choice([pid for pid in self.pids if pid not in self.statuses])
+        os.kill(pid, signal.SIGSTOP)
+        return pid
+
+    def kill(self, pid: int) -> None:
         """Kills one process; the others must end by themselves."""
-        os.kill(generator.choice([pid for pid in self.pids if pid not in self.statuses]), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         wait_until(self.ended)
 
 
@@ -240,22 +246,29 @@ def _kill(attempt: Attempt, run_dir: Path, run_s: float, generator: random.Rando
         """Whether a save of this attempt is in progress; folders of those before it lie there too."""
         return any(changed_ns(path) > begun_ns for path in unfinished(checkpoints))
 
-    if 2 * report.inside_a_save <= report.kills:
+    in_a_save = 2 * report.inside_a_save <= report.kills
+    if in_a_save:
         for _ in range(generator.randint(0, 3)):  # saves that come to their end first
             wait_until(lambda: attempt.ended() or saving())
             started_s = time.monotonic()
             wait_until(lambda: attempt.ended() or not saving())
             report.save_s = round((report.save_s + time.monotonic() - started_s) / 2, 4)
-        wait_until(lambda: attempt.ended() or saving())
-        time.sleep(generator.uniform(0, report.save_s))
     else:
         if generator.random() > WHILE_STARTING:
             wait_until(lambda: attempt.ended() or attempt.trains())
         until_s = time.monotonic() + generator.uniform(0, run_s / 3)
         wait_until(lambda: attempt.ended() or time.monotonic() > until_s)
-    if attempt.ended():
-        return False
-    attempt.kill_one(generator)
+    while True:
+        if in_a_save:
+            wait_until(lambda: attempt.ended() or saving())
+            time.sleep(generator.uniform(0, report.save_s))
+        if attempt.ended():
+            return False
+        victim = attempt.stop_one(generator)
+        if not in_a_save or saving():
+            break
+        os.kill(victim, signal.SIGCONT)  # the save was over before
+    attempt.kill(victim)
     report.kills += 1
     what = moment(checkpoints, begun_ns)
     report.inside_a_save += bool(what)

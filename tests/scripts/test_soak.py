@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from distributed.spawn import PATIENCE_S
 
 SOAK = Path(__file__).parents[2] / "scripts" / "soak.py"
 
@@ -18,7 +19,7 @@ def test_killed_runs_go_on_and_lose_nothing():
         check=False,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_S,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     report = json.loads(done.stdout.splitlines()[-1])
