@@ -291,7 +291,8 @@ def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
                     f"{address} is not set, and {launcher} started {environment[names[2]]} processes that must find each "
                     "other; export MASTER_ADDR (name of the first machine) and MASTER_PORT (a free port there)"
                 )
-    for name in names:
+    meeting = ("MASTER_ADDR", "MASTER_PORT") if int(environment.get(names[2], "1")) > 1 else ()
+    for name in (*names, *meeting):
         if name not in environment:
             raise ValueError(
                 f"{name} is not set although {names[0]} is; start with `deepspeed`, torchrun or one process"
@@ -302,7 +303,7 @@ def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
 
 def _store(environment: Mapping[str, str], rank: int, world_size: int, timeout: timedelta) -> dist.Store:
     """Where the processes find each other."""
-    if world_size == 1 and "MASTER_ADDR" not in environment:
+    if world_size == 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         return dist.HashStore()  # no port: two runs on one machine cannot collide
     host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
     if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

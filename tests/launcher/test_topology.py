@@ -2,6 +2,7 @@
 
 import os
 import platform
+import socket
 import subprocess
 import sys
 from datetime import timedelta
@@ -42,6 +43,18 @@ def test_one_process_needs_no_launcher_and_no_port():
     topology.barrier()
 
 
+def test_one_process_without_a_launcher_takes_no_port_though_a_shell_names_one(environment):
+    """Scripts for schedulers export both, for whatever they start."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        environment.setenv("MASTER_ADDR", "127.0.0.1")
+        assert start_processes(60).world_size == 1
+        stop_processes()
+        environment.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        assert start_processes(60).world_size == 1
+
+
 def test_processes_start_again_after_they_were_stopped():
     start_processes(60)
     with pytest.raises(RuntimeError, match="already up"):
@@ -66,6 +79,11 @@ def test_a_batch_job_of_several_tasks_is_still_one_process_where_srun_did_not_st
         ),
         ({"OMPI_COMM_WORLD_SIZE": "2", "MASTER_ADDR": "host"}, "MASTER_PORT is not set, and mpirun started 2"),
         ({"RANK": "0", "LOCAL_RANK": "0"}, "WORLD_SIZE is not set although RANK is"),
+        ({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is not set although RANK is"),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host"},
+            "MASTER_PORT is not set although RANK is",
+        ),
     ],
 )
 def test_processes_that_could_not_find_each_other_do_not_run_alone(environment, variables, message):
