@@ -364,7 +364,8 @@ def _fp8_state(projection: Any) -> Fp8State | None:
 def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, bool]]:
     """For each layer whether backward may invert (attention_norm, mlp_norm): its flag is on and the weights allow it.
 
-    The layers share one dtype. The host waits for a GPU once, not at all where no flag is on or gradients are off.
+    The layers share one dtype, but for their norms. The host waits for a GPU once, not at all where no flag is on or gradients
+    are off.
     """
     asked = [layer for layer in layers if layer.config.normalize_invertible]
     if not asked or not torch.is_grad_enabled():
@@ -376,7 +377,7 @@ def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, boo
         )
     asked_norms = [layer_norm for layer in asked for layer_norm in (layer.attention_norm, layer.mlp_norm)]
     weights, biases = [n.weight for n in asked_norms], [n.bias for n in asked_norms]
-    allowed = are_invertible(weights, biases, weights[0].dtype)
+    allowed = are_invertible(weights, biases, asked[0].qkv.weight.dtype)  # of hidden states; norms may be in fp32
     if not all(allowed):
         warnings.warn(
             "normalize_invertible: a LayerNorm has a weight too small to recover its input from its output; such LayerNorms "

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer
+from xformer_train.kernels.layer import invertible_norms
 
 CONFIG = LayerConfig(
     hidden_size=24,
@@ -152,6 +153,16 @@ def test_a_tiny_gamma_turns_the_inversion_off(pre_layer_norm, gamma):
                 layer_norm.bias[5] = 0.5
     x = torch.randn(2, 9, 24, generator=torch.Generator().manual_seed(8))
     assert_same_bits(*(run(layer, x, PADDING) for layer in layers))
+
+
+@pytest.mark.filterwarnings("ignore:normalize_invertible")  # the layer says that it keeps the input
+def test_layer_norms_in_fp32_are_inverted_only_where_their_bf16_outputs_allow_it():
+    layer = layer_of(dataclasses.replace(CONFIG, normalize_invertible=True), torch.bfloat16)
+    for layer_norm in (layer.attention_norm, layer.mlp_norm):
+        layer_norm.float()
+    assert invertible_norms([layer]) == [(True, True)]
+    nn.init.constant_(layer.mlp_norm.bias, 10.0)  # eleven times the error of y, beside a weight of 1
+    assert invertible_norms([layer]) == [(True, False)]
 
 
 @pytest.mark.filterwarnings("ignore:normalize_invertible")  # bf16 inverts no weight of 0.1
