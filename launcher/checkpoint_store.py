@@ -14,6 +14,7 @@ import json
 import platform
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -268,11 +269,13 @@ def _state_or_problem(checkpoint: Path) -> dict[str, Any] | str:
 
 
 def _remove_folder(folder: Path) -> None:
-    """state.json goes last, because leftovers are known by it."""
-    for path in folder.iterdir():
-        if path.name != STATE:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(folder)
+    """state.json goes last, because leftovers are known by it. Another process may remove the same."""
+    with suppress(FileNotFoundError):
+        for path in folder.iterdir():
+            if path.name != STATE:
+                with suppress(FileNotFoundError):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(folder)
 
 
 def _fingerprint(path: Path, entry: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -123,6 +123,20 @@ def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint_and_is_finished_l
     assert not list(tmp_path.iterdir())
 
 
+def test_what_another_process_removes_meanwhile_is_no_error(tmp_path, monkeypatch):
+    """`checkpoints prune` while a run saves, which removes what it takes for leftovers."""
+    bare_checkpoint(tmp_path, "step1", 1, {"a": "", "b": ""})
+    unlink = Path.unlink
+
+    def come_late(path, **options):
+        unlink(path)
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "unlink", come_late)
+    checkpoint_store.remove(tmp_path, "step1")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_damaged_checkpoint_set_aside_is_none_of_the_checkpoints_any_more(tmp_path):
     for _ in range(2):
         bare_checkpoint(tmp_path, "step1", 1)
