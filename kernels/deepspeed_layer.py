@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import AttentionMask
@@ -179,9 +178,6 @@ class _Linear(NamedTuple):
 
     weight: Tensor
     bias: Tensor
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
 
 
 class _LayerNorm(NamedTuple):
