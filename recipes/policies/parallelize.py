@@ -33,6 +33,7 @@ from .shard import Policies, apply_plan, resolve_policies
 
 _MODEL = "model.pt"
 _PROXIED = ("forward", "generate")
+_UNGUARDED = ", because of what it printed above; a script must call parallelize below if __name__ == '__main__':"
 _GRACE_S = 10  # for the others to answer when one has failed: they may wait for it in a collective
 
 
@@ -225,7 +226,10 @@ class Workers:
         except (EOFError, OSError):
             process = self._processes[rank]
             process.join(_GRACE_S)
-            return _Answer(error=f"it ended with exit code {process.exitcode}", ended=True)
+            starting = process.exitcode == 1 and "forward" not in vars(self._model)
+            return _Answer(
+                error=f"it ended with exit code {process.exitcode}{_UNGUARDED if starting else ''}", ended=True
+            )
         return answer
 
 

@@ -1,8 +1,12 @@
 """A model whose calls two processes on the CPU answer."""
 
 import inspect
+import os
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -111,6 +115,19 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(monkeypatch):
             model(x=2 * x)
         torch.testing.assert_close(model(x=x)["states"][-1], expected, rtol=0, atol=1e-5)  # sums in another order
         assert not process.is_alive()
+
+
+def test_a_script_that_would_start_itself_again_is_told_how_to_be_written(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from distributed.own_policies import MODELS_WITH_POLICIES, GroupedPolicy\n"
+        "from xformer_train.recipes.policies import parallelize\n"
+        "parallelize(MODELS_WITH_POLICIES['grouped'].build(), 1, policy=GroupedPolicy)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.endswith("a script must call parallelize below if __name__ == '__main__':\n"), done.stderr
 
 
 def test_half_precision_with_a_policy_of_ones_own_until_the_model_is_taken_back():
