@@ -1,12 +1,16 @@
-"""What the command line says of errors, and the status it leaves with: 1 for a failure, 2 for wrong usage."""
+"""What the command line says of errors, and the status it leaves with: 1 for a failure, 2 for wrong usage, 75 for a signal."""
 
 import os
+import signal
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 import typer
+
+from .rank_status import REQUEUE
 
 
 @contextmanager
@@ -24,6 +28,22 @@ def reported_errors(debug: bool, status: int = 1) -> Iterator[None]:
         if problems is None:
             leave(f"error{_rank_note()}: {error}", status)
         leave("\n".join(problems), status=2)
+
+
+@contextmanager
+def requeued_by_signals() -> Iterator[None]:
+    """Until a run handles them itself: a scheduler may want the machine back before everything is imported."""
+
+    def requeue(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(REQUEUE)
+
+    before = {number: signal.signal(number, requeue) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is requeue:
+                signal.signal(number, handler)
 
 
 def leave(message: str, status: int) -> NoReturn:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .cli_errors import reported_errors
+from .cli_errors import reported_errors, requeued_by_signals
 from .rank_status import USAGE_ERROR
 from .train_cli import training_options
 
@@ -65,7 +65,7 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     The run config is checked first, for the number of processes that the hosts have. The exit status is 0 only if every process
     ended well; otherwise the first one to fail is named last, with its traceback.
     """
-    with reported_errors(debug, USAGE_ERROR):
+    with requeued_by_signals(), reported_errors(debug, USAGE_ERROR):
         from .config_loading import load_config
         from .launch import LaunchOptions, choose_hosts, count_processes, plan_launch, start
         from .run_directory import check_run_directory
@@ -81,7 +81,7 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     if print_only:
         typer.echo(planned.text())
         return
-    with reported_errors(debug):
+    with requeued_by_signals(), reported_errors(debug):
         # Each process would find another run's directory too, but a restart would then go on with that run.
         folder = check_run_directory(config, resume=training.resume).log.absolute()
         outcome = start(planned, folder)

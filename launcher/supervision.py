@@ -85,7 +85,7 @@ class _Host:
 
     def send(self, number: signal.Signals) -> None:
         assert self.process.stdin is not None, "started with a pipe"
-        if self.command.through_pdsh and number in (signal.SIGUSR1, signal.SIGUSR2):
+        if self.command.through_pdsh and number == signal.SIGUSR1:
             number = signal.SIGTERM
         with suppress(OSError):  # it has ended, or its connection has
             self.process.stdin.write(number.name.encode() + b"\n")
@@ -136,11 +136,11 @@ def _start(command: HostCommand, status_folder: Path) -> _Host:
 
 @contextmanager
 def _handled(hosts: list[_Host], received: list[signal.Signals]) -> Iterator[None]:
-    """Passes signals on while it lasts. A hang-up is a request to end: the terminal is gone, the run need not be lost."""
+    """Passes signals on while it lasts; what would kill the processes of the run becomes a request to end."""
 
     def handle(number: int, frame: object) -> None:
         received.append(signal.Signals(number))
-        passed_on = signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number)
+        passed_on = signal.SIGTERM if number in (signal.SIGHUP, signal.SIGUSR2) else signal.Signals(number)
         for host in hosts:
             host.send(passed_on)
 
@@ -202,8 +202,10 @@ def _outcome(
         why = f"after {received[0].name}" if received else "killed from outside (for memory?), or the host is lost"
         lines.append(f"{_ranks(silent)} ended without a word: {why}")
     if first is None:
-        from_signal = 128 + received[0] if received else None
-        return Outcome(from_signal or next(iter(failed.values()), 1), "\n".join(lines))
+        code = next(iter(failed.values()), 1)
+        if received:  # it may have come before the processes were there to answer it
+            code = 128 + signal.SIGINT if received[0] == signal.SIGINT else REQUEUE
+        return Outcome(code, "\n".join(lines))
     later = [rank for rank, status in statuses.items() if status.exit_code and rank != first.rank]
     if later:
         lines.append(f"{_ranks(later)} failed after rank {first.rank}")

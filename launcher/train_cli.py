@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_errors import leave, reported_errors
+from .cli_errors import leave, reported_errors, requeued_by_signals
 from .flags import FLAGS, values_by_key
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def train(
     if config is None:
         leave("error: no run config is given; use --config FILE, or --help", status=2)
     _check_resume(resume)
-    with reported_errors(debug):
+    with requeued_by_signals(), reported_errors(debug):
         loaded = load(config, sets, values, world_size(1))
         if not debug:
             _quieten_libraries()

@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from xformer_train.launcher import cli, train_cli
 from xformer_train.launcher.config_loading import load_config
 from xformer_train.launcher.flags import FLAGS
+from xformer_train.launcher.rank_status import REQUEUE
 
 MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
 
@@ -250,6 +252,25 @@ def test_the_module_is_the_console_script(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("none.yaml: no such file")
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_may_stop_a_run_that_is_still_importing(tmp_path, number):
+    code = (
+        "import sys, time, types\n"
+        "def quiet(debug): print('importing', flush=True); time.sleep(1000)\n"
+        "topology = types.ModuleType('topology'); topology.quiet = quiet\n"
+        "sys.modules['xformer_train.launcher.topology'] = topology\n"
+        "from xformer_train.launcher.cli import main\n"
+        "main()"
+    )
+    (tmp_path / "run.yaml").write_text(MINIMAL)
+    command = [sys.executable, "-c", code, "--config", "run.yaml"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == REQUEUE
 
 
 def test_library_warnings_are_silent_unless_asked_for(monkeypatch):

@@ -13,7 +13,7 @@ from distributed.spawn import PATIENCE_S
 from runs import write_config
 
 from xformer_train.launcher import host_process
-from xformer_train.launcher.rank_status import FOLDER_VARIABLE
+from xformer_train.launcher.rank_status import FOLDER_VARIABLE, REQUEUE
 from xformer_train.launcher.supervision import HostCommand, run_hosts
 
 # With programs in the place of runs
@@ -106,11 +106,12 @@ def launched(tmp_path, launcher, ignored=None, **fields):
     return process
 
 
-def test_signals_go_to_the_ranks_and_their_end_is_waited_for(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2])
+def test_signals_go_to_the_ranks_and_their_end_is_waited_for(tmp_path, number):
     """The launcher between would end at once and leave them."""
     process = launched(tmp_path, LAUNCHER)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(PATIENCE_S) == 128 + signal.SIGTERM  # no rank reported, so the end is the signal's
+    process.send_signal(number)
+    assert process.wait(PATIENCE_S) == REQUEUE  # though no rank reported
     assert (tmp_path / "saved").exists()
 
 
@@ -145,7 +146,7 @@ def test_pdsh_gets_the_one_signal_it_passes_on_and_its_ranks_are_waited_for(tmp_
     )
     process = launched(tmp_path, runner, through_pdsh=True)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(PATIENCE_S) == 75
+    assert process.wait(PATIENCE_S) == REQUEUE
 
 
 def test_the_end_of_stdin_ends_the_command(tmp_path):
