@@ -2,9 +2,10 @@
 
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
@@ -35,6 +36,11 @@ def requeued_by_signals() -> Iterator[None]:
     """Until a run handles them itself: a scheduler may want the machine back before everything is imported."""
 
     def requeue(number: int, frame: FrameType | None) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            with suppress(OSError):  # what ends a run may have ended its console
+                os.write(
+                    sys.stderr.fileno(), f"{signal.Signals(number).name}: stopped before the first step\n".encode()
+                )
         raise SystemExit(REQUEUE)
 
     before = {number: signal.signal(number, requeue) for number in (signal.SIGTERM, signal.SIGUSR1)}

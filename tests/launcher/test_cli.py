@@ -266,11 +266,15 @@ def test_a_scheduler_may_stop_a_run_that_is_still_importing(tmp_path, number):
     )
     (tmp_path / "run.yaml").write_text(MINIMAL)
     command = [sys.executable, "-c", code, "--config", "run.yaml"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "importing\n"
     process.send_signal(number)
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == REQUEUE
+    assert err == f"{number.name}: stopped before the first step\n"
 
 
 def test_library_warnings_are_silent_unless_asked_for(monkeypatch):
