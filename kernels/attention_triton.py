@@ -26,6 +26,7 @@ from .dropout import drop_threshold, keep_scale
 from .dropout_triton import SEED
 
 LN_2 = tl.constexpr(math.log(2))
+_LARGEST_BATCH = 65535  # CUDA's limit for the third dim of a grid
 
 
 @triton.jit
@@ -306,12 +307,18 @@ def shared_arguments(
 
 
 def sequence_grid(qkv: Tensor, cu_seqlens: Tensor | None, max_length: int | None) -> tuple[int, int, int]:
-    """(tokens of the longest sequence, N, number of sequences)."""
-    num_heads = qkv.shape[-2]
+    """(tokens of the longest sequence, N, number of sequences); raises ValueError for more sequences than a grid takes."""
     if cu_seqlens is None:
-        return qkv.shape[1], num_heads, qkv.shape[0]
-    assert max_length is not None, "the host does not know how long the longest sequence of a packed batch is"
-    return max_length, num_heads, cu_seqlens.numel() - 1
+        num_sequences, length = qkv.shape[:2]
+    else:
+        assert max_length is not None, "the host does not know how long the longest sequence of a packed batch is"
+        num_sequences, length = cu_seqlens.numel() - 1, max_length
+    if num_sequences > _LARGEST_BATCH:
+        raise ValueError(
+            f"B={num_sequences} sequences are over {_LARGEST_BATCH}, the most that the GPU kernels of attention take in one "
+            f"call; split the batch, or use kernels='reference'"
+        )
+    return length, qkv.shape[-2], num_sequences
 
 
 def _tile(qkv: Tensor, length: int) -> tuple[int, int, int, int]:

@@ -300,6 +300,11 @@ def test_segments_of_a_row_equal_the_same_documents_packed():
         torch.testing.assert_close(one[0], other, rtol=2e-3, atol=2e-3)
 
 
+def test_more_sequences_than_a_grid_takes_are_refused():
+    with pytest.raises(ValueError, match="B=65536 sequences are over 65535"):
+        forward(torch.zeros(65536, 1, 3, 1, 16).half())
+
+
 @pytest.mark.parametrize("size", [65, 129])
 def test_strided_inputs_equal_contiguous_ones(size):
     wide = torch.randn(2, size + 3, 3, 2, 32).half()
