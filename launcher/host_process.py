@@ -12,6 +12,7 @@ after signal N); 1 if it came to an end with processes of it left running, whate
 
 import json
 import os
+import platform
 import select
 import signal
 import subprocess
@@ -34,13 +35,20 @@ def main() -> int:
     if not line:
         return 1
     order = json.loads(line)
-    command = subprocess.Popen(
-        order["command"],
-        cwd=order["directory"],
-        env=_environment(order),
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    try:
+        command = subprocess.Popen(
+            order["command"],
+            cwd=order["directory"],
+            env=_environment(order),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    except OSError as error:
+        said = (
+            f"cannot start a run on {platform.node()}: {error.filename}: {error.strerror}; Python, the packages and the"
+        )
+        print(said, "working folder must be at the same paths on all hosts", file=sys.stderr, flush=True)
+        return 1
     guard, lifeline = _start_guard(command.pid)
     lost_control = _pass_signals_on(command)
     if lost_control:

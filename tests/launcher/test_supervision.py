@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -147,6 +148,22 @@ def test_pdsh_gets_the_one_signal_it_passes_on_and_its_ranks_are_waited_for(tmp_
     process = launched(tmp_path, runner, through_pdsh=True)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(PATIENCE_S) == REQUEUE
+
+
+@pytest.mark.parametrize(("command", "directory"), [("sleep", "nowhere"), ("nothing", ".")])
+def test_a_host_without_the_working_folder_or_the_packages_is_named(tmp_path, command, directory):
+    order = {"command": [command], "directory": str(tmp_path / directory), "environment": {}, "processes": 1}
+    done = subprocess.run(
+        [sys.executable, host_process.__file__],
+        input=json.dumps(order) + "\n",
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    missing = tmp_path / directory if directory == "nowhere" else command
+    assert done.stderr.startswith(f"cannot start a run on {platform.node()}: {missing}: No such file or directory; ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_the_end_of_stdin_ends_the_command(tmp_path):
