@@ -200,10 +200,12 @@ def _millions(count: int) -> str:
 
 def _aligned(title: str, lines: list[tuple[str, str]], text_width: int | None = None) -> str:
     """Title and lines, the texts in one column; a text wider than text_width goes on below, None keeps it on one line."""
+    # Paths stay whole, to be copied.
+    wrapper = textwrap.TextWrapper(text_width or 0, break_long_words=False, break_on_hyphens=False)
     label_width = max(len(label) for label, _ in lines)
     rendered = [title]
     for label, text in lines:
-        parts = [text] if text_width is None else textwrap.wrap(text, text_width, break_long_words=False)
+        parts = [text] if text_width is None else wrapper.wrap(text)
         rendered.append(f"  {label:<{label_width}}  {parts[0]}")
         rendered += [" " * (label_width + 4) + part for part in parts[1:]]
     return "\n".join(rendered)

@@ -153,3 +153,9 @@ def test_a_run_without_steps_evaluation_or_checkpoint_has_a_summary():
     assert "n/a sequences/s" in text
     assert "held-out" not in text and "resume" not in text
     assert "checkpoint  none" in text
+
+
+def test_a_path_is_never_divided():
+    """textwrap breaks at hyphens too, and of half a path nothing can be copied."""
+    path = "/data/" + "many-words-joined-by-hyphens/" * 6 + "checkpoints/step00001200"
+    assert path in startup_report(dataclasses.replace(STARTUP, resumed_from=path))
