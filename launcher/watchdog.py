@@ -375,4 +375,5 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def _print(text: str) -> None:
-    os.write(sys.stderr.fileno(), text.encode())
+    with suppress(OSError):  # nobody may read the console any more
+        os.write(sys.stderr.fileno(), text.encode())
