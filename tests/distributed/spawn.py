@@ -1,9 +1,11 @@
 """Runs a function in several processes that are started like those of a run on one machine."""
 
 import itertools
+import multiprocessing.util
 import os
 import random
 import socket
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -24,6 +26,7 @@ def run_processes(function: Callable[..., Any], world_size: int, *args: Any) -> 
     The processes are forked from one that has done nothing but import, which takes seconds. The first error of one ends them
     all and is raised here: the others would wait for it.
     """
+    _shorten_socket_paths()
     context = get_context("forkserver")
     context.set_forkserver_preload(["torch", "deepspeed"])
     port = free_port()
@@ -60,6 +63,15 @@ def free_port() -> int:
         _marks.append(mark)
         return port
     raise OSError(f"no port of {_PORTS.start} to {_PORTS.stop - 1} is free")
+
+
+def _shorten_socket_paths() -> None:
+    """Lets the server that forks listen below /tmp: a socket's path has 107 characters at most, which a TMPDIR may fill."""
+    before, tempfile.tempdir = tempfile.tempdir, "/tmp"
+    try:
+        multiprocessing.util.get_temp_dir()  # makes it once, and removes it in the end
+    finally:
+        tempfile.tempdir = before
 
 
 def _run(function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...]) -> Any:

@@ -171,7 +171,9 @@ def run_training(tmp_path, command, **extra_variables):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return sorted((done.stdout + done.stderr).splitlines())
+    # What torch says of a machine without a name service is no fault of ours.
+    nameless = "The hostname of the client socket cannot be retrieved"
+    return sorted(line for line in (done.stdout + done.stderr).splitlines() if nameless not in line)
 
 
 def test_one_process_prints_its_own_lines_only(tmp_path):
