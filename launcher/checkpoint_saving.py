@@ -56,30 +56,12 @@ class _Save:
         return self.folder / f".{self.id}.tmp"
 
 
-def save(
-    engine: Any,
-    folder: Path,
-    checkpoint_id: str,
-    state: Mapping[str, Any],
-    extra_files: Mapping[str, Path | str],
-    topology: Topology,
-) -> None:
-    """Checkpoint `folder/checkpoint_id`, complete and named by `latest`, when this returns; to be called by every process.
-
-    state: JSON values that describe the run at this point; must hold `step` (int) and `model` (the model's config).
-    extra_files: name in the checkpoint -> file or folder to copy, or the text itself as a str.
-    Raises ValueError if the id exists or cannot be a folder's name, and OSError, on every process, if it cannot be
-    written; what was written is removed then and earlier checkpoints stay as they are.
-    """
-    _check_id(folder, checkpoint_id, topology)
-    _write(_capture(engine, folder, checkpoint_id, state, extra_files, topology), topology.gather)
-
-
 class CheckpointSaver:
     """Saves the checkpoints of a run, one at a time, and removes those that `checkpoint.keep_last` leaves no room for.
 
     Every process makes one and uses it alike, as a context. A save that fails is told on the console and in the log, and
-    training goes on; leaving the context waits for the save in progress, and raises OSError if the last one failed.
+    training goes on: what was written of it is removed, and earlier checkpoints stay as they are. Leaving the context waits
+    for the save in progress, and raises OSError, on every process, if the last one failed.
     """
 
     def __init__(self, engine: Any, folder: Path, topology: Topology, config: CheckpointConfig) -> None:
@@ -93,8 +75,10 @@ class CheckpointSaver:
         self._crash: Exception | None = None
 
     def save(self, checkpoint_id: str, state: Mapping[str, Any], extra_files: Mapping[str, Path | str]) -> None:
-        """Begins a save, after the one before has ended, and returns when training may go on; arguments as of `save`.
+        """Begins a save, after the one before has ended, and returns when training may go on.
 
+        state: JSON values that describe the run at this point; must hold `step` (int) and `model` (the model's config).
+        extra_files: name in the checkpoint -> file or folder to copy, or the text itself as a str.
         Raises ValueError if the id exists or cannot be a folder's name.
         """
         started_s = time.monotonic()

@@ -8,17 +8,18 @@ from typing import Any
 
 from distributed.tiny import MODEL
 
-from xformer_train.launcher import checkpoint_saving
+from xformer_train.launcher.checkpoint_saving import CheckpointSaver
 from xformer_train.launcher.checkpoint_store import sealed
+from xformer_train.launcher.config import CheckpointConfig
 from xformer_train.launcher.durable_files import read_record
 
 
 def save(
     engine: Any, folder: Path, checkpoint_id: str, step: int, topology: Any, extra_files: Any = None, **state: Any
 ) -> None:
-    """A checkpoint of the tiny model."""
-    facts = {"step": step, "model": MODEL, **state}
-    checkpoint_saving.save(engine, folder, checkpoint_id, facts, extra_files or {}, topology)
+    """A checkpoint of the tiny model, which is there when this returns."""
+    with CheckpointSaver(engine, folder, topology, CheckpointConfig(keep_last=None, asynchronous=False)) as saver:
+        saver.save(checkpoint_id, {"step": step, "model": MODEL, **state}, extra_files or {})
 
 
 def bare_checkpoint(folder: Path, checkpoint_id: str, step: int, files: Mapping[str, str] | None = None) -> Path:

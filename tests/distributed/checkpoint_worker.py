@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import save
 from distributed.spawn import PATIENCE_S
 from distributed.tiny import MODEL, tiny_engine, tiny_model, train, whole_weights
 
@@ -36,7 +37,7 @@ def _resume(folder: Path, stage: int, topology: Topology) -> dict[str, Any]:
 
     before = tiny_engine(topology, stage, "fp32")
     record = train(before, topology, 0, 2)
-    checkpoint_saving.save(before, folder, "half", {"step": 2, "model": MODEL}, {}, topology)
+    save(before, folder, "half", 2, topology)
     saved = whole_weights(before)
 
     after = tiny_engine(topology, stage, "fp32")
@@ -78,11 +79,11 @@ def _full_disk(folder: Path, topology: Topology) -> list[str]:
     """Message of a save with a full disk on process 1; ids and files after it; ids after the same save with room for it."""
     engine = tiny_engine(topology, 1, "fp32")
     train(engine, topology, 0, 1)
-    checkpoint_saving.save(engine, folder, "first", {"step": 1, "model": MODEL}, {}, topology)
+    save(engine, folder, "first", 1, topology)
     message = "no error"
     with FullDisk(topology, 1):
         try:
-            checkpoint_saving.save(engine, folder, "second", {"step": 2, "model": MODEL}, {}, topology)
+            save(engine, folder, "second", 2, topology)
         except OSError as error:
             message = str(error)
     topology.barrier()
@@ -92,7 +93,7 @@ def _full_disk(folder: Path, topology: Topology) -> list[str]:
         ",".join(sorted(path.name for path in folder.iterdir())),
     ]
     topology.barrier()
-    checkpoint_saving.save(engine, folder, "second", {"step": 2, "model": MODEL}, {}, topology)
+    save(engine, folder, "second", 2, topology)
     return [*seen, ",".join(checkpoint_store.list_ids(folder))]
 
 
