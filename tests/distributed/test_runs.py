@@ -17,7 +17,7 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def train(*arguments, processes=1):
-    """The finished process of a run that was started as a user starts it."""
+    """The finished process of a run that was started as a user starts it, which takes seconds."""
     command = [sys.executable, "-m", "xformer_train.launcher", *arguments]
     if processes > 1:
         start = [LAUNCHER, "--num_accelerators", str(processes), "--master_port", str(free_port())]
@@ -26,6 +26,12 @@ def train(*arguments, processes=1):
     return subprocess.run(
         command, check=False, capture_output=True, text=True, timeout=PATIENCE_S, env=environment, cwd="/"
     )
+
+
+def train_quickly(path, *runs):
+    """Runs of one process, one after the other; runs: --set arguments, and whether to resume."""
+    (printed,) = run_processes(runs_worker, 1, 1, [(path, sets, resume, free_port()) for sets, resume in runs])
+    assert all("finished" in text for text in printed), printed
 
 
 def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
@@ -38,9 +44,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
         data__validation_fraction=0.2,
         optimizer__lr=0.01,
     )
-    one = train("--config", str(path), "--job_name", "one")
+    train_quickly(path, (["name=one"], False))
     two = train("--config", str(path), "--job_name", "two", processes=2)
-    assert one.returncode == 0, one.stderr
     assert two.returncode == 0, two.stderr
     root = tmp_path / "runs"
     # fp32 sums in another order, fed back through 12 Adam steps
@@ -52,9 +57,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
     assert two.stdout.count("held-out loss") == 1  # one process speaks
 
     # a checkpoint of ZeRO stage 0 goes on with another number of processes
-    longer = ["--max_steps", "14", "--set", "schedule.total_steps=null"]
-    more = train("--config", str(path), "--job_name", "two", "--resume", "auto", *longer)
-    assert more.returncode == 0, more.stderr
+    train_quickly(path, (["name=two", "training.max_steps=14", "schedule.total_steps=null"], True))
     assert sorted(losses(root / "two")) == list(range(1, 15))
 
 
@@ -84,9 +87,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint_from_which_it_goes_on_exactly(
     assert [p.name for p in (log.parent / "checkpoints").glob("step*")] == [f"step{last:08d}"]
 
     total = f"training.max_steps={last + 3}"
-    runs = [(path, [f"name={name}", total], True, free_port()) for name in ("cut", "straight")]
-    (printed,) = run_processes(runs_worker, 1, 1, runs)
-    assert all("finished" in text for text in printed), printed
+    train_quickly(path, *(([f"name={name}", total], True) for name in ("cut", "straight")))
     root = tmp_path / "runs"
     assert losses(root / "cut") == losses(root / "straight")
     ours, theirs = (weights(root / name / "checkpoints" / f"step{last + 3:08d}") for name in ("cut", "straight"))
