@@ -30,6 +30,10 @@ from torch.autograd.function import once_differentiable
 
 from .linear import linear, product, weight_gradient
 
+# torch 2.13 has new names for these two and warns of the old ones, which are all that torch 2.11 has.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 Group = dist.ProcessGroup | None
 
 
@@ -103,7 +107,7 @@ def start_all_gather(x: Tensor, group: Group) -> Pending:
     if group is None or group.size() == 1:
         return Pending(x)
     result = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    return Pending(result, dist.all_gather_into_tensor(result, x.contiguous(), group, async_op=True))
+    return Pending(result, _all_gather(result, x.contiguous(), group, async_op=True))
 
 
 def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
@@ -115,7 +119,7 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
         return Pending(x)
     check_divisible(x.shape[0], group, "dim 0 of x")
     result = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
-    return Pending(result, dist.reduce_scatter_tensor(result, x.contiguous(), group=group, async_op=True))
+    return Pending(result, _reduce_scatter(result, x.contiguous(), group=group, async_op=True))
 
 
 def check_divisible(size: int, group: Group, name: str) -> None:

@@ -12,7 +12,6 @@ import signal
 import tempfile
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_context
@@ -238,9 +237,6 @@ def _work(
 ) -> None:
     """A process: takes its shard, and answers until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the first ends the others
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"torch\.distributed\."
-    )  # of names that torch changes
     try:
         model, device = _load(folder, rank, size, fp16, policies)
     except Exception as error:
