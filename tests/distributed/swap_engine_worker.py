@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from distributed.hf_models import MODELS
-from distributed.shard_engine_worker import CLIPPING, REPLICAS, STEPS, loss_of, optimizer_of
+from distributed.shard_engine_worker import engine_of, train
 from distributed.spawn import PATIENCE_S
 from torch import Tensor
 
-from xformer_train.launcher.engine import build_engine, grad_norm
-from xformer_train.launcher.topology import quiet, start_processes, stop_processes
+from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.recipes.policies import swap
 
 
@@ -27,11 +26,7 @@ def worker(stages: list[int]) -> dict[int, tuple[list[float], dict[str, Tensor],
     for stage in stages:
         place = Path(folder[0], str(stage))
         engine = _engine(stage, topology)
-        norms = []
-        for step in range(STEPS):
-            engine.backward(loss_of(engine, step, topology.replica))
-            engine.step()
-            norms.append(float(grad_norm(engine) or 0.0))
+        norms = train(engine, topology)
         engine.save_checkpoint(place)
         other = _engine(stage, topology)
         other.load_checkpoint(place)
@@ -40,20 +35,10 @@ def worker(stages: list[int]) -> dict[int, tuple[list[float], dict[str, Tensor],
     return results
 
 
-def _engine(stage: int, topology: Any) -> Any:
+def _engine(stage: int, topology: Topology) -> Any:
     model = MODELS["bert"].build()
     swap(model)
-    config = {
-        "train_batch_size": 2 * REPLICAS,
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_clipping": CLIPPING,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-    }
-    engine = build_engine(model, optimizer_of(model), config, topology)
-    engine.eval()  # without dropout
-    return engine
+    return engine_of(model, stage, topology)
 
 
 def _weights(engine: Any) -> dict[str, Tensor]:

@@ -3,8 +3,7 @@
 import pytest
 import torch
 import transformers
-from distributed.hf_models import MODELS
-from distributed.shard_engine_worker import CLIPPING, REPLICAS, STEPS, loss_of, optimizer_of, worker
+from distributed.shard_engine_worker import CLIPPING, steps_of_one_process, worker
 from distributed.spawn import run_processes
 
 # swap refuses the layers of transformers 4.
@@ -19,18 +18,9 @@ def by_rank():
 
 @pytest.fixture(scope="module")
 def plain():
-    """Gradient norms and final weights of the same steps on the batches of both replicas, without DeepSpeed."""
-    model = MODELS["bert"].build()
-    optimizer = optimizer_of(model)
-    norms = []
-    for step in range(STEPS):
-        for replica in range(REPLICAS):
-            (loss_of(model, step, replica) / REPLICAS).backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING).item())
-        optimizer.step()
-        optimizer.zero_grad()
+    norms, weights = steps_of_one_process()
     assert min(norms) > CLIPPING
-    return norms, model.state_dict()
+    return norms, weights
 
 
 @pytest.mark.parametrize(("stage", "swapped"), CASES)

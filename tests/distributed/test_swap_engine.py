@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from distributed.hf_models import MODELS
-from distributed.shard_engine_worker import CLIPPING, REPLICAS, STEPS, loss_of, optimizer_of
+from distributed.shard_engine_worker import steps_of_one_process
 from distributed.spawn import run_processes
 from distributed.swap_engine_worker import worker
 
@@ -17,17 +16,7 @@ def by_rank():
 
 @pytest.fixture(scope="module")
 def stock():
-    """Gradient norms and final weights of the same steps on the batches of both replicas, without DeepSpeed."""
-    model = MODELS["bert"].build()
-    optimizer = optimizer_of(model)
-    norms = []
-    for step in range(STEPS):
-        for replica in range(REPLICAS):
-            (loss_of(model, step, replica) / REPLICAS).backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), CLIPPING).item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return norms, model.state_dict()
+    return steps_of_one_process()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -150,16 +150,22 @@ def test_pdsh_gets_the_one_signal_it_passes_on_and_its_ranks_are_waited_for(tmp_
     assert process.wait(PATIENCE_S) == REQUEUE
 
 
-@pytest.mark.parametrize(("command", "directory"), [("sleep", "nowhere"), ("nothing", ".")])
-def test_a_host_without_the_working_folder_or_the_packages_is_named(tmp_path, command, directory):
-    order = {"command": [command], "directory": str(tmp_path / directory), "environment": {}, "processes": 1}
-    done = subprocess.run(
+def host_process_ended(command, directory):
+    """What a host's process did whose stdin ends behind the order to start the command."""
+    order = {"command": command, "directory": str(directory), "environment": {}, "processes": 1}
+    return subprocess.run(
         [sys.executable, host_process.__file__],
         input=json.dumps(order) + "\n",
         text=True,
         capture_output=True,
+        timeout=PATIENCE_S,
         check=False,
     )
+
+
+@pytest.mark.parametrize(("command", "directory"), [("sleep", "nowhere"), ("nothing", ".")])
+def test_a_host_without_the_working_folder_or_the_packages_is_named(tmp_path, command, directory):
+    done = host_process_ended([command], tmp_path / directory)
     assert done.returncode == 1
     missing = tmp_path / directory if directory == "nowhere" else command
     assert done.stderr.startswith(f"cannot start a run on {platform.node()}: {missing}: No such file or directory; ")
@@ -168,14 +174,7 @@ def test_a_host_without_the_working_folder_or_the_packages_is_named(tmp_path, co
 
 def test_the_end_of_stdin_ends_the_command(tmp_path):
     """As when `launch` is killed, or the connection to it is lost."""
-    order = {"command": ["sleep", "1000"], "directory": str(tmp_path), "environment": {}, "processes": 1}
-    done = subprocess.run(
-        [sys.executable, host_process.__file__],
-        input=json.dumps(order) + "\n",
-        text=True,
-        timeout=PATIENCE_S,
-        check=False,
-    )
+    done = host_process_ended(["sleep", "1000"], tmp_path)
     assert done.returncode == 128 + signal.SIGTERM
 
 
