@@ -315,10 +315,8 @@ class TransformerLayer(nn.Module):
     def _attend(self, x: Tensor, amax: Tensor | None, now: Pass) -> Tensor:
         """The attention half up to its projection, without the projection's bias. amax: of x, if it is known."""
         config = self.config
-        heads, width = (
-            config.num_attention_heads // self.parallel.size,
-            config.hidden_size // config.num_attention_heads,
-        )
+        heads = config.num_attention_heads // self.parallel.size
+        width = config.hidden_size // config.num_attention_heads
         qkv = self._project(x, self.qkv, "column", amax)
         context = self._contexts(qkv.view(*now.token_shape, 3, heads, width), now)
         if self.parallel.divides_tokens:

@@ -66,7 +66,7 @@ def open_or_build(
             lock.acquire()
         except OSError as error:
             raise _unusable(folder.parents[1], error) from error
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # filelock's answer to a file system that knows no locks
             raise ValueError(
                 f"data.cache_dir={folder.parents[1]}: its file system has no file locks; name a folder on another"
             ) from error
