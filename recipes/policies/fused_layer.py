@@ -18,6 +18,9 @@ from ...kernels.tensor_parallel import TensorParallel
 from .layer_masks import LayerMasks
 from .rank_random import RankRandom
 
+CACHE_NAMES = ("cache", "past_key_values")
+"""What transformers calls a cache of keys and values, in arguments and outputs: since 5.24, and before."""
+
 # Arguments of stock layers that have no influence on what they compute, or none here: the masks know of positions.
 _WITHOUT_INFLUENCE = {
     "position_ids",
@@ -134,7 +137,7 @@ class FusedLayer(nn.Module):
         """
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         hidden_states: Tensor = given.pop(self.arguments[0])
-        mask, cache = given.pop("attention_mask", None), given.pop("past_key_values", None)
+        mask, cache = given.pop("attention_mask", None), self._pop_cache(given)
         for name, value in given.items():
             if value is not None and value is not False and name not in _WITHOUT_INFLUENCE:
                 raise ValueError(
@@ -155,12 +158,21 @@ class FusedLayer(nn.Module):
         swapped = self.swapped
         if cache is None:
             return swapped.masks.convert(given, x, arguments.get("position_ids"))
-        if swapped.layer_idx is None or hasattr(cache, "cross_attention_cache"):
-            raise ValueError(
-                f"past_key_values is a {type(cache).__name__}, which a fused {type(self).__name__} cannot use; leave it "
-                f"out, or call revert(model) first"
-            )
+        assert swapped.layer_idx is not None
         return _CacheMask(masks=swapped.masks, given=given, cache=cache, layer_idx=swapped.layer_idx)
+
+    def _pop_cache(self, given: dict[str, Any]) -> Any:
+        """Takes the cache out of the arguments, under whichever name; a second one stays there and is refused."""
+        name = next((name for name in CACHE_NAMES if given.get(name) is not None), None)
+        if name is None:
+            return None
+        cache = given.pop(name)
+        if self.swapped.layer_idx is None or hasattr(cache, "cross_attention_cache"):
+            raise ValueError(
+                f"{name} is a {type(cache).__name__}, which a fused {type(self).__name__} cannot use; leave it out, or call "
+                f"revert(model) first"
+            )
+        return cache
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Under the stock layer's names and in its shapes; where shapes allow it, views of the parameters."""

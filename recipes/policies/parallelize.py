@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ...kernels.tensor_parallel import TensorParallel
+from .fused_layer import CACHE_NAMES
 from .paths import owner_of
 from .plan import make_plan
 from .policy import Policy
@@ -41,7 +42,7 @@ def parallelize(model: nn.Module, num_gpus: int, fp16: bool = False, policy: Pol
 
     model: on the CPU, where it stays as it is; without a GPU in the machine the processes compute on its CPU.
     fp16: the processes' weights in half precision. policy: as in `shard`.
-    Results come to the CPU, without gradients and past_key_values; attention weights are those of the first process's heads.
+    Results come to the CPU, without gradients and cache; attention weights are those of the first process's heads.
     Random numbers of a call follow from torch's default generator here. `model.cpu()`, or `close()` of what is returned, which
     is a context manager too, ends the processes.
 
@@ -281,8 +282,8 @@ def _load(
 
 def _for_parent(result: Any) -> Any:
     """A model's output on the CPU, without the cache of keys and values, of which each process has its heads."""
-    if isinstance(result, Mapping) and "past_key_values" in result:
-        result = type(result)(**{name: value for name, value in result.items() if name != "past_key_values"})
+    if isinstance(result, Mapping) and any(name in CACHE_NAMES for name in result):
+        result = type(result)(**{name: value for name, value in result.items() if name not in CACHE_NAMES})
     return tree_map(lambda x: x.cpu() if isinstance(x, Tensor) else x, result)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from xformer_train.recipes.policies.fused_layer import CACHE_NAMES
+
 VOCABULARY = 53  # odd: neither 2 nor 4 processes share it equally
 
 
@@ -38,6 +40,12 @@ class Small:
 
     def make_inputs(self, seed: int = 1) -> dict[str, Any]:
         return self.inputs(torch.Generator().manual_seed(seed))
+
+
+def cache_of(output: Any) -> dict[str, Any]:
+    """The output's cache of keys and values, as the argument of the next call."""
+    (name,) = set(CACHE_NAMES) & set(output)
+    return {name: output[name]}
 
 
 def text(generator: torch.Generator, left: bool = False, first: int = 3) -> dict[str, Any]:

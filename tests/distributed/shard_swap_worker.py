@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.hf_models import MODELS, text
+from distributed.hf_models import MODELS, cache_of, text
 from distributed.shard_worker import Results, equal_on_all, error, run, sharded, tensors_of, whole_gradients
 from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
@@ -129,8 +129,8 @@ def attention_dropout(name: str) -> Results:
         model.zero_grad()
         given = inputs
         if name == "gpt2":
-            seen = model.eval()(inputs["input_ids"][:, :3]).past_key_values
-            given = {key: inputs[key][:, 3:] for key in ("input_ids", "labels")} | {"past_key_values": seen}
+            seen = cache_of(model.eval()(inputs["input_ids"][:, :3]))
+            given = {key: inputs[key][:, 3:] for key in ("input_ids", "labels")} | seen
         model.train(training)(**given).loss.backward()
         equal.append(equal_on_all(layers[0].fused.attention_output.weight.grad, dist.group.WORLD))
     return {"equal": equal}

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.hf_models import MODELS
+from distributed.hf_models import MODELS, cache_of
 from distributed.own_policies import MODELS_WITH_POLICIES, GroupedPolicy
 
 from xformer_train.recipes.policies import parallelize
+from xformer_train.recipes.policies.fused_layer import CACHE_NAMES
 from xformer_train.recipes.policies.parallelize import _failure
 
 
@@ -40,7 +41,10 @@ def test_a_call_gives_what_it_gave_before(gpt2):
     torch.testing.assert_close(output.logits, expected.logits, rtol=0, atol=1e-5)  # sums in another order
     torch.testing.assert_close(output.loss, expected.loss, rtol=0, atol=1e-5)
     torch.testing.assert_close(output.hidden_states, expected.hidden_states, rtol=0, atol=1e-5)
-    assert "past_key_values" not in output
+    assert set(expected) - set(output) == cache_of(expected).keys()  # each process has that of its heads
+    generated = generate(model, do_sample=False, return_dict_in_generate=True)
+    assert not set(CACHE_NAMES) & set(generated)
+    assert torch.equal(generated.sequences, continued)
     assert not output.logits.requires_grad
     assert torch.equal(generate(model, do_sample=False), continued)
     assert "input_ids" in inspect.signature(model.forward).parameters  # which pipelines look at

@@ -1,11 +1,12 @@
 """Swapped transformers models against themselves before: outputs, gradients, training and generation."""
 
 import copy
+import inspect
 
 import pytest
 import torch
 import transformers
-from distributed.hf_models import MODELS
+from distributed.hf_models import MODELS, cache_of
 from hf_swap import (
     SIZES,
     assert_same_bits,
@@ -23,7 +24,10 @@ from hf_swap import (
 from torch import nn
 
 from xformer_train.recipes.policies import revert, swap
-from xformer_train.recipes.policies.fused_layer import FusedLayer
+from xformer_train.recipes.policies.encoders import DistilBertPolicy
+from xformer_train.recipes.policies.fused_layer import _WITHOUT_INFLUENCE, CACHE_NAMES, FusedLayer
+from xformer_train.recipes.policies.policy import Policy
+from xformer_train.recipes.policies.shipped import SHIPPED
 
 
 def compare(model, given, tokens=None):
@@ -176,16 +180,53 @@ def test_greedy_generation_is_the_stock_models(attention, cache):
     assert torch.equal(found, model.generate(**given, **beams))
 
 
+@pytest.mark.parametrize("policy", [policy for policy in SHIPPED.values() if policy.describe is not Policy.describe])
+def test_stock_layers_have_no_argument_that_fused_ones_do_not_know_by_name(policy):
+    parameters = inspect.signature(policy.original_layer_class().forward).parameters
+    _, first, *others = (name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD)
+    assert first == "hidden_states"
+    assert "attention_mask" in others
+    # DistilBERT is never a decoder, and its layers know no cache.
+    assert len(set(CACHE_NAMES) & set(others)) == (policy is not DistilBertPolicy)
+    refused = {"encoder_hidden_states"}
+    assert set(others) <= {"attention_mask", *CACHE_NAMES, *_WITHOUT_INFLUENCE} | refused
+
+
+def test_a_token_behind_a_cached_prefill_has_the_stock_logits_in_fp64():
+    model = build("gpt2").double()
+    ids = inputs(None)["input_ids"]
+
+    def logits():
+        return model(ids[:, 8:], **cache_of(model(ids[:, :8]))).logits
+
+    expected = logits()
+    swap(model)
+    torch.testing.assert_close(logits(), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(logits(), model(ids).logits[:, 8:], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_a_layer_takes_a_cache_under_either_name(name):
+    model = build("gpt2").double()
+    swap(model)
+    layer = model.transformer.h[0]
+    x = torch.randn(2, 9, 15, dtype=torch.float64)
+    cache = transformers.DynamicCache()
+    found = torch.cat([layer(x[:, :8], **{name: cache}), layer(x[:, 8:], **{name: cache})], 1)
+    assert cache.get_seq_length() == 9
+    torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-12)
+
+
 def test_gradients_flow_into_a_cache():
     # What a first part of a text put there, as prefix tuning does.
     model = build("gpt2")
     ids = inputs(None)["input_ids"]
-    expected = model(ids[:, 6:], past_key_values=model(ids[:, :6]).past_key_values).logits
+    expected = model(ids[:, 6:], **cache_of(model(ids[:, :6]))).logits
     expected.square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad()
     swap(model)
-    found = model(ids[:, 6:], past_key_values=model(ids[:, :6]).past_key_values).logits
+    found = model(ids[:, 6:], **cache_of(model(ids[:, :6]))).logits
     close(found, expected)
     found.square().sum().backward()
     revert(model)

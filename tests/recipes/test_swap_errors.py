@@ -187,7 +187,7 @@ def test_wrong_use_is_said_in_one_sentence():
     swap(partitioned)
     partition(partitioned.bert.encoder.layer[0])
     x = torch.randn(2, 9, 15)
-    ids = inputs()["input_ids"]
+    two_caches = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
     wrong = [
         (lambda: swap(swapped), "this BertForPreTraining is swapped already; call revert"),
         (
@@ -203,14 +203,11 @@ def test_wrong_use_is_said_in_one_sentence():
         (lambda: layer(x, head_mask=torch.ones(3)), "head_mask was given to a fused BertLayer"),
         (lambda: layer(x, torch.ones(2, 9)), r"attention_mask is torch.float32 \(2, 9\) for 2 x 9 tokens"),
         (lambda: layer(x, torch.zeros(2, 1, 9, 9, requires_grad=True) + 1), "bias requires a gradient"),
+        (lambda: layer(x, cache=two_caches), "cache is a EncoderDecoderCache, which a fused BertLayer cannot use"),
+        (lambda: layer(x, past_key_values=two_caches), "past_key_values is a EncoderDecoderCache, which a fused"),
         (
-            lambda: swapped(
-                ids,
-                past_key_values=transformers.EncoderDecoderCache(
-                    transformers.DynamicCache(), transformers.DynamicCache()
-                ),
-            ),
-            "past_key_values is a EncoderDecoderCache",
+            lambda: layer(x, cache=transformers.DynamicCache(), past_key_values=two_caches),
+            "past_key_values was given to a fused BertLayer, which cannot honour it",
         ),
         (
             lambda: flex.bert.encoder.layer[0](x),
