@@ -12,16 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fp8_products import (
-    Fp8Tensor,
-    check_fp8_features,
-    dgrad,
-    fp8_path,
-    fprop,
-    largest_magnitude,
-    quantize,
-    wgrad,
-)
+from .fp8_products import Fp8Tensor, check_fp8_features, dgrad, fp8_path, fprop, largest_magnitude, quantize, wgrad
 from .fp8_scaling import (
     DelayedScaling,
     Float8CurrentScaling,

@@ -14,10 +14,10 @@ from .dropout import draw_seed
 from .fp8 import Fp8State
 from .fp8_norm import norm_before, residual_norm_before
 from .mlp import Activation, mlp
+from .parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
+from .parallel.sharding import Partition, shard_parameters
 from .projection import ParallelMode, Projection, project, project_mlp, runs_fp8
 from .residual_norm import are_invertible, residual_add
-from .sharding import Partition, shard_parameters
-from .tensor_parallel import ONE_PROCESS, TensorParallel, copy_to_group
 
 # The dropouts of one layer draw from one seed; the site keeps their masks apart, and those of processes where they must differ.
 _ATTENTION_SITE, ATTENTION_OUTPUT_SITE, _OUTPUT_SITE, _SITES = 1, 2, 3, 8
@@ -129,7 +129,7 @@ class TransformerLayer(nn.Module):
     one more LayerNorm at its end.
 
     parallel: the t processes that share the layer. Each has N/t heads and F/t of the feed-forward width; parameters are shards,
-        marked as kernels/sharding.py has it, with the start values of one process if torch is seeded alike on all. With
+        marked as parallel/sharding.py has it, with the start values of one process if torch is seeded alike on all. With
         `sequence` hidden states are this process's part of the rows of tokens, as a LayerStack gives them.
 
     Inside an fp8_autocast region the four projections have FP8 products. normalize_invertible and gelu_checkpoint save nothing

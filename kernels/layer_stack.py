@@ -14,8 +14,8 @@ from .attention import AttentionMask
 from .dropout import draw_seed
 from .fp8 import Float8CurrentScaling, check_fp8_features, fp8_autocast, is_fp8_enabled
 from .layer import LayerConfig, TransformerLayer, invertible_norms
+from .parallel.collectives import ONE_PROCESS, TensorParallel, gather_from_group, scatter_to_group
 from .recomputation import recompute_in_backward
-from .tensor_parallel import ONE_PROCESS, TensorParallel, gather_from_group, scatter_to_group
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 _WARM_UPS = 3  # compile the kernels and let the matrix libraries choose theirs, which a capture forbids

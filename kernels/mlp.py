@@ -2,7 +2,7 @@
 
 The second bias is not added here: `residual_norm` and `residual_add` add it for free.
 Backward: da = dy @ w2;  df = da * GELU'(f);  db1 = sum_T df;  dw2 = dy.T @ a;  dw1 = df.T @ x;  dx = df @ w1.
-Of t processes each holds F/t rows of w1 and columns of w2; y and dx are sums over them, as in kernels/tensor_parallel.py.
+Of t processes each holds F/t rows of w1 and columns of w2; y and dx are sums over them, as in kernels/parallel/collectives.py.
 """
 
 import math
@@ -16,8 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .linear import product, weight_gradient
 from .operator import operator
-from .residual_norm import Kernels, uses_triton
-from .tensor_parallel import (
+from .parallel.collectives import (
     ONE_PROCESS,
     Pending,
     TensorParallel,
@@ -25,6 +24,7 @@ from .tensor_parallel import (
     start_all_reduce_,
     start_reduce_scatter,
 )
+from .residual_norm import Kernels, uses_triton
 
 Activation = Literal["gelu", "gelu_tanh"]
 _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}

@@ -1,7 +1,7 @@
 """The products of a layer, x @ weight.T + bias: in high precision or FP8, by one process or shared by several.
 
 A product is `column` when each process makes its part of the output features, `row` when each has its part of the input
-features and the results are added up, None when it is not shared. kernels/tensor_parallel.py has shapes and collectives.
+features and the results are added up, None when it is not shared. kernels/parallel/collectives.py has shapes and collectives.
 """
 
 from typing import Literal
@@ -13,7 +13,7 @@ from .fp8 import Fp8State, fp8_linear, is_fp8_enabled
 from .fp8_mlp import MainGrads, fp8_mlp
 from .linear import linear
 from .mlp import Activation
-from .tensor_parallel import (
+from .parallel.collectives import (
     TensorParallel,
     column_parallel_linear,
     copy_to_group,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .dropout import draw_seed
-from .tensor_parallel import Group, group_rank
+from .parallel.collectives import Group, group_rank
 
 MODEL_PARALLEL_RNG = "model-parallel-rng"
 _MODEL_PARALLEL_OFFSET = 2718  # Megatron's

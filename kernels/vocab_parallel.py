@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cross_entropy import IGNORED, chunked_cross_entropy, linear_cross_entropy
-from .tensor_parallel import (
+from .parallel.collectives import (
     Group,
     check_divisible,
     copy_to_group,

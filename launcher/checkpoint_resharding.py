@@ -12,13 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.sharding import (
-    Partition,
-    join_shards,
-    partitions_of,
-    shard_state_dict,
-    take_shard,
-)
+from ..kernels.parallel.sharding import Partition, join_shards, partitions_of, shard_state_dict, take_shard
 from .checkpoint_files import read_file
 from .optimizer_slices import slices_of
 from .topology import Topology

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ..kernels.sharding import is_sharded
+from ..kernels.parallel.sharding import is_sharded
 from .lamb import Lamb
 from .optimizer_slices import slices_of
 from .topology import TensorParallelUnit, Topology

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from ..kernels.sharding import is_sharded
+from ..kernels.parallel.sharding import is_sharded
 from .config import OptimizerConfig
 from .lamb import Lamb
 

@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..kernels.sharding import is_sharded
+from ..kernels.parallel.sharding import is_sharded
 from ..recipes.layers import kernels_text
 from .engine import grad_norm, loss_scale, skipped_steps
 from .lamb import Lamb

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..kernels.tensor_parallel import TensorParallel
+from ..kernels.parallel.collectives import TensorParallel
 from ..recipes.data import PreparedData, prepare_data
 from ..recipes.recipe import Batch, Recipe, Runtime
 from ..recipes.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer

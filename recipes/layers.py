@@ -10,9 +10,9 @@ from ..kernels.attention import LARGEST_TRITON_HEAD
 from ..kernels.cross_entropy import linear_cross_entropy
 from ..kernels.fp8 import fp8_path
 from ..kernels.linear import cpu_library
+from ..kernels.parallel.collectives import Group, column_parallel_linear, gather_from_group, group_size
+from ..kernels.parallel.sharding import Partition, shard_parameters
 from ..kernels.residual_norm import Kernels, norm
-from ..kernels.sharding import Partition, shard_parameters
-from ..kernels.tensor_parallel import Group, column_parallel_linear, gather_from_group, group_size
 from ..kernels.vocab_parallel import vocab_parallel_linear_cross_entropy
 from .config import LayerFlags, ModelConfig
 from .recipe import Runtime

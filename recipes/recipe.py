@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor, nn
 
-from ..kernels.tensor_parallel import ONE_PROCESS, TensorParallel
+from ..kernels.parallel.collectives import ONE_PROCESS, TensorParallel
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
 
 Batch = Mapping[str, Tensor]

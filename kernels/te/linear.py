@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..fp8 import Fp8State
-from .module import DEFAULT_INIT, Initializer, ProjectionModule, Shard, SharedOptions, check_positive, parallel_mode_of
+from .module import (
+    DEFAULT_INIT,
+    Initializer,
+    ProjectionModule,
+    Shard,
+    SharedOptions,
+    check_positive,
+    parallel_mode_of,
+)
 from .normalization import Normalization, NormalizedModule
 
 

@@ -12,9 +12,9 @@ from torch.distributed import ProcessGroup
 
 from ..fp8 import Fp8State
 from ..main_grad import into_main_grad, main_grad_of
+from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
+from ..parallel.sharding import initialize_sharded
 from ..projection import ParallelMode, project, runs_fp8
-from ..sharding import initialize_sharded
-from ..tensor_parallel import ONE_PROCESS, TensorParallel, copy_to_group
 
 Initializer = Callable[[Tensor], Any]
 DEFAULT_INIT: Initializer = functools.partial(nn.init.normal_, mean=0.0, std=0.023)

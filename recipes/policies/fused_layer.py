@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ...kernels.attention import AttentionMask
 from ...kernels.layer import ATTENTION_OUTPUT_SITE, Join, LayerConfig, Pass, TransformerLayer
-from ...kernels.sharding import Partition, is_sharded, mark_sharded, partitions_of
-from ...kernels.tensor_parallel import TensorParallel
+from ...kernels.parallel.collectives import TensorParallel
+from ...kernels.parallel.sharding import Partition, is_sharded, mark_sharded, partitions_of
 from .layer_masks import LayerMasks
 from .rank_random import RankRandom
 

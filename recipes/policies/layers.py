@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.linear import linear
-from ...kernels.tensor_parallel import (
+from ...kernels.parallel.collectives import (
     ONE_PROCESS,
     Group,
     TensorParallel,

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ...kernels.tensor_parallel import TensorParallel
+from ...kernels.parallel.collectives import TensorParallel
 from .fused_layer import CACHE_NAMES
 from .paths import owner_of
 from .plan import make_plan

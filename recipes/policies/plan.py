@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ...kernels.sharding import Partition, is_sharded
+from ...kernels.parallel.sharding import Partition, is_sharded
 from .paths import closest, dotted, first_missing, get, owner_of, split_last
 from .policy import Layer, Policy
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...kernels.sharding import is_sharded
-from ...kernels.tensor_parallel import (
+from ...kernels.parallel.collectives import (
     Group,
     TensorParallel,
     gather_from_group,
@@ -17,6 +16,7 @@ from ...kernels.tensor_parallel import (
     scatter_to_group,
     sum_gradient_over,
 )
+from ...kernels.parallel.sharding import is_sharded
 from .plan import Plan
 from .rank_random import RankRandom
 from .shipped import SHIPPED

@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.sharding import Partition, is_sharded, join_shards, mark_sharded, take_shard
-from ...kernels.tensor_parallel import TensorParallel, sum_gradient_over
+from ...kernels.parallel.collectives import TensorParallel, sum_gradient_over
+from ...kernels.parallel.sharding import Partition, is_sharded, join_shards, mark_sharded, take_shard
 from .agreement import check_first_forward
 from .fused_layer import stock_partitions
 from .layers import (

@@ -9,15 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from ...kernels.sharding import partitions_of
-from .fused_layer import (
-    FusedLayer,
-    MovedModule,
-    Swapped,
-    fused_class,
-    set_parameter,
-    stock_parameters,
-)
+from ...kernels.parallel.sharding import partitions_of
+from .fused_layer import FusedLayer, MovedModule, Swapped, fused_class, set_parameter, stock_parameters
 from .shard import Policies, resolve_policies
 from .swap_plan import SwapPlace, plan_swap
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ...kernels.attention import AttentionMask
 from ...kernels.layer import LayerConfig
 from ...kernels.mlp import Activation
-from ...kernels.sharding import is_sharded
-from ...kernels.tensor_parallel import ONE_PROCESS, TensorParallel
+from ...kernels.parallel.collectives import ONE_PROCESS, TensorParallel
+from ...kernels.parallel.sharding import is_sharded
 from .fused_layer import FusedLayer, FusedTransformerLayer, Origin, build_fused
 from .layer_masks import IMPLEMENTATIONS, LayerMasks
 from .layers import Sharded, class_before

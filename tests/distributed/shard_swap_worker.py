@@ -11,7 +11,7 @@ from distributed.shard_worker import Results, equal_on_all, error, run, sharded,
 from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
-from xformer_train.kernels.sharding import is_sharded, partitions_of
+from xformer_train.kernels.parallel.sharding import is_sharded, partitions_of
 from xformer_train.recipes.policies import full_state_dict, revert, shard, swap
 
 NAMES = ("bert", "roberta", "electra", "distilbert", "gpt2")

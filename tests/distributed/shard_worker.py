@@ -17,7 +17,7 @@ from distributed.own_policies import MODELS_WITH_POLICIES
 from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
-from xformer_train.kernels.sharding import join_shards, partitions_of
+from xformer_train.kernels.parallel.sharding import join_shards, partitions_of
 from xformer_train.recipes.policies import full_state_dict, shard
 
 Results = dict[str, Any]

@@ -10,8 +10,8 @@ from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels import te
+from xformer_train.kernels.parallel.sharding import Partition, partitions_of, take_shard
 from xformer_train.kernels.rng_tracker import RngStatesTracker, seed_tensor_parallel
-from xformer_train.kernels.sharding import Partition, partitions_of, take_shard
 
 S, B, HIDDEN, FFN, HEADS = 8, 2, 16, 24, 4
 Triples = Iterator[tuple[str, Tensor, Tensor]]

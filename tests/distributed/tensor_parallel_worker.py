@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
-from xformer_train.kernels import cross_entropy, tensor_parallel, vocab_parallel
+from xformer_train.kernels import cross_entropy, vocab_parallel
 from xformer_train.kernels.cross_entropy import IGNORED, linear_cross_entropy
 from xformer_train.kernels.dropout import keep_mask
+from xformer_train.kernels.parallel import collectives as tensor_parallel
+from xformer_train.kernels.parallel.sharding import initialize_sharded, join_shards, partitions_of
 from xformer_train.kernels.rng_tracker import RngStatesTracker, draw_dropout_seeds, seed_tensor_parallel
-from xformer_train.kernels.sharding import initialize_sharded, join_shards, partitions_of
 
 Triples = Iterator[tuple[str, Tensor, Tensor]]
 DTYPES = (torch.float32, torch.float64)

@@ -10,16 +10,10 @@ from distributed.spawn import run_processes
 from distributed.tensor_parallel_worker import CHECKS, SEED, worker
 from torch import nn
 
-from xformer_train.kernels import tensor_parallel as tp
 from xformer_train.kernels.dropout import draw_seed
 from xformer_train.kernels.linear import linear
-from xformer_train.kernels.rng_tracker import (
-    MODEL_PARALLEL_RNG,
-    RngStatesTracker,
-    draw_dropout_seeds,
-    seed_tensor_parallel,
-)
-from xformer_train.kernels.sharding import (
+from xformer_train.kernels.parallel import collectives as tp
+from xformer_train.kernels.parallel.sharding import (
     Partition,
     initialize_sharded,
     join_state_dicts,
@@ -27,6 +21,12 @@ from xformer_train.kernels.sharding import (
     partitions_of,
     shard_state_dict,
     take_shard,
+)
+from xformer_train.kernels.rng_tracker import (
+    MODEL_PARALLEL_RNG,
+    RngStatesTracker,
+    draw_dropout_seeds,
+    seed_tensor_parallel,
 )
 from xformer_train.kernels.vocab_parallel import vocab_parallel_embedding, vocab_parallel_linear_cross_entropy
 

@@ -5,7 +5,14 @@ import torch
 from fp8_linear import sqnr
 
 from xformer_train.kernels import TransformerLayer, fp8_norm, te
-from xformer_train.kernels.fp8 import DelayedScaling, Float8CurrentScaling, Fp8State, fp8_autocast, fp8_linear, fp8_path
+from xformer_train.kernels.fp8 import (
+    DelayedScaling,
+    Float8CurrentScaling,
+    Fp8State,
+    fp8_autocast,
+    fp8_linear,
+    fp8_path,
+)
 from xformer_train.kernels.fp8_mlp import fp8_mlp
 from xformer_train.kernels.fp8_norm import norm_before, residual_norm_before
 from xformer_train.kernels.layer import LayerConfig

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from xformer_train.kernels.cross_entropy import IGNORED
-from xformer_train.kernels.tensor_parallel import TensorParallel
+from xformer_train.kernels.parallel.collectives import TensorParallel
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
 from xformer_train.recipes.recipe import Runtime

@@ -13,8 +13,8 @@ from distributed.hf_models import MODELS
 from distributed.own_policies import MODELS_WITH_POLICIES, GroupedPolicy, OpenAIGPTPolicy, PlainGate
 from torch import nn
 
-from xformer_train.kernels.sharding import Partition
-from xformer_train.kernels.tensor_parallel import ONE_PROCESS
+from xformer_train.kernels.parallel.collectives import ONE_PROCESS
+from xformer_train.kernels.parallel.sharding import Partition
 from xformer_train.recipes.policies import Layer, Policy, parallelize, policies_for, shard, swap
 from xformer_train.recipes.policies.encoder_decoders import BartDecoderPolicy, BartEncoderPolicy
 from xformer_train.recipes.policies.encoders import BertPolicy

@@ -285,8 +285,8 @@ def test_the_public_ops_reach_the_kernels_with_the_right_arguments(op, monkeypat
 
     expected = run("reference")
     calls = []
-    for module in ("residual_norm", "mlp"):
-        name = f"xformer_train.kernels.{module}.uses_triton"
+    for module in ("norm.residual_norm", "mlp.mlp"):
+        name = f"xformer_train.kernels.ops.{module}.uses_triton"
         monkeypatch.setattr(name, lambda *_: calls.append(1) or True)
     for a, b in zip(run("auto"), expected, strict=True):
         assert (a is None) == (b is None)

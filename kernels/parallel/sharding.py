@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .tensor_parallel import Group, group_rank, group_size
+from .collectives import Group, group_rank, group_size
 
 
 @dataclass(frozen=True)
