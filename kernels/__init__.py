@@ -4,10 +4,10 @@ Shape letters, here and in every docstring: B batch, S sequence, H hidden, N hea
 V vocabulary, T tokens (B * S).
 """
 
-from .attention import AttentionMask
 from .deepspeed_layer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 from .layer import LayerConfig, TransformerLayer
 from .layer_stack import LayerStack
+from .ops.attention.attention import AttentionMask
 
 __all__ = [
     "AttentionMask",

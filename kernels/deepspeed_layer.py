@@ -18,9 +18,9 @@ from typing import Any, NamedTuple, Self, overload
 import torch
 from torch import Tensor, nn
 
-from .attention import AttentionMask
-from .dropout import draw_seed
 from .layer import LayerConfig, TransformerLayer
+from .ops.attention.attention import AttentionMask
+from .ops.dropout import draw_seed
 
 
 class _IntermediateSize:

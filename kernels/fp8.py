@@ -26,8 +26,8 @@ from .fp8_scaling import (
     fp8_autocast,
     is_fp8_enabled,
 )
-from .linear import linear, weight_gradient
-from .main_grad import add_to_main_grad, into_main_grad
+from .ops.linear import linear, weight_gradient
+from .ops.main_grad import add_to_main_grad, into_main_grad
 
 __all__ = [
     "DelayedScaling",
@@ -58,7 +58,7 @@ def fp8_linear(
     """x @ weight.T + bias, (..., N) in the dtype of x, with FP8 products where fp8_autocast says so.
 
     x: (..., K); weight: (N, K); bias: (N,) or None; each fp32, bf16 or fp16, not necessarily the same. Any number of tokens;
-    K and N must be multiples of 16. Outside of FP8 regions it is kernels/linear.py's linear in the dtype of x.
+    K and N must be multiples of 16. Outside of FP8 regions it is kernels/ops/linear.py's linear in the dtype of x.
     state: the layer's own. is_first_microbatch: None casts the weight in every call; True casts and keeps it; False takes the
     kept one unless the weight changed since. main_grad: (N, K), gets the weight's gradient added, or with
     is_first_microbatch=True written, in place of weight.grad. amax: max |x|, (), fp32, where the op before knows it; see

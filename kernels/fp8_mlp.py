@@ -15,8 +15,9 @@ from torch.autograd.function import once_differentiable
 from .fp8 import Fp8State, LinearCall, breaks_graph, check_operands, fp8_linear
 from .fp8_products import Fp8Tensor, dgrad, empty_cast, fprop, has_scaled_mm, quantize_reference
 from .fp8_scaling import backward_dtype, forward_dtype
-from .mlp import Activation, gelu, gelu_backward_reference, gelu_forward_reference, mlp
-from .operator import operator
+from .ops.choices import Activation
+from .ops.mlp.mlp import gelu, gelu_backward_reference, gelu_forward_reference, mlp
+from .ops.operator import operator
 
 MainGrads = tuple[Tensor | None, Tensor | None]
 
@@ -40,7 +41,7 @@ def fp8_mlp(  # noqa: PLR0913 - the arguments of two linear layers
     x is replicated, w1 and w2 are shards along F, and the result is a part of a sum over the processes.
     x: (..., H); w1: (F, H); b1: (F,); w2: (H, F); state1, state2: of the two products. Dtypes, sizes, amax, of x,
     is_first_microbatch, main_grads, of w1 and w2, and torch.compile: as in `fp8_linear`. Outside of FP8 regions it is
-    kernels/mlp.py's mlp in the dtype of x.
+    kernels/ops/mlp/mlp.py's mlp in the dtype of x.
     Kept for backward: x, GELU(f) and both weights in FP8, one byte per number, and f in the dtype of x. Where the recipe's
     override_linear_precision leaves the gradients of weights in high precision, GELU(f) is needed so, and it is three ops.
     Raises ValueError for shapes and dtypes other than these.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .fp8_scaling import divided
-from .operator import operator
+from .ops.operator import operator
 
 _ALIGNMENT = 16  # elements: cuBLAS reads FP8 rows in pieces of 16 bytes
 

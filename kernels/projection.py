@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from .fp8 import Fp8State, fp8_linear, is_fp8_enabled
 from .fp8_mlp import MainGrads, fp8_mlp
-from .linear import linear
-from .mlp import Activation
+from .ops.choices import Activation
+from .ops.linear import linear
 from .parallel.collectives import (
     TensorParallel,
     column_parallel_linear,

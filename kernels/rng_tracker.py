@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .dropout import draw_seed
+from .ops.dropout import draw_seed
 from .parallel.collectives import Group, group_rank
 
 MODEL_PARALLEL_RNG = "model-parallel-rng"

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.attention import AttentionMask
-from ..kernels.cross_entropy import IGNORED
-from ..kernels.dropout import draw_seed
-from ..kernels.linear import linear
-from ..kernels.mlp import gelu
-from ..kernels.residual_norm import dropout
-from ..kernels.vocab_parallel import vocab_parallel_embedding
+from ..kernels.ops.attention.attention import AttentionMask
+from ..kernels.ops.choices import IGNORED
+from ..kernels.ops.dropout import draw_seed
+from ..kernels.ops.linear import linear
+from ..kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
+from ..kernels.ops.mlp.mlp import gelu
+from ..kernels.ops.norm.residual_norm import dropout
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
 from .layers import (
     build_layers,

@@ -6,11 +6,11 @@ Source: Radford et al., Language Models are Unsupervised Multitask Learners (GPT
 import torch
 from torch import Tensor, nn
 
-from ..kernels.attention import AttentionMask
-from ..kernels.cross_entropy import IGNORED
-from ..kernels.dropout import draw_seed
-from ..kernels.residual_norm import dropout
-from ..kernels.vocab_parallel import vocab_parallel_embedding
+from ..kernels.ops.attention.attention import AttentionMask
+from ..kernels.ops.choices import IGNORED
+from ..kernels.ops.dropout import draw_seed
+from ..kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
+from ..kernels.ops.norm.residual_norm import dropout
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
 from .layers import (
     build_layers,

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..kernels.cross_entropy import IGNORED
+from ..kernels.ops.choices import IGNORED
 from .token_store import TokenStore
 
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import LayerConfig, LayerStack
-from ..kernels.attention import LARGEST_TRITON_HEAD
-from ..kernels.cross_entropy import linear_cross_entropy
 from ..kernels.fp8 import fp8_path
-from ..kernels.linear import cpu_library
+from ..kernels.ops.attention.attention import LARGEST_TRITON_HEAD
+from ..kernels.ops.linear import cpu_library
+from ..kernels.ops.loss.cross_entropy import linear_cross_entropy
+from ..kernels.ops.loss.vocab_parallel import vocab_parallel_linear_cross_entropy
+from ..kernels.ops.norm.residual_norm import Kernels, norm
 from ..kernels.parallel.collectives import Group, column_parallel_linear, gather_from_group, group_size
 from ..kernels.parallel.sharding import Partition, shard_parameters
-from ..kernels.residual_norm import Kernels, norm
-from ..kernels.vocab_parallel import vocab_parallel_linear_cross_entropy
 from .config import LayerFlags, ModelConfig
 from .recipe import Runtime
 

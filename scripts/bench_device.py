@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from xformer_train.kernels.linear import product
+from xformer_train.kernels.ops.linear import product
 
 
 def default_device() -> torch.device:

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..linear import linear, product, weight_gradient
+from ..ops.linear import linear, product, weight_gradient
 
 # torch 2.13 has new names for these two and warns of the old ones, which are all that torch 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

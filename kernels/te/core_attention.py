@@ -1,6 +1,6 @@
 """Which query sees which key, by Transformer Engine's names, and attention between the projections.
 
-Self-attention is kernels/attention.py's. Queries over more keys, those of another stream or of a cache, are here.
+Self-attention is kernels/ops/attention/attention.py's. Queries over more keys, those of another stream or of a cache, are here.
 """
 
 import functools
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import AttentionMask, attention
-from ..dropout import keep_mask, keep_scale
+from ..ops.attention.attention import AttentionMask, attention
+from ..ops.dropout import keep_mask, keep_scale
 from ..recomputation import recompute_in_backward
 
 MaskType = Literal["no_mask", "padding", "causal", "padding_causal", "arbitrary"]
@@ -29,7 +29,7 @@ def check_mask_type(name: str, value: str) -> None:
 class Visibility:
     """What a forward pass's queries see.
 
-    mask: for kernels/attention.py; its bias alone where keys are of another stream or in a cache. blind: (B or 1, Sq or 1)
+    mask: for ops/attention; its bias alone where keys are of another stream or in a cache. blind: (B or 1, Sq or 1)
     bool, True where a query sees no key; None where every one sees some.
     """
 
@@ -106,7 +106,7 @@ class Dropping:
 def self_attention(qkv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool) -> Tensor:
     """(B, S, N * D) of qkv (B, S, 3, N, D), of any strides, or (T, N * D) of (T, 3, N, D) for a packed batch.
 
-    A query that sees no key gives zeros and passes no gradient. recompute: `core` of kernels/attention.py.
+    A query that sees no key gives zeros and passes no gradient. recompute: `core` of kernels/ops/attention/attention.py.
     """
     context = attention(
         qkv, seen.mask, dropping.p, dropping.seed, dropping.site, recompute="core" if recompute else "nothing"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..fp8 import Fp8State
-from ..main_grad import into_main_grad, main_grad_of
+from ..ops.main_grad import into_main_grad, main_grad_of
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
 from ..parallel.sharding import initialize_sharded
 from ..projection import ParallelMode, project, runs_fp8

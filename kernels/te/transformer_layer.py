@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..attention import AttentionMask
 from ..fp8 import Fp8State
 from ..fp8_norm import residual_norm_before
+from ..ops.attention.attention import AttentionMask
+from ..ops.norm.residual_norm import dropout, residual_add
 from ..parallel.collectives import group_rank
-from ..residual_norm import dropout, residual_add
 from ..rng_tracker import DropoutSeeds, draw_dropout_seeds
 from .attention import MultiheadAttention
 from .core_attention import Dropping, MaskType, Visibility, check_mask_type, cross_visibility, visibility

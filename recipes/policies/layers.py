@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.linear import linear
+from ...kernels.ops.linear import linear
+from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
 from ...kernels.parallel.collectives import (
     ONE_PROCESS,
     Group,
@@ -18,7 +19,6 @@ from ...kernels.parallel.collectives import (
     gather_from_group,
     row_parallel_linear,
 )
-from ...kernels.vocab_parallel import vocab_parallel_embedding
 from .rank_random import RankRandom
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.attention import AttentionMask
 from ...kernels.layer import LayerConfig
-from ...kernels.mlp import Activation
+from ...kernels.ops.attention.attention import AttentionMask
+from ...kernels.ops.choices import Activation
 from ...kernels.parallel.collectives import ONE_PROCESS, TensorParallel
 from ...kernels.parallel.sharding import is_sharded
 from .fused_layer import FusedLayer, FusedTransformerLayer, Origin, build_fused

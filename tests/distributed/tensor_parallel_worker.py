@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
-from xformer_train.kernels import cross_entropy, vocab_parallel
-from xformer_train.kernels.cross_entropy import IGNORED, linear_cross_entropy
-from xformer_train.kernels.dropout import keep_mask
+from xformer_train.kernels.ops.choices import IGNORED
+from xformer_train.kernels.ops.dropout import keep_mask
+from xformer_train.kernels.ops.loss import cross_entropy, vocab_parallel
+from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
 from xformer_train.kernels.parallel import collectives as tensor_parallel
 from xformer_train.kernels.parallel.sharding import initialize_sharded, join_shards, partitions_of
 from xformer_train.kernels.rng_tracker import RngStatesTracker, draw_dropout_seeds, seed_tensor_parallel

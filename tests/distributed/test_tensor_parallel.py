@@ -10,8 +10,12 @@ from distributed.spawn import run_processes
 from distributed.tensor_parallel_worker import CHECKS, SEED, worker
 from torch import nn
 
-from xformer_train.kernels.dropout import draw_seed
-from xformer_train.kernels.linear import linear
+from xformer_train.kernels.ops.dropout import draw_seed
+from xformer_train.kernels.ops.linear import linear
+from xformer_train.kernels.ops.loss.vocab_parallel import (
+    vocab_parallel_embedding,
+    vocab_parallel_linear_cross_entropy,
+)
 from xformer_train.kernels.parallel import collectives as tp
 from xformer_train.kernels.parallel.sharding import (
     Partition,
@@ -28,7 +32,6 @@ from xformer_train.kernels.rng_tracker import (
     draw_dropout_seeds,
     seed_tensor_parallel,
 )
-from xformer_train.kernels.vocab_parallel import vocab_parallel_embedding, vocab_parallel_linear_cross_entropy
 
 # Sums in another order: some units of the last place, of values up to some tens.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5}

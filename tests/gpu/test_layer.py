@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer
-from xformer_train.kernels.cross_entropy import IGNORED, linear_cross_entropy
+from xformer_train.kernels.ops.choices import IGNORED
+from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,14 +10,11 @@ from functools import partial
 
 import torch
 
-from xformer_train.kernels import (
-    attention_backward_triton,
-    attention_triton,
-    cross_entropy_triton,
-    mlp_triton,
-    residual_norm_triton,
-)
-from xformer_train.kernels.residual_norm import Options, Saved
+from xformer_train.kernels.ops.attention import attention_backward_triton, attention_triton
+from xformer_train.kernels.ops.loss import cross_entropy_triton
+from xformer_train.kernels.ops.mlp import mlp_triton
+from xformer_train.kernels.ops.norm import residual_norm_triton
+from xformer_train.kernels.ops.norm.residual_norm import Options, Saved
 
 HIDDEN_SIZES = (768, 1024, 1600, 2048)
 VOCAB_SIZES = (30522, 30528, 50257, 50304)  # as BERT and GPT-2 were published, and padded for the tensor cores

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer
-from xformer_train.kernels.attention import attention
+from xformer_train.kernels.ops.attention.attention import attention
 
 SEED, SITE = torch.tensor(1234), 1
 HEADS, DIM, SIZE = 3, 5, 9

@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from xformer_train.kernels.dropout import draw_seed, keep_mask
+from xformer_train.kernels.ops.dropout import draw_seed, keep_mask
 
 N = 2**20
 SEED = torch.tensor(20_240_607_123_456_789)

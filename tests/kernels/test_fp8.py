@@ -18,7 +18,7 @@ from xformer_train.kernels.fp8 import (
     fp8_path,
 )
 from xformer_train.kernels.fp8_products import dgrad, fprop, quantize, wgrad
-from xformer_train.kernels.linear import linear
+from xformer_train.kernels.ops.linear import linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 WIDE_WGRAD = (False, False, True)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from xformer_train.kernels.fp8 import DelayedScaling, Float8CurrentScaling, Format, Fp8State, fp8_autocast, fp8_linear
 from xformer_train.kernels.fp8_mlp import fp8_mlp
-from xformer_train.kernels.mlp import gelu, gelu_backward_reference, gelu_forward_reference, mlp
+from xformer_train.kernels.ops.mlp.mlp import gelu, gelu_backward_reference, gelu_forward_reference, mlp
 
 H, F = 32, 48
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -18,7 +18,7 @@ RECIPES = [CURRENT, Float8CurrentScaling(fp8_format=Format.E4M3), DELAYED]
 
 
 class Gelu(torch.autograd.Function):
-    """The GELU of kernels/mlp.py on a CPU, whose tanh approximation differs from torch's in the last bits."""
+    """The GELU of kernels/ops/mlp/mlp.py on a CPU, whose tanh approximation differs from torch's in the last bits."""
 
     @staticmethod
     def forward(ctx, f, activation):

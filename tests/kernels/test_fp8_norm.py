@@ -6,7 +6,7 @@ import torch
 from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer, fp8_norm, fp8_products, te
 from xformer_train.kernels.fp8 import DelayedScaling, Float8CurrentScaling, Fp8State, fp8_autocast, fp8_linear
 from xformer_train.kernels.fp8_norm import norm_before, residual_norm_before
-from xformer_train.kernels.residual_norm import norm, residual_norm
+from xformer_train.kernels.ops.norm.residual_norm import norm, residual_norm
 
 H = 32
 DROPOUT = {"eps": 1e-5, "p": 0.3, "seed": torch.tensor(7), "site": 2}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, layer, layer_stack
-from xformer_train.kernels.dropout import draw_seed
+from xformer_train.kernels.ops.dropout import draw_seed
 from xformer_train.kernels.parallel.collectives import TensorParallel
 
 CONFIG = LayerConfig(24, 3, 40, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, initializer_range=0.3)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, TransformerLayer, attention
+from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, TransformerLayer
+from xformer_train.kernels.ops.attention import attention
 from xformer_train.kernels.saved_activations import count_saved_bytes, saved_activations
 
 BATCH, LENGTH = 3, 7

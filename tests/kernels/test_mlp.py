@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xformer_train.kernels.mlp import mlp
+from xformer_train.kernels.ops.mlp.mlp import mlp
 
 
 def inputs_of(T, H, width):

@@ -6,17 +6,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from xformer_train.kernels import (
-    AttentionMask,
-    LayerConfig,
-    TransformerLayer,
-    attention,
-    cross_entropy,
-    mlp,
-    residual_norm,
-)
-from xformer_train.kernels.cross_entropy import linear_cross_entropy
+from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer
 from xformer_train.kernels.layer import invertible_norms
+from xformer_train.kernels.ops.attention import attention
+from xformer_train.kernels.ops.loss import cross_entropy
+from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
+from xformer_train.kernels.ops.mlp import mlp
+from xformer_train.kernels.ops.norm import residual_norm
 
 T, H, F, V = 5, 8, 12, 7
 OPTIONS = (1e-5, 0.3, 2, False, "auto")  # eps, p, site, inverted, kernels

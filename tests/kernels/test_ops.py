@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xformer_train.kernels.attention import AttentionMask, attention
-from xformer_train.kernels.cross_entropy import IGNORED, linear_cross_entropy
-from xformer_train.kernels.dropout import keep_mask, keep_scale
-from xformer_train.kernels.residual_norm import are_invertible, dropout
+from xformer_train.kernels.ops.attention.attention import AttentionMask, attention
+from xformer_train.kernels.ops.choices import IGNORED
+from xformer_train.kernels.ops.dropout import keep_mask, keep_scale
+from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
+from xformer_train.kernels.ops.norm.residual_norm import are_invertible, dropout
 
 SEED = torch.tensor(1234)
 
@@ -151,7 +152,7 @@ def test_a_mask_of_inference_mode_serves_training_too(kind, p):
 @pytest.mark.parametrize("chunk", [1, 40, 10**9])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_linear_cross_entropy_equals_torch_for_every_chunk_size(chunk, with_bias, monkeypatch):
-    monkeypatch.setattr("xformer_train.kernels.cross_entropy._CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr("xformer_train.kernels.ops.loss.cross_entropy._CHUNK_ELEMENTS", chunk)
     hidden, weight = randn(13, 6), randn(11, 6)
     bias = randn(11) if with_bias else None
     labels = torch.randint(0, 11, (13,))

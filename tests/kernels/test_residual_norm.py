@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xformer_train.kernels.dropout import keep_mask, keep_scale
-from xformer_train.kernels.residual_norm import norm, residual_add, residual_norm
+from xformer_train.kernels.ops.dropout import keep_mask, keep_scale
+from xformer_train.kernels.ops.norm.residual_norm import norm, residual_add, residual_norm
 
 SEED = torch.tensor(1234)
 SIZES = [(1, 1), (63, 5), (3, 1000)]  # (T, H)

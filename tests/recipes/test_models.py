@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from xformer_train.kernels.cross_entropy import IGNORED
+from xformer_train.kernels.ops.choices import IGNORED
 from xformer_train.kernels.parallel.collectives import TensorParallel
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig

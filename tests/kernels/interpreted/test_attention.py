@@ -8,12 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from xformer_train.kernels import attention as attention_module
-from xformer_train.kernels import attention_backward_triton
-from xformer_train.kernels.attention import AttentionMask, attention
-from xformer_train.kernels.attention_backward_triton import backward
-from xformer_train.kernels.attention_triton import drop, drop_transposed, forward
-from xformer_train.kernels.dropout import drop_threshold, keep_scale
+from xformer_train.kernels.ops.attention import attention as attention_module
+from xformer_train.kernels.ops.attention import attention_backward_triton
+from xformer_train.kernels.ops.attention.attention import AttentionMask, attention
+from xformer_train.kernels.ops.attention.attention_backward_triton import backward
+from xformer_train.kernels.ops.attention.attention_triton import drop, drop_transposed, forward
+from xformer_train.kernels.ops.dropout import drop_threshold, keep_scale
 
 SITE = 1
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

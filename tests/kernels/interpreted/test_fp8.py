@@ -14,8 +14,8 @@ from xformer_train.kernels.fp8_mlp import gelu_backward_quantize_reference, gelu
 from xformer_train.kernels.fp8_mlp_triton import gelu_backward_quantize, gelu_quantize
 from xformer_train.kernels.fp8_products import fp8_path, quantize_reference
 from xformer_train.kernels.fp8_triton import quantize
-from xformer_train.kernels.residual_norm_options import Options
-from xformer_train.kernels.residual_norm_triton import residual_norm_forward
+from xformer_train.kernels.ops.norm.residual_norm_options import Options
+from xformer_train.kernels.ops.norm.residual_norm_triton import residual_norm_forward
 
 from .conftest import ON_GPU
 

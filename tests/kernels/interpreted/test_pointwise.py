@@ -11,15 +11,15 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from xformer_train.kernels import residual_norm as contract
-from xformer_train.kernels.cross_entropy import IGNORED
-from xformer_train.kernels.cross_entropy_triton import softmax_loss_
-from xformer_train.kernels.dropout import drop_threshold
-from xformer_train.kernels.dropout_triton import keep_rows
-from xformer_train.kernels.mlp import gelu_backward_reference, gelu_forward_reference, mlp
-from xformer_train.kernels.mlp_triton import gelu_backward, gelu_forward
-from xformer_train.kernels.residual_norm import Options, Saved
-from xformer_train.kernels.residual_norm_triton import (
+from xformer_train.kernels.ops.choices import IGNORED
+from xformer_train.kernels.ops.dropout import drop_threshold
+from xformer_train.kernels.ops.dropout_triton import keep_rows
+from xformer_train.kernels.ops.loss.cross_entropy_triton import softmax_loss_
+from xformer_train.kernels.ops.mlp.mlp import gelu_backward_reference, gelu_forward_reference, mlp
+from xformer_train.kernels.ops.mlp.mlp_triton import gelu_backward, gelu_forward
+from xformer_train.kernels.ops.norm import residual_norm as contract
+from xformer_train.kernels.ops.norm.residual_norm import Options, Saved
+from xformer_train.kernels.ops.norm.residual_norm_triton import (
     residual_add_backward,
     residual_add_forward,
     residual_norm_backward,

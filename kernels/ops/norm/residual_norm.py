@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dropout import keep_mask, keep_scale
-from .operator import operator
-from .residual_norm_options import Gradients, Kernels, Options, Saved, check_shapes, make_options
+from ..choices import Kernels, uses_triton
+from ..dropout import keep_mask, keep_scale
+from ..operator import operator
+from .residual_norm_options import Gradients, Options, Saved, check_shapes, make_options
 
 # Recovering x_hat = (y - bias) / weight multiplies the rounding error of y by about (|bias| + |weight|) / |weight|. Above
 # these bounds the gradient of a column's weight is off by more than about a percent, so that column's call keeps the input.
 _LARGEST_AMPLIFICATION = {torch.float64: 1e12, torch.float32: 1e4, torch.float16: 32.0, torch.bfloat16: 8.0}
-_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def residual_norm(  # noqa: PLR0913 - the tensors of two ops
@@ -86,20 +86,6 @@ def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int, kernels: Ker
     """dropout(x) of (..., H), with the mask drawn from (seed, site); x itself when seed is None or p = 0. Keeps no mask."""
     options = make_options(0.0, p, seed, site, False, kernels)
     return x if options.p == 0 else _Dropout.apply(x, seed, options)  # type: ignore[no-any-return, no-untyped-call]
-
-
-def uses_triton(tensor: Tensor, kernels: Kernels) -> bool:
-    """Whether Triton computes an op on this tensor: on CUDA, unless kernels is `reference`.
-
-    Raises ValueError if it should and its dtype has no GPU kernel.
-    """
-    if kernels == "reference" or not tensor.is_cuda:
-        return False
-    if tensor.dtype not in _GPU_DTYPES:
-        raise ValueError(
-            f"dtype {tensor.dtype} has no GPU kernel; use float32, float16 or bfloat16, or kernels='reference'"
-        )
-    return True
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dropout import keep_mask, keep_scale
-from .operator import operator
-from .residual_norm import Kernels, uses_triton
+from ..choices import uses_triton
+from ..dropout import keep_mask, keep_scale
+from ..norm.residual_norm import Kernels
+from ..operator import operator
 
 LARGEST_TRITON_HEAD = 128
 Recompute = Literal["nothing", "dropout", "core"]

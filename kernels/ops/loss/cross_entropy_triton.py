@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cross_entropy import IGNORED
+from ..choices import IGNORED
 
 _COLUMNS = 4096
 

@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import drop_threshold, keep_scale
-from .dropout_triton import SEED, keep_rows
-from .fp8_triton import magnitude_bits, raise_amax
+from ...fp8_triton import magnitude_bits, raise_amax
+from ..dropout import drop_threshold, keep_scale
+from ..dropout_triton import SEED, keep_rows
 from .residual_norm_options import Gradients, Options, Saved
 
 _LARGEST_H = 8192

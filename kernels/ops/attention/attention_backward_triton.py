@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language import target_info
 
+from ..dropout_triton import SEED
 from .attention_triton import (
     LN_2,
     _hide,
@@ -26,7 +27,6 @@ from .attention_triton import (
     sequence_grid,
     shared_arguments,
 )
-from .dropout_triton import SEED
 
 
 @triton.jit(do_not_specialize_on_alignment=SEED)

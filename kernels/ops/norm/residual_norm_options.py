@@ -1,11 +1,12 @@
 """What the ops of residual_norm.py are asked for, and what their backward passes get from their forward passes."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
-Kernels = Literal["auto", "reference"]
+from ..choices import Kernels
+
 Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
 
 

@@ -22,8 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import drop_threshold, keep_scale
-from .dropout_triton import SEED
+from ..dropout import drop_threshold, keep_scale
+from ..dropout_triton import SEED
 
 LN_2 = tl.constexpr(math.log(2))
 _LARGEST_BATCH = 65535  # CUDA's limit for the third dim of a grid

@@ -12,8 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cross_entropy import IGNORED, chunked_cross_entropy, linear_cross_entropy
-from .parallel.collectives import (
+from ...parallel.collectives import (
     Group,
     check_divisible,
     copy_to_group,
@@ -24,6 +23,8 @@ from .parallel.collectives import (
     reduce_scatter_to_sequence,
     start_all_reduce_,
 )
+from ..choices import IGNORED
+from .cross_entropy import chunked_cross_entropy, linear_cross_entropy
 
 
 def vocab_parallel_embedding(

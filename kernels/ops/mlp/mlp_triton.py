@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .mlp import Activation
-from .residual_norm_triton import sum_partials
+from ..choices import Activation
+from ..norm.residual_norm_triton import sum_partials
 
 _BLOCK = 2048
 _TILE_ROWS, _TILE_COLUMNS = 8, 256

@@ -7,16 +7,14 @@ Of t processes each holds F/t rows of w1 and columns of w2; y and dx are sums ov
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import product, weight_gradient
-from .operator import operator
-from .parallel.collectives import (
+from ...parallel.collectives import (
     ONE_PROCESS,
     Pending,
     TensorParallel,
@@ -24,9 +22,11 @@ from .parallel.collectives import (
     start_all_reduce_,
     start_reduce_scatter,
 )
-from .residual_norm import Kernels, uses_triton
+from ..choices import Activation, uses_triton
+from ..linear import product, weight_gradient
+from ..norm.residual_norm import Kernels
+from ..operator import operator
 
-Activation = Literal["gelu", "gelu_tanh"]
 _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 _TANH_LINEAR = 2 * math.sqrt(2 / math.pi)
 _TANH_CUBIC = 0.044715 * _TANH_LINEAR

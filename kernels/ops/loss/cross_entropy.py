@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .linear import product, weight_gradient
-from .operator import operator
-from .residual_norm import Kernels, uses_triton
+from ..choices import IGNORED, uses_triton
+from ..linear import product, weight_gradient
+from ..norm.residual_norm import Kernels
+from ..operator import operator
 
-IGNORED = -100
 SoftmaxLoss = Callable[[Tensor, Tensor], Tensor]
 """(logits, labels) -> loss per row, as `softmax_loss_reference_` does it, logits becoming their gradient."""
 _CHUNK_ELEMENTS = 2**25  # logits of one chunk: 128 MiB in fp32; smaller chunks spend their time on adding to dweight
