@@ -13,14 +13,13 @@ from .fp8 import Fp8State, fp8_linear, is_fp8_enabled
 from .fp8_mlp import MainGrads, fp8_mlp
 from .ops.choices import Activation
 from .ops.linear import linear
+from .ops.parallel_linear import column_parallel_linear, row_parallel_linear
 from .parallel.collectives import (
     TensorParallel,
-    column_parallel_linear,
     copy_to_group,
     gather_from_sequence,
     reduce_from_group,
     reduce_scatter_to_sequence,
-    row_parallel_linear,
 )
 
 ParallelMode = Literal["column", "row"]

@@ -12,7 +12,8 @@ from ..kernels.ops.linear import cpu_library
 from ..kernels.ops.loss.cross_entropy import linear_cross_entropy
 from ..kernels.ops.loss.vocab_parallel import vocab_parallel_linear_cross_entropy
 from ..kernels.ops.norm.residual_norm import Kernels, norm
-from ..kernels.parallel.collectives import Group, column_parallel_linear, gather_from_group, group_size
+from ..kernels.ops.parallel_linear import column_parallel_linear
+from ..kernels.parallel.collectives import Group, gather_from_group, group_size
 from ..kernels.parallel.sharding import Partition, shard_parameters
 from .config import LayerFlags, ModelConfig
 from .recipe import Runtime

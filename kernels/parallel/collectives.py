@@ -26,9 +26,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
-
-from ..ops.linear import linear, product, weight_gradient
 
 # torch 2.13 has new names for these two and warns of the old ones, which are all that torch 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -170,40 +167,6 @@ def gather_from_group(x: Tensor, group: Group, dim: int = -1) -> Tensor:
     return x if group_size(group) == 1 else _GatherFromGroup.apply(x, group, dim)
 
 
-def column_parallel_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, *, sequence_parallel: bool = False
-) -> Tensor:
-    """x @ weight.T + bias with this process's rows of the weight, (S, ..., N/t) in the dtype of x.
-
-    x: replicated (S, ..., K), under sequence_parallel this process's (S/t, ..., K); weight: (N/t, K); bias: (N/t,) or None;
-    one float dtype. dx has the shape of x and is complete, and so are the gradients of the shards.
-    Kept for backward, besides the weight: x as given. Raises ValueError if the last dims of x and weight differ.
-    """
-    if group_size(group) == 1:
-        return linear(x, weight, bias)
-    _check_last_dim(x, weight)
-    return _ColumnParallelLinear.apply(x, weight, bias, group, sequence_parallel)
-
-
-def row_parallel_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, *, sequence_parallel: bool = False
-) -> Tensor:
-    """x @ weight.T summed over the group, plus bias: replicated (S, ..., N), under sequence_parallel this process's part
-    (S/t, ..., N), in the dtype of x.
-
-    x: (S, ..., K/t); weight: (N, K/t), this process's columns; bias: (N,) or None, replicated, added once; one float dtype.
-    Under sequence_parallel the gradient of the bias is that of this process's part: see `sum_gradient_over`.
-    Kept for backward, besides the weight: x. Raises ValueError if the last dims of x and weight differ, and under
-    sequence_parallel if t does not divide S.
-    """
-    if group_size(group) == 1:
-        return linear(x, weight, bias)
-    _check_last_dim(x, weight)
-    if sequence_parallel:
-        check_divisible(x.shape[0], group, "the sequence, dim 0 of x,")
-    return _RowParallelLinear.apply(x, weight, bias, group, sequence_parallel)
-
-
 def sum_gradient_over(parameter: nn.Parameter, group: Group) -> None:
     """Makes every backward sum the parameter's gradient over the group before it is accumulated, and marks the parameter.
 
@@ -220,14 +183,6 @@ def sum_gradient_over(parameter: nn.Parameter, group: Group) -> None:
     parameter.requires_grad_(True)  # torch takes no hook for a frozen parameter, which may be trained later
     parameter.register_hook(lambda gradient: start_all_reduce_(_owned(gradient), group).wait())
     parameter.requires_grad_(trained)
-
-
-def _check_last_dim(x: Tensor, weight: Tensor) -> None:
-    if x.dim() < 2 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"x is {tuple(x.shape)}, this process's weight is {tuple(weight.shape)}; x must have 2 dims or more, and the last "
-            f"dims must be equal"
-        )
 
 
 def _owned(x: Tensor) -> Tensor:
@@ -304,64 +259,3 @@ class _GatherFromGroup(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return scatter_to_group(dy, ctx.group, ctx.dim), None, None
-
-
-class _ColumnParallelLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup, sequence_parallel: bool
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(rows, weight)
-        ctx.shape, ctx.group, ctx.sequence_parallel = x.shape, group, sequence_parallel
-        length = x.shape[0]
-        if sequence_parallel:
-            rows, length = start_all_gather(rows, group).wait(), length * group.size()
-        return product(rows, weight, bias).view(length, *x.shape[1:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
-        dy_rows = dy.reshape(-1, dy.shape[-1])
-        gathering = start_all_gather(rows, ctx.group) if ctx.sequence_parallel and needs_dweight else Pending(rows)
-        dx = dweight = None
-        if needs_dx:
-            start = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce_
-            summing = start(product(dy_rows, weight.t()), ctx.group)
-        if needs_dweight:
-            dweight = weight_gradient(dy_rows, gathering.wait())
-        dbias = dy_rows.sum(0) if needs_dbias else None
-        if needs_dx:
-            dx = summing.wait().view(ctx.shape)
-        return dx, dweight, dbias, None, None
-
-
-class _RowParallelLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup, sequence_parallel: bool
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(rows, weight)
-        ctx.shape, ctx.group, ctx.sequence_parallel = x.shape, group, sequence_parallel
-        start = start_reduce_scatter if sequence_parallel else start_all_reduce_
-        y = start(product(rows, weight), group).wait()
-        if bias is not None:
-            y += bias  # behind the sum, or it would be added t times
-        length = x.shape[0] // group.size() if sequence_parallel else x.shape[0]
-        return y.view(length, *x.shape[1:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
-        dy_rows = dy.reshape(-1, dy.shape[-1])
-        gathering = start_all_gather(dy_rows, ctx.group) if ctx.sequence_parallel else Pending(dy_rows)
-        dbias = dy_rows.sum(0) if needs_dbias else None
-        dy_rows = gathering.wait()
-        dx = product(dy_rows, weight.t()).view(ctx.shape) if needs_dx else None
-        dweight = weight_gradient(dy_rows, rows) if needs_dweight else None
-        return dx, dweight, dbias, None, None
