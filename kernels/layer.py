@@ -9,8 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .fp8 import Fp8State
-from .fp8_norm import norm_before, residual_norm_before
+from .fp8.linear import Fp8State
+from .fp8.norm import norm_before, residual_norm_before
 from .ops.attention.attention import AttentionMask, Recompute, attention
 from .ops.choices import Activation
 from .ops.dropout import draw_seed

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .fp8 import Float8CurrentScaling, check_fp8_features, fp8_autocast, is_fp8_enabled
+from .fp8.linear import Float8CurrentScaling, check_fp8_features, fp8_autocast, is_fp8_enabled
 from .layer import LayerConfig, TransformerLayer, invertible_norms
 from .ops.attention.attention import AttentionMask
 from .ops.dropout import draw_seed

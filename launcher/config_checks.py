@@ -26,7 +26,7 @@ OWNERS = {
     "optimizer": ("optimizer",),
     "zero_optimization": ("optimizer.type",),
 }
-FP8_MULTIPLE = 16  # of kernels/fp8_products.py, which imports torch
+FP8_MULTIPLE = 16  # of kernels/fp8/products.py, which imports torch
 FILE_NAME_RULE = "a plain name: no slash, no white space at its ends, no dot at its start"
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import LayerConfig, LayerStack
-from ..kernels.fp8 import fp8_path
+from ..kernels.fp8.linear import fp8_path
 from ..kernels.ops.attention.attention import LARGEST_TRITON_HEAD
 from ..kernels.ops.linear import cpu_library
 from ..kernels.ops.loss.cross_entropy import linear_cross_entropy

@@ -23,7 +23,7 @@ from bench_task import Row, Task
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, te
-from xformer_train.kernels.fp8 import fp8_path
+from xformer_train.kernels.fp8.linear import fp8_path
 
 TE = "te."  # how the names of rows made of te modules begin
 # of output and input gradient, relative: the noise of E4M3 and E5M2 in a sum with a residual that has none

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xformer_train.kernels import te
-from xformer_train.kernels.fp8 import fp8_path
+from xformer_train.kernels.fp8.linear import fp8_path
 
 DROPOUT = 0.1
 # relative, of the whole tensor; the FP8 row against the same layer without FP8

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from xformer_train.kernels.fp8 import Fp8State, fp8_autocast, fp8_linear
+from xformer_train.kernels.fp8.linear import Fp8State, fp8_autocast, fp8_linear
 
 
 def sqnr(expected, actual):

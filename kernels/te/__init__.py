@@ -5,7 +5,7 @@
 in place of `import transformer_engine.pytorch as te`. They work on a CPU too.
 """
 
-from ..fp8 import DelayedScaling, Float8CurrentScaling, Format, fp8_autocast
+from ..fp8.linear import DelayedScaling, Float8CurrentScaling, Format, fp8_autocast
 from .checkpoint import checkpoint
 from .inference import InferenceParams
 from .linear import LayerNormLinear, Linear

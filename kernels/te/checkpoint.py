@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from ..fp8.replay import nested_backward
 from ..parallel.collectives import start_all_gather
 from ..recomputation import Recomputed
-from ..replay import nested_backward
 from .module import ProjectionModule
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..fp8 import Fp8State
+from ..fp8.linear import Fp8State
 from .module import (
     DEFAULT_INIT,
     Initializer,

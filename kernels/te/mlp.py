@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..fp8 import Fp8State
+from ..fp8.linear import Fp8State
 from ..ops.choices import Activation as FusedActivation
 from ..ops.mlp.mlp import mlp
 from ..projection import ParallelMode, project_mlp, runs_fp8

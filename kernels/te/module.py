@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from ..fp8 import Fp8State
+from ..fp8.linear import Fp8State
 from ..ops.main_grad import into_main_grad, main_grad_of
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
 from ..parallel.sharding import initialize_sharded

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..fp8 import Fp8State
-from ..fp8_norm import norm_before
+from ..fp8.linear import Fp8State
+from ..fp8.norm import norm_before
 from .module import Initializer, ProjectionModule, check_dtype, check_positive
 
 Normalization = Literal["LayerNorm", "RMSNorm"]

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..fp8 import Fp8State
-from ..fp8_norm import residual_norm_before
+from ..fp8.linear import Fp8State
+from ..fp8.norm import residual_norm_before
 from ..ops.attention.attention import AttentionMask
 from ..ops.norm.residual_norm import dropout, residual_add
 from ..parallel.collectives import group_rank

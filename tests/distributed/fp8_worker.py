@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from xformer_train.kernels.fp8 import DelayedScaling, Fp8State, fp8_autocast, fp8_linear
+from xformer_train.kernels.fp8.linear import DelayedScaling, Fp8State, fp8_autocast, fp8_linear
 
 SIZE = 16
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from fp8_linear import sqnr
 
-from xformer_train.kernels import TransformerLayer, fp8_norm, te
-from xformer_train.kernels.fp8 import (
+from xformer_train.kernels import TransformerLayer, te
+from xformer_train.kernels.fp8 import norm as fp8_norm
+from xformer_train.kernels.fp8.linear import (
     DelayedScaling,
     Float8CurrentScaling,
     Fp8State,
@@ -13,8 +14,8 @@ from xformer_train.kernels.fp8 import (
     fp8_linear,
     fp8_path,
 )
-from xformer_train.kernels.fp8_mlp import fp8_mlp
-from xformer_train.kernels.fp8_norm import norm_before, residual_norm_before
+from xformer_train.kernels.fp8.mlp import fp8_mlp
+from xformer_train.kernels.fp8.norm import norm_before, residual_norm_before
 from xformer_train.kernels.layer import LayerConfig
 from xformer_train.kernels.ops.mlp.mlp import gelu
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
-from xformer_train.kernels.fp8 import DelayedScaling, Float8CurrentScaling, fp8_autocast
+from xformer_train.kernels.fp8.linear import DelayedScaling, Float8CurrentScaling, fp8_autocast
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
 from xformer_train.recipes.recipe import Runtime

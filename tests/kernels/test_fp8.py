@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fp8_linear import Layer, results, sqnr
 from torch import nn
 
-from xformer_train.kernels.fp8 import (
+from xformer_train.kernels.fp8.linear import (
     DelayedScaling,
     Float8CurrentScaling,
     Format,
@@ -17,7 +17,7 @@ from xformer_train.kernels.fp8 import (
     fp8_autocast,
     fp8_path,
 )
-from xformer_train.kernels.fp8_products import dgrad, fprop, quantize, wgrad
+from xformer_train.kernels.fp8.products import dgrad, fprop, quantize, wgrad
 from xformer_train.kernels.ops.linear import linear
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2

@@ -22,8 +22,8 @@ def _launches():
     """Pairs of name and launch: every variant. Sizes select none."""
     import torch
 
-    from xformer_train.kernels.fp8_mlp_triton import gelu_backward_quantize, gelu_quantize
-    from xformer_train.kernels.fp8_triton import quantize
+    from xformer_train.kernels.fp8.cast_triton import quantize
+    from xformer_train.kernels.fp8.mlp_triton import gelu_backward_quantize, gelu_quantize
 
     fp8_dtypes, dtypes = (torch.float8_e4m3fn, torch.float8_e5m2), (torch.bfloat16, torch.float16, torch.float32)
     layouts = ((True, True), (True, False), (False, True))

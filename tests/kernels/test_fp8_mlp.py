@@ -7,8 +7,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from xformer_train.kernels.fp8 import DelayedScaling, Float8CurrentScaling, Format, Fp8State, fp8_autocast, fp8_linear
-from xformer_train.kernels.fp8_mlp import fp8_mlp
+from xformer_train.kernels.fp8.linear import (
+    DelayedScaling,
+    Float8CurrentScaling,
+    Format,
+    Fp8State,
+    fp8_autocast,
+    fp8_linear,
+)
+from xformer_train.kernels.fp8.mlp import fp8_mlp
 from xformer_train.kernels.ops.mlp.mlp import gelu, gelu_backward_reference, gelu_forward_reference, mlp
 
 H, F = 32, 48

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer, fp8_norm, fp8_products, te
-from xformer_train.kernels.fp8 import DelayedScaling, Float8CurrentScaling, Fp8State, fp8_autocast, fp8_linear
-from xformer_train.kernels.fp8_norm import norm_before, residual_norm_before
+from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer, te
+from xformer_train.kernels.fp8 import norm as fp8_norm
+from xformer_train.kernels.fp8 import products as fp8_products
+from xformer_train.kernels.fp8.linear import DelayedScaling, Float8CurrentScaling, Fp8State, fp8_autocast, fp8_linear
+from xformer_train.kernels.fp8.norm import norm_before, residual_norm_before
 from xformer_train.kernels.ops.norm.residual_norm import norm, residual_norm
 
 H = 32

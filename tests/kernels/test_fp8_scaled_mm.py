@@ -4,9 +4,9 @@ import pytest
 import torch
 from fp8_linear import Layer, results, sqnr
 
-from xformer_train.kernels import fp8_products
-from xformer_train.kernels.fp8 import Float8CurrentScaling, Fp8State, fp8_autocast, fp8_path
-from xformer_train.kernels.fp8_mlp import fp8_mlp
+from xformer_train.kernels.fp8 import products as fp8_products
+from xformer_train.kernels.fp8.linear import Float8CurrentScaling, Fp8State, fp8_autocast, fp8_path
+from xformer_train.kernels.fp8.mlp import fp8_mlp
 
 
 def gpu_scaled_mm(a, b, scale_a, scale_b, *, bias, out_dtype, use_fast_accum):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from xformer_train.kernels.fp8 import (
+from xformer_train.kernels.fp8.linear import (
     DelayedScaling,
     Float8CurrentScaling,
     Format,
@@ -19,7 +19,7 @@ from xformer_train.kernels.fp8 import (
     fp8_linear,
     is_fp8_enabled,
 )
-from xformer_train.kernels.fp8_scaling import active_region
+from xformer_train.kernels.fp8.scaling import active_region
 
 K = N = 16
 NAMES = ("input", "weight", "grad_output")

@@ -15,7 +15,7 @@ from xformer_train.kernels import (
     TransformerLayer,
     te,
 )
-from xformer_train.kernels.fp8 import DelayedScaling, fp8_autocast
+from xformer_train.kernels.fp8.linear import DelayedScaling, fp8_autocast
 
 CONFIG = LayerConfig(
     64,

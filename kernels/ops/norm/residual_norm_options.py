@@ -15,7 +15,7 @@ class Options:
     """What the ops are asked for besides tensors.
 
     p: 0 means no dropout, and then seed is None. inverted: the backward pass gets y instead of z and mean.
-    amax: the forward pass of a norm gives max |y| too, see kernels/fp8_norm.py.
+    amax: the forward pass of a norm gives max |y| too, see kernels/fp8/norm.py.
     """
 
     eps: float

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...fp8_triton import magnitude_bits, raise_amax
+from ...fp8.cast_triton import magnitude_bits, raise_amax
 from ..dropout import drop_threshold, keep_scale
 from ..dropout_triton import SEED, keep_rows
 from .residual_norm_options import Gradients, Options, Saved

@@ -10,10 +10,10 @@ import math
 import pytest
 import torch
 
-from xformer_train.kernels.fp8_mlp import gelu_backward_quantize_reference, gelu_quantize_reference
-from xformer_train.kernels.fp8_mlp_triton import gelu_backward_quantize, gelu_quantize
-from xformer_train.kernels.fp8_products import fp8_path, quantize_reference
-from xformer_train.kernels.fp8_triton import quantize
+from xformer_train.kernels.fp8.cast_triton import quantize
+from xformer_train.kernels.fp8.mlp import gelu_backward_quantize_reference, gelu_quantize_reference
+from xformer_train.kernels.fp8.mlp_triton import gelu_backward_quantize, gelu_quantize
+from xformer_train.kernels.fp8.products import fp8_path, quantize_reference
 from xformer_train.kernels.ops.norm.residual_norm_options import Options
 from xformer_train.kernels.ops.norm.residual_norm_triton import residual_norm_forward
 

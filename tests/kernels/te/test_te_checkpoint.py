@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from xformer_train.kernels import te
-from xformer_train.kernels.fp8_scaling import active_region
+from xformer_train.kernels.fp8.scaling import active_region
 from xformer_train.kernels.rng_tracker import RngStatesTracker
 from xformer_train.kernels.saved_activations import count_saved_bytes
 

@@ -6,8 +6,8 @@ from conformance import step
 from torch.utils.checkpoint import checkpoint
 
 from xformer_train.kernels import te
-from xformer_train.kernels.fp8 import Fp8State, fp8_linear
-from xformer_train.kernels.fp8_mlp import fp8_mlp
+from xformer_train.kernels.fp8.linear import Fp8State, fp8_linear
+from xformer_train.kernels.fp8.mlp import fp8_mlp
 from xformer_train.kernels.ops.norm.residual_norm import norm
 
 DELAYED = te.DelayedScaling(fp8_format=te.Format.HYBRID, amax_history_len=16, amax_compute_algo="max")

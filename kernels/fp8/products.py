@@ -5,27 +5,13 @@ FP8 numbers, which round in the same places and are no faster than fp32. Triton 
 """
 
 from functools import cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .fp8_scaling import divided
-from .ops.operator import operator
-
-_ALIGNMENT = 16  # elements: cuBLAS reads FP8 rows in pieces of 16 bytes
-
-
-class Fp8Tensor(NamedTuple):
-    """An (R, C) tensor in FP8, in the layouts that were asked for; data / scale is what it stands for.
-
-    rows: (R, C), empty if not asked for. columns: (C, R'), its transpose, with zeros up to the next multiple of 16 of R.
-    scale_inv: (), fp32, 1 / scale.
-    """
-
-    rows: Tensor
-    columns: Tensor
-    scale_inv: Tensor
+from ..ops.operator import operator
+from .layout import _ALIGNMENT, Fp8Tensor, empty_cast, padded
+from .scaling import divided
 
 
 def quantize(
@@ -79,11 +65,6 @@ def has_scaled_mm(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def padded(size: int) -> int:
-    """The next multiple of 16."""
-    return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
-
-
 def largest_magnitude(x: Tensor) -> Tensor:
     """max |x|, (), fp32; 0 of no numbers."""
     return x.abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
@@ -110,16 +91,6 @@ def quantize_reference(
     return q if rows else x.new_empty(0, dtype=dtype), q_columns, own_amax, scale.reciprocal()
 
 
-def empty_cast(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Results as of a cast of x (R, C), without values: rows, columns, amax, 1 / scale."""
-    return (
-        x.new_empty(x.shape if rows else (0,), dtype=dtype),
-        x.new_empty((x.shape[1], padded(x.shape[0])) if columns else (0,), dtype=dtype),
-        x.new_empty((), dtype=torch.float32),
-        x.new_empty((), dtype=torch.float32),
-    )
-
-
 @operator(
     "fp8_quantize(Tensor x, Tensor? scale, Tensor? amax, ScalarType dtype, bool rows, bool columns) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
@@ -129,7 +100,7 @@ def _quantize(
     x: Tensor, scale: Tensor | None, amax: Tensor | None, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if has_scaled_mm(x.device):
-        from .fp8_triton import quantize as cast
+        from .cast_triton import quantize as cast
     else:
         cast = quantize_reference
     return cast(x, scale, amax, dtype, rows, columns)

@@ -331,7 +331,7 @@ class Fp8State(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weight_cache: Any = None
-        """kernels/fp8.py keeps the FP8 weight of a first micro-batch here."""
+        """kernels/fp8/linear.py keeps the FP8 weight of a first micro-batch here."""
         self._slots: dict[str, _Slot] = {}
         self._last_use: Use | None = None
 

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8_products import empty_cast, padded
+from .layout import empty_cast, padded
 
 TILE_ROWS, TILE_COLUMNS = 64, 128  # of a cast with a transpose
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fp8 import Fp8State, LinearCall, breaks_graph, check_operands, fp8_linear
-from .fp8_products import Fp8Tensor, dgrad, empty_cast, fprop, has_scaled_mm, quantize_reference
-from .fp8_scaling import backward_dtype, forward_dtype
-from .ops.choices import Activation
-from .ops.mlp.mlp import gelu, gelu_backward_reference, gelu_forward_reference, mlp
-from .ops.operator import operator
+from ..ops.choices import Activation
+from ..ops.mlp.mlp import gelu, gelu_backward_reference, gelu_forward_reference, mlp
+from ..ops.operator import operator
+from .layout import Fp8Tensor, empty_cast
+from .linear import Fp8State, LinearCall, breaks_graph, check_operands, fp8_linear
+from .products import dgrad, fprop, has_scaled_mm, quantize_reference
+from .scaling import backward_dtype, forward_dtype
 
 MainGrads = tuple[Tensor | None, Tensor | None]
 
@@ -178,7 +179,7 @@ def _gelu_quantize(
     f: Tensor, scale: Tensor | None, activation: Activation, dtype: torch.dtype, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if has_scaled_mm(f.device):
-        from .fp8_mlp_triton import gelu_quantize as cast
+        from .mlp_triton import gelu_quantize as cast
     else:
         cast = gelu_quantize_reference
     return cast(f, scale, activation, dtype, columns)
@@ -202,7 +203,7 @@ def _gelu_backward_(
     columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if has_scaled_mm(f.device):
-        from .fp8_mlp_triton import gelu_backward_quantize as backward
+        from .mlp_triton import gelu_backward_quantize as backward
     else:
         backward = gelu_backward_quantize_reference
     return backward(da, f, scale, activation, dtype, rows, columns)

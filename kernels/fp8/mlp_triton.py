@@ -5,11 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .fp8_products import empty_cast, padded
-from .fp8_triton import TILE_COLUMNS, TILE_ROWS, current_scale, magnitude_bits, quantize, raise_amax, store_cast
-from .ops.choices import Activation
-from .ops.mlp.mlp_triton import gelu, gelu_and_slope
-from .ops.norm.residual_norm_triton import sum_partials
+from ..ops.choices import Activation
+from ..ops.mlp.mlp_triton import gelu, gelu_and_slope
+from ..ops.norm.residual_norm_triton import sum_partials
+from .cast_triton import TILE_COLUMNS, TILE_ROWS, current_scale, magnitude_bits, quantize, raise_amax, store_cast
+from .layout import empty_cast, padded
 
 _BLOCK = 4096
 _AMAX_PROGRAMS = 1056  # each raises one amax in memory, which the device does one after the other

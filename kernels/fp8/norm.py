@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from .fp8 import Fp8State, takes_amax
-from .ops.choices import Kernels
-from .ops.norm.residual_norm import NormFunction, ResidualNormFunction
-from .ops.norm.residual_norm_options import check_shapes, make_options
+from ..ops.choices import Kernels
+from ..ops.norm.residual_norm import NormFunction, ResidualNormFunction
+from ..ops.norm.residual_norm_options import check_shapes, make_options
+from .linear import Fp8State, takes_amax
 
 
 def norm_before(

@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .fp8_products import Fp8Tensor, check_fp8_features, dgrad, fp8_path, fprop, largest_magnitude, quantize, wgrad
-from .fp8_scaling import (
+from ..ops.linear import linear, weight_gradient
+from ..ops.main_grad import add_to_main_grad, into_main_grad
+from .layout import Fp8Tensor
+from .products import check_fp8_features, dgrad, fp8_path, fprop, largest_magnitude, quantize, wgrad
+from .scaling import (
     DelayedScaling,
     Float8CurrentScaling,
     Format,
@@ -26,8 +29,6 @@ from .fp8_scaling import (
     fp8_autocast,
     is_fp8_enabled,
 )
-from .ops.linear import linear, weight_gradient
-from .ops.main_grad import add_to_main_grad, into_main_grad
 
 __all__ = [
     "DelayedScaling",

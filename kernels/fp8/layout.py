@@ -1,0 +1,35 @@
+"""The form of FP8 operands in memory: padded to what FP8 products take."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16  # elements: cuBLAS reads FP8 rows in pieces of 16 bytes
+
+
+class Fp8Tensor(NamedTuple):
+    """An (R, C) tensor in FP8, in the layouts that were asked for; data / scale is what it stands for.
+
+    rows: (R, C), empty if not asked for. columns: (C, R'), its transpose, with zeros up to the next multiple of 16 of R.
+    scale_inv: (), fp32, 1 / scale.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    scale_inv: Tensor
+
+
+def padded(size: int) -> int:
+    """The next multiple of 16."""
+    return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+
+
+def empty_cast(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Results as of a cast of x (R, C), without values: rows, columns, amax, 1 / scale."""
+    return (
+        x.new_empty(x.shape if rows else (0,), dtype=dtype),
+        x.new_empty((x.shape[1], padded(x.shape[0])) if columns else (0,), dtype=dtype),
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty((), dtype=torch.float32),
+    )
