@@ -5,8 +5,8 @@ V vocabulary, T tokens (B * S).
 """
 
 from .deepspeed_layer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
-from .layer import LayerConfig, TransformerLayer
-from .layer_stack import LayerStack
+from .layers.layer import LayerConfig, TransformerLayer
+from .layers.layer_stack import LayerStack
 from .ops.attention.attention import AttentionMask
 
 __all__ = [

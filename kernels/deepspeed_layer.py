@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self, overload
 import torch
 from torch import Tensor, nn
 
-from .layer import LayerConfig, TransformerLayer
+from .layers.layer import LayerConfig, TransformerLayer
 from .ops.attention.attention import AttentionMask
 from .ops.dropout import draw_seed
 

@@ -1,6 +1,7 @@
 """What training keeps in memory, and which memory flags BERT-Large needs for it.
 
-Counts what one layer keeps for backward under every choice of flags, beside the formula (kernels/saved_activations.py), and
+Counts what one layer keeps for backward under every choice of flags, beside the formula
+(kernels/layers/saved_activations.py), and
 what a step of DeepSpeed with LAMB holds, beside the estimate below (on a CPU for a BERT-Large of two layers; on a GPU the
 peaks of the whole model). Prints last the flags that every micro-batch needs on GPUs of several sizes; writes JSON.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
-from xformer_train.kernels.saved_activations import count_saved_bytes, saved_activations
+from xformer_train.kernels.layers.saved_activations import count_saved_bytes, saved_activations
 from xformer_train.launcher.batch import BatchPlan
 from xformer_train.launcher.config import RunConfig
 from xformer_train.launcher.config_loading import load_config

@@ -17,7 +17,7 @@ from bench_task import Row, Task, UnavailableError
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, TransformerLayer
-from xformer_train.kernels.layer import invertible_norms
+from xformer_train.kernels.layers.layer import invertible_norms
 
 PLAIN = "torch, written out"
 BASELINE = "torch.compile of it"

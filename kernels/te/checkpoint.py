@@ -12,8 +12,8 @@ from torch.distributed import ProcessGroup
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ..fp8.replay import nested_backward
+from ..layers.recomputation import Recomputed
 from ..parallel.collectives import start_all_gather
-from ..recomputation import Recomputed
 from .module import ProjectionModule
 
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..layers.recomputation import recompute_in_backward
 from ..ops.attention.attention import AttentionMask, attention
 from ..ops.dropout import keep_mask, keep_scale
-from ..recomputation import recompute_in_backward
 
 MaskType = Literal["no_mask", "padding", "causal", "padding_causal", "arbitrary"]
 

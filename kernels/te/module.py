@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..fp8.linear import Fp8State
+from ..layers.projection import ParallelMode, project, runs_fp8
 from ..ops.main_grad import into_main_grad, main_grad_of
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
 from ..parallel.sharding import initialize_sharded
-from ..projection import ParallelMode, project, runs_fp8
 
 Initializer = Callable[[Tensor], Any]
 DEFAULT_INIT: Initializer = functools.partial(nn.init.normal_, mean=0.0, std=0.023)

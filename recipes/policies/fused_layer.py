@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.layer import ATTENTION_OUTPUT_SITE, Join, LayerConfig, Pass, TransformerLayer
+from ...kernels.layers.layer import ATTENTION_OUTPUT_SITE, Join, LayerConfig, Pass, TransformerLayer
 from ...kernels.ops.attention.attention import AttentionMask
 from ...kernels.parallel.collectives import TensorParallel
 from ...kernels.parallel.sharding import Partition, is_sharded, mark_sharded, partitions_of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.layer import LayerConfig
+from ...kernels.layers.layer import LayerConfig
 from ...kernels.ops.attention.attention import AttentionMask
 from ...kernels.ops.choices import Activation
 from ...kernels.parallel.collectives import ONE_PROCESS, TensorParallel

@@ -10,8 +10,8 @@ from distributed.tiny import ACCUMULATION, MICRO_BATCH, tiny_config, whole_weigh
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
+from xformer_train.kernels.layers.saved_activations import count_saved_bytes
 from xformer_train.kernels.parallel.collectives import TensorParallel
-from xformer_train.kernels.saved_activations import count_saved_bytes
 from xformer_train.launcher.engine import build_engine
 from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
 

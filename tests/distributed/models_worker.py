@@ -12,10 +12,10 @@ from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
+from xformer_train.kernels.layers.saved_activations import count_saved_bytes, saved_activations
 from xformer_train.kernels.ops.mlp import mlp
 from xformer_train.kernels.parallel.collectives import TensorParallel
 from xformer_train.kernels.parallel.sharding import Partition, partitions_of, shard_state_dict
-from xformer_train.kernels.saved_activations import count_saved_bytes, saved_activations
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
 from xformer_train.recipes.recipe import Runtime

@@ -10,8 +10,8 @@ from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels import te
+from xformer_train.kernels.layers.saved_activations import count_saved_bytes
 from xformer_train.kernels.rng_tracker import RngStatesTracker, seed_tensor_parallel
-from xformer_train.kernels.saved_activations import count_saved_bytes
 
 S, B, HIDDEN, FFN, HEADS = 8, 2, 32, 64, 4
 Pairs = Iterator[tuple[str, Any, Any]]

@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer
-from xformer_train.kernels.layer import invertible_norms
+from xformer_train.kernels.layers.layer import invertible_norms
 
 CONFIG = LayerConfig(
     hidden_size=24,

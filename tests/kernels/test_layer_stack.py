@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, layer, layer_stack
+from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
+from xformer_train.kernels.layers import layer, layer_stack
 from xformer_train.kernels.ops.dropout import draw_seed
 from xformer_train.kernels.parallel.collectives import TensorParallel
 

@@ -14,8 +14,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, TransformerLayer
+from xformer_train.kernels.layers.saved_activations import count_saved_bytes, saved_activations
 from xformer_train.kernels.ops.attention import attention
-from xformer_train.kernels.saved_activations import count_saved_bytes, saved_activations
 
 BATCH, LENGTH = 3, 7
 CONFIG = LayerConfig(hidden_size=24, num_attention_heads=3, intermediate_size=40)

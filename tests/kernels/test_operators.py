@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer
-from xformer_train.kernels.layer import invertible_norms
+from xformer_train.kernels.layers.layer import invertible_norms
 from xformer_train.kernels.ops.attention import attention
 from xformer_train.kernels.ops.loss import cross_entropy
 from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy

@@ -12,10 +12,10 @@ from xformer_train.kernels import (
     LayerConfig,
     TransformerLayer,
 )
+from xformer_train.kernels.layers.saved_activations import count_saved_bytes, saved_activations
 from xformer_train.kernels.ops.attention import attention
 from xformer_train.kernels.ops.mlp import mlp
 from xformer_train.kernels.ops.norm import residual_norm
-from xformer_train.kernels.saved_activations import count_saved_bytes, saved_activations
 
 CONFIG = LayerConfig(16, 2, 24, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, initializer_range=0.3)
 

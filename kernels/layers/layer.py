@@ -9,15 +9,15 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .fp8.linear import Fp8State
-from .fp8.norm import norm_before, residual_norm_before
-from .ops.attention.attention import AttentionMask, Recompute, attention
-from .ops.choices import Activation
-from .ops.dropout import draw_seed
-from .ops.mlp.mlp import mlp
-from .ops.norm.residual_norm import are_invertible, residual_add
-from .parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
-from .parallel.sharding import Partition, shard_parameters
+from ..fp8.linear import Fp8State
+from ..fp8.norm import norm_before, residual_norm_before
+from ..ops.attention.attention import AttentionMask, Recompute, attention
+from ..ops.choices import Activation
+from ..ops.dropout import draw_seed
+from ..ops.mlp.mlp import mlp
+from ..ops.norm.residual_norm import are_invertible, residual_add
+from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
+from ..parallel.sharding import Partition, shard_parameters
 from .projection import ParallelMode, Projection, project, project_mlp, runs_fp8
 
 # The dropouts of one layer draw from one seed; the site keeps their masks apart, and those of processes where they must differ.

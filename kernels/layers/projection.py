@@ -9,12 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from .fp8.linear import Fp8State, fp8_linear, is_fp8_enabled
-from .fp8.mlp import MainGrads, fp8_mlp
-from .ops.choices import Activation
-from .ops.linear import linear
-from .ops.parallel_linear import column_parallel_linear, row_parallel_linear
-from .parallel.collectives import (
+from ..fp8.linear import Fp8State, fp8_linear, is_fp8_enabled
+from ..fp8.mlp import MainGrads, fp8_mlp
+from ..ops.choices import Activation
+from ..ops.linear import linear
+from ..ops.parallel_linear import column_parallel_linear, row_parallel_linear
+from ..parallel.collectives import (
     TensorParallel,
     copy_to_group,
     gather_from_sequence,

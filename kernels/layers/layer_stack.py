@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .fp8.linear import Float8CurrentScaling, check_fp8_features, fp8_autocast, is_fp8_enabled
+from ..fp8.linear import Float8CurrentScaling, check_fp8_features, fp8_autocast, is_fp8_enabled
+from ..ops.attention.attention import AttentionMask
+from ..ops.dropout import draw_seed
+from ..parallel.collectives import ONE_PROCESS, TensorParallel, gather_from_group, scatter_to_group
 from .layer import LayerConfig, TransformerLayer, invertible_norms
-from .ops.attention.attention import AttentionMask
-from .ops.dropout import draw_seed
-from .parallel.collectives import ONE_PROCESS, TensorParallel, gather_from_group, scatter_to_group
 from .recomputation import recompute_in_backward
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
