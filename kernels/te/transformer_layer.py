@@ -11,7 +11,6 @@ from ..fp8.norm import residual_norm_before
 from ..ops.attention.attention import AttentionMask
 from ..ops.norm.residual_norm import dropout, residual_add
 from ..parallel.collectives import group_rank
-from ..rng_tracker import DropoutSeeds, draw_dropout_seeds
 from .attention import MultiheadAttention
 from .core_attention import Dropping, MaskType, Visibility, check_mask_type, cross_visibility, visibility
 from .inference import Cache
@@ -19,6 +18,7 @@ from .layer_options import LayerOptions
 from .mlp import LayerNormMLP
 from .module import ProjectionModule, cast_like
 from .normalization import LayerNorm, RMSNorm, effective_weight, normalize_before
+from .rng_tracker import DropoutSeeds, draw_dropout_seeds
 
 # The dropouts of a layer draw from one seed or two; the site keeps their masks apart.
 _SELF_SITE, _SELF_OUTPUT_SITE, _CROSS_SITE, _CROSS_OUTPUT_SITE, _MLP_SITE, _SITES = 1, 2, 3, 4, 5, 8

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xformer_train.kernels import te
 from xformer_train.kernels.layers.saved_activations import count_saved_bytes
-from xformer_train.kernels.rng_tracker import RngStatesTracker, seed_tensor_parallel
+from xformer_train.kernels.te.rng_tracker import RngStatesTracker, seed_tensor_parallel
 
 S, B, HIDDEN, FFN, HEADS = 8, 2, 32, 64, 4
 Pairs = Iterator[tuple[str, Any, Any]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from xformer_train.kernels import te
 from xformer_train.kernels.parallel.sharding import Partition, partitions_of, take_shard
-from xformer_train.kernels.rng_tracker import RngStatesTracker, seed_tensor_parallel
+from xformer_train.kernels.te.rng_tracker import RngStatesTracker, seed_tensor_parallel
 
 S, B, HIDDEN, FFN, HEADS = 8, 2, 16, 24, 4
 Triples = Iterator[tuple[str, Tensor, Tensor]]

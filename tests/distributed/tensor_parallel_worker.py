@@ -20,7 +20,7 @@ from xformer_train.kernels.ops.loss import cross_entropy, vocab_parallel
 from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
 from xformer_train.kernels.parallel import collectives as tensor_parallel
 from xformer_train.kernels.parallel.sharding import initialize_sharded, join_shards, partitions_of
-from xformer_train.kernels.rng_tracker import RngStatesTracker, draw_dropout_seeds, seed_tensor_parallel
+from xformer_train.kernels.te.rng_tracker import RngStatesTracker, draw_dropout_seeds, seed_tensor_parallel
 
 Triples = Iterator[tuple[str, Tensor, Tensor]]
 DTYPES = (torch.float32, torch.float64)

@@ -26,7 +26,7 @@ from xformer_train.kernels.parallel.sharding import (
     shard_state_dict,
     take_shard,
 )
-from xformer_train.kernels.rng_tracker import (
+from xformer_train.kernels.te.rng_tracker import (
     MODEL_PARALLEL_RNG,
     RngStatesTracker,
     draw_dropout_seeds,

@@ -9,7 +9,7 @@ from torch import nn
 from xformer_train.kernels import te
 from xformer_train.kernels.fp8.scaling import active_region
 from xformer_train.kernels.layers.saved_activations import count_saved_bytes
-from xformer_train.kernels.rng_tracker import RngStatesTracker
+from xformer_train.kernels.te.rng_tracker import RngStatesTracker
 
 DELAYED = te.DelayedScaling(amax_history_len=3, amax_compute_algo="max")
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])

@@ -14,7 +14,7 @@ from conformance import step
 from torch import nn
 
 from xformer_train.kernels import te
-from xformer_train.kernels.rng_tracker import RngStatesTracker, seed_tensor_parallel
+from xformer_train.kernels.te.rng_tracker import RngStatesTracker, seed_tensor_parallel
 
 HIDDEN, FFN, HEADS = 32, 64, 2
 RECIPES = {

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .ops.dropout import draw_seed
-from .parallel.collectives import Group, group_rank
+from ..ops.dropout import draw_seed
+from ..parallel.collectives import Group, group_rank
 
 MODEL_PARALLEL_RNG = "model-parallel-rng"
 _MODEL_PARALLEL_OFFSET = 2718  # Megatron's
