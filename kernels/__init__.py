@@ -4,7 +4,8 @@ Shape letters, here and in every docstring: B batch, S sequence, H hidden, N hea
 V vocabulary, T tokens (B * S).
 """
 
-from .deepspeed_layer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
+from .deepspeed.config import DeepSpeedTransformerConfig
+from .deepspeed.layer import DeepSpeedTransformerLayer
 from .layers.layer import LayerConfig, TransformerLayer
 from .layers.layer_stack import LayerStack
 from .ops.attention.attention import AttentionMask

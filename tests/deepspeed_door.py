@@ -2,7 +2,8 @@
 
 import torch
 
-from xformer_train.kernels.deepspeed_layer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
+from xformer_train.kernels.deepspeed.config import DeepSpeedTransformerConfig
+from xformer_train.kernels.deepspeed.layer import DeepSpeedTransformerLayer
 
 SMALL = {
     "hidden_size": 24,

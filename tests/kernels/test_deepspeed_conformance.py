@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from xformer_train.kernels.deepspeed_layer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
+from xformer_train.kernels.deepspeed.config import DeepSpeedTransformerConfig
+from xformer_train.kernels.deepspeed.layer import DeepSpeedTransformerLayer
 
 EPS = 1e-12
 NAMES = [

@@ -7,7 +7,8 @@ import math
 import pytest
 from deepspeed_door import SMALL, config, layer
 
-from xformer_train.kernels.deepspeed_layer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
+from xformer_train.kernels.deepspeed.config import DeepSpeedTransformerConfig
+from xformer_train.kernels.deepspeed.layer import DeepSpeedTransformerLayer
 
 
 def test_every_default_is_deepspeeds():

@@ -8,8 +8,8 @@ from deepspeed_door import config, layer, perturbed
 from torch import nn
 from torch.func import functional_call
 
-from xformer_train.kernels.bert_state_dict import from_bert_state_dict, to_bert_state_dict
-from xformer_train.kernels.deepspeed_layer import DeepSpeedTransformerLayer
+from xformer_train.kernels.deepspeed.bert_state_dict import from_bert_state_dict, to_bert_state_dict
+from xformer_train.kernels.deepspeed.layer import DeepSpeedTransformerLayer
 
 SHAPES = {
     "attn_qkvw": (72, 24),
