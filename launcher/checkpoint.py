@@ -15,7 +15,7 @@ from .checkpoint_files import file_access, read_file, restore_random_state
 from .checkpoint_resharding import load_resharded, own_part, whole_weights
 from .checkpoint_saving import engine_facts
 from .checkpoint_store import damage, not_verified, read_state
-from .deepspeed_config import Precision
+from .config.deepspeed import Precision
 from .topology import Topology
 
 # Settings of training that stand in the model's config but change no weight: a later run may set them anew.

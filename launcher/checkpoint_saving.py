@@ -22,7 +22,7 @@ from . import checkpoint_store, console
 from .checkpoint_files import file_access, random_state, write_file
 from .checkpoint_resharding import layout_record, loss_scaler_record, partitions_record
 from .checkpoint_store import LATEST, STATE
-from .config import CheckpointConfig
+from .config.schema import CheckpointConfig
 from .durable_files import FileRecord, copy_into, flush_folder, flush_folders, read_record, write_text
 from .host_copy import HostCopies
 from .topology import Topology

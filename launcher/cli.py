@@ -35,7 +35,7 @@ def main() -> None:
 def show(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False) -> None:
     """Print every key of a run config, and behind it what set it."""
     with reported_errors(debug):
-        from .config_loading import dump_config
+        from .config.loading import dump_config
 
         loaded = load(config, sets, {}, world_size(None))
         typer.echo(dump_config(loaded.config, loaded.origins), nl=False)
@@ -45,8 +45,8 @@ def show(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption
 def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False) -> None:
     """Say what is wrong with a run config, or how its batch is divided (over WORLD_SIZE processes; default parallel.tensor)."""
     with reported_errors(debug):
-        from .batch import solve_batch
-        from .config_checks import num_replicas
+        from .config.batch import solve_batch
+        from .config.checks import num_replicas
 
         loaded = load(config, sets, {}, world_size(None)).config
         batch = solve_batch(loaded.training, num_replicas(loaded, world_size(None)))
@@ -59,6 +59,6 @@ def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOptio
 @config_app.command("schema")
 def schema() -> None:
     """Print the JSON Schema of run configs, for editors."""
-    from .config import RunConfig
+    from .config.schema import RunConfig
 
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import doctor_facts
-from .config import RunConfig
-from .config_loading import ConfigError, load_config
+from .config.loading import ConfigError, load_config
+from .config.schema import RunConfig
 from .doctor_hosts import examine_hosts
 from .doctor_machine import Finding, devices, folders, kernels, port, questions, size, software, system
 from .hostfile import Slots

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from . import doctor_facts
-from .config import RunConfig
+from .config.schema import RunConfig
 from .doctor_facts import Questions
 from .doctor_machine import Finding, folders, questions, system
 from .hostfile import Slots

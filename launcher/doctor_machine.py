@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..recipes.prepared_cache import cache_folder
-from .config import RunConfig
+from .config.schema import RunConfig
 from .doctor_facts import Questions
 from .launch import DEFAULT_PORT, LaunchOptions
 

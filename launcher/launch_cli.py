@@ -66,7 +66,7 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     ended well; otherwise the first one to fail is named last, with its traceback.
     """
     with requeued_by_signals(), reported_errors(debug, USAGE_ERROR):
-        from .config_loading import load_config
+        from .config.loading import load_config
         from .launch import LaunchOptions, choose_hosts, count_processes, plan_launch, start
         from .run_directory import check_run_directory
 

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from . import checkpoint_store
-from .config import RunConfig
-from .config_loading import load_config
+from .config.loading import load_config
+from .config.schema import RunConfig
 from .run_directory import RunDirectory
 
 _PIPELINES = {"bert": "fill-mask", "gpt": "text-generation"}

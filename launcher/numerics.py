@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import ReliabilityConfig
+from .config.schema import ReliabilityConfig
 from .engine import loss_scale, step_was_skipped
 from .steps import StepData, forward_and_backward
 from .topology import Topology

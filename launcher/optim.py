@@ -6,7 +6,7 @@ import torch
 from torch.distributed import ProcessGroup
 
 from ..kernels.parallel.sharding import is_sharded
-from .config import OptimizerConfig
+from .config.schema import OptimizerConfig
 from .lamb import Lamb
 
 

@@ -3,7 +3,7 @@
 import textwrap
 from dataclasses import dataclass
 
-from .config import OptimizerConfig, ScheduleConfig
+from .config.schema import OptimizerConfig, ScheduleConfig
 from .metrics import duration, number
 from .schedule import warmup_length
 

@@ -16,8 +16,8 @@ from ..recipes.data import PreparedData, prepare_data
 from ..recipes.recipe import Batch, Recipe, Runtime
 from ..recipes.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
 from . import checkpoint_store, init_from, run_lock
-from .batch import BatchPlan
-from .config import RunConfig
+from .config.batch import BatchPlan
+from .config.schema import RunConfig
 from .pretrained import Pretrained
 from .run_directory import RunDirectory
 from .signals import StopAsked, StopRequest

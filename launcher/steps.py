@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..recipes.data import SampleStream
 from ..recipes.recipe import Batch
-from .batch import BatchPlan
+from .config.batch import BatchPlan
 from .topology import Topology
 
 At = Callable[[str], None]

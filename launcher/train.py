@@ -13,10 +13,10 @@ import torch
 
 from ..recipes import RECIPES
 from . import checkpoint, checkpoint_store, console
-from .batch import solve_batch
-from .config import RunConfig
-from .config_loading import LoadedConfig
-from .deepspeed_config import deepspeed_config
+from .config.batch import solve_batch
+from .config.deepspeed import deepspeed_config
+from .config.loading import LoadedConfig
+from .config.schema import RunConfig
 from .engine import build_engine, zero_stage
 from .init_from import load_initial
 from .loop import train

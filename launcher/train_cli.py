@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .cli_errors import leave, reported_errors, requeued_by_signals
-from .flags import FLAGS, values_by_key
+from .config.flags import FLAGS, values_by_key
 
 if TYPE_CHECKING:
-    from .config_loading import LoadedConfig
+    from .config.loading import LoadedConfig
 
 TUTORIAL_PANEL = "Flags of DeepSpeed's BERT recipe (with underscores or hyphens)"
 SPELLING = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
@@ -135,7 +135,7 @@ def _check_resume(resume: str | None) -> None:
 def load(config: Path | None, sets: list[str] | None, flags: dict[str, Any], processes: int | None) -> "LoadedConfig":
     if config is None:
         leave("error: no run config is given; use --config FILE, or --help", status=2)
-    from .config_loading import load_config
+    from .config.loading import load_config
 
     return load_config(config, sets or (), flags, processes)
 

@@ -1,6 +1,6 @@
 """The sections of the run config that say what is trained: model, layer, tokenizer, data, objective.
 
-They stand here, and not with the other sections in `launcher/config.py`, because recipes read them and never import the
+They stand here, and not with the other sections in `launcher/config/schema.py`, because recipes read them and never import the
 launcher. No torch import: reading a run config is quick.
 """
 

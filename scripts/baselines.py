@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.recipes.data import SampleStream, prepare_data
 from xformer_train.recipes.tokenizer import load_tokenizer
 

@@ -17,11 +17,11 @@ import torch
 from bench_device import machine_line
 
 from xformer_train.launcher import checkpoint_store
-from xformer_train.launcher.batch import solve_batch
 from xformer_train.launcher.checkpoint_saving import CheckpointSaver
-from xformer_train.launcher.config import CheckpointConfig
-from xformer_train.launcher.config_loading import load_config
-from xformer_train.launcher.deepspeed_config import deepspeed_config
+from xformer_train.launcher.config.batch import solve_batch
+from xformer_train.launcher.config.deepspeed import deepspeed_config
+from xformer_train.launcher.config.loading import load_config
+from xformer_train.launcher.config.schema import CheckpointConfig
 from xformer_train.launcher.engine import build_engine
 from xformer_train.launcher.optim import build_optimizer
 from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes

@@ -27,10 +27,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
 from xformer_train.kernels.layers.saved_activations import count_saved_bytes, saved_activations
-from xformer_train.launcher.batch import BatchPlan
-from xformer_train.launcher.config import RunConfig
-from xformer_train.launcher.config_loading import load_config
-from xformer_train.launcher.deepspeed_config import deepspeed_config
+from xformer_train.launcher.config.batch import BatchPlan
+from xformer_train.launcher.config.deepspeed import deepspeed_config
+from xformer_train.launcher.config.loading import load_config
+from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.optim import build_optimizer
 from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.recipes import RECIPES

@@ -32,10 +32,10 @@ import torch
 from bench_device import machine_line, synchronize
 from torch import Tensor, nn
 
-from xformer_train.launcher.batch import solve_batch
-from xformer_train.launcher.config import RunConfig
-from xformer_train.launcher.config_loading import LoadedConfig, load_config
-from xformer_train.launcher.deepspeed_config import Precision, deepspeed_config
+from xformer_train.launcher.config.batch import solve_batch
+from xformer_train.launcher.config.deepspeed import Precision, deepspeed_config
+from xformer_train.launcher.config.loading import LoadedConfig, load_config
+from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.engine import build_engine
 from xformer_train.launcher.metrics import peak_flops
 from xformer_train.launcher.optim import build_optimizer

@@ -4,13 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from xformer_train.launcher.config import RunConfig
+from xformer_train.launcher.config.schema import RunConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
 # Run config: all keys
 
-Written by `python scripts/config_reference.py` from `launcher/config.py` and `recipes/config.py`; do not edit.
+Written by `python scripts/config_reference.py` from `launcher/config/schema.py` and `recipes/config.py`; do not edit.
 
 A run config is a YAML file (or JSON, if its name ends in `.json`) with the sections below. What it leaves out has the
 default. `--set section.key=value` changes a key on the command line (value in YAML, list items by number:

@@ -25,9 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, TransformerLayer
-from xformer_train.launcher.batch import solve_batch
-from xformer_train.launcher.config import RunConfig
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.batch import solve_batch
+from xformer_train.launcher.config.loading import load_config
+from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.optim import build_optimizer
 from xformer_train.launcher.schedule import learning_rate
 from xformer_train.launcher.steps import read_step, step_positions

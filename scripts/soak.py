@@ -26,7 +26,7 @@ from pathlib import Path
 import yaml
 
 from xformer_train.launcher import checkpoint_store
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.topology import quiet
 from xformer_train.launcher.train import run
 

@@ -10,7 +10,7 @@ import sys
 import time
 
 from xformer_train.launcher import loop, setup
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.rank_status import recorded
 from xformer_train.launcher.topology import quiet
 from xformer_train.launcher.train import run

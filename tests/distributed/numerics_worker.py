@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from xformer_train.launcher import loop
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.topology import quiet
 from xformer_train.launcher.train import run
 

@@ -9,7 +9,7 @@ from runs import BERT, GPT, losses, merged, write_config
 pytest.importorskip("deepspeed")
 pytest.importorskip("pydantic")
 
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.topology import quiet
 
 pytestmark = [

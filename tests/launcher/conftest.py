@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from xformer_train.launcher.config_loading import ConfigError, load_config
+from xformer_train.launcher.config.loading import ConfigError, load_config
 
 
 @pytest.fixture

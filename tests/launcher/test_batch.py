@@ -2,8 +2,8 @@ import itertools
 
 import pytest
 
-from xformer_train.launcher.batch import BatchPlan, nearest_plans, solve_batch
-from xformer_train.launcher.config import TrainingConfig
+from xformer_train.launcher.config.batch import BatchPlan, nearest_plans, solve_batch
+from xformer_train.launcher.config.schema import TrainingConfig
 
 KEYS = ("train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
 

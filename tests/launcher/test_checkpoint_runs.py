@@ -7,7 +7,7 @@ import torch
 from checkpoints import flip_byte
 from runs import losses, weights, write_config
 
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.topology import quiet
 
 quiet(debug=False)

@@ -11,8 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from xformer_train.launcher import cli, train_cli
-from xformer_train.launcher.config_loading import load_config
-from xformer_train.launcher.flags import FLAGS
+from xformer_train.launcher.config.flags import FLAGS
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.rank_status import REQUEUE
 
 MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from xformer_train.launcher.config import RunConfig
+from xformer_train.launcher.config.schema import RunConfig
 
 REPOSITORY = Path(__file__).parents[2]
 MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
@@ -32,7 +32,7 @@ def test_a_whole_number_is_a_float_and_nothing_else_is_converted():
 def test_loading_imports_neither_torch_nor_deepspeed(tmp_path):
     (tmp_path / "run.yaml").write_text(MINIMAL)
     code = (
-        "import sys; from xformer_train.launcher.config_loading import load_config; load_config('run.yaml');"
+        "import sys; from xformer_train.launcher.config.loading import load_config; load_config('run.yaml');"
         "print([m for m in ('torch', 'deepspeed', 'datasets', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xformer_train.launcher.config import RunConfig
-from xformer_train.launcher.config_file import parse_value, read_tree
-from xformer_train.launcher.config_loading import ConfigError, LoadedConfig, dump_config, load_config
+from xformer_train.launcher.config.file import parse_value, read_tree
+from xformer_train.launcher.config.loading import ConfigError, LoadedConfig, dump_config, load_config
+from xformer_train.launcher.config.schema import RunConfig
 
 MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from xformer_train.launcher.config import RunConfig
-from xformer_train.launcher.config_loading import dump_config, load_config
+from xformer_train.launcher.config.loading import dump_config, load_config
+from xformer_train.launcher.config.schema import RunConfig
 
 MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
 LAYERED = {

@@ -10,9 +10,9 @@ import yaml
 from typer.testing import CliRunner
 
 from xformer_train.launcher import cli
-from xformer_train.launcher.batch import solve_batch
-from xformer_train.launcher.config_loading import dump_config, load_config
-from xformer_train.launcher.deepspeed_config import deepspeed_config
+from xformer_train.launcher.config.batch import solve_batch
+from xformer_train.launcher.config.deepspeed import deepspeed_config
+from xformer_train.launcher.config.loading import dump_config, load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEEPSPEED_FILE = "deepspeed_bsz32K_lamb_config_seq512.json"

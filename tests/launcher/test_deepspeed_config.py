@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-from xformer_train.launcher.batch import solve_batch
-from xformer_train.launcher.config import RunConfig
-from xformer_train.launcher.config_file import ConfigError
-from xformer_train.launcher.deepspeed_config import KNOWN_KEYS, REFUSED_KEYS, REMOVED_KEYS, deepspeed_config
+from xformer_train.launcher.config.batch import solve_batch
+from xformer_train.launcher.config.deepspeed import KNOWN_KEYS, REFUSED_KEYS, REMOVED_KEYS, deepspeed_config
+from xformer_train.launcher.config.file import ConfigError
+from xformer_train.launcher.config.schema import RunConfig
 
 LAMB = {"type": "lamb", "lr": 2e-3, "max_coeff": 0.3, "min_coeff": 0.01, "bias_correction": False}
 

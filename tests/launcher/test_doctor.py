@@ -14,7 +14,7 @@ from runs import write_config
 from typer.testing import CliRunner
 
 from xformer_train.launcher import cli, doctor, doctor_facts, doctor_hosts, doctor_machine
-from xformer_train.launcher.config import RunConfig
+from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.launch import LaunchOptions
 
 

@@ -13,7 +13,7 @@ from runs import BERT, GPT, write_config
 from safetensors.torch import load_file, save_file
 
 from xformer_train.launcher import checkpoint
-from xformer_train.launcher.config_loading import ConfigError, load_config
+from xformer_train.launcher.config.loading import ConfigError, load_config
 from xformer_train.launcher.export import export
 from xformer_train.launcher.init_from import find_folder, with_rows
 from xformer_train.launcher.pretrained import from_checkpoint, from_folder

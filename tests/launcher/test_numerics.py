@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 from runs import losses, metrics, write_config
 
-from xformer_train.launcher.config import ReliabilityConfig
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
+from xformer_train.launcher.config.schema import ReliabilityConfig
 from xformer_train.launcher.numerics import NotFiniteError, NumericsGuard, RollBack
 from xformer_train.launcher.train import run
 

@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from xformer_train.launcher.config import OptimizerConfig
+from xformer_train.launcher.config.schema import OptimizerConfig
 from xformer_train.launcher.lamb import Lamb
 from xformer_train.launcher.optim import build_optimizer, parameter_groups
 

@@ -1,6 +1,6 @@
 import dataclasses
 
-from xformer_train.launcher.config import OptimizerConfig, ScheduleConfig
+from xformer_train.launcher.config.schema import OptimizerConfig, ScheduleConfig
 from xformer_train.launcher.report import ClosingFacts, StartupFacts, closing_summary, startup_report
 
 STARTUP = StartupFacts(

@@ -10,7 +10,7 @@ import sys
 import pytest
 from runs import metrics, write_config
 
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.run_lock import only_run
 from xformer_train.launcher.train import run
 

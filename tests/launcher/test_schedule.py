@@ -3,7 +3,7 @@ import math
 
 import pytest
 
-from xformer_train.launcher.config import ScheduleConfig
+from xformer_train.launcher.config.schema import ScheduleConfig
 from xformer_train.launcher.schedule import learning_rate, warmup_length
 
 ALL_TYPES = ["EE", "LE", "EP", "linear", "cosine", "constant", "wsd"]

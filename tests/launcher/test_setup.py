@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from xformer_train.launcher import run_lock
-from xformer_train.launcher.batch import BatchPlan
+from xformer_train.launcher.config.batch import BatchPlan
 from xformer_train.launcher.run_directory import RunDirectory
 from xformer_train.launcher.setup import Progress, check_is_shared, last_step, starting_progress
 

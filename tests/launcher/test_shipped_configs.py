@@ -10,7 +10,7 @@ import pytest
 from distributed.spawn import PATIENCE_S, free_port
 from runs import losses, write_text
 
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.topology import quiet
 
 quiet(debug=False)

@@ -10,7 +10,7 @@ import torch
 from runs import metrics, write_config
 
 from xformer_train.launcher import loop
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.rank_status import REQUEUE
 from xformer_train.launcher.signals import StopAsked, StopRequest
 from xformer_train.launcher.topology import Topology

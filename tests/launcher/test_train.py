@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import BERT, GPT, losses, merged, metrics, weights, write_config
 
-from xformer_train.launcher.config_loading import load_config
+from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.topology import quiet
 from xformer_train.recipes.data import prepare_data
 from xformer_train.recipes.tokenizer import load_tokenizer

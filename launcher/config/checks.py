@@ -9,10 +9,10 @@ import string
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..recipes.config import SourceConfig
+from ...recipes.config import SourceConfig
 from .batch import solve_batch
-from .config import RunConfig
-from .deepspeed_config import deepspeed_faults
+from .deepspeed import deepspeed_faults
+from .schema import RunConfig
 
 PADDED_STEP = re.compile(r"(0[1-9]\d?)?d?")
 # Sections of ours that decide a DeepSpeed key: a fault of one of them hides what is said about the other.

@@ -10,10 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from .config import RunConfig
-from .config_checks import faults
-from .config_file import ConfigError, KeyPath, describe, dotted, is_leaf, parse_value, read_tree, to_yaml
+from .checks import faults
+from .file import ConfigError, KeyPath, describe, dotted, is_leaf, parse_value, read_tree, to_yaml
 from .flags import FLAG_OF_KEY
+from .schema import RunConfig
 
 __all__ = ["ConfigError", "LoadedConfig", "dump_config", "load_config"]
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from .batch import BatchPlan
-from .config import RunConfig
-from .config_file import ConfigError
+from .file import ConfigError
+from .schema import RunConfig
 
 # Top-level keys that DeepSpeed 0.19 reads (deepspeed/runtime/config.py and the constants it imports). DeepSpeed itself
 # ignores any other key in silence.

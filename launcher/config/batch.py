@@ -6,7 +6,7 @@ A replica is one copy of the model: a process, or with tensor parallelism the pr
 from dataclasses import dataclass
 from math import isqrt
 
-from .config import TrainingConfig
+from .schema import TrainingConfig
 
 
 @dataclass(frozen=True)

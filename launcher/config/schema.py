@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ..recipes.config import (
+from ...recipes.config import (
     DataConfig,
     Fraction,
     LayerFlags,
