@@ -16,7 +16,7 @@ from .checkpoint_resharding import load_resharded, own_part, whole_weights
 from .checkpoint_saving import engine_facts
 from .checkpoint_store import damage, not_verified, read_state
 from .config.deepspeed import Precision
-from .topology import Topology
+from .processes.topology import Topology
 
 # Settings of training that stand in the model's config but change no weight: a later run may set them anew.
 _FREE_MODEL_KEYS = frozenset({"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"})

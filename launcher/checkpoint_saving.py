@@ -18,14 +18,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import checkpoint_store, console
+from . import checkpoint_store
 from .checkpoint_files import file_access, random_state, write_file
 from .checkpoint_resharding import layout_record, loss_scaler_record, partitions_record
 from .checkpoint_store import LATEST, STATE
 from .config.schema import CheckpointConfig
-from .durable_files import FileRecord, copy_into, flush_folder, flush_folders, read_record, write_text
 from .host_copy import HostCopies
-from .topology import Topology
+from .processes import console
+from .processes.durable_files import FileRecord, copy_into, flush_folder, flush_folders, read_record, write_text
+from .processes.topology import Topology
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())

@@ -10,7 +10,7 @@ import typer
 from . import export_cli, launch_cli
 from .checkpoints_cli import checkpoints_app
 from .cli_errors import reported_errors
-from .rank_status import recorded
+from .processes.rank_status import recorded
 from .train_cli import ConfigOption, DebugOption, SetOption, app, load, world_size
 
 __all__ = ["app", "main"]

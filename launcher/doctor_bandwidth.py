@@ -46,7 +46,7 @@ def _timed_all_reduce(values: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    from .rank_status import recorded
+    from .processes.rank_status import recorded
 
     with recorded():
         measured = measure()

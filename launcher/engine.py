@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ..kernels.parallel.sharding import is_sharded
 from .lamb import Lamb
 from .optimizer_slices import slices_of
-from .topology import TensorParallelUnit, Topology
+from .processes.topology import TensorParallelUnit, Topology
 
 
 def build_engine(

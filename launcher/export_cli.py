@@ -105,6 +105,6 @@ def _tokenizer(trained: "Pretrained", run: Path) -> "RunTokenizer":
 
 
 def _quieten(debug: bool) -> None:
-    from .topology import quiet
+    from .processes.topology import quiet
 
     quiet(debug)  # before anything that imports DeepSpeed

@@ -10,7 +10,7 @@ from ..recipes.config import ModelConfig, TokenizerConfig
 from ..recipes.tokenizer import RunTokenizer, load_tokenizer
 from .checkpoint_resharding import own_part
 from .pretrained import CONFIG_FILE, TOKENIZER_FILES, Pretrained, from_folder
-from .topology import Topology
+from .processes.topology import Topology
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FILES = [

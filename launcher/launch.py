@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from .hostfile import Slots, choose_slots, read_hostfile
-from .rank_status import FOLDER_VARIABLE
+from .processes.rank_status import FOLDER_VARIABLE
 from .supervision import SSH, HostCommand, Outcome, run_hosts
 
 Launcher = Literal["ssh", "pdsh", "openmpi", "mpich", "impi", "slurm"]

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .cli_errors import reported_errors, requeued_by_signals
-from .rank_status import USAGE_ERROR
+from .processes.rank_status import USAGE_ERROR
 from .train_cli import training_options
 
 ConfigOption = Annotated[

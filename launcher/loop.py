@@ -13,14 +13,15 @@ from .checkpoint_saving import CheckpointSaver
 from .engine import set_learning_rate
 from .metrics import RunLog, peak_flops
 from .numerics import NotFiniteError, NumericsGuard, RollBack, not_finite_places
+from .processes.agreement import by_main
+from .processes.signals import StopRequest
+from .processes.topology import Topology
+from .processes.watchdog import Watchdog
 from .recording import Watch, device_name, make_record
 from .report import ClosingFacts
 from .schedule import learning_rate
-from .setup import Progress, Say, Setup, by_main, checkpoint_to_load, model_facts, starting_progress
-from .signals import StopRequest
+from .setup import Progress, Say, Setup, checkpoint_to_load, model_facts, starting_progress
 from .steps import StepData, evaluate, mean_losses, read_step, step_positions, train_step
-from .topology import Topology
-from .watchdog import Watchdog
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from . import console
+from .processes import console
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .config.schema import ReliabilityConfig
 from .engine import loss_scale, step_was_skipped
+from .processes.topology import Topology
 from .steps import StepData, forward_and_backward
-from .topology import Topology
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())

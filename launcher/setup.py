@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -19,15 +19,15 @@ from . import checkpoint_store, init_from, run_lock
 from .config.batch import BatchPlan
 from .config.schema import RunConfig
 from .pretrained import Pretrained
+from .processes.agreement import agreed, by_main
+from .processes.signals import StopRequest
+from .processes.topology import Topology
 from .run_directory import RunDirectory
-from .signals import StopAsked, StopRequest
-from .topology import Topology
 
 _VOCAB_MULTIPLE = 64  # rows of the embedding are rounded up to it: odd sizes slow the head's GEMM down on GPUs
 
 _LOG = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Say = Callable[[str], None]
 
 
@@ -70,36 +70,6 @@ class Setup:
         return self.recipe.loss_counts(batch, self.config.objective)
 
 
-def by_main(topology: Topology, task: Callable[[], T]) -> T:
-    """What `task` returned on the main process, on every process; see `_agreed` for its errors."""
-    result = _agreed(topology, task if topology.is_main else None)
-    shared: T = topology.broadcast(result)
-    return shared
-
-
-def _agreed(topology: Topology, task: Callable[[], T] | None) -> T | None:
-    """The result of this process's task, if it has one; all processes come here, and a failure of one ends them all.
-
-    The first process to fail raises its error, the others leave without a word, so that it is said once. A task that was told
-    to stop raises StopAsked on all.
-    """
-    result: T | None = None
-    error: ValueError | OSError | StopAsked | None = None
-    try:
-        result = None if task is None else task()
-    except (ValueError, OSError, StopAsked) as caught:
-        error = caught
-    topology.meet()  # a task may take longer than any collective waits
-    failures = topology.gather(None if error is None else type(error) is StopAsked)
-    if True in failures:
-        raise StopAsked
-    if error is not None and failures.index(False) == topology.rank:
-        raise error
-    if False in failures:
-        raise SystemExit(1)
-    return result
-
-
 def check_is_shared(directory: RunDirectory, topology: Topology) -> None:
     """Raises ValueError, and SystemExit on the other processes, where one does not see what the main process has written."""
 
@@ -110,7 +80,7 @@ def check_is_shared(directory: RunDirectory, topology: Topology) -> None:
                 "machines share"
             )
 
-    _agreed(topology, look)
+    agreed(topology, look)
 
 
 def checkpoint_to_load(
@@ -182,8 +152,8 @@ def open_initial(config: RunConfig, topology: Topology) -> Pretrained | None:
     def find() -> Path:
         return init_from.find_folder(name)
 
-    _agreed(topology, find if topology.local_rank == 0 else None)  # then it is in the cache of every machine
-    return _agreed(topology, lambda: init_from.read_initial(name, find(), config.model))
+    agreed(topology, find if topology.local_rank == 0 else None)  # then it is in the cache of every machine
+    return agreed(topology, lambda: init_from.read_initial(name, find(), config.model))
 
 
 def open_tokenizer(
@@ -248,7 +218,7 @@ def open_data(
                 "give all machines the same files"
             )
 
-    data = _agreed(topology, prepare if topology.local_rank == 0 else None) or prepare()
+    data = agreed(topology, prepare if topology.local_rank == 0 else None) or prepare()
     fingerprints = topology.gather(data.fingerprint)
     by_main(topology, check)
     return data

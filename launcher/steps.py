@@ -11,7 +11,7 @@ from torch import Tensor
 from ..recipes.data import SampleStream
 from ..recipes.recipe import Batch
 from .config.batch import BatchPlan
-from .topology import Topology
+from .processes.topology import Topology
 
 At = Callable[[str], None]
 

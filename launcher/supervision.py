@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import host_process
-from .rank_status import FOLDER_VARIABLE, REQUEUE, USAGE_ERROR, RankStatus, first_failure, read_statuses
+from .processes.rank_status import FOLDER_VARIABLE, REQUEUE, USAGE_ERROR, RankStatus, first_failure, read_statuses
 
 SSH = (
     "ssh",

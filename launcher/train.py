@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..recipes import RECIPES
-from . import checkpoint, checkpoint_store, console
+from . import checkpoint, checkpoint_store
 from .config.batch import solve_batch
 from .config.deepspeed import deepspeed_config
 from .config.loading import LoadedConfig
@@ -22,13 +22,17 @@ from .init_from import load_initial
 from .loop import train
 from .optim import build_optimizer
 from .pretrained import Pretrained
+from .processes import console
+from .processes.agreement import by_main
+from .processes.signals import StopAsked, StopRequest
+from .processes.topology import Topology, precision, start_processes, stop_processes
+from .processes.watchdog import Watchdog, collective_timeout_s
 from .recording import device_name, startup_facts
 from .report import closing_summary, startup_report
 from .run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
 from .setup import (
     Progress,
     Setup,
-    by_main,
     check_is_shared,
     checkpoint_to_load,
     last_step,
@@ -42,9 +46,6 @@ from .setup import (
     starting_progress,
     vocabulary_size,
 )
-from .signals import StopAsked, StopRequest
-from .topology import Topology, precision, start_processes, stop_processes
-from .watchdog import Watchdog, collective_timeout_s
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())  # before there is a log file, the command line alone tells of an error

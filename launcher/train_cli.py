@@ -93,7 +93,7 @@ def train(
         loaded = load(config, sets, values, world_size(1))
         if not debug:
             _quieten_libraries()
-        from .topology import quiet
+        from .processes.topology import quiet
 
         quiet(debug)  # before `train`, which imports DeepSpeed
         from .train import run

@@ -24,7 +24,7 @@ from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.config.schema import CheckpointConfig
 from xformer_train.launcher.engine import build_engine
 from xformer_train.launcher.optim import build_optimizer
-from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.recipes import RECIPES
 
 CONFIG = Path(__file__).parent.parent / "configs" / "bert_base.yaml"

@@ -32,7 +32,7 @@ from xformer_train.launcher.config.deepspeed import deepspeed_config
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.optim import build_optimizer
-from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.recipe import Runtime
 

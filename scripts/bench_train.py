@@ -39,9 +39,9 @@ from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.engine import build_engine
 from xformer_train.launcher.metrics import peak_flops
 from xformer_train.launcher.optim import build_optimizer
+from xformer_train.launcher.processes.topology import Topology, precision, quiet, start_processes, stop_processes
 from xformer_train.launcher.recording import device_name
 from xformer_train.launcher.steps import StepData, train_step
-from xformer_train.launcher.topology import Topology, precision, quiet, start_processes, stop_processes
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.data import prepare_data
 from xformer_train.recipes.tokenizer import load_tokenizer

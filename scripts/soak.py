@@ -27,7 +27,7 @@ import yaml
 
 from xformer_train.launcher import checkpoint_store
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.processes.topology import quiet
 from xformer_train.launcher.train import run
 
 STEPS, SAVE_EVERY = 200, 4

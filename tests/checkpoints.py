@@ -11,7 +11,7 @@ from distributed.tiny import MODEL
 from xformer_train.launcher.checkpoint_saving import CheckpointSaver
 from xformer_train.launcher.checkpoint_store import sealed
 from xformer_train.launcher.config.schema import CheckpointConfig
-from xformer_train.launcher.durable_files import read_record
+from xformer_train.launcher.processes.durable_files import read_record
 
 
 def save(

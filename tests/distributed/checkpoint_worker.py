@@ -15,7 +15,7 @@ from distributed.tiny import MODEL, tiny_engine, tiny_model, train, whole_weight
 from xformer_train.launcher import checkpoint, checkpoint_saving, checkpoint_store
 from xformer_train.launcher.checkpoint_saving import CheckpointSaver
 from xformer_train.launcher.config.schema import CheckpointConfig
-from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 
 
 def checkpoint_worker(folder: Path, stages: list[int]) -> dict[str, Any]:

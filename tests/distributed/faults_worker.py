@@ -11,8 +11,8 @@ import time
 
 from xformer_train.launcher import loop, setup
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.rank_status import recorded
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.processes.rank_status import recorded
+from xformer_train.launcher.processes.topology import quiet
 from xformer_train.launcher.train import run
 
 

@@ -8,7 +8,7 @@ from distributed.tiny import WIDTH, tiny_model, whole_weights
 
 from xformer_train.launcher.engine import build_engine
 from xformer_train.launcher.lamb import Lamb
-from xformer_train.launcher.topology import quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 
 STEPS, BATCH = 50, 8
 

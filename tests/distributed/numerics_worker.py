@@ -11,7 +11,7 @@ import torch
 
 from xformer_train.launcher import loop
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.processes.topology import quiet
 from xformer_train.launcher.train import run
 
 BROKEN = "layers.1"  # the module whose output is not finite

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.processes.topology import quiet
 from xformer_train.launcher.train import run
 
 

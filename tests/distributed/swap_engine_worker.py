@@ -11,7 +11,7 @@ from distributed.shard_engine_worker import engine_of, train
 from distributed.spawn import PATIENCE_S
 from torch import Tensor
 
-from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.recipes.policies import swap
 
 

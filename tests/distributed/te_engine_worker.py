@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from xformer_train.kernels import te
 from xformer_train.launcher.engine import build_engine
-from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 
 LENGTH, WIDTH, STEPS = 5, 16, 3
 

@@ -9,7 +9,7 @@ from distributed.spawn import free_port, run_processes
 from runs import BERT, GPT, losses, metrics, write_config
 
 from xformer_train.launcher import checkpoint
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.processes.topology import quiet
 
 STEPS = 6
 ALIKE = {  # without dropout, the number of processes changes nothing but the order of sums

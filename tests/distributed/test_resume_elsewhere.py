@@ -8,7 +8,7 @@ from distributed.spawn import free_port, run_processes
 from runs import BERT, GPT, losses, metrics, write_config
 
 from xformer_train.launcher.checkpoint_resharding import Saved
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.processes.topology import quiet
 
 SAME = {  # without dropout, the number of processes changes nothing but the order of sums
     "model__hidden_dropout_prob": 0.0,

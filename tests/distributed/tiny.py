@@ -12,8 +12,8 @@ from distributed.spawn import PATIENCE_S
 from torch import Tensor
 
 from xformer_train.launcher.engine import build_engine, grad_norm, set_learning_rate
-from xformer_train.launcher.signals import StopRequest
-from xformer_train.launcher.topology import Topology, quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.signals import StopRequest
+from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 
 WIDTH, HIDDEN, MICRO_BATCH, ACCUMULATION, CLIPPING = 7, 13, 3, 2, 0.05  # clipping acts: the norms are near 0.2
 MODEL = {"type": "bert", "hidden_size": HIDDEN, "hidden_dropout_prob": 0.2}

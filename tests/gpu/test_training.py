@@ -10,7 +10,7 @@ pytest.importorskip("deepspeed")
 pytest.importorskip("pydantic")
 
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.processes.topology import quiet
 
 pytestmark = [
     pytest.mark.gpu,

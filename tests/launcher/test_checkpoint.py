@@ -16,7 +16,7 @@ from distributed.tiny import MODEL, tiny_engine, train, whole_weights
 
 from xformer_train.launcher import checkpoint
 from xformer_train.launcher.checkpoint_files import read_file, write_file
-from xformer_train.launcher.topology import quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 
 
 @pytest.fixture(scope="module")

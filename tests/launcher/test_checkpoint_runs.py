@@ -8,7 +8,7 @@ from checkpoints import flip_byte
 from runs import losses, weights, write_config
 
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.processes.topology import quiet
 
 quiet(debug=False)
 

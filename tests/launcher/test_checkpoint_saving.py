@@ -20,9 +20,9 @@ from distributed.tiny import MODEL, tiny_engine, train, whole_weights
 from xformer_train.launcher import checkpoint, checkpoint_saving, checkpoint_store
 from xformer_train.launcher.checkpoint_saving import CheckpointSaver
 from xformer_train.launcher.config.schema import CheckpointConfig
-from xformer_train.launcher.durable_files import DurableFile
 from xformer_train.launcher.host_copy import HostCopies
-from xformer_train.launcher.topology import quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.durable_files import DurableFile
+from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 
 
 @pytest.fixture(scope="module")

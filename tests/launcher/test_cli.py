@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from xformer_train.launcher import cli, train_cli
 from xformer_train.launcher.config.flags import FLAGS
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.rank_status import REQUEUE
+from xformer_train.launcher.processes.rank_status import REQUEUE
 
 MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
 
@@ -23,7 +23,7 @@ def runs(monkeypatch, tmp_path):
     """The calls of train.run, which is replaced like topology.quiet before it, in a folder that holds run.yaml."""
     calls = []
     debugs = []
-    monkeypatch.setattr("xformer_train.launcher.topology.quiet", debugs.append)
+    monkeypatch.setattr("xformer_train.launcher.processes.topology.quiet", debugs.append)
     module = types.ModuleType("xformer_train.launcher.train")
     module.run = lambda loaded, *, resume: calls.append((loaded, resume, debugs[-1]))
     monkeypatch.setitem(sys.modules, "xformer_train.launcher.train", module)
@@ -260,7 +260,7 @@ def test_a_scheduler_may_stop_a_run_that_is_still_importing(tmp_path, number):
         "import sys, time, types\n"
         "def quiet(debug): print('importing', flush=True); time.sleep(1000)\n"
         "topology = types.ModuleType('topology'); topology.quiet = quiet\n"
-        "sys.modules['xformer_train.launcher.topology'] = topology\n"
+        "sys.modules['xformer_train.launcher.processes.topology'] = topology\n"
         "from xformer_train.launcher.cli import main\n"
         "main()"
     )

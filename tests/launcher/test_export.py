@@ -14,8 +14,8 @@ from xformer_train.launcher import cli
 from xformer_train.launcher.checkpoint_files import read_file
 from xformer_train.launcher.export import export
 from xformer_train.launcher.pretrained import from_checkpoint, open_pretrained
+from xformer_train.launcher.processes.topology import quiet
 from xformer_train.launcher.sampling import Sampling, fill_mask, sample
-from xformer_train.launcher.topology import quiet
 
 transformers = pytest.importorskip("transformers")
 SHARED = ["parallel.tensor=2", "deepspeed.zero_optimization.stage=2", "model.intermediate_size=32"]

@@ -17,7 +17,7 @@ from xformer_train.launcher.config.loading import ConfigError, load_config
 from xformer_train.launcher.export import export
 from xformer_train.launcher.init_from import find_folder, with_rows
 from xformer_train.launcher.pretrained import from_checkpoint, from_folder
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.processes.topology import quiet
 
 quiet(debug=False)
 

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from xformer_train.launcher import cli
-from xformer_train.launcher.rank_status import FOLDER_VARIABLE, RankStatus, recorded
+from xformer_train.launcher.processes.rank_status import FOLDER_VARIABLE, RankStatus, recorded
 
 
 def status_of(tmp_path, monkeypatch, block):

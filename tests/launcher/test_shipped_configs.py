@@ -11,7 +11,7 @@ from distributed.spawn import PATIENCE_S, free_port
 from runs import losses, write_text
 
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.topology import quiet
+from xformer_train.launcher.processes.topology import quiet
 
 quiet(debug=False)
 

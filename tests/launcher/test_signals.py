@@ -11,9 +11,9 @@ from runs import metrics, write_config
 
 from xformer_train.launcher import loop
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.rank_status import REQUEUE
-from xformer_train.launcher.signals import StopAsked, StopRequest
-from xformer_train.launcher.topology import Topology
+from xformer_train.launcher.processes.rank_status import REQUEUE
+from xformer_train.launcher.processes.signals import StopAsked, StopRequest
+from xformer_train.launcher.processes.topology import Topology
 from xformer_train.launcher.train import run
 
 ALONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
@@ -85,8 +85,8 @@ def test_a_signal_ends_work_that_saves_nothing_at_once(capfd):
 def test_a_second_ctrl_c_leaves_at_once_with_130():
     script = """
 import os, signal, torch
-from xformer_train.launcher.signals import StopRequest
-from xformer_train.launcher.topology import Topology
+from xformer_train.launcher.processes.signals import StopRequest
+from xformer_train.launcher.processes.topology import Topology
 with StopRequest(Topology(0, 1, 0, torch.device("cpu"))):
     os.kill(os.getpid(), signal.SIGTERM)
     print("still here", flush=True)

@@ -14,7 +14,7 @@ from distributed.spawn import PATIENCE_S
 from runs import write_config
 
 from xformer_train.launcher import host_process
-from xformer_train.launcher.rank_status import FOLDER_VARIABLE, REQUEUE
+from xformer_train.launcher.processes.rank_status import FOLDER_VARIABLE, REQUEUE
 from xformer_train.launcher.supervision import HostCommand, run_hosts
 
 # With programs in the place of runs

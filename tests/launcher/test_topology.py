@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from distributed.spawn import free_port
 
-from xformer_train.launcher.topology import precision, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import precision, start_processes, stop_processes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 LAUNCHER_VARIABLES = [
@@ -147,7 +147,7 @@ def test_a_precision_that_the_device_has_not_is_refused(environment, requested, 
 
 TRAINING = """
 from xformer_train.launcher import checkpoint, engine
-from xformer_train.launcher.topology import quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 quiet(debug=False)
 topology = start_processes(60)
 from distributed.tiny import tiny_engine, train
@@ -200,7 +200,7 @@ def test_freed_memory_is_used_again_without_asking_the_system():
     program = """
 import resource
 import torch
-from xformer_train.launcher.topology import keep_freed_memory
+from xformer_train.launcher.processes.topology import keep_freed_memory
 
 def faults():
     for round in range(15):

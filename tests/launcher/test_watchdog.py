@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from xformer_train.launcher import watchdog
-from xformer_train.launcher.signals import StopRequest
-from xformer_train.launcher.topology import Topology
-from xformer_train.launcher.watchdog import Heartbeat, Watchdog, collective_timeout_s
+from xformer_train.launcher.processes import watchdog
+from xformer_train.launcher.processes.signals import StopRequest
+from xformer_train.launcher.processes.topology import Topology
+from xformer_train.launcher.processes.watchdog import Heartbeat, Watchdog, collective_timeout_s
 
 
 def beat(rank, *, steps=0, step_s=0.0, own_s=0.0, where="", state="running"):

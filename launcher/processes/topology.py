@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from .config.deepspeed import Precision
+from ..config.deepspeed import Precision
 
 # Launchers that give every process a rank under names of their own, not as RANK, LOCAL_RANK and WORLD_SIZE.
 _FOREIGN_RANKS = {
