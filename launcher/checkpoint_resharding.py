@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..kernels.parallel.sharding import Partition, join_shards, partitions_of, shard_state_dict, take_shard
 from .checkpoint_files import read_file
-from .optimizer_slices import slices_of
+from .optim.slices import slices_of
 from .processes.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -10,16 +10,16 @@ from functools import partial
 from ..recipes.loader import prefetch
 from . import checkpoint, checkpoint_store
 from .checkpoint_saving import CheckpointSaver
-from .engine import set_learning_rate
 from .metrics import RunLog, peak_flops
 from .numerics import NotFiniteError, NumericsGuard, RollBack, not_finite_places
+from .optim.engine import set_learning_rate
+from .optim.schedule import learning_rate
 from .processes.agreement import by_main
 from .processes.signals import StopRequest
 from .processes.topology import Topology
 from .processes.watchdog import Watchdog
 from .recording import Watch, device_name, make_record
 from .report import ClosingFacts
-from .schedule import learning_rate
 from .setup import Progress, Say, Setup, checkpoint_to_load, model_facts, starting_progress
 from .steps import StepData, evaluate, mean_losses, read_step, step_positions, train_step
 

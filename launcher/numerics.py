@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .config.schema import ReliabilityConfig
-from .engine import loss_scale, step_was_skipped
+from .optim.engine import loss_scale, step_was_skipped
 from .processes.topology import Topology
 from .steps import StepData, forward_and_backward
 

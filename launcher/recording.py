@@ -10,9 +10,9 @@ from torch import nn
 
 from ..kernels.parallel.sharding import is_sharded
 from ..recipes.layers import kernels_text
-from .engine import grad_norm, loss_scale, skipped_steps
-from .lamb import Lamb
 from .metrics import StepRecord
+from .optim.engine import grad_norm, loss_scale, skipped_steps
+from .optim.lamb import Lamb
 from .report import StartupFacts
 from .setup import Progress, Setup
 

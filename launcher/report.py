@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from .config.schema import OptimizerConfig, ScheduleConfig
 from .metrics import duration, number
-from .schedule import warmup_length
+from .optim.schedule import warmup_length
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from .config.batch import solve_batch
 from .config.deepspeed import deepspeed_config
 from .config.loading import LoadedConfig
 from .config.schema import RunConfig
-from .engine import build_engine, zero_stage
 from .init_from import load_initial
 from .loop import train
-from .optim import build_optimizer
+from .optim.engine import build_engine, zero_stage
+from .optim.optimizer import build_optimizer
 from .pretrained import Pretrained
 from .processes import console
 from .processes.agreement import by_main

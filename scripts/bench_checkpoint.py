@@ -22,8 +22,8 @@ from xformer_train.launcher.config.batch import solve_batch
 from xformer_train.launcher.config.deepspeed import deepspeed_config
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.config.schema import CheckpointConfig
-from xformer_train.launcher.engine import build_engine
-from xformer_train.launcher.optim import build_optimizer
+from xformer_train.launcher.optim.engine import build_engine
+from xformer_train.launcher.optim.optimizer import build_optimizer
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.recipes import RECIPES
 

@@ -31,7 +31,7 @@ from xformer_train.launcher.config.batch import BatchPlan
 from xformer_train.launcher.config.deepspeed import deepspeed_config
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.config.schema import RunConfig
-from xformer_train.launcher.optim import build_optimizer
+from xformer_train.launcher.optim.optimizer import build_optimizer
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.recipe import Runtime
@@ -206,7 +206,7 @@ class Step:
     """A launcher's DeepSpeed engine on one batch of full sequences, two micro-batches to a step."""
 
     def __init__(self, run: Training, batch: int, topology: Topology) -> None:
-        from xformer_train.launcher.engine import build_engine  # imports DeepSpeed, which `quiet` must precede
+        from xformer_train.launcher.optim.engine import build_engine  # imports DeepSpeed, which `quiet` must precede
 
         with topology.device:
             model = build_model(run.config)

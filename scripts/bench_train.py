@@ -36,9 +36,9 @@ from xformer_train.launcher.config.batch import solve_batch
 from xformer_train.launcher.config.deepspeed import Precision, deepspeed_config
 from xformer_train.launcher.config.loading import LoadedConfig, load_config
 from xformer_train.launcher.config.schema import RunConfig
-from xformer_train.launcher.engine import build_engine
 from xformer_train.launcher.metrics import peak_flops
-from xformer_train.launcher.optim import build_optimizer
+from xformer_train.launcher.optim.engine import build_engine
+from xformer_train.launcher.optim.optimizer import build_optimizer
 from xformer_train.launcher.processes.topology import Topology, precision, quiet, start_processes, stop_processes
 from xformer_train.launcher.recording import device_name
 from xformer_train.launcher.steps import StepData, train_step

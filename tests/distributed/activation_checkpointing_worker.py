@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
 from xformer_train.kernels.layers.saved_activations import count_saved_bytes
 from xformer_train.kernels.parallel.collectives import TensorParallel
-from xformer_train.launcher.engine import build_engine
+from xformer_train.launcher.optim.engine import build_engine
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 
 LENGTH, CHOICES, STAGES = 6, ("none", "selective", "full"), (0, 1, 2, 3)

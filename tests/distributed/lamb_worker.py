@@ -6,8 +6,8 @@ import torch
 from distributed.spawn import PATIENCE_S
 from distributed.tiny import WIDTH, tiny_model, whole_weights
 
-from xformer_train.launcher.engine import build_engine
-from xformer_train.launcher.lamb import Lamb
+from xformer_train.launcher.optim.engine import build_engine
+from xformer_train.launcher.optim.lamb import Lamb
 from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 
 STEPS, BATCH = 50, 8

@@ -7,7 +7,7 @@ from distributed.hf_models import MODELS
 from distributed.spawn import PATIENCE_S
 from torch import Tensor, nn
 
-from xformer_train.launcher.engine import build_engine, grad_norm
+from xformer_train.launcher.optim.engine import build_engine, grad_norm
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.recipes.policies import full_state_dict, shard, swap
 

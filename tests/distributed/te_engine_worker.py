@@ -8,7 +8,7 @@ from distributed.tiny import ACCUMULATION, MICRO_BATCH, tiny_config, whole_weigh
 from torch import Tensor, nn
 
 from xformer_train.kernels import te
-from xformer_train.launcher.engine import build_engine
+from xformer_train.launcher.optim.engine import build_engine
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 
 LENGTH, WIDTH, STEPS = 5, 16, 3

@@ -21,7 +21,7 @@ from distributed.tiny import (
     whole_weights,
 )
 
-from xformer_train.launcher.engine import build_engine, grad_norm, loss_scale, set_learning_rate, skipped_steps
+from xformer_train.launcher.optim.engine import build_engine, grad_norm, loss_scale, set_learning_rate, skipped_steps
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 
 STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "bf16")]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from distributed.spawn import PATIENCE_S
 from torch import Tensor
 
-from xformer_train.launcher.engine import build_engine, grad_norm, set_learning_rate
+from xformer_train.launcher.optim.engine import build_engine, grad_norm, set_learning_rate
 from xformer_train.launcher.processes.signals import StopRequest
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from xformer_train.launcher.lamb import Lamb, weight_and_update_norms
+from xformer_train.launcher.optim.lamb import Lamb, weight_and_update_norms
 
 SHAPES = [(7, 5), (1,), (3,), (63, 2), (2, 3, 4), ()]
 

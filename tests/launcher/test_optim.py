@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from xformer_train.launcher.config.schema import OptimizerConfig
-from xformer_train.launcher.lamb import Lamb
-from xformer_train.launcher.optim import build_optimizer, parameter_groups
+from xformer_train.launcher.optim.lamb import Lamb
+from xformer_train.launcher.optim.optimizer import build_optimizer, parameter_groups
 
 
 class TiedModel(torch.nn.Module):

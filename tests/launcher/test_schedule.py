@@ -4,7 +4,7 @@ import math
 import pytest
 
 from xformer_train.launcher.config.schema import ScheduleConfig
-from xformer_train.launcher.schedule import learning_rate, warmup_length
+from xformer_train.launcher.optim.schedule import learning_rate, warmup_length
 
 ALL_TYPES = ["EE", "LE", "EP", "linear", "cosine", "constant", "wsd"]
 T = 1000

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ..kernels.parallel.sharding import is_sharded
+from ...kernels.parallel.sharding import is_sharded
+from ..processes.topology import TensorParallelUnit, Topology
 from .lamb import Lamb
-from .optimizer_slices import slices_of
-from .processes.topology import TensorParallelUnit, Topology
+from .slices import slices_of
 
 
 def build_engine(

@@ -2,7 +2,7 @@
 
 import math
 
-from .config.schema import ScheduleConfig
+from ..config.schema import ScheduleConfig
 
 
 def warmup_length(schedule: ScheduleConfig, total_steps: int) -> float:

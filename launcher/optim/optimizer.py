@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
-from ..kernels.parallel.sharding import is_sharded
-from .config.schema import OptimizerConfig
+from ...kernels.parallel.sharding import is_sharded
+from ..config.schema import OptimizerConfig
 from .lamb import Lamb
 
 

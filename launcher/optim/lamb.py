@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from .optimizer_slices import Slice
+from .slices import Slice
 
 Convention = Literal["paper", "nvidia", "deepspeed"]
 _PIECE_NUMEL = 1 << 18
