@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import checkpoint_store
+from .checkpoint import store
 from .cli_errors import leave, reported_errors
 
 checkpoints_app = typer.Typer(help="List, describe, verify or remove the checkpoints of a run.", no_args_is_help=True)
@@ -27,13 +27,13 @@ def list_checkpoints(run: RunArgument, debug: DebugOption = False) -> None:
     """List the checkpoints by step: size, time, and what is damaged, as far as that shows without reading the files."""
     with reported_errors(debug):
         folder = _folder(run)
-        newest = checkpoint_store.latest_id(folder)
+        newest = store.latest_id(folder)
         rows = [("ID", "STEP", "SAMPLES", "SIZE", "SAVED", "")]
-        for entry in checkpoint_store.entries(folder):
+        for entry in store.entries(folder):
             if entry.state is None:
                 rows.append((entry.id, "", "", "", "", f"damaged: {entry.problem}"))
                 continue
-            problems = checkpoint_store.damage(folder / entry.id, entry.state["files"], contents=False)
+            problems = store.damage(folder / entry.id, entry.state["files"], contents=False)
             note = f"damaged: {', '.join(problems)}" if problems else "latest" if entry.id == newest else ""
             samples = entry.state.get("samples")
             rows.append(
@@ -54,7 +54,7 @@ def inspect(run: RunArgument, checkpoint_id: IdOption = None, debug: DebugOption
     """Describe one checkpoint: where the run stood, its model, the processes that wrote it, its files."""
     with reported_errors(debug):
         checkpoint = _checkpoint(run, checkpoint_id)
-        typer.echo(_description(checkpoint, checkpoint_store.read_state(checkpoint)))
+        typer.echo(_description(checkpoint, store.read_state(checkpoint)))
 
 
 @checkpoints_app.command("verify")
@@ -70,17 +70,17 @@ def verify(
     with reported_errors(debug):
         if every:
             folder = _folder(run)
-            checkpoints = [folder / entry.id for entry in checkpoint_store.entries(folder)]
+            checkpoints = [folder / entry.id for entry in store.entries(folder)]
         else:
             checkpoints = [_checkpoint(run, checkpoint_id)]
         damaged = 0
         for checkpoint in checkpoints:
-            problems = checkpoint_store.problems_of(checkpoint)
+            problems = store.problems_of(checkpoint)
             damaged += bool(problems)
             for problem in problems:
                 typer.echo(f"{checkpoint.name}: damaged: {problem}")
             if not problems:
-                state = checkpoint_store.read_state(checkpoint)
+                state = store.read_state(checkpoint)
                 typer.echo(f"{checkpoint.name}: whole, {len(state['files']) + 1} files, {_size(_bytes(state))}")
         if damaged:
             leave(f"error: {damaged} of {len(checkpoints)} damaged in {checkpoints[0].parent}", status=1)
@@ -99,26 +99,26 @@ def prune(
     """Remove old checkpoints; never the one that `latest` names, the last whole one, or one that cannot be read."""
     with reported_errors(debug):
         folder = _folder(run)
-        names = checkpoint_store.surplus(folder, keep_last, keep_every)
-        freed = sum(_bytes(checkpoint_store.read_state(folder / name)) for name in names)
+        names = store.surplus(folder, keep_last, keep_every)
+        freed = sum(_bytes(store.read_state(folder / name)) for name in names)
         for name in names:
             if not dry_run:
-                checkpoint_store.remove(folder, name)
+                store.remove(folder, name)
             typer.echo(f"{'would remove' if dry_run else 'removed'} {name}")
-        stay = len(checkpoint_store.entries(folder)) - (len(names) if dry_run else 0)
+        stay = len(store.entries(folder)) - (len(names) if dry_run else 0)
         typer.echo(f"{stay} left, {_size(freed)} {'would be freed' if dry_run else 'freed'}")
 
 
 def _folder(run: Path) -> Path:
     """The folder of checkpoints that RUN stands for. Raises ValueError if it holds none."""
-    folder = checkpoint_store.checkpoints_folder(run)
-    if not checkpoint_store.entries(folder):
+    folder = store.checkpoints_folder(run)
+    if not store.entries(folder):
         raise ValueError(f"{run} holds no checkpoint; give a run directory or its checkpoints folder")
     return folder
 
 
 def _checkpoint(run: Path, checkpoint_id: str | None) -> Path:
-    return checkpoint_store.resolve(run, checkpoint_id or checkpoint_store.LATEST, names=("RUN", "--id"))
+    return store.resolve(run, checkpoint_id or store.LATEST, names=("RUN", "--id"))
 
 
 def _description(checkpoint: Path, state: dict[str, Any]) -> str:

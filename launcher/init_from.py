@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..recipes.config import ModelConfig, TokenizerConfig
 from ..recipes.tokenizer import RunTokenizer, load_tokenizer
-from .checkpoint_resharding import own_part
+from .checkpoint.resharding import own_part
 from .pretrained import CONFIG_FILE, TOKENIZER_FILES, Pretrained, from_folder
 from .processes.topology import Topology
 

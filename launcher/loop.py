@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ..recipes.loader import prefetch
-from . import checkpoint, checkpoint_store
-from .checkpoint_saving import CheckpointSaver
+from .checkpoint import loading, store
+from .checkpoint.saving import CheckpointSaver
 from .metrics import RunLog, peak_flops
 from .numerics import NotFiniteError, NumericsGuard, RollBack, not_finite_places
 from .optim.engine import set_learning_rate
@@ -147,17 +147,17 @@ def _after_step(tally: _Tally, batch_size: int) -> Progress:
 def _gone_back(setup: Setup, progress: Progress, why: RollBack, say: Say) -> Progress:
     """Where the run stands with the newest whole checkpoint loaded, behind the samples that it has taken since.
 
-    Raises NotFiniteError if there is no checkpoint, ValueError if all are damaged.
+    Raises NotFiniteError if there is no loading, ValueError if all are damaged.
     """
     config, topology, directory = setup.config, setup.topology, setup.directory
-    if not by_main(topology, lambda: bool(checkpoint_store.entries(directory.checkpoints))):
+    if not by_main(topology, lambda: bool(store.entries(directory.checkpoints))):
         raise NotFiniteError(
-            f"{why}, and there is no checkpoint yet to roll back to; lower checkpoint.save_every_steps or optimizer.lr"
+            f"{why}, and there is no checkpoint yet to roll back to; lower loading.save_every_steps or optimizer.lr"
         )
     source = checkpoint_to_load(config, topology, directory, say, resume=True)
     assert source is not None, "there is one, and a damaged one raises"
-    checkpoint.load(setup.engine, source, model_facts(config, setup.vocab_size), topology)
-    state = checkpoint_store.read_state(source)
+    loading.load(setup.engine, source, model_facts(config, setup.vocab_size), topology)
+    state = store.read_state(source)
     saved = starting_progress(config, state, setup.data.fingerprint, continued=True)
     text = f"{why}; rolled back to {source.name}, going on with sample {progress.position:,}"
     _LOG.warning(text)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import checkpoint_store
+from .checkpoint import store
 from .config.loading import load_config
 from .config.schema import RunConfig
 from .run_directory import RunDirectory
@@ -35,7 +35,7 @@ def model_card(checkpoint: Path, config: Mapping[str, Any], state: Mapping[str, 
 
     What the run directory around the checkpoint no longer has (metrics, versions) is left out.
     """
-    saved = checkpoint_store.read_state(checkpoint)
+    saved = store.read_state(checkpoint)
     resolved = checkpoint / "config.resolved.yaml"
     run = load_config(resolved, world_size=saved["engine"]["world_size"]).config
     name, kind = config["architectures"][0], run.model.type

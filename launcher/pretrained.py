@@ -16,9 +16,9 @@ from ..recipes import RECIPES
 from ..recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
 from ..recipes.huggingface import from_huggingface, model_config_of, sentence_task_of
 from ..recipes.tokenizer import RunTokenizer, load_tokenizer
-from . import checkpoint_store
-from .checkpoint import weights as checkpoint_weights
-from .checkpoint_files import read_file
+from .checkpoint import store
+from .checkpoint.files import read_file
+from .checkpoint.loading import weights as checkpoint_weights
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
@@ -56,8 +56,8 @@ class Pretrained:
 
 def from_checkpoint(checkpoint: Path) -> Pretrained:
     """The model of a checkpoint of any ZeRO stage and number of processes. Raises ValueError if it is damaged."""
-    state = checkpoint_store.read_state(checkpoint)
-    problems = checkpoint_store.damage(checkpoint, state["files"])
+    state = store.read_state(checkpoint)
+    problems = store.damage(checkpoint, state["files"])
     if problems:
         raise ValueError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
     facts = dict(state["model"])
@@ -110,7 +110,7 @@ def open_pretrained(path: Path, checkpoint_id: str | None) -> tuple[Pretrained, 
 
 def find_checkpoint(run: Path, checkpoint_id: str | None) -> Path:
     """The checkpoint that `--run` and `--id` mean; no id is the newest. Raises ValueError if there is none."""
-    return checkpoint_store.resolve(run, checkpoint_id or checkpoint_store.LATEST, ("--run", "--id"))
+    return store.resolve(run, checkpoint_id or store.LATEST, ("--run", "--id"))
 
 
 def _check_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,8 @@ from ..kernels.parallel.collectives import TensorParallel
 from ..recipes.data import PreparedData, prepare_data
 from ..recipes.recipe import Batch, Recipe, Runtime
 from ..recipes.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
-from . import checkpoint_store, init_from, run_lock
+from . import init_from, run_lock
+from .checkpoint import store
 from .config.batch import BatchPlan
 from .config.schema import RunConfig
 from .pretrained import Pretrained
@@ -91,13 +92,13 @@ def checkpoint_to_load(
     It has been read through; called by every process. Raises ValueError if what `load` names is damaged, or every checkpoint
     of the run.
     """
-    if resume and by_main(topology, lambda: bool(checkpoint_store.entries(directory.checkpoints))):
+    if resume and by_main(topology, lambda: bool(store.entries(directory.checkpoints))):
         return _newest_whole(directory.checkpoints, topology, say)
     if config.load.path is None:
         return None
     path = Path(config.load.path)
-    source = by_main(topology, lambda: checkpoint_store.resolve(path, config.load.id))
-    problems = checkpoint_store.verify_together(source, topology)
+    source = by_main(topology, lambda: store.resolve(path, config.load.id))
+    problems = store.verify_together(source, topology)
 
     def refuse_damage() -> None:
         if problems:
@@ -112,11 +113,11 @@ def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
 
     Damaged ones that are newer are set aside: training meets their steps again.
     """
-    entries = by_main(topology, lambda: [(entry.id, entry.problem) for entry in checkpoint_store.entries(folder)])
+    entries = by_main(topology, lambda: [(entry.id, entry.problem) for entry in store.entries(folder)])
     damaged = {name: [problem] for name, problem in entries if problem}
     whole = None
     for name in reversed([name for name, problem in entries if not problem]):
-        problems = checkpoint_store.verify_together(folder / name, topology)
+        problems = store.verify_together(folder / name, topology)
         if not problems:
             whole = name
             break
@@ -129,12 +130,12 @@ def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
                 f"no checkpoint in {folder} can be loaded: {'; '.join(told)}; start anew with --job_name, or bring back a copy"
             )
         for name, text in zip(damaged, told, strict=True):
-            new_name = checkpoint_store.set_aside(folder, name)
+            new_name = store.set_aside(folder, name)
             _LOG.warning("%s; renamed to %s", text, new_name)
             say(f"warning: {text}; renamed to {new_name}, the run goes on from {whole}")
-        if checkpoint_store.latest_id(folder) != whole:
+        if store.latest_id(folder) != whole:
             with suppress(OSError):  # the run can go on without it
-                checkpoint_store.set_latest(folder, whole)
+                store.set_latest(folder, whole)
 
     by_main(topology, set_aside)
     return folder / str(whole)

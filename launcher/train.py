@@ -1,4 +1,4 @@
-"""A run from its config to its last checkpoint. Read it top to bottom."""
+"""A run from its config to its last loading. Read it top to bottom."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..recipes import RECIPES
-from . import checkpoint, checkpoint_store
+from .checkpoint import loading, store
 from .config.batch import solve_batch
 from .config.deepspeed import deepspeed_config
 from .config.loading import LoadedConfig
@@ -136,7 +136,7 @@ def _prepare(
     vocab_size = by_main(topology, lambda: vocabulary_size(config, tokenizer))
     facts = model_facts(config, vocab_size)
     if source is not None:
-        by_main(topology, lambda: checkpoint.check(source, facts, None if weights_only else number_format))
+        by_main(topology, lambda: loading.check(source, facts, None if weights_only else number_format))
     data = open_data(config, topology, batch, tokenizer, say, stop)
     watchdog.at("start")
 
@@ -144,7 +144,7 @@ def _prepare(
     _seed_dropout(config, topology, 0)
     progress = Progress()
     if source is not None:
-        state = checkpoint_store.read_state(source)
+        state = store.read_state(source)
         progress = by_main(topology, lambda: starting_progress(config, state, data.fingerprint, continued=continued))
         random_state = not weights_only and _restored(engine, source, facts, config, topology, progress.step)
         told = loaded_text(source, state, progress, batch, weights_only=weights_only, random_state=random_state)
@@ -184,7 +184,7 @@ def _restored(
     engine: Any, source: Path, facts: dict[str, Any], config: RunConfig, topology: Topology, step: int
 ) -> bool:
     """Puts a checkpoint of `step` into the engine; whether the random state came with it. Else dropout draws anew."""
-    random_state = checkpoint.load(engine, source, facts, topology)
+    random_state = loading.load(engine, source, facts, topology)
     if not random_state:
         _seed_dropout(config, topology, step)
     return random_state
@@ -209,7 +209,7 @@ def _build(
         taken = load_initial(model, weights, vocab_size, sentence_task(config), topology)
         told = f"{config.model.init_from} ({taken})"
     elif weights is not None:
-        checkpoint.load_weights(model, weights, model_facts(config, vocab_size), topology)
+        loading.load_weights(model, weights, model_facts(config, vocab_size), topology)
     optimizer = build_optimizer(model, config.optimizer, topology.tensor_group)
     return build_engine(model, optimizer, ds_config, topology), optimizer, told
 

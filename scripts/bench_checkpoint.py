@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from bench_device import machine_line
 
-from xformer_train.launcher import checkpoint_store
-from xformer_train.launcher.checkpoint_saving import CheckpointSaver
+from xformer_train.launcher.checkpoint import store
+from xformer_train.launcher.checkpoint.saving import CheckpointSaver
 from xformer_train.launcher.config.batch import solve_batch
 from xformer_train.launcher.config.deepspeed import deepspeed_config
 from xformer_train.launcher.config.loading import load_config
@@ -44,7 +44,7 @@ def main() -> None:
         rows = {kind: times(engine, Path(folder), topology, kind, arguments.saves) for kind in (True, False)}
         num_bytes = sum(
             entry["bytes"]
-            for entry in checkpoint_store.entries(Path(folder))[-1].state["files"].values()  # type: ignore[index]
+            for entry in store.entries(Path(folder))[-1].state["files"].values()  # type: ignore[index]
         )
     stop_processes()
     print(machine_line())

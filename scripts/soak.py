@@ -25,7 +25,7 @@ from pathlib import Path
 
 import yaml
 
-from xformer_train.launcher import checkpoint_store
+from xformer_train.launcher.checkpoint import store
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet
 from xformer_train.launcher.train import run
@@ -166,8 +166,8 @@ def moment(checkpoints: Path, begun_ns: int) -> str:
         if (folder / "state.json").exists() and (folder / "state.json").stat().st_size > 10:
             return "sealed, not renamed"
         return "files being written" if tensors else "before the first file"
-    newest = next(reversed(checkpoint_store.list_ids(checkpoints)), "")
-    fresh = newest != checkpoint_store.latest_id(checkpoints) and changed_ns(checkpoints / newest) > begun_ns
+    newest = next(reversed(store.list_ids(checkpoints)), "")
+    fresh = newest != store.latest_id(checkpoints) and changed_ns(checkpoints / newest) > begun_ns
     return "renamed, latest not moved" if fresh else ""
 
 
@@ -222,17 +222,17 @@ def _one_run(
         report.losses_compared += len(losses)
         if wrong:
             report.faults.append(f"{name} has other losses at steps {wrong}")
-        lost = seen - set(checkpoint_store.list_ids(checkpoints))
+        lost = seen - set(store.list_ids(checkpoints))
         if lost:
             report.faults.append(f"{name} lost {sorted(lost)}")
-        seen |= set(checkpoint_store.list_ids(checkpoints))
+        seen |= set(store.list_ids(checkpoints))
         if not killed:
             break
     if sorted(losses) != sorted(expected):
         report.faults.append(f"{name} ended after step {max(losses, default=0)}: {output[-500:]}")
     for checkpoint_id in sorted(seen):
         report.checkpoints += 1
-        problems = checkpoint_store.problems_of(checkpoints / checkpoint_id)
+        problems = store.problems_of(checkpoints / checkpoint_id)
         if problems:
             report.faults.append(f"{name}: {checkpoint_id} is damaged: {problems}")
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from distributed.tiny import MODEL
 
-from xformer_train.launcher.checkpoint_saving import CheckpointSaver
-from xformer_train.launcher.checkpoint_store import sealed
+from xformer_train.launcher.checkpoint.saving import CheckpointSaver
+from xformer_train.launcher.checkpoint.store import sealed
 from xformer_train.launcher.config.schema import CheckpointConfig
 from xformer_train.launcher.processes.durable_files import read_record
 

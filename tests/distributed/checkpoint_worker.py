@@ -12,8 +12,14 @@ from checkpoints import save
 from distributed.spawn import PATIENCE_S
 from distributed.tiny import MODEL, tiny_engine, tiny_model, train, whole_weights
 
-from xformer_train.launcher import checkpoint, checkpoint_saving, checkpoint_store
-from xformer_train.launcher.checkpoint_saving import CheckpointSaver
+from xformer_train.launcher.checkpoint import (
+    loading,
+    store,
+)
+from xformer_train.launcher.checkpoint import (
+    saving as checkpoint_saving,
+)
+from xformer_train.launcher.checkpoint.saving import CheckpointSaver
 from xformer_train.launcher.config.schema import CheckpointConfig
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 
@@ -42,14 +48,14 @@ def _resume(folder: Path, stage: int, topology: Topology) -> dict[str, Any]:
 
     after = tiny_engine(topology, stage, "fp32")
     torch.manual_seed(9)  # what load must undo
-    assert checkpoint.load(after, folder / "half", MODEL, topology)
+    assert loading.load(after, folder / "half", MODEL, topology)
     record += train(after, topology, 2, 4)
 
     module = tiny_model()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
-    checkpoint.load_weights(module, folder / "half", MODEL, topology)
+    loading.load_weights(module, folder / "half", MODEL, topology)
     return {
         "straight": whole,
         "resumed": (record, whole_weights(after)),
@@ -89,12 +95,12 @@ def _full_disk(folder: Path, topology: Topology) -> list[str]:
     topology.barrier()
     seen = [
         message,
-        ",".join(checkpoint_store.list_ids(folder)),
+        ",".join(store.list_ids(folder)),
         ",".join(sorted(path.name for path in folder.iterdir())),
     ]
     topology.barrier()
     save(engine, folder, "second", 2, topology)
-    return [*seen, ",".join(checkpoint_store.list_ids(folder))]
+    return [*seen, ",".join(store.list_ids(folder))]
 
 
 def _beside_training(folder: Path, topology: Topology) -> dict[str, Any]:
@@ -123,7 +129,7 @@ def _beside_training(folder: Path, topology: Topology) -> dict[str, Any]:
                 record += train(engine, topology, 2, 3)
                 saver.wait()
             topology.barrier()
-            after_two = checkpoint_store.list_ids(folder)
+            after_two = store.list_ids(folder)
             topology.barrier()
             saved = whole_weights(engine)
             saver.save("three", {"step": 3, "model": MODEL}, {})
@@ -131,13 +137,13 @@ def _beside_training(folder: Path, topology: Topology) -> dict[str, Any]:
     finally:
         checkpoint_saving.write_file = write
         warning, sys.stderr = sys.stderr.getvalue(), told
-    problems = checkpoint_store.verify_together(folder / "three", topology)
+    problems = store.verify_together(folder / "three", topology)
     after = tiny_engine(topology, 2, "fp32")
-    checkpoint.load(after, folder / "three", MODEL, topology)
+    loading.load(after, folder / "three", MODEL, topology)
     return {
         "same": record == expected[:4],
         "after two": after_two,
-        "in the end": checkpoint_store.list_ids(folder),
+        "in the end": store.list_ids(folder),
         "warning": warning,
         "problems": problems,
         "saved": (saved, whole_weights(after)),

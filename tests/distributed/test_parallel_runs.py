@@ -8,7 +8,7 @@ from distributed.runs_worker import runs_worker
 from distributed.spawn import free_port, run_processes
 from runs import BERT, GPT, losses, metrics, write_config
 
-from xformer_train.launcher import checkpoint
+from xformer_train.launcher.checkpoint import loading
 from xformer_train.launcher.processes.topology import quiet
 
 STEPS = 6
@@ -98,9 +98,7 @@ def test_a_shared_model_trains_as_a_whole_one(root, name, like):
 
 
 def test_the_weights_of_a_checkpoint_are_whole_whatever_shared_them(root):
-    whole, joined = (
-        checkpoint.weights(root / f"runs/{name}/checkpoints/step{STEPS:08d}") for name in ("bert1", "bert2")
-    )
+    whole, joined = (loading.weights(root / f"runs/{name}/checkpoints/step{STEPS:08d}") for name in ("bert1", "bert2"))
     assert whole.keys() == joined.keys()
     for name, weight in whole.items():
         torch.testing.assert_close(joined[name], weight, rtol=0, atol=2e-5)  # LAMB moves weights by about 0.01 a step

@@ -7,7 +7,7 @@ from distributed.runs_worker import runs_worker
 from distributed.spawn import free_port, run_processes
 from runs import BERT, GPT, losses, metrics, write_config
 
-from xformer_train.launcher.checkpoint_resharding import Saved
+from xformer_train.launcher.checkpoint.resharding import Saved
 from xformer_train.launcher.processes.topology import quiet
 
 SAME = {  # without dropout, the number of processes changes nothing but the order of sums

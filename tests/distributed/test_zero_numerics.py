@@ -10,7 +10,7 @@ from distributed.numerics_worker import numerics_worker
 from distributed.spawn import free_port, run_processes
 from runs import losses, metrics, write_config
 
-from xformer_train.launcher.checkpoint_store import read_state, sealed
+from xformer_train.launcher.checkpoint.store import read_state, sealed
 
 # fp32 at stage 0 has a test of its own in the optimizer's step, all else one of DeepSpeed's.
 CASES = [("0", "fp32"), ("0", "bf16"), ("1", "fp32"), ("2", "bf16"), ("3", "fp32")]

@@ -14,8 +14,8 @@ from distributed.checkpoint_worker import checkpoint_worker
 from distributed.spawn import run_processes
 from distributed.tiny import MODEL, tiny_engine, train, whole_weights
 
-from xformer_train.launcher import checkpoint
-from xformer_train.launcher.checkpoint_files import read_file, write_file
+from xformer_train.launcher.checkpoint import loading
+from xformer_train.launcher.checkpoint.files import read_file, write_file
 from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 
 
@@ -51,7 +51,7 @@ def test_resume_at_stage_0_gives_the_same_bits_as_no_stop(alone, tmp_path, preci
     save(before, tmp_path, "three", 3, alone)
     after = tiny_engine(alone, 0, precision)
     torch.manual_seed(5)
-    assert checkpoint.load(after, tmp_path / "three", MODEL, alone)
+    assert loading.load(after, tmp_path / "three", MODEL, alone)
     assert train(after, alone, 3, 5) == record[3:]
     assert equal_weights(whole_weights(after), whole_weights(straight))
     assert after.global_steps == straight.global_steps
@@ -110,7 +110,7 @@ def test_every_global_generator_goes_on_where_it_was(alone, engine, tmp_path):
     save(engine, tmp_path, "a", 1, alone)
     expected = draw()
     assert draw() != expected
-    assert checkpoint.load(engine, tmp_path / "a", MODEL, alone)
+    assert loading.load(engine, tmp_path / "a", MODEL, alone)
     assert draw() == expected
 
 
@@ -119,7 +119,7 @@ def test_random_state_is_left_alone_when_the_number_of_processes_changed(alone, 
     with changed_state(tmp_path / "a") as state:
         state["engine"]["world_size"] = 2
     before = torch.get_rng_state()
-    assert not checkpoint.load(engine, tmp_path / "a", MODEL, alone)
+    assert not loading.load(engine, tmp_path / "a", MODEL, alone)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -130,7 +130,7 @@ def test_settings_changed_since_the_checkpoint_stay_changed(alone, engine, tmp_p
         save(later, tmp_path, f"stage{stage}", 1, alone)
         groups = later.optimizer.param_groups
         groups[0]["weight_decay"], groups[1]["betas"] = 0.5, (0.8, 0.9)
-        checkpoint.load(later, tmp_path / f"stage{stage}", MODEL, alone)
+        loading.load(later, tmp_path / f"stage{stage}", MODEL, alone)
         groups = later.optimizer.param_groups
         assert (groups[0]["weight_decay"], groups[1]["weight_decay"], groups[1]["betas"]) == (0.5, 0.0, (0.8, 0.9))
 
@@ -139,7 +139,7 @@ def test_weights_alone_start_a_new_optimizer(alone, engine, tmp_path):
     save(engine, tmp_path, "a", 1, alone)
     fresh = tiny_engine(alone, 0, "fp32").module
     assert not equal_weights(fresh.parameters(), engine.module.parameters())
-    checkpoint.load_weights(fresh, tmp_path / "a", MODEL, alone)
+    loading.load_weights(fresh, tmp_path / "a", MODEL, alone)
     assert equal_weights(fresh.parameters(), engine.module.parameters())
 
 
@@ -153,9 +153,9 @@ def test_a_checkpoint_of_another_model_is_refused_with_both_values(alone, engine
     with pytest.raises(
         ValueError, match="another model: hidden_size is 13 there and 99 here; vocab_size is None there and 8"
     ):
-        checkpoint.load(engine, tmp_path / "a", other, alone)
+        loading.load(engine, tmp_path / "a", other, alone)
     assert equal_weights(weights, whole_weights(engine))
-    checkpoint.load(engine, tmp_path / "a", MODEL | {"hidden_dropout_prob": 0.0}, alone)
+    loading.load(engine, tmp_path / "a", MODEL | {"hidden_dropout_prob": 0.0}, alone)
 
 
 def test_a_checkpoint_of_another_precision_is_refused(alone, engine, tmp_path):
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_precision_is_refused(alone, engine, tmp_path):
     with changed_state(tmp_path / "a") as state:
         state["engine"]["precision"] = "bf16"
     with pytest.raises(ValueError, match="trained in bf16, this run has fp32"):
-        checkpoint.load(engine, tmp_path / "a", MODEL, alone)
+        loading.load(engine, tmp_path / "a", MODEL, alone)
 
 
 @pytest.mark.parametrize(("there", "here"), list(itertools.permutations(range(4), 2)))
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_stage_goes_on_exactly(alone, tmp_path, there, h
     train(before, alone, 0, 2)
     save(before, tmp_path, "a", 2, alone)
     after = tiny_engine(alone, here, "fp32", dropout=0.0)
-    assert checkpoint.load(after, tmp_path / "a", MODEL, alone)
+    assert loading.load(after, tmp_path / "a", MODEL, alone)
     assert equal_weights(whole_weights(after), whole_weights(before))
     ours, theirs = train(after, alone, 2, 4), train(before, alone, 2, 4)
     assert np.array(ours) == pytest.approx(np.array(theirs), rel=1e-5)
@@ -193,10 +193,10 @@ def test_a_flipped_byte_in_any_file_is_refused_by_name(alone, tmp_path, stage):
         content = file.read_bytes()
         flip_byte(file)
         with pytest.raises(ValueError, match=f"{file.name} is not as it was written"):
-            checkpoint.load(engine, tmp_path / "a", MODEL, alone)
+            loading.load(engine, tmp_path / "a", MODEL, alone)
         file.write_bytes(content)
     assert equal_weights(weights, whole_weights(engine))
-    assert checkpoint.load(engine, tmp_path / "a", MODEL, alone)
+    assert loading.load(engine, tmp_path / "a", MODEL, alone)
 
 
 def test_missing_and_cut_files_are_named(alone, engine, tmp_path):
@@ -205,10 +205,10 @@ def test_missing_and_cut_files_are_named(alone, engine, tmp_path):
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     with pytest.raises(ValueError, match=rf"rng_replica0\.pt has {len(content) - 1} bytes instead of {len(content)}"):
-        checkpoint.load(engine, tmp_path / "a", MODEL, alone)
+        loading.load(engine, tmp_path / "a", MODEL, alone)
     file.unlink()
     with pytest.raises(ValueError, match=r"rng_replica0\.pt is missing"):
-        checkpoint.load(engine, tmp_path / "a", MODEL, alone)
+        loading.load(engine, tmp_path / "a", MODEL, alone)
 
 
 class Evil:
@@ -231,17 +231,17 @@ def test_code_in_a_checkpoint_is_not_executed(alone, engine, tmp_path, name, kin
     with changed_state(tmp_path / "a"):
         pass  # its checksums fit
     with pytest.raises(ValueError, match="could run any code"):
-        checkpoint.load(engine, tmp_path / "a", MODEL, alone)
+        loading.load(engine, tmp_path / "a", MODEL, alone)
     assert not (tmp_path / "executed").exists()
 
 
 def test_code_in_a_stage_3_shard_is_not_executed(alone, tmp_path):
     sharded = tiny_engine(alone, 3, "fp32")
     save(sharded, tmp_path, "a", 1, alone)
-    assert checkpoint.weights(tmp_path / "a").keys() == dict(sharded.module.named_parameters()).keys()
+    assert loading.weights(tmp_path / "a").keys() == dict(sharded.module.named_parameters()).keys()
     torch.save(Evil(tmp_path), tmp_path / "a/zero_pp_rank_0_mp_rank_00_optim_states.pt")
     with pytest.raises(ValueError, match="could run any code"):
-        checkpoint.weights(tmp_path / "a")
+        loading.weights(tmp_path / "a")
     assert not (tmp_path / "executed").exists()
 
 

@@ -12,7 +12,8 @@ from xformer_train.launcher.processes.topology import quiet
 
 quiet(debug=False)
 
-from xformer_train.launcher import checkpoint_saving, checkpoint_store  # noqa: E402 - DeepSpeed is quiet only when told before
+from xformer_train.launcher.checkpoint import saving as checkpoint_saving  # noqa: E402 - DeepSpeed is quiet only when told before
+from xformer_train.launcher.checkpoint import store
 from xformer_train.launcher.train import run  # noqa: E402
 
 
@@ -49,7 +50,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(config, tmp_path, monkey
     full_disk(monkeypatch, 4)
     start(config, f"checkpoint.asynchronous={str(asynchronous).lower()}")
     folder = tmp_path / "runs/run/checkpoints"
-    assert checkpoint_store.list_ids(folder) == ["step00000002", "step00000006"]
+    assert store.list_ids(folder) == ["step00000002", "step00000006"]
     assert sorted(losses(folder.parent)) == [1, 2, 3, 4, 5, 6]
     printed = capsys.readouterr()
     assert printed.err.count("warning: checkpoint step00000004 could not be saved") == 1
@@ -64,7 +65,7 @@ def test_a_full_disk_at_the_last_save_is_an_error_and_the_run_can_be_resumed(con
         with pytest.raises(OSError, match=r"step00000006 could not be saved.*No space left on device"):
             start(config)
     folder = tmp_path / "runs/run/checkpoints"
-    assert checkpoint_store.list_ids(folder) == ["step00000002", "step00000004"]
+    assert store.list_ids(folder) == ["step00000002", "step00000004"]
     start(config, resume=True)
     start(config, "name=straight")
     assert losses(tmp_path / "runs/straight") == losses(folder.parent)
@@ -130,7 +131,7 @@ def test_latest_names_the_checkpoint_that_a_run_goes_on_from(config, tmp_path):
     folder = tmp_path / "runs/run/checkpoints"
     flip_byte(folder / "step00000004/rng_replica0.pt")
     start(config, "training.max_steps=2", resume=True)
-    assert checkpoint_store.latest_id(folder) == "step00000002"
+    assert store.latest_id(folder) == "step00000002"
     (folder / "latest").unlink()
     start(config, "training.max_steps=2", resume=True)
-    assert checkpoint_store.latest_id(folder) == "step00000002"
+    assert store.latest_id(folder) == "step00000002"

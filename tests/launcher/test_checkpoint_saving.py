@@ -17,10 +17,16 @@ import torch
 from checkpoints import save
 from distributed.tiny import MODEL, tiny_engine, train, whole_weights
 
-from xformer_train.launcher import checkpoint, checkpoint_saving, checkpoint_store
-from xformer_train.launcher.checkpoint_saving import CheckpointSaver
+from xformer_train.launcher.checkpoint import (
+    loading,
+    store,
+)
+from xformer_train.launcher.checkpoint import (
+    saving as checkpoint_saving,
+)
+from xformer_train.launcher.checkpoint.host_copy import HostCopies
+from xformer_train.launcher.checkpoint.saving import CheckpointSaver
 from xformer_train.launcher.config.schema import CheckpointConfig
-from xformer_train.launcher.host_copy import HostCopies
 from xformer_train.launcher.processes.durable_files import DurableFile
 from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 
@@ -50,7 +56,7 @@ def test_state_and_extra_files_are_inside_and_latest_names_the_newest(alone, eng
     assert (folder / "latest").read_text().strip() == "b"
     assert (folder / "a/config.resolved.yaml").read_text() == "name: run\n"
     assert (folder / "a/tokenizer/tokenizer.json").read_text() == "{}"
-    state = checkpoint_store.read_state(folder / "a")
+    state = store.read_state(folder / "a")
     assert (state["step"], state["samples"], state["engine"]["world_size"]) == (1, 24, 1)
     assert {"tokenizer/tokenizer.json", "rng_replica0.pt", "mp_rank_00_model_states.pt"} <= state["files"].keys()
     assert sorted(path.name for path in folder.iterdir()) == ["a", "b", "latest"]
@@ -80,9 +86,9 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_nothing_else(alone, engine, 
             save(engine, tmp_path, "b", 2, alone)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert checkpoint_store.list_ids(tmp_path) == ["a"]
+    assert store.list_ids(tmp_path) == ["a"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "latest"]
-    checkpoint.load(engine, checkpoint_store.resolve(tmp_path, "latest"), MODEL, alone)
+    loading.load(engine, store.resolve(tmp_path, "latest"), MODEL, alone)
     save(engine, tmp_path, "b", 2, alone)
 
 
@@ -104,7 +110,7 @@ def test_leftovers_of_an_interrupted_save_are_removed_and_other_folders_are_not(
     (tmp_path / ".dead.tmp/state.json").write_text("{}")
     (tmp_path / ".mine.tmp").mkdir()
     (tmp_path / ".mine.tmp/notes.txt").write_text("mine")
-    assert checkpoint_store.list_ids(tmp_path) == []
+    assert store.list_ids(tmp_path) == []
     save(engine, tmp_path, "dead", 1, alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "dead", "latest"]
 
@@ -126,7 +132,7 @@ def test_a_file_system_that_cannot_flush_folders_takes_checkpoints(alone, engine
 
     monkeypatch.setattr(os, "fsync", refuse_folders)
     save(engine, tmp_path, "a", 1, alone)
-    assert checkpoint_store.problems_of(tmp_path / "a") == []
+    assert store.problems_of(tmp_path / "a") == []
 
 
 # Beside training
@@ -161,10 +167,10 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_goes_on(alone, t
     with held_up(monkeypatch) as gates, saver(engine, tmp_path, alone) as saving:
         saving.save("a", facts(2), {})
         record = train(engine, alone, 2, 4)
-        assert checkpoint_store.list_ids(tmp_path) == []
+        assert store.list_ids(tmp_path) == []
         gates["a"].set()
     after = tiny_engine(alone, stage, "fp32")
-    checkpoint.load(after, tmp_path / "a", MODEL, alone)
+    loading.load(after, tmp_path / "a", MODEL, alone)
     assert all(map(torch.equal, whole_weights(after), weights))
     assert train(after, alone, 2, 4) == record
 
@@ -174,9 +180,9 @@ def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(alone, engine,
         saving.save("a", facts(1), {})
         threading.Timer(0.05, gates["a"].set).start()
         saving.save("b", facts(2), {})
-        assert checkpoint_store.list_ids(tmp_path) == ["a"]
+        assert store.list_ids(tmp_path) == ["a"]
         gates["b"].set()
-    assert checkpoint_store.list_ids(tmp_path) == ["a", "b"]
+    assert store.list_ids(tmp_path) == ["a", "b"]
 
 
 def test_an_error_of_training_waits_for_the_save_in_progress(alone, engine, tmp_path, monkeypatch):
@@ -184,7 +190,7 @@ def test_an_error_of_training_waits_for_the_save_in_progress(alone, engine, tmp_
         saving.save("a", facts(1), {})
         threading.Timer(0.05, gates["a"].set).start()
         raise KeyError
-    assert checkpoint_store.list_ids(tmp_path) == ["a"]
+    assert store.list_ids(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -196,7 +202,7 @@ def test_a_failed_save_is_told_and_the_next_one_tries_again(alone, engine, tmp_p
         saving.wait()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "latest"]
         saving.save("c", facts(3), {})
-    assert checkpoint_store.list_ids(tmp_path) == ["c"]
+    assert store.list_ids(tmp_path) == ["c"]
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: checkpoint b could not be saved in {tmp_path}: No such file or directory; ")
     assert warning.endswith("if steps are left, training goes on and the next save tries again")
@@ -210,7 +216,7 @@ def test_a_last_save_that_fails_ends_with_its_error(alone, engine, tmp_path, asy
     ):
         saving.save("a", facts(1), {})
         saving.save("b", facts(2), {"config.yaml": tmp_path / "absent.yaml"})
-    assert checkpoint_store.list_ids(tmp_path) == ["a"]
+    assert store.list_ids(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -254,7 +260,7 @@ def test_the_newest_stay_and_the_multiples(alone, engine, tmp_path):
     with saver(engine, tmp_path, alone, keep_last=2, keep_every_steps=4) as saving:
         for step in range(3, 9):
             saving.save(f"step{step}", facts(step), {})
-    assert checkpoint_store.list_ids(tmp_path) == ["step4", "step7", "step8"]
+    assert store.list_ids(tmp_path) == ["step4", "step7", "step8"]
 
 
 # A process that dies
@@ -304,12 +310,12 @@ def test_a_process_killed_at_any_point_of_a_save_leaves_whole_checkpoints(alone,
             finally:
                 os._exit(1)  # not back into pytest
         _, status = os.waitpid(child, 0)
-        ids, latest = checkpoint_store.list_ids(folder), checkpoint_store.latest_id(folder)
+        ids, latest = store.list_ids(folder), store.latest_id(folder)
         assert ids and latest in ids, step
-        assert all(checkpoint_store.problems_of(folder / name) == [] for name in ids), step
+        assert all(store.problems_of(folder / name) == [] for name in ids), step
         endings.append((tuple(ids), latest))
         if step % 4 == 0:  # the run goes on from there
-            checkpoint.load(engine, folder / ids[-1], MODEL, alone)
+            loading.load(engine, folder / ids[-1], MODEL, alone)
             with saver(engine, folder, alone, keep_last=1) as saving:
                 saving.save("d", facts(4), {})
             assert sorted(path.name for path in folder.iterdir()) == ["d", "latest"]

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from checkpoints import bare_checkpoint, flip_byte
 
-from xformer_train.launcher import checkpoint_store
+from xformer_train.launcher.checkpoint import store
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def run_folder(tmp_path):
 
 
 def test_ids_come_in_order_of_step(run_folder):
-    assert checkpoint_store.list_ids(run_folder / "checkpoints") == ["step900", "step1000", "step1100"]
-    assert checkpoint_store.list_ids(run_folder / "absent") == []
+    assert store.list_ids(run_folder / "checkpoints") == ["step900", "step1000", "step1100"]
+    assert store.list_ids(run_folder / "absent") == []
 
 
 @pytest.mark.parametrize(
@@ -37,13 +37,13 @@ def test_ids_come_in_order_of_step(run_folder):
     ],
 )
 def test_a_checkpoint_is_found_by_id_prefix_or_latest(run_folder, place, wanted, found):
-    assert checkpoint_store.resolve(run_folder / place, wanted) == run_folder / "checkpoints" / found
+    assert store.resolve(run_folder / place, wanted) == run_folder / "checkpoints" / found
 
 
 def test_an_exact_id_wins_over_longer_ids_that_begin_with_it(tmp_path):
     bare_checkpoint(tmp_path, "step1", 1)
     bare_checkpoint(tmp_path, "step10", 10)
-    assert checkpoint_store.resolve(tmp_path, "step1").name == "step1"
+    assert store.resolve(tmp_path, "step1").name == "step1"
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_an_exact_id_wins_over_longer_ids_that_begin_with_it(tmp_path):
 )
 def test_a_checkpoint_that_is_not_there_or_not_one_is_an_error(run_folder, place, wanted, message):
     with pytest.raises(ValueError, match=message):
-        checkpoint_store.resolve(run_folder / place, wanted)
+        store.resolve(run_folder / place, wanted)
 
 
 def test_latest_that_is_missing_or_names_nothing_is_an_error_and_not_a_fresh_start(run_folder):
@@ -66,10 +66,10 @@ def test_latest_that_is_missing_or_names_nothing_is_an_error_and_not_a_fresh_sta
     for content in ("step1200\n", ""):
         pointer.write_text(content)
         with pytest.raises(ValueError, match=r"not there.*step1100"):
-            checkpoint_store.resolve(run_folder, "latest")
+            store.resolve(run_folder, "latest")
     pointer.unlink()
     with pytest.raises(ValueError, match=r"missing.*step1100"):
-        checkpoint_store.resolve(run_folder, "latest")
+        store.resolve(run_folder, "latest")
 
 
 # Removing
@@ -79,30 +79,30 @@ def test_the_newest_stay_the_multiples_and_the_one_that_latest_names(run_folder)
     folder = run_folder / "checkpoints"
     for step in (1200, 1300):
         bare_checkpoint(folder, f"step{step}", step)
-    assert checkpoint_store.surplus(folder, 1) == ["step900", "step1000", "step1200"]
-    assert checkpoint_store.surplus(folder, 1, 500) == ["step900", "step1200"]
-    assert checkpoint_store.surplus(folder, 2, 300) == ["step1000"]
-    assert checkpoint_store.surplus(folder, 5) == []
+    assert store.surplus(folder, 1) == ["step900", "step1000", "step1200"]
+    assert store.surplus(folder, 1, 500) == ["step900", "step1200"]
+    assert store.surplus(folder, 2, 300) == ["step1000"]
+    assert store.surplus(folder, 5) == []
 
 
 def test_the_last_whole_checkpoint_stays_whatever_is_newer(tmp_path):
     for step in (1, 2, 3, 4):
         bare_checkpoint(tmp_path, f"step{step}", step, {"weights": "w"})
-    assert checkpoint_store.surplus(tmp_path, 1) == ["step1", "step2", "step3"]
+    assert store.surplus(tmp_path, 1) == ["step1", "step2", "step3"]
     for damaged in ("step4/weights", "step3/state.json"):
         flip_byte(tmp_path / damaged)
-    assert checkpoint_store.surplus(tmp_path, 1) == ["step1"]
+    assert store.surplus(tmp_path, 1) == ["step1"]
     flip_byte(tmp_path / "step2/weights")
-    assert checkpoint_store.surplus(tmp_path, 1) == ["step2"]
+    assert store.surplus(tmp_path, 1) == ["step2"]
     flip_byte(tmp_path / "step1/weights")
-    assert checkpoint_store.surplus(tmp_path, 1) == []
+    assert store.surplus(tmp_path, 1) == []
 
 
 def test_one_known_to_be_whole_is_not_read_again(tmp_path):
     for step in (1, 2):
         bare_checkpoint(tmp_path, f"step{step}", step, {"weights": "w"})
     flip_byte(tmp_path / "step2/weights")
-    assert checkpoint_store.surplus(tmp_path, 1, verified_id="step2") == ["step1"]
+    assert store.surplus(tmp_path, 1, verified_id="step2") == ["step1"]
 
 
 def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint_and_is_finished_later(tmp_path, monkeypatch):
@@ -117,9 +117,9 @@ def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint_and_is_finished_l
 
     monkeypatch.setattr(Path, "unlink", fail_once)
     with pytest.raises(OSError, match="out"):
-        checkpoint_store.remove(tmp_path, "step1")
-    assert checkpoint_store.list_ids(tmp_path) == []
-    assert checkpoint_store.remove_unfinished(tmp_path) == [".step1.tmp"]
+        store.remove(tmp_path, "step1")
+    assert store.list_ids(tmp_path) == []
+    assert store.remove_unfinished(tmp_path) == [".step1.tmp"]
     assert not list(tmp_path.iterdir())
 
 
@@ -133,18 +133,18 @@ def test_what_another_process_removes_meanwhile_is_no_error(tmp_path, monkeypatc
         raise FileNotFoundError
 
     monkeypatch.setattr(Path, "unlink", come_late)
-    checkpoint_store.remove(tmp_path, "step1")
+    store.remove(tmp_path, "step1")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_damaged_checkpoint_set_aside_is_none_of_the_checkpoints_any_more(tmp_path):
     for _ in range(2):
         bare_checkpoint(tmp_path, "step1", 1)
-        name = checkpoint_store.set_aside(tmp_path, "step1")
+        name = store.set_aside(tmp_path, "step1")
     assert name == "step1.damaged2"
-    assert checkpoint_store.entries(tmp_path) == []
+    assert store.entries(tmp_path) == []
     with pytest.raises(ValueError, match=r"checkpoint\.id_format"):
-        checkpoint_store.check_id(tmp_path, "step1.damaged3")
+        store.check_id(tmp_path, "step1.damaged3")
 
 
 # Verifying
@@ -152,15 +152,15 @@ def test_a_damaged_checkpoint_set_aside_is_none_of_the_checkpoints_any_more(tmp_
 
 def test_every_byte_of_every_file_is_guarded(tmp_path):
     path = bare_checkpoint(tmp_path, "step1", 1, {"weights": "abc", "config.yaml": "name: run\n"})
-    assert checkpoint_store.problems_of(path) == []
+    assert store.problems_of(path) == []
     for file in ("weights", "config.yaml", "state.json"):
         content = (path / file).read_bytes()
         for position in range(len(content)):
             flip_byte(path / file, position)
-            (problem,) = checkpoint_store.problems_of(path)
+            (problem,) = store.problems_of(path)
             assert problem.startswith(f"{file} "), (position, problem)
             (path / file).write_bytes(content)
-    assert checkpoint_store.problems_of(path) == []
+    assert store.problems_of(path) == []
 
 
 def test_missing_and_cut_files_are_found_without_reading(tmp_path):
@@ -168,14 +168,14 @@ def test_missing_and_cut_files_are_found_without_reading(tmp_path):
     (path / "a").unlink()
     (path / "b").write_text("ab")
     flip_byte(path / "c")
-    assert checkpoint_store.problems_of(path, contents=False) == ["a is missing", "b has 2 bytes instead of 3"]
-    assert checkpoint_store.problems_of(path)[2] == "c is not as it was written"
+    assert store.problems_of(path, contents=False) == ["a is missing", "b has 2 bytes instead of 3"]
+    assert store.problems_of(path)[2] == "c is not as it was written"
 
 
 def test_a_checkpoint_that_lost_its_state_is_not_overlooked(tmp_path):
     path = bare_checkpoint(tmp_path, "step1", 1, {"weights.pt": "w"})
     (path / "state.json").unlink()
-    (entry,) = checkpoint_store.entries(tmp_path)
+    (entry,) = store.entries(tmp_path)
     assert entry == ("step1", None, "state.json is missing")
 
 
@@ -186,7 +186,7 @@ def verify_own_share(path, rank):
         return ["here", "here", "there"] if value == platform.node() else [value]
 
     topology = SimpleNamespace(rank=rank, gather=gather, meet=lambda: None)
-    return checkpoint_store.verify_together(path, topology)
+    return store.verify_together(path, topology)
 
 
 def test_each_machine_reads_all_and_its_processes_share_the_reading(tmp_path):
@@ -202,7 +202,7 @@ def test_each_machine_reads_all_and_its_processes_share_the_reading(tmp_path):
 def test_a_broken_state_file_is_refused(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
     with pytest.raises(ValueError, match="choose another"):
-        checkpoint_store.read_state(tmp_path)
-    assert checkpoint_store.problems_of(tmp_path)[0].startswith("state.json ")
+        store.read_state(tmp_path)
+    assert store.problems_of(tmp_path)[0].startswith("state.json ")
     with pytest.raises(ValueError, match=r"state\.json is missing"):
-        checkpoint_store.read_state(tmp_path / "absent")
+        store.read_state(tmp_path / "absent")

@@ -7,7 +7,8 @@ import pytest
 from checkpoints import bare_checkpoint, flip_byte
 from typer.testing import CliRunner
 
-from xformer_train.launcher import checkpoint_store, cli
+from xformer_train.launcher import cli
+from xformer_train.launcher.checkpoint import store
 
 
 @pytest.fixture
@@ -65,17 +66,17 @@ def test_prune_says_what_it_removes_and_a_dry_run_removes_nothing(run):
     folder = run / "checkpoints"
     result = invoke("prune", run, "--keep-last", 1, "--dry-run")
     assert result.output == "would remove step100\nwould remove step200\n1 left, 3.9 KiB would be freed\n"
-    assert checkpoint_store.list_ids(folder) == ["step100", "step200", "step300"]
+    assert store.list_ids(folder) == ["step100", "step200", "step300"]
     result = invoke("prune", run, "--keep-last", 1, "--keep-every", 200)
     assert result.output == "removed step100\n2 left, 2.0 KiB freed\n"
-    assert checkpoint_store.list_ids(folder) == ["step200", "step300"]
+    assert store.list_ids(folder) == ["step200", "step300"]
 
 
 def test_prune_leaves_the_last_whole_one(run):
     flip_byte(run / "checkpoints/step300/weights.pt")
     result = invoke("prune", run, "--keep-last", 1)
     assert result.output.splitlines()[0] == "removed step100"
-    assert checkpoint_store.list_ids(run / "checkpoints") == ["step200", "step300"]
+    assert store.list_ids(run / "checkpoints") == ["step200", "step300"]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from runs import BERT, GPT, write_config
 from typer.testing import CliRunner
 
 from xformer_train.launcher import cli
-from xformer_train.launcher.checkpoint_files import read_file
+from xformer_train.launcher.checkpoint.files import read_file
 from xformer_train.launcher.export import export
 from xformer_train.launcher.pretrained import from_checkpoint, open_pretrained
 from xformer_train.launcher.processes.topology import quiet

@@ -6,7 +6,7 @@ import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 
-from xformer_train.launcher.host_copy import HostCopies
+from xformer_train.launcher.checkpoint.host_copy import HostCopies
 
 
 def test_a_copy_is_equal_and_no_longer_changes_with_its_source():

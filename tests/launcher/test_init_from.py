@@ -12,7 +12,7 @@ from distributed.spawn import free_port, run_processes
 from runs import BERT, GPT, write_config
 from safetensors.torch import load_file, save_file
 
-from xformer_train.launcher import checkpoint
+from xformer_train.launcher.checkpoint import loading
 from xformer_train.launcher.config.loading import ConfigError, load_config
 from xformer_train.launcher.export import export
 from xformer_train.launcher.init_from import find_folder, with_rows
@@ -100,7 +100,7 @@ def test_a_head_for_another_sentence_task_stays_new(root, capsys):
         "(weights only; new: sentence_classifier; left out: sentence_classifier.weight, sentence_classifier.bias)"
         in text
     )
-    before, after = (checkpoint.weights(newest(root / "runs" / name)) for name in ("bert", "sop"))
+    before, after = (loading.weights(newest(root / "runs" / name)) for name in ("bert", "sop"))
     torch.testing.assert_close(after["pooler.weight"], before["pooler.weight"], rtol=0, atol=1e-6)
     assert (after["sentence_classifier.weight"] - before["sentence_classifier.weight"]).abs().max() > 0.01
 

@@ -107,7 +107,8 @@ def test_a_run_without_a_checkpoint_cannot_go_back(tmp_path, monkeypatch):
 
 def test_an_error_of_the_save_in_progress_ends_a_run_that_goes_back(tmp_path, monkeypatch):
     """One save goes wrong, by an error that is not the system's; the run goes back while that is not known yet."""
-    from xformer_train.launcher import checkpoint_saving, loop
+    from xformer_train.launcher import loop
+    from xformer_train.launcher.checkpoint import saving as checkpoint_saving
 
     write, errors, jumps = checkpoint_saving.write_file, [ZeroDivisionError()], [5]
 

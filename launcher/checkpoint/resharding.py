@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.parallel.sharding import Partition, join_shards, partitions_of, shard_state_dict, take_shard
-from .checkpoint_files import read_file
-from .optim.slices import slices_of
-from .processes.topology import Topology
+from ...kernels.parallel.sharding import Partition, join_shards, partitions_of, shard_state_dict, take_shard
+from ..optim.slices import slices_of
+from ..processes.topology import Topology
+from .files import read_file
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint_files import file_access, read_file, restore_random_state
-from .checkpoint_resharding import load_resharded, own_part, whole_weights
-from .checkpoint_saving import engine_facts
-from .checkpoint_store import damage, not_verified, read_state
-from .config.deepspeed import Precision
-from .processes.topology import Topology
+from ..config.deepspeed import Precision
+from ..processes.topology import Topology
+from .files import file_access, read_file, restore_random_state
+from .resharding import load_resharded, own_part, whole_weights
+from .saving import engine_facts
+from .store import damage, not_verified, read_state
 
 # Settings of training that stand in the model's config but change no weight: a later run may set them anew.
 _FREE_MODEL_KEYS = frozenset({"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"})

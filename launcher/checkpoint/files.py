@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .processes.durable_files import DurableFile, FileRecord
+from ..processes.durable_files import DurableFile, FileRecord
 
 
 @contextlib.contextmanager

@@ -18,10 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .processes.durable_files import FileRecord, flush_folder, read_record, write_text
+from ..processes.durable_files import FileRecord, flush_folder, read_record, write_text
 
 if TYPE_CHECKING:
-    from .processes.topology import Topology  # imports torch
+    from ..processes.topology import Topology  # imports torch
 
 LATEST = "latest"
 STATE = "state.json"

@@ -18,15 +18,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-from . import checkpoint_store
-from .checkpoint_files import file_access, random_state, write_file
-from .checkpoint_resharding import layout_record, loss_scaler_record, partitions_record
-from .checkpoint_store import LATEST, STATE
-from .config.schema import CheckpointConfig
+from ..config.schema import CheckpointConfig
+from ..processes import console
+from ..processes.durable_files import FileRecord, copy_into, flush_folder, flush_folders, read_record, write_text
+from ..processes.topology import Topology
+from . import store
+from .files import file_access, random_state, write_file
 from .host_copy import HostCopies
-from .processes import console
-from .processes.durable_files import FileRecord, copy_into, flush_folder, flush_folders, read_record, write_text
-from .processes.topology import Topology
+from .resharding import layout_record, loss_scaler_record, partitions_record
+from .store import LATEST, STATE
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())
@@ -144,8 +144,8 @@ class CheckpointSaver:
             return
         try:
             keep = (self._config.keep_last, self._config.keep_every_steps)
-            for name in checkpoint_store.surplus(self._folder, *keep, verified_id=newest):
-                checkpoint_store.remove(self._folder, name)
+            for name in store.surplus(self._folder, *keep, verified_id=newest):
+                store.remove(self._folder, name)
                 _LOG.info("removed checkpoint %s", name)
         except OSError as error:
             self._tell(f"checkpoints that checkpoint.keep_last leaves no room for could not be removed: {error}")
@@ -191,7 +191,7 @@ def _check_id(folder: Path, checkpoint_id: str, topology: Topology) -> None:
     problem = None
     try:
         if topology.is_main:
-            checkpoint_store.check_id(folder, checkpoint_id)
+            store.check_id(folder, checkpoint_id)
     except ValueError as error:
         problem = str(error)
     problem = topology.broadcast(problem)
@@ -251,7 +251,7 @@ def _write(job: _Save, gather: Gather) -> None:
             if not folder.is_dir():
                 folder.mkdir(parents=True)
                 flush_folder(folder.parent)
-            checkpoint_store.remove_unfinished(folder)
+            store.remove_unfinished(folder)
             unfinished.mkdir()
             write_text(unfinished / STATE, "{}\n")  # by which leftovers are known
 
@@ -268,7 +268,7 @@ def _write(job: _Save, gather: Gather) -> None:
         if not job.is_main:
             return
         files = {name: record._asdict() for each in everyones for name, record in each.items()}
-        write_text(unfinished / STATE, checkpoint_store.sealed({**job.state, "files": dict(sorted(files.items()))}))
+        write_text(unfinished / STATE, store.sealed({**job.state, "files": dict(sorted(files.items()))}))
         # What a full disk could refuse comes before the renames, which need no space.
         write_text(pointer, job.id + "\n")
         flush_folders(unfinished)
