@@ -68,7 +68,7 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     with requeued_by_signals(), reported_errors(debug, USAGE_ERROR):
         from .config.loading import load_config
         from .launch import LaunchOptions, choose_hosts, count_processes, plan_launch, start
-        from .run_directory import check_run_directory
+        from .reporting.run_directory import check_run_directory
 
         options = LaunchOptions(
             hostfile, include, exclude, num_nodes, num_gpus, launcher, master_addr, master_port, launcher_args

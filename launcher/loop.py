@@ -10,7 +10,6 @@ from functools import partial
 from ..recipes.loader import prefetch
 from .checkpoint import loading, store
 from .checkpoint.saving import CheckpointSaver
-from .metrics import RunLog, peak_flops
 from .numerics import NotFiniteError, NumericsGuard, RollBack, not_finite_places
 from .optim.engine import set_learning_rate
 from .optim.schedule import learning_rate
@@ -19,7 +18,9 @@ from .processes.signals import StopRequest
 from .processes.topology import Topology
 from .processes.watchdog import Watchdog
 from .recording import Watch, device_name, make_record
-from .report import ClosingFacts
+from .reporting.metrics import RunLog
+from .reporting.peak_flops import peak_flops
+from .reporting.report import ClosingFacts
 from .setup import Progress, Say, Setup, checkpoint_to_load, model_facts, starting_progress
 from .steps import StepData, evaluate, mean_losses, read_step, step_positions, train_step
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from .checkpoint import store
 from .config.loading import load_config
 from .config.schema import RunConfig
-from .run_directory import RunDirectory
+from .reporting.run_directory import RunDirectory
 
 _PIPELINES = {"bert": "fill-mask", "gpt": "text-generation"}
 _AUTO_CLASSES = {"bert": "AutoModelForMaskedLM", "gpt": "AutoModelForCausalLM"}

@@ -10,10 +10,10 @@ from torch import nn
 
 from ..kernels.parallel.sharding import is_sharded
 from ..recipes.layers import kernels_text
-from .metrics import StepRecord
 from .optim.engine import grad_norm, loss_scale, skipped_steps
 from .optim.lamb import Lamb
-from .report import StartupFacts
+from .reporting.record import StepRecord
+from .reporting.report import StartupFacts
 from .setup import Progress, Setup
 
 T = TypeVar("T")

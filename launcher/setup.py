@@ -15,7 +15,7 @@ from ..kernels.parallel.collectives import TensorParallel
 from ..recipes.data import PreparedData, prepare_data
 from ..recipes.recipe import Batch, Recipe, Runtime
 from ..recipes.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
-from . import init_from, run_lock
+from . import init_from
 from .checkpoint import store
 from .config.batch import BatchPlan
 from .config.schema import RunConfig
@@ -23,7 +23,8 @@ from .pretrained import Pretrained
 from .processes.agreement import agreed, by_main
 from .processes.signals import StopRequest
 from .processes.topology import Topology
-from .run_directory import RunDirectory
+from .reporting import run_lock
+from .reporting.run_directory import RunDirectory
 
 _VOCAB_MULTIPLE = 64  # rows of the embedding are rounded up to it: odd sizes slow the head's GEMM down on GPUs
 

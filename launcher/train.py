@@ -28,8 +28,8 @@ from .processes.signals import StopAsked, StopRequest
 from .processes.topology import Topology, precision, start_processes, stop_processes
 from .processes.watchdog import Watchdog, collective_timeout_s
 from .recording import device_name, startup_facts
-from .report import closing_summary, startup_report
-from .run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
+from .reporting.report import closing_summary, startup_report
+from .reporting.run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
 from .setup import (
     Progress,
     Setup,

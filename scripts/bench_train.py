@@ -36,11 +36,11 @@ from xformer_train.launcher.config.batch import solve_batch
 from xformer_train.launcher.config.deepspeed import Precision, deepspeed_config
 from xformer_train.launcher.config.loading import LoadedConfig, load_config
 from xformer_train.launcher.config.schema import RunConfig
-from xformer_train.launcher.metrics import peak_flops
 from xformer_train.launcher.optim.engine import build_engine
 from xformer_train.launcher.optim.optimizer import build_optimizer
 from xformer_train.launcher.processes.topology import Topology, precision, quiet, start_processes, stop_processes
 from xformer_train.launcher.recording import device_name
+from xformer_train.launcher.reporting.peak_flops import peak_flops
 from xformer_train.launcher.steps import StepData, train_step
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.data import prepare_data

@@ -12,13 +12,8 @@ from checkpoints import save
 from distributed.spawn import PATIENCE_S
 from distributed.tiny import MODEL, tiny_engine, tiny_model, train, whole_weights
 
-from xformer_train.launcher.checkpoint import (
-    loading,
-    store,
-)
-from xformer_train.launcher.checkpoint import (
-    saving as checkpoint_saving,
-)
+from xformer_train.launcher.checkpoint import loading, store
+from xformer_train.launcher.checkpoint import saving as checkpoint_saving
 from xformer_train.launcher.checkpoint.saving import CheckpointSaver
 from xformer_train.launcher.config.schema import CheckpointConfig
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes

@@ -17,13 +17,8 @@ import torch
 from checkpoints import save
 from distributed.tiny import MODEL, tiny_engine, train, whole_weights
 
-from xformer_train.launcher.checkpoint import (
-    loading,
-    store,
-)
-from xformer_train.launcher.checkpoint import (
-    saving as checkpoint_saving,
-)
+from xformer_train.launcher.checkpoint import loading, store
+from xformer_train.launcher.checkpoint import saving as checkpoint_saving
 from xformer_train.launcher.checkpoint.host_copy import HostCopies
 from xformer_train.launcher.checkpoint.saving import CheckpointSaver
 from xformer_train.launcher.config.schema import CheckpointConfig

@@ -8,7 +8,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from xformer_train.launcher.metrics import RunLog, StepRecord, duration, number, peak_flops
+from xformer_train.launcher.reporting.metrics import RunLog
+from xformer_train.launcher.reporting.peak_flops import peak_flops
+from xformer_train.launcher.reporting.record import StepRecord
+from xformer_train.launcher.reporting.words import duration, number
 
 RECORD = StepRecord(
     step=1200,
@@ -275,7 +278,7 @@ def test_remaining_time_follows_recent_records_and_counts_steps_not_records(tmp_
 
 def test_tensorboard_is_imported_only_when_it_is_asked_for(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from xformer_train.launcher.metrics import RunLog;"
+        "import sys; from pathlib import Path; from xformer_train.launcher.reporting.metrics import RunLog;"
         f"RunLog(Path({str(tmp_path)!r}), 10, tensorboard=False).close();"
         "assert not {'torch', 'tensorboard'} & set(sys.modules), 'imported'"
     )

@@ -1,7 +1,7 @@
 import dataclasses
 
 from xformer_train.launcher.config.schema import OptimizerConfig, ScheduleConfig
-from xformer_train.launcher.report import ClosingFacts, StartupFacts, closing_summary, startup_report
+from xformer_train.launcher.reporting.report import ClosingFacts, StartupFacts, closing_summary, startup_report
 
 STARTUP = StartupFacts(
     name="bert_large",

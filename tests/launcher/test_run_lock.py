@@ -11,13 +11,13 @@ import pytest
 from runs import metrics, write_config
 
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.run_lock import only_run
+from xformer_train.launcher.reporting.run_lock import only_run
 from xformer_train.launcher.train import run
 
 HOLDER = """
 import sys
 from pathlib import Path
-from xformer_train.launcher.run_lock import only_run
+from xformer_train.launcher.reporting.run_lock import only_run
 with only_run(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

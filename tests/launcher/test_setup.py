@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from xformer_train.launcher import run_lock
 from xformer_train.launcher.config.batch import BatchPlan
-from xformer_train.launcher.run_directory import RunDirectory
+from xformer_train.launcher.reporting import run_lock
+from xformer_train.launcher.reporting.run_directory import RunDirectory
 from xformer_train.launcher.setup import Progress, check_is_shared, last_step, starting_progress
 
 DATA = SimpleNamespace(train=SimpleNamespace(num_samples=100))

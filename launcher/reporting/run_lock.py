@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .processes import console
+from ..processes import console
 
 NAME = ".lock"
 

@@ -3,9 +3,9 @@
 import textwrap
 from dataclasses import dataclass
 
-from .config.schema import OptimizerConfig, ScheduleConfig
-from .metrics import duration, number
-from .optim.schedule import warmup_length
+from ..config.schema import OptimizerConfig, ScheduleConfig
+from ..optim.schedule import warmup_length
+from .words import duration, number
 
 
 @dataclass(frozen=True)

@@ -4,61 +4,23 @@ import json
 import logging
 import math
 import os
-import re
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
-from .processes import console
+from ..processes import console
+from .record import StepRecord, rates_of, ratio
+from .tensorboard import Boards
+from .words import duration, number
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())
 _ETA_RECORDS = 20  # records that the remaining time is judged by
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """The last of a window of steps, and sums over that window: all steps since the previous record.
-
-    All counts are over all processes. loss, losses and the fields up to skipped_steps are those of the last step.
-    """
-
-    step: int
-    """Steps completed since the start of training, this one included."""
-    epoch: int
-    samples: int
-    """Sequences trained on since the start of training."""
-    losses: Mapping[str, float]
-    """Parts of the loss by name, such as mlm and nsp; empty where there is one part only."""
-    loss: float
-    lr: float
-    grad_norm: float | None
-    loss_scale: float | None
-    """None unless fp16."""
-    skipped_steps: int
-    """Steps since the start of training that were left out because a gradient was not finite."""
-    num_steps: int
-    """Length of the window."""
-    step_time_s: float
-    """Wall time of the window, the wait for data included."""
-    data_wait_s: float
-    sequences: int
-    real_tokens: int
-    """Tokens that are not padding."""
-    padded_tokens: int
-    """Token positions computed on, padding included."""
-    model_flops: float | None
-    """Operations that forward and backward of the window need, without recomputation."""
-    memory_gib: float | None
-    """Most device memory allocated by one process so far; None on a CPU."""
-    trust_ratios: Sequence[float] = field(default=())
-    """LAMB: one per tensor."""
 
 
 class RunLog:
@@ -92,7 +54,7 @@ class RunLog:
         self._file = path.open("ab", buffering=0)  # so that what a full disk does not take is known
         self._unwritten = b""
         self._told_of_rows = False
-        self._boards = _Boards(run_dir / "tb", start_step, start_samples) if tensorboard else None
+        self._boards = Boards(run_dir / "tb", start_step, start_samples) if tensorboard else None
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -110,7 +72,7 @@ class RunLog:
 
     def log_step(self, record: StepRecord) -> None:
         """Nothing; one row, one point per series, one line."""
-        rates = _rates(record, self._peak_flops)
+        rates = rates_of(record, self._peak_flops)
         row = {
             "step": record.step,
             "epoch": record.epoch,
@@ -129,7 +91,7 @@ class RunLog:
         self._write_row(row)
         self._draw(lambda boards: boards.add_step(record, rates))
         self._recent.append((record.num_steps, record.step_time_s))
-        eta_s = (self._max_steps - record.step) * _ratio(
+        eta_s = (self._max_steps - record.step) * ratio(
             sum(seconds for _, seconds in self._recent), sum(steps for steps, _ in self._recent)
         )
         position = f"step {record.step:,}/{self._max_steps:,}"
@@ -159,7 +121,7 @@ class RunLog:
         """Nothing; everything is on disk and the bar, if there is one, stays as it is."""
         self._write_rows()
         self._file.close()
-        self._draw(_Boards.close)
+        self._draw(Boards.close)
         if self._bar is not None:
             with console.surviving(sys.stderr):
                 self._bar.close()
@@ -183,7 +145,7 @@ class RunLog:
                 )
             self._told_of_rows = True
 
-    def _draw(self, draw: Callable[["_Boards"], None]) -> None:
+    def _draw(self, draw: Callable[["Boards"], None]) -> None:
         if self._boards is None:
             return
         try:
@@ -191,120 +153,6 @@ class RunLog:
         except OSError as error:  # which ends the thread that writes, so this writer is of no more use
             self._boards = None
             _tell(f"TensorBoard gets no more points until the run is started again: {error.strerror}")
-
-
-class _Boards:
-    """TensorBoard series: by step in tb/, by samples in tb/samples/.
-
-    A resumed writer hides what lies at or after its first x, whatever the tag, so series with another x need a writer of
-    their own.
-    """
-
-    def __init__(self, directory: Path, start_step: int, start_samples: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # imports tensorboard, which takes seconds
-
-        self._by_step = SummaryWriter(str(directory), purge_step=start_step + 1)
-        self._by_samples = SummaryWriter(str(directory / "samples"), purge_step=start_samples + 1)
-
-    def add_step(self, record: StepRecord, rates: Mapping[str, float | None]) -> None:
-        self._by_samples.add_scalar("Train/Samples/train_loss", record.loss, record.samples)
-        self._by_samples.add_scalar("Train/Samples/lr", record.lr, record.samples)
-        series = {"loss": record.loss, **record.losses, "lr": record.lr, "grad_norm": record.grad_norm}
-        series |= {"loss_scale": record.loss_scale, "memory_gib": record.memory_gib}
-        for name, value in series.items():
-            if value is not None:
-                self._by_step.add_scalar(f"Train/{name}", value, record.step)
-        for name, value in rates.items():
-            if value is not None:
-                self._by_step.add_scalar(f"Throughput/{name}", value, record.step)
-        if record.trust_ratios:
-            import numpy as np
-
-            self._by_step.add_histogram("Train/lamb_coeffs", np.asarray(record.trust_ratios), record.step)
-        self._flush()
-
-    def add_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
-        for name, value in losses.items():
-            self._by_step.add_scalar("Validation/Loss" if name == "loss" else f"Validation/{name}", value, step)
-        self._flush()
-
-    def close(self) -> None:
-        self._by_step.close()
-        self._by_samples.close()
-
-    def _flush(self) -> None:
-        """Nothing; all points are in the files, where the writers alone may hold them back for two minutes."""
-        self._by_step.flush()
-        self._by_samples.flush()
-
-
-# Dense peaks in TFLOP/s, from NVIDIA's data sheets of V100, A100, L4, L40S, H100, H200 and HGX B200; where a sheet gives
-# the figure with sparsity, half of it. fp32 is the rate without TF32. The first pattern found in the device name counts.
-_PEAK_TFLOPS: list[tuple[str, dict[str, float]]] = [
-    (r"V100S", {"fp32": 16.4, "fp16": 130}),
-    (r"V100.*PCIE", {"fp32": 14, "fp16": 112}),
-    (r"V100", {"fp32": 15.7, "fp16": 125}),
-    (r"A100", {"fp32": 19.5, "fp16": 312, "bf16": 312}),
-    (r"L40S", {"fp32": 91.6, "fp16": 362, "bf16": 362, "fp8": 733}),
-    (r"L4", {"fp32": 30.3, "fp16": 121, "bf16": 121, "fp8": 242.5}),
-    (r"H100.*PCIE", {"fp32": 51, "fp16": 756, "bf16": 756, "fp8": 1513}),
-    (r"H[12]00.*NVL", {"fp32": 60, "fp16": 835.5, "bf16": 835.5, "fp8": 1670.5}),
-    (r"H[12]00", {"fp32": 67, "fp16": 989, "bf16": 989, "fp8": 1979}),
-    (r"B200", {"fp32": 75, "fp16": 2250, "bf16": 2250, "fp8": 4500}),
-]
-
-
-def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Dense matrix-multiply peak of one device in FLOP/s; None for what is not in the table, and for a slice of a GPU (MIG).
-
-    device_name: as torch.cuda.get_device_name() gives it. dtype: fp32, fp16, bf16 or fp8.
-    """
-    if re.search(r"\bMIG\b", device_name):
-        return None
-    for pattern, tflops in _PEAK_TFLOPS:
-        if re.search(rf"\b{pattern}\b", device_name, re.IGNORECASE):
-            return tflops[dtype] * 1e12 if dtype in tflops else None
-    return None
-
-
-def duration(seconds: float) -> str:
-    """A time of at most two units: 48s, 3m20s, 5h12m, 2d04h."""
-    if not math.isfinite(seconds):
-        return "n/a"
-    minutes, rest_s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02}h"
-    if hours:
-        return f"{hours}h{minutes:02}m"
-    return f"{minutes}m{rest_s:02}s" if minutes else f"{rest_s}s"
-
-
-def number(value: float) -> str:
-    """A count or rate with thousands separators, and a digit after the point only below 100."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.1f}"
-
-
-def _rates(record: StepRecord, peak: float | None) -> dict[str, float | None]:
-    """Throughput of the window, to six significant digits; mfu is None where the peak or the operations are unknown."""
-    seconds = record.step_time_s
-    rates: dict[str, float | None] = {
-        "seq_per_s": _ratio(record.sequences, seconds),
-        "tokens_per_s": _ratio(record.real_tokens, seconds),
-        "padded_tokens_per_s": _ratio(record.padded_tokens, seconds),
-        "mfu": None,
-        "step_time_s": _ratio(seconds, record.num_steps),
-        "data_wait_fraction": _ratio(record.data_wait_s, seconds),
-    }
-    if peak is not None and record.model_flops is not None:
-        rates["mfu"] = _ratio(record.model_flops, seconds * peak)
-    return {name: None if value is None else float(f"{value:.6g}") for name, value in rates.items()}
-
-
-def _ratio(numerator: float, denominator: float) -> float:
-    """Their quotient; NaN over zero, which is written as null."""
-    return numerator / denominator if denominator else math.nan
 
 
 def _console_fields(record: StepRecord, rates: Mapping[str, float | None]) -> dict[str, str]:

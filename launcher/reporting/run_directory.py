@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from .config.loading import dump_config
-from .config.schema import RunConfig
+from ..config.loading import dump_config
+from ..config.schema import RunConfig
 from .run_lock import only_run
 
 _RECORDED_PACKAGES = [
