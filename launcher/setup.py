@@ -15,16 +15,16 @@ from ..kernels.parallel.collectives import TensorParallel
 from ..recipes.data import PreparedData, prepare_data
 from ..recipes.recipe import Batch, Recipe, Runtime
 from ..recipes.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
-from . import init_from
 from .checkpoint import store
 from .config.batch import BatchPlan
 from .config.schema import RunConfig
-from .pretrained import Pretrained
 from .processes.agreement import agreed, by_main
 from .processes.signals import StopRequest
 from .processes.topology import Topology
 from .reporting import run_lock
 from .reporting.run_directory import RunDirectory
+from .trained_models import init_from
+from .trained_models.pretrained import Pretrained
 
 _VOCAB_MULTIPLE = 64  # rows of the embedding are rounded up to it: odd sizes slow the head's GEMM down on GPUs
 

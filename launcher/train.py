@@ -17,11 +17,9 @@ from .config.batch import solve_batch
 from .config.deepspeed import deepspeed_config
 from .config.loading import LoadedConfig
 from .config.schema import RunConfig
-from .init_from import load_initial
 from .loop import train
 from .optim.engine import build_engine, zero_stage
 from .optim.optimizer import build_optimizer
-from .pretrained import Pretrained
 from .processes import console
 from .processes.agreement import by_main
 from .processes.signals import StopAsked, StopRequest
@@ -46,6 +44,8 @@ from .setup import (
     starting_progress,
     vocabulary_size,
 )
+from .trained_models.init_from import load_initial
+from .trained_models.pretrained import Pretrained
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())  # before there is a log file, the command line alone tells of an error

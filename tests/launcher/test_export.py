@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from xformer_train.launcher import cli
 from xformer_train.launcher.checkpoint.files import read_file
-from xformer_train.launcher.export import export
-from xformer_train.launcher.pretrained import from_checkpoint, open_pretrained
 from xformer_train.launcher.processes.topology import quiet
-from xformer_train.launcher.sampling import Sampling, fill_mask, sample
+from xformer_train.launcher.trained_models.export import export
+from xformer_train.launcher.trained_models.pretrained import from_checkpoint, open_pretrained
+from xformer_train.launcher.trained_models.sampling import Sampling, fill_mask, sample
 
 transformers = pytest.importorskip("transformers")
 SHARED = ["parallel.tensor=2", "deepspeed.zero_optimization.stage=2", "model.intermediate_size=32"]

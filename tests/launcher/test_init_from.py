@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from xformer_train.launcher.checkpoint import loading
 from xformer_train.launcher.config.loading import ConfigError, load_config
-from xformer_train.launcher.export import export
-from xformer_train.launcher.init_from import find_folder, with_rows
-from xformer_train.launcher.pretrained import from_checkpoint, from_folder
 from xformer_train.launcher.processes.topology import quiet
+from xformer_train.launcher.trained_models.export import export
+from xformer_train.launcher.trained_models.init_from import find_folder, with_rows
+from xformer_train.launcher.trained_models.pretrained import from_checkpoint, from_folder
 
 quiet(debug=False)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import store
-from .config.loading import load_config
-from .config.schema import RunConfig
-from .reporting.run_directory import RunDirectory
+from ..checkpoint import store
+from ..config.loading import load_config
+from ..config.schema import RunConfig
+from ..reporting.run_directory import RunDirectory
 
 _PIPELINES = {"bert": "fill-mask", "gpt": "text-generation"}
 _AUTO_CLASSES = {"bert": "AutoModelForMaskedLM", "gpt": "AutoModelForCausalLM"}

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..recipes import RECIPES
-from ..recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
-from ..recipes.huggingface import from_huggingface, model_config_of, sentence_task_of
-from ..recipes.tokenizer import RunTokenizer, load_tokenizer
-from .checkpoint import store
-from .checkpoint.files import read_file
-from .checkpoint.loading import weights as checkpoint_weights
+from ...recipes import RECIPES
+from ...recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
+from ...recipes.huggingface import from_huggingface, model_config_of, sentence_task_of
+from ...recipes.tokenizer import RunTokenizer, load_tokenizer
+from ..checkpoint import store
+from ..checkpoint.files import read_file
+from ..checkpoint.loading import weights as checkpoint_weights
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")

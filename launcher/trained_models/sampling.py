@@ -6,9 +6,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..recipes.bert import BertForPretraining
-from ..recipes.gpt import GptForPretraining
-from ..recipes.tokenizer import RunTokenizer
+from ...recipes.bert import BertForPretraining
+from ...recipes.gpt import GptForPretraining
+from ...recipes.tokenizer import RunTokenizer
 
 MASK = "[MASK]"
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..recipes.config import ModelConfig, TokenizerConfig
-from ..recipes.tokenizer import RunTokenizer, load_tokenizer
-from .checkpoint.resharding import own_part
+from ...recipes.config import ModelConfig, TokenizerConfig
+from ...recipes.tokenizer import RunTokenizer, load_tokenizer
+from ..checkpoint.resharding import own_part
+from ..processes.topology import Topology
 from .pretrained import CONFIG_FILE, TOKENIZER_FILES, Pretrained, from_folder
-from .processes.topology import Topology
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FILES = [
