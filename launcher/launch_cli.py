@@ -67,7 +67,7 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     """
     with requeued_by_signals(), reported_errors(debug, USAGE_ERROR):
         from .config.loading import load_config
-        from .launch import LaunchOptions, choose_hosts, count_processes, plan_launch, start
+        from .machines.launch import LaunchOptions, choose_hosts, count_processes, plan_launch, start
         from .reporting.run_directory import check_run_directory
 
         options = LaunchOptions(
@@ -116,8 +116,8 @@ def doctor(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     A line for each finding: ok, warn or FAIL, what, and the remedy. The exit status is 1 if there was a FAIL.
     """
     with reported_errors(debug=False, status=USAGE_ERROR):
-        from .doctor import Examination, examine, line
-        from .launch import LaunchOptions
+        from .machines.doctor import Examination, examine, line
+        from .machines.launch import LaunchOptions
 
         options = LaunchOptions(hostfile, include, exclude, num_nodes, num_gpus, launcher, master_addr, master_port)
         failed = False

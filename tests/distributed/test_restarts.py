@@ -9,7 +9,7 @@ import pytest
 from distributed.spawn import PATIENCE_S, free_port
 from runs import losses, write_config
 
-from xformer_train.launcher.supervision import Outcome
+from xformer_train.launcher.machines.supervision import Outcome
 
 PROGRAMS = Path(sys.executable).parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{PROGRAMS}:{os.environ['PATH']}"}

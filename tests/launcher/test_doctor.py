@@ -13,9 +13,10 @@ from distributed.spawn import free_port
 from runs import write_config
 from typer.testing import CliRunner
 
-from xformer_train.launcher import cli, doctor, doctor_facts, doctor_hosts, doctor_machine
+from xformer_train.launcher import cli
 from xformer_train.launcher.config.schema import RunConfig
-from xformer_train.launcher.launch import LaunchOptions
+from xformer_train.launcher.machines import doctor, doctor_facts, doctor_hosts, doctor_machine
+from xformer_train.launcher.machines.launch import LaunchOptions
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 
-from xformer_train.launcher.hostfile import choose_slots, read_hostfile
+from xformer_train.launcher.machines.hostfile import choose_slots, read_hostfile
 
 HOSTS = {"node1": (0, 1, 2, 3), "node2": (0, 1), "node3": (0, 1, 2, 3)}
 

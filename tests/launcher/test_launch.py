@@ -9,7 +9,8 @@ import pytest
 from runs import write_config
 from typer.testing import CliRunner
 
-from xformer_train.launcher import cli, launch
+from xformer_train.launcher import cli
+from xformer_train.launcher.machines import launch
 
 BIN = Path(sys.executable).parent
 
@@ -122,7 +123,7 @@ def test_mistakes_are_found_before_anything_is_started(hosts, arguments, status,
 
 def test_a_directory_of_another_run_is_found_before_anything_is_started(hosts, monkeypatch):
     """By its processes too; but then --max-restarts would go on with that run."""
-    monkeypatch.setattr("xformer_train.launcher.launch.start", lambda *_: pytest.fail("started"))
+    monkeypatch.setattr("xformer_train.launcher.machines.launch.start", lambda *_: pytest.fail("started"))
     (hosts.parent / "runs" / "run" / "checkpoints").mkdir(parents=True)
     result = CliRunner().invoke(cli.app, ["launch", "--config", "run.yaml", "--max-restarts", "3"])
     assert result.exit_code == 1

@@ -13,9 +13,9 @@ import pytest
 from distributed.spawn import PATIENCE_S
 from runs import write_config
 
-from xformer_train.launcher import host_process
+from xformer_train.launcher.machines import host_process
+from xformer_train.launcher.machines.supervision import HostCommand, run_hosts
 from xformer_train.launcher.processes.rank_status import FOLDER_VARIABLE, REQUEUE
-from xformer_train.launcher.supervision import HostCommand, run_hosts
 
 # With programs in the place of runs
 
@@ -93,7 +93,7 @@ LAUNCHER = (
 def launched(tmp_path, launcher, ignored=None, **fields):
     """A process that supervises `launcher`, a program, as `launch` would; once the program has written `ready`."""
     script = (
-        "import sys; from pathlib import Path; from xformer_train.launcher.supervision import *\n"
+        "import sys; from pathlib import Path; from xformer_train.launcher.machines.supervision import *\n"
         f"command = HostCommand([sys.executable, '-c', {launcher!r}], {str(tmp_path)!r}, {{}}, 1, 'here', False, **{fields})\n"
         f"sys.exit(run_hosts([command], Path({str(tmp_path)!r}), 1).exit_code)"
     )

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from ..processes.rank_status import FOLDER_VARIABLE
 from .hostfile import Slots, choose_slots, read_hostfile
-from .processes.rank_status import FOLDER_VARIABLE
 from .supervision import SSH, HostCommand, Outcome, run_hosts
 
 Launcher = Literal["ssh", "pdsh", "openmpi", "mpich", "impi", "slurm"]

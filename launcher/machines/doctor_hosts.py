@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.schema import RunConfig
 from . import doctor_facts
-from .config.schema import RunConfig
 from .doctor_facts import Questions
 from .doctor_machine import Finding, folders, questions, system
 from .hostfile import Slots

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.loading import ConfigError, load_config
+from ..config.schema import RunConfig
 from . import doctor_facts
-from .config.loading import ConfigError, load_config
-from .config.schema import RunConfig
 from .doctor_hosts import examine_hosts
 from .doctor_machine import Finding, devices, folders, kernels, port, questions, size, software, system
 from .hostfile import Slots
@@ -116,7 +116,7 @@ def bandwidth(options: LaunchOptions, slots: Slots | None, config: RunConfig) ->
         where.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=where) as temporary:
         result = Path(temporary) / "all_reduce.json"
-        module = "xformer_train.launcher.doctor_bandwidth"
+        module = "xformer_train.launcher.machines.doctor_bandwidth"
         if slots is None:
             fault = _local_bandwidth(module, result, options.num_gpus or len(local_devices()) or 2)
         else:

@@ -1,4 +1,6 @@
-"""Times an all-reduce over the processes of a run: `python -m xformer_train.launcher.doctor_bandwidth FILE`, under a launcher.
+"""Time an all-reduce over the processes of a run.
+
+Under a launcher: `python -m xformer_train.launcher.machines.doctor_bandwidth FILE`.
 
 The main process writes {"seconds", "bytes", "processes", "backend"} to FILE, JSON.
 """
@@ -46,7 +48,7 @@ def _timed_all_reduce(values: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    from .processes.rank_status import recorded
+    from ..processes.rank_status import recorded
 
     with recorded():
         measured = measure()

@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ..recipes.prepared_cache import cache_folder
-from .config.schema import RunConfig
+from ...recipes.prepared_cache import cache_folder
+from ..config.schema import RunConfig
 from .doctor_facts import Questions
 from .launch import DEFAULT_PORT, LaunchOptions
 
@@ -98,8 +98,8 @@ def kernels(config: RunConfig, machine: dict[str, Any]) -> Iterator[Finding]:
     """The kernels a run would use, and that they need no compiler on the way."""
     import torch
 
-    from ..recipes.layers import kernels_text
-    from ..recipes.recipe import Runtime
+    from ...recipes.layers import kernels_text
+    from ...recipes.recipe import Runtime
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")

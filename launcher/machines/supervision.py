@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from ..processes.rank_status import FOLDER_VARIABLE, REQUEUE, USAGE_ERROR, RankStatus, first_failure, read_statuses
 from . import host_process
-from .processes.rank_status import FOLDER_VARIABLE, REQUEUE, USAGE_ERROR, RankStatus, first_failure, read_statuses
 
 SSH = (
     "ssh",
