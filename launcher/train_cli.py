@@ -96,7 +96,7 @@ def train(
         from .processes.topology import quiet
 
         quiet(debug)  # before `train`, which imports DeepSpeed
-        from .train import run
+        from .training.train import run
 
         status = run(loaded, resume=resume == "auto")
     raise typer.Exit(status)

@@ -39,9 +39,9 @@ from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.optim.engine import build_engine
 from xformer_train.launcher.optim.optimizer import build_optimizer
 from xformer_train.launcher.processes.topology import Topology, precision, quiet, start_processes, stop_processes
-from xformer_train.launcher.recording import device_name
 from xformer_train.launcher.reporting.peak_flops import peak_flops
-from xformer_train.launcher.steps import StepData, train_step
+from xformer_train.launcher.training.step_record import device_name
+from xformer_train.launcher.training.steps import StepData, train_step
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.data import prepare_data
 from xformer_train.recipes.tokenizer import load_tokenizer
@@ -141,7 +141,7 @@ def cpu_config(arguments: argparse.Namespace, path: str, folder: Path, name: str
 
 def loop_turn(loaded: LoadedConfig) -> list[float]:
     """Seconds of each counted step of one whole run."""
-    from xformer_train.launcher.train import run  # imports DeepSpeed, which `quiet` must precede
+    from xformer_train.launcher.training.train import run  # imports DeepSpeed, which `quiet` must precede
 
     run(loaded, resume=False)
     path = Path(loaded.config.output_dir) / loaded.config.name / "metrics.jsonl"

@@ -30,7 +30,7 @@ from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.optim.optimizer import build_optimizer
 from xformer_train.launcher.optim.schedule import learning_rate
-from xformer_train.launcher.steps import read_step, step_positions
+from xformer_train.launcher.training.steps import read_step, step_positions
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.data import PreparedData, prepare_data
 from xformer_train.recipes.tokenizer import build_tokenizer

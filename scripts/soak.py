@@ -28,7 +28,7 @@ import yaml
 from xformer_train.launcher.checkpoint import store
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet
-from xformer_train.launcher.train import run
+from xformer_train.launcher.training.train import run
 
 STEPS, SAVE_EVERY = 200, 4
 CONFIG = {

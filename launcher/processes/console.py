@@ -3,7 +3,7 @@
 import errno
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
@@ -36,3 +36,6 @@ def surviving(stream: TextIO) -> Iterator[None]:
             # For all that writes there later, and for Python's own flush at the end, which would change the exit status.
             with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())
+
+
+Say = Callable[[str], None]

@@ -9,11 +9,12 @@ import signal
 import sys
 import time
 
-from xformer_train.launcher import loop, setup
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.rank_status import recorded
 from xformer_train.launcher.processes.topology import quiet
-from xformer_train.launcher.train import run
+from xformer_train.launcher.training import loop
+from xformer_train.launcher.training import prepare as setup
+from xformer_train.launcher.training.train import run
 
 
 def main() -> int:

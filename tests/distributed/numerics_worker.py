@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from xformer_train.launcher import loop
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet
-from xformer_train.launcher.train import run
+from xformer_train.launcher.training import loop
+from xformer_train.launcher.training.train import run
 
 BROKEN = "layers.1"  # the module whose output is not finite
 

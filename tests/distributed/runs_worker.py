@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet
-from xformer_train.launcher.train import run
+from xformer_train.launcher.training.train import run
 
 
 def runs_worker(world_size: int, runs: Sequence[tuple[Path, Sequence[str], bool, int]]) -> list[str]:

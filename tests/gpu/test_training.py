@@ -23,7 +23,7 @@ UNPADDED = merged(BERT, {"layer.unpad": True})
 @pytest.mark.parametrize("base", [BERT, UNPADDED, GPT], ids=["bert", "bert without padding", "gpt"])
 def test_a_run_learns_and_another_one_takes_the_same_steps(base, precision, tmp_path):
     quiet(debug=False)
-    from xformer_train.launcher.train import run  # DeepSpeed is quiet only when told before
+    from xformer_train.launcher.training.train import run  # DeepSpeed is quiet only when told before
 
     path = write_config(tmp_path, base, training__precision=precision, optimizer__lr=0.01)
     for name in ("one", "other"):

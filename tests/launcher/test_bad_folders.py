@@ -9,7 +9,7 @@ import pytest
 from runs import write_config
 
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.train import run
+from xformer_train.launcher.training.train import run
 
 _LINUX_CAPABILITY_VERSION_3, _CAP_DAC_OVERRIDE = 0x20080522, 1 << 1
 

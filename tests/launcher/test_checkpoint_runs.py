@@ -14,7 +14,7 @@ quiet(debug=False)
 
 from xformer_train.launcher.checkpoint import saving as checkpoint_saving  # noqa: E402 - DeepSpeed is quiet only when told before
 from xformer_train.launcher.checkpoint import store  # noqa: E402
-from xformer_train.launcher.train import run  # noqa: E402
+from xformer_train.launcher.training.train import run  # noqa: E402
 
 
 def start(path, *sets, resume=False):

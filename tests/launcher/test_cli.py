@@ -24,9 +24,9 @@ def runs(monkeypatch, tmp_path):
     calls = []
     debugs = []
     monkeypatch.setattr("xformer_train.launcher.processes.topology.quiet", debugs.append)
-    module = types.ModuleType("xformer_train.launcher.train")
+    module = types.ModuleType("xformer_train.launcher.training.train")
     module.run = lambda loaded, *, resume: calls.append((loaded, resume, debugs[-1]))
-    monkeypatch.setitem(sys.modules, "xformer_train.launcher.train", module)
+    monkeypatch.setitem(sys.modules, "xformer_train.launcher.training.train", module)
     monkeypatch.chdir(tmp_path)
     for name in ("RANK", "WORLD_SIZE", "TORCH_CPP_LOG_LEVEL"):
         monkeypatch.delenv(name, raising=False)
@@ -149,7 +149,7 @@ def test_only_the_first_process_prints_config_problems(runs, monkeypatch):
 
 @pytest.mark.parametrize("error", [ValueError("the corpus is empty"), OSError("no space left on device")])
 def test_an_error_of_the_run_is_one_line_with_status_1(runs, monkeypatch, error):
-    sys.modules["xformer_train.launcher.train"].run = failing_run(error)
+    sys.modules["xformer_train.launcher.training.train"].run = failing_run(error)
     result = invoke("--config", "run.yaml")
     assert result.exit_code == 1
     assert result.stderr == f"error: {error}\n"
@@ -162,7 +162,7 @@ def test_an_error_of_the_run_is_one_line_with_status_1(runs, monkeypatch, error)
 
 
 def test_an_error_that_is_not_meant_for_users_passes(runs):
-    sys.modules["xformer_train.launcher.train"].run = failing_run(RuntimeError("a defect"))
+    sys.modules["xformer_train.launcher.training.train"].run = failing_run(RuntimeError("a defect"))
     assert isinstance(invoke("--config", "run.yaml").exception, RuntimeError)
 
 

@@ -94,7 +94,7 @@ def test_the_command_of_the_tutorial_runs_as_it_stands(monkeypatch):
         "--attention_dropout_checkpoint --load_training_checkpoint ../saved_models/phase1 --load_checkpoint_id epoch150_"
     )
     runs = []
-    train = types.ModuleType("xformer_train.launcher.train")
+    train = types.ModuleType("xformer_train.launcher.training.train")
     train.run = lambda loaded, **_: runs.append(loaded)
     monkeypatch.setitem(sys.modules, train.__name__, train)
     monkeypatch.setenv("WORLD_SIZE", "64")

@@ -21,7 +21,7 @@ from xformer_train.launcher.trained_models.pretrained import from_checkpoint, fr
 
 quiet(debug=False)
 
-from xformer_train.launcher.train import run  # noqa: E402 - DeepSpeed is quiet only when told before
+from xformer_train.launcher.training.train import run  # noqa: E402 - DeepSpeed is quiet only when told before
 
 STILL = {  # a step that moves no weight by more than 1e-9
     "optimizer__lr": 1e-9,

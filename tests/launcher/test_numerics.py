@@ -8,8 +8,8 @@ from runs import losses, metrics, write_config
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.config.schema import ReliabilityConfig
-from xformer_train.launcher.numerics import NotFiniteError, NumericsGuard, RollBack
-from xformer_train.launcher.train import run
+from xformer_train.launcher.training.non_finite import NotFiniteError, NumericsGuard, RollBack
+from xformer_train.launcher.training.train import run
 
 
 def engine(*, skipped=True, scale=None):
@@ -97,7 +97,7 @@ def test_a_learning_rate_that_is_far_too_high_ends_a_run_with_a_place(tmp_path):
 
 
 def test_a_run_without_a_checkpoint_cannot_go_back(tmp_path, monkeypatch):
-    from xformer_train.launcher import loop
+    from xformer_train.launcher.training import loop
 
     monkeypatch.setattr(loop.NumericsGuard, "check_loss", lambda *_: (_ for _ in ()).throw(RollBack("a jump")))
     path = write_config(tmp_path, reliability__nan="rollback", checkpoint__save_every_steps=5)
@@ -107,8 +107,8 @@ def test_a_run_without_a_checkpoint_cannot_go_back(tmp_path, monkeypatch):
 
 def test_an_error_of_the_save_in_progress_ends_a_run_that_goes_back(tmp_path, monkeypatch):
     """One save goes wrong, by an error that is not the system's; the run goes back while that is not known yet."""
-    from xformer_train.launcher import loop
     from xformer_train.launcher.checkpoint import saving as checkpoint_saving
+    from xformer_train.launcher.training import loop
 
     write, errors, jumps = checkpoint_saving.write_file, [ZeroDivisionError()], [5]
 

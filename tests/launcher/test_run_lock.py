@@ -12,7 +12,7 @@ from runs import metrics, write_config
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.reporting.run_lock import only_run
-from xformer_train.launcher.train import run
+from xformer_train.launcher.training.train import run
 
 HOLDER = """
 import sys

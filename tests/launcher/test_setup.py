@@ -8,7 +8,8 @@ import pytest
 from xformer_train.launcher.config.batch import BatchPlan
 from xformer_train.launcher.reporting import run_lock
 from xformer_train.launcher.reporting.run_directory import RunDirectory
-from xformer_train.launcher.setup import Progress, check_is_shared, last_step, starting_progress
+from xformer_train.launcher.training.prepare import check_is_shared, last_step
+from xformer_train.launcher.training.start import Progress, starting_progress
 
 DATA = SimpleNamespace(train=SimpleNamespace(num_samples=100))
 

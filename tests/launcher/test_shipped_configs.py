@@ -15,7 +15,7 @@ from xformer_train.launcher.processes.topology import quiet
 
 quiet(debug=False)
 
-from xformer_train.launcher.train import run  # noqa: E402 - DeepSpeed is quiet only when told before
+from xformer_train.launcher.training.train import run  # noqa: E402 - DeepSpeed is quiet only when told before
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEEPSPEED_FILE = "deepspeed_bsz32K_lamb_config_seq512.json"

@@ -9,12 +9,12 @@ import pytest
 import torch
 from runs import metrics, write_config
 
-from xformer_train.launcher import loop
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.rank_status import REQUEUE
 from xformer_train.launcher.processes.signals import StopAsked, StopRequest
 from xformer_train.launcher.processes.topology import Topology
-from xformer_train.launcher.train import run
+from xformer_train.launcher.training import loop
+from xformer_train.launcher.training.train import run
 
 ALONE = Topology(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
 OTHER = Topology(rank=1, world_size=2, local_rank=1, device=torch.device("cpu"))

@@ -13,7 +13,7 @@ from xformer_train.recipes.tokenizer import load_tokenizer
 
 quiet(debug=False)
 
-from xformer_train.launcher.train import run  # noqa: E402 - DeepSpeed is quiet only when told before
+from xformer_train.launcher.training.train import run  # noqa: E402 - DeepSpeed is quiet only when told before
 
 
 def start(path, *sets, resume=False):

@@ -8,13 +8,14 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from ..kernels.parallel.sharding import is_sharded
-from ..recipes.layers import kernels_text
-from .optim.engine import grad_norm, loss_scale, skipped_steps
-from .optim.lamb import Lamb
-from .reporting.record import StepRecord
-from .reporting.report import StartupFacts
-from .setup import Progress, Setup
+from ...kernels.parallel.sharding import is_sharded
+from ...recipes.layers import kernels_text
+from ..optim.engine import grad_norm, loss_scale, skipped_steps
+from ..optim.lamb import Lamb
+from ..reporting.record import StepRecord
+from ..reporting.report import StartupFacts
+from .prepare import Setup
+from .start import Progress
 
 T = TypeVar("T")
 

@@ -11,41 +11,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..recipes import RECIPES
-from .checkpoint import loading, store
-from .config.batch import solve_batch
-from .config.deepspeed import deepspeed_config
-from .config.loading import LoadedConfig
-from .config.schema import RunConfig
+from ...recipes import RECIPES
+from ..checkpoint import loading, store
+from ..config.batch import solve_batch
+from ..config.deepspeed import deepspeed_config
+from ..config.loading import LoadedConfig
+from ..config.schema import RunConfig
+from ..optim.engine import build_engine, zero_stage
+from ..optim.optimizer import build_optimizer
+from ..processes import console
+from ..processes.agreement import by_main
+from ..processes.signals import StopAsked, StopRequest
+from ..processes.topology import Topology, precision, start_processes, stop_processes
+from ..processes.watchdog import Watchdog, collective_timeout_s
+from ..reporting.report import closing_summary, startup_report
+from ..reporting.run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
+from ..trained_models.init_from import load_initial
+from ..trained_models.pretrained import Pretrained
 from .loop import train
-from .optim.engine import build_engine, zero_stage
-from .optim.optimizer import build_optimizer
-from .processes import console
-from .processes.agreement import by_main
-from .processes.signals import StopAsked, StopRequest
-from .processes.topology import Topology, precision, start_processes, stop_processes
-from .processes.watchdog import Watchdog, collective_timeout_s
-from .recording import device_name, startup_facts
-from .reporting.report import closing_summary, startup_report
-from .reporting.run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
-from .setup import (
-    Progress,
+from .prepare import (
     Setup,
     check_is_shared,
-    checkpoint_to_load,
     last_step,
-    loaded_text,
     model_facts,
     open_data,
-    open_initial,
     open_tokenizer,
     runtime_of,
     sentence_task,
-    starting_progress,
     vocabulary_size,
 )
-from .trained_models.init_from import load_initial
-from .trained_models.pretrained import Pretrained
+from .start import Progress, checkpoint_to_load, loaded_text, open_initial, starting_progress
+from .step_record import device_name, startup_facts
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())  # before there is a log file, the command line alone tells of an error

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..recipes.data import SampleStream
-from ..recipes.recipe import Batch
-from .config.batch import BatchPlan
-from .processes.topology import Topology
+from ...recipes.data import SampleStream
+from ...recipes.recipe import Batch
+from ..config.batch import BatchPlan
+from ..processes.topology import Topology
 
 At = Callable[[str], None]
 

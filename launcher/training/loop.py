@@ -7,21 +7,23 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from ..recipes.loader import prefetch
-from .checkpoint import loading, store
-from .checkpoint.saving import CheckpointSaver
-from .numerics import NotFiniteError, NumericsGuard, RollBack, not_finite_places
-from .optim.engine import set_learning_rate
-from .optim.schedule import learning_rate
-from .processes.agreement import by_main
-from .processes.signals import StopRequest
-from .processes.topology import Topology
-from .processes.watchdog import Watchdog
-from .recording import Watch, device_name, make_record
-from .reporting.metrics import RunLog
-from .reporting.peak_flops import peak_flops
-from .reporting.report import ClosingFacts
-from .setup import Progress, Say, Setup, checkpoint_to_load, model_facts, starting_progress
+from ...recipes.loader import prefetch
+from ..checkpoint import loading, store
+from ..checkpoint.saving import CheckpointSaver
+from ..optim.engine import set_learning_rate
+from ..optim.schedule import learning_rate
+from ..processes.agreement import by_main
+from ..processes.console import Say
+from ..processes.signals import StopRequest
+from ..processes.topology import Topology
+from ..processes.watchdog import Watchdog
+from ..reporting.metrics import RunLog
+from ..reporting.peak_flops import peak_flops
+from ..reporting.report import ClosingFacts
+from .non_finite import NotFiniteError, NumericsGuard, RollBack, not_finite_places
+from .prepare import Setup, model_facts
+from .start import Progress, checkpoint_to_load, starting_progress
+from .step_record import Watch, device_name, make_record
 from .steps import StepData, evaluate, mean_losses, read_step, step_positions, train_step
 
 _LOG = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config.schema import ReliabilityConfig
-from .optim.engine import loss_scale, step_was_skipped
-from .processes.topology import Topology
+from ..config.schema import ReliabilityConfig
+from ..optim.engine import loss_scale, step_was_skipped
+from ..processes.topology import Topology
 from .steps import StepData, forward_and_backward
 
 _LOG = logging.getLogger(__name__)
