@@ -1,5 +1,5 @@
 """`python -m xformer_train.launcher` is the console script `xformer-train`."""
 
-from .cli import main
+from .commands.app import main
 
 main()

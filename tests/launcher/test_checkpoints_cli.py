@@ -7,8 +7,8 @@ import pytest
 from checkpoints import bare_checkpoint, flip_byte
 from typer.testing import CliRunner
 
-from xformer_train.launcher import cli
 from xformer_train.launcher.checkpoint import store
+from xformer_train.launcher.commands import app as cli
 
 
 @pytest.fixture

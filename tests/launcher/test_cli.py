@@ -10,7 +10,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from xformer_train.launcher import cli, train_cli
+from xformer_train.launcher.commands import app as cli
+from xformer_train.launcher.commands import train as train_cli
 from xformer_train.launcher.config.flags import FLAGS
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.rank_status import REQUEUE
@@ -235,7 +236,7 @@ def test_help_lists_the_tutorials_flags_with_the_keys_they_set():
 def test_help_imports_no_heavy_module():
     code = (
         "import sys; sys.argv = ['xformer-train', '--help']\n"
-        "from xformer_train.launcher.cli import main\n"
+        "from xformer_train.launcher.commands.app import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
         "print([m for m in ('torch', 'deepspeed', 'pydantic', 'datasets', 'numpy', 'tokenizers') if m in sys.modules])"
@@ -261,7 +262,7 @@ def test_a_scheduler_may_stop_a_run_that_is_still_importing(tmp_path, number):
         "def quiet(debug): print('importing', flush=True); time.sleep(1000)\n"
         "topology = types.ModuleType('topology'); topology.quiet = quiet\n"
         "sys.modules['xformer_train.launcher.processes.topology'] = topology\n"
-        "from xformer_train.launcher.cli import main\n"
+        "from xformer_train.launcher.commands.app import main\n"
         "main()"
     )
     (tmp_path / "run.yaml").write_text(MINIMAL)
@@ -280,7 +281,7 @@ def test_a_scheduler_may_stop_a_run_that_is_still_importing(tmp_path, number):
 def test_library_warnings_are_silent_unless_asked_for(monkeypatch):
     code = (
         "import sys, types, warnings\n"
-        "from xformer_train.launcher.train_cli import _quieten_libraries\n"
+        "from xformer_train.launcher.commands.train import _quieten_libraries\n"
         "_quieten_libraries()\n"
         "for name in ('torch.x', 'torchlike', 'mine'):\n"
         "    warnings.warn_explicit(name, FutureWarning, 'f.py', 1, module=name)\n"

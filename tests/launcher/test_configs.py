@@ -9,7 +9,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from xformer_train.launcher import cli
+from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.config.batch import solve_batch
 from xformer_train.launcher.config.deepspeed import deepspeed_config
 from xformer_train.launcher.config.loading import dump_config, load_config

@@ -13,7 +13,7 @@ from distributed.spawn import free_port
 from runs import write_config
 from typer.testing import CliRunner
 
-from xformer_train.launcher import cli
+from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.machines import doctor, doctor_facts, doctor_hosts, doctor_machine
 from xformer_train.launcher.machines.launch import LaunchOptions

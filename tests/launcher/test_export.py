@@ -10,8 +10,8 @@ from distributed.spawn import free_port, run_processes
 from runs import BERT, GPT, write_config
 from typer.testing import CliRunner
 
-from xformer_train.launcher import cli
 from xformer_train.launcher.checkpoint.files import read_file
+from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.processes.topology import quiet
 from xformer_train.launcher.trained_models.export import export
 from xformer_train.launcher.trained_models.pretrained import from_checkpoint, open_pretrained

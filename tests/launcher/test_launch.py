@@ -9,7 +9,7 @@ import pytest
 from runs import write_config
 from typer.testing import CliRunner
 
-from xformer_train.launcher import cli
+from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.machines import launch
 
 BIN = Path(sys.executable).parent

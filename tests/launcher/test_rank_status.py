@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from xformer_train.launcher import cli
+from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.processes.rank_status import FOLDER_VARIABLE, RankStatus, recorded
 
 

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .checkpoint import store
-from .cli_errors import leave, reported_errors
+from ..checkpoint import store
+from .errors import leave, reported_errors
 
 checkpoints_app = typer.Typer(help="List, describe, verify or remove the checkpoints of a run.", no_args_is_help=True)
 

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import typer
 
-from .processes.rank_status import REQUEUE
+from ..processes.rank_status import REQUEUE
 
 
 @contextmanager

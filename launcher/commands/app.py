@@ -7,22 +7,22 @@ import json
 
 import typer
 
-from . import export_cli, launch_cli
-from .checkpoints_cli import checkpoints_app
-from .cli_errors import reported_errors
-from .processes.rank_status import recorded
-from .train_cli import ConfigOption, DebugOption, SetOption, app, load, world_size
+from ..processes.rank_status import recorded
+from . import doctor, export, launch
+from .checkpoints import checkpoints_app
+from .errors import reported_errors
+from .train import ConfigOption, DebugOption, SetOption, app, load, world_size
 
 __all__ = ["app", "main"]
 
 config_app = typer.Typer(help="Show, check or describe run configs.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoints_app, name="checkpoints")
-app.command("launch")(launch_cli.launch)
-app.command("doctor")(launch_cli.doctor)
-app.command("export")(export_cli.export)
-app.command("sample")(export_cli.sample)
-app.command("fill-mask")(export_cli.fill_mask)
+app.command("launch")(launch.launch)
+app.command("doctor")(doctor.doctor)
+app.command("export")(export.export)
+app.command("sample")(export.sample)
+app.command("fill-mask")(export.fill_mask)
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
 def show(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False) -> None:
     """Print every key of a run config, and behind it what set it."""
     with reported_errors(debug):
-        from .config.loading import dump_config
+        from ..config.loading import dump_config
 
         loaded = load(config, sets, {}, world_size(None))
         typer.echo(dump_config(loaded.config, loaded.origins), nl=False)
@@ -45,8 +45,8 @@ def show(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption
 def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False) -> None:
     """Say what is wrong with a run config, or how its batch is divided (over WORLD_SIZE processes; default parallel.tensor)."""
     with reported_errors(debug):
-        from .config.batch import solve_batch
-        from .config.checks import num_replicas
+        from ..config.batch import solve_batch
+        from ..config.checks import num_replicas
 
         loaded = load(config, sets, {}, world_size(None)).config
         batch = solve_batch(loaded.training, num_replicas(loaded, world_size(None)))
@@ -59,6 +59,6 @@ def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOptio
 @config_app.command("schema")
 def schema() -> None:
     """Print the JSON Schema of run configs, for editors."""
-    from .config.schema import RunConfig
+    from ..config.schema import RunConfig
 
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .cli_errors import reported_errors
+from .errors import reported_errors
 
 if TYPE_CHECKING:
-    from ..recipes.tokenizer import RunTokenizer
-    from .trained_models.pretrained import Pretrained
+    from ...recipes.tokenizer import RunTokenizer
+    from ..trained_models.pretrained import Pretrained
 
 IdOption = Annotated[
     str | None, typer.Option("--id", help="A checkpoint id, or a prefix that fits one; default the newest.")
@@ -35,8 +35,8 @@ def export(
     """Write a checkpoint as a folder that transformers loads: weights, config.json, tokenizer, model card."""
     with reported_errors(debug):
         _quieten(debug)
-        from .trained_models.export import export as write
-        from .trained_models.pretrained import find_checkpoint
+        from ..trained_models.export import export as write
+        from ..trained_models.pretrained import find_checkpoint
 
         to = to.expanduser()  # which no shell does behind --to=
         checkpoint = find_checkpoint(run, checkpoint_id)
@@ -58,7 +58,7 @@ def sample(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     """Let a GPT go on from a prompt, on the CPU."""
     with reported_errors(debug):
         trained = _open(run, checkpoint_id, "gpt", debug)
-        from .trained_models import sampling
+        from ..trained_models import sampling
 
         options = sampling.Sampling(max_new_tokens, temperature, top_k, seed, greedy)
         typer.echo(sampling.sample(trained.build(), _tokenizer(trained, run), prompt, options))  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def fill_mask(
     """Let a BERT say what stands at the masks of a text, on the CPU."""
     with reported_errors(debug):
         trained = _open(run, checkpoint_id, "bert", debug)
-        from .trained_models import sampling
+        from ..trained_models import sampling
 
         masks = sampling.fill_mask(trained.build(), _tokenizer(trained, run), text, top_k)  # type: ignore[arg-type]
         for number, candidates in enumerate(masks, start=1):
@@ -87,7 +87,7 @@ def fill_mask(
 def _open(run: Path, checkpoint_id: str | None, wanted: str, debug: bool) -> "Pretrained":
     """The model, after a line on stderr that says which it is; raises ValueError for one of another type."""
     _quieten(debug)
-    from .trained_models.pretrained import open_pretrained
+    from ..trained_models.pretrained import open_pretrained
 
     trained, place = open_pretrained(run, checkpoint_id)
     model = trained.model
@@ -105,6 +105,6 @@ def _tokenizer(trained: "Pretrained", run: Path) -> "RunTokenizer":
 
 
 def _quieten(debug: bool) -> None:
-    from .processes.topology import quiet
+    from ..processes.topology import quiet
 
     quiet(debug)  # before anything that imports DeepSpeed

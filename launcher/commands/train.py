@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_errors import leave, reported_errors, requeued_by_signals
-from .config.flags import FLAGS, values_by_key
+from ..config.flags import FLAGS, values_by_key
+from .errors import leave, reported_errors, requeued_by_signals
 
 if TYPE_CHECKING:
-    from .config.loading import LoadedConfig
+    from ..config.loading import LoadedConfig
 
 TUTORIAL_PANEL = "Flags of DeepSpeed's BERT recipe (with underscores or hyphens)"
 SPELLING = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
@@ -93,10 +93,10 @@ def train(
         loaded = load(config, sets, values, world_size(1))
         if not debug:
             _quieten_libraries()
-        from .processes.topology import quiet
+        from ..processes.topology import quiet
 
         quiet(debug)  # before `train`, which imports DeepSpeed
-        from .training.train import run
+        from ..training.train import run
 
         status = run(loaded, resume=resume == "auto")
     raise typer.Exit(status)
@@ -135,7 +135,7 @@ def _check_resume(resume: str | None) -> None:
 def load(config: Path | None, sets: list[str] | None, flags: dict[str, Any], processes: int | None) -> "LoadedConfig":
     if config is None:
         leave("error: no run config is given; use --config FILE, or --help", status=2)
-    from .config.loading import load_config
+    from ..config.loading import load_config
 
     return load_config(config, sets or (), flags, processes)
 

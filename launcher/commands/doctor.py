@@ -1,0 +1,52 @@
+"""`xformer-train doctor`: say whether a run can start."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..processes.rank_status import USAGE_ERROR
+from .errors import reported_errors
+from .options import (
+    AddressOption,
+    ExcludeOption,
+    HostfileOption,
+    IncludeOption,
+    LauncherOption,
+    NumNodesOption,
+    PortOption,
+    ProcessesOption,
+)
+
+_WHAT_WIDTH = 24  # room for `node12 open files`; findings are printed before the longest is known
+
+
+def doctor(  # noqa: PLR0913, PLR0917  each parameter is an option of the command line
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "--config-file", "--cf", metavar="FILE", help="The run config, if there is one."),
+    ] = None,
+    hostfile: HostfileOption = None,
+    include: IncludeOption = "",
+    exclude: ExcludeOption = "",
+    num_nodes: NumNodesOption = None,
+    num_gpus: ProcessesOption = None,
+    launcher: LauncherOption = "ssh",
+    master_addr: AddressOption = None,
+    master_port: PortOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave out the all-reduce.")] = False,
+) -> None:
+    """Say whether a run can start here, or on the hosts of a hostfile, and what to do where not.
+
+    A line for each finding: ok, warn or FAIL, what, and the remedy. The exit status is 1 if there was a FAIL.
+    """
+    with reported_errors(debug=False, status=USAGE_ERROR):
+        from ..machines.doctor import Examination, examine, line
+        from ..machines.launch import LaunchOptions
+
+        options = LaunchOptions(hostfile, include, exclude, num_nodes, num_gpus, launcher, master_addr, master_port)
+        failed = False
+        for finding in examine(Examination(options, config, quick)):
+            typer.echo(line(finding, _WHAT_WIDTH))
+            failed |= finding.level == "FAIL"
+    raise typer.Exit(int(failed))
