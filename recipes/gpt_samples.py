@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..kernels.ops.choices import IGNORED
-from .token_store import TokenStore
+from .data.token_store import TokenStore
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .bert import NUM_TOKEN_TYPES
 from .config import ModelConfig
+from .data.tokenizer import RunTokenizer
 from .hf_architectures import architecture_for, architecture_of
-from .tokenizer import RunTokenizer
 
 _ACTIVATIONS = {
     "gelu": "gelu",

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.recipes.data import SampleStream, prepare_data
-from xformer_train.recipes.tokenizer import load_tokenizer
+from xformer_train.recipes.data.stream import SampleStream, prepare_data
+from xformer_train.recipes.data.tokenizer import load_tokenizer
 
 DISCOUNT = 0.75
 ROWS = 256  # samples read at a time

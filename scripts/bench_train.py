@@ -43,8 +43,8 @@ from xformer_train.launcher.reporting.peak_flops import peak_flops
 from xformer_train.launcher.training.step_record import device_name
 from xformer_train.launcher.training.steps import StepData, train_step
 from xformer_train.recipes import RECIPES
-from xformer_train.recipes.data import prepare_data
-from xformer_train.recipes.tokenizer import load_tokenizer
+from xformer_train.recipes.data.stream import prepare_data
+from xformer_train.recipes.data.tokenizer import load_tokenizer
 
 CPU_CONFIGS = ["configs/bert_base.yaml"]
 GPU_CONFIGS = ["configs/bert_large_seq128.yaml", "configs/bert_large_seq512.yaml"]

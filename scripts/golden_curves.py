@@ -32,8 +32,8 @@ from xformer_train.launcher.optim.optimizer import build_optimizer
 from xformer_train.launcher.optim.schedule import learning_rate
 from xformer_train.launcher.training.steps import read_step, step_positions
 from xformer_train.recipes import RECIPES
-from xformer_train.recipes.data import PreparedData, prepare_data
-from xformer_train.recipes.tokenizer import build_tokenizer
+from xformer_train.recipes.data.stream import PreparedData, prepare_data
+from xformer_train.recipes.data.tokenizer import build_tokenizer
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("bert_tiny", "gpt_tiny")

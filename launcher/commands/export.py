@@ -8,7 +8,7 @@ import typer
 from .errors import reported_errors
 
 if TYPE_CHECKING:
-    from ...recipes.tokenizer import RunTokenizer
+    from ...recipes.data.tokenizer import RunTokenizer
     from ..trained_models.pretrained import Pretrained
 
 IdOption = Annotated[

@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from ...recipes.prepared_cache import cache_folder
+from ...recipes.data.cache import cache_folder
 from ..config.schema import RunConfig
 from .doctor_facts import Questions
 from .launch import DEFAULT_PORT, LaunchOptions

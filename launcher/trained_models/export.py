@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, processors
 from torch import Tensor
 
 from ...recipes.config import ModelConfig
+from ...recipes.data.tokenizer import RunTokenizer
 from ...recipes.huggingface import config_json, to_huggingface
-from ...recipes.tokenizer import RunTokenizer
 from .model_card import model_card
 from .pretrained import CONFIG_FILE, Pretrained, from_checkpoint
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...recipes.config import ModelConfig, TokenizerConfig
-from ...recipes.tokenizer import RunTokenizer, load_tokenizer
+from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
 from ..checkpoint.resharding import own_part
 from ..processes.topology import Topology
 from .pretrained import CONFIG_FILE, TOKENIZER_FILES, Pretrained, from_folder

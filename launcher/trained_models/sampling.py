@@ -7,8 +7,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from ...recipes.bert import BertForPretraining
+from ...recipes.data.tokenizer import RunTokenizer
 from ...recipes.gpt import GptForPretraining
-from ...recipes.tokenizer import RunTokenizer
 
 MASK = "[MASK]"
 

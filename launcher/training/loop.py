@@ -7,7 +7,7 @@ import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-from ...recipes.loader import prefetch
+from ...recipes.data.prefetch import prefetch
 from ..checkpoint import loading, store
 from ..checkpoint.saving import CheckpointSaver
 from ..optim.engine import set_learning_rate

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ...kernels.parallel.collectives import TensorParallel
-from ...recipes.data import PreparedData, prepare_data
+from ...recipes.data.stream import PreparedData, prepare_data
+from ...recipes.data.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
 from ...recipes.recipe import Batch, Recipe, Runtime
-from ...recipes.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
 from ..config.batch import BatchPlan
 from ..config.schema import RunConfig
 from ..processes.agreement import agreed, by_main

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...recipes.data import SampleStream
+from ...recipes.data.stream import SampleStream
 from ...recipes.recipe import Batch
 from ..config.batch import BatchPlan
 from ..processes.topology import Topology

@@ -6,7 +6,7 @@ import torch
 from xformer_train.launcher.trained_models.sampling import Sampling, fill_mask, sample
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig, TokenizerConfig
-from xformer_train.recipes.tokenizer import train_tokenizer
+from xformer_train.recipes.data.tokenizer import train_tokenizer
 
 ROWS = 320
 

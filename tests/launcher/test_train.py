@@ -8,8 +8,8 @@ from runs import BERT, GPT, losses, merged, metrics, weights, write_config
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet
-from xformer_train.recipes.data import prepare_data
-from xformer_train.recipes.tokenizer import load_tokenizer
+from xformer_train.recipes.data.stream import prepare_data
+from xformer_train.recipes.data.tokenizer import load_tokenizer
 
 quiet(debug=False)
 

@@ -5,8 +5,8 @@ import pytest
 from prepared_data import document, write_text
 
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig, TokenizerConfig
-from xformer_train.recipes.data import prepare_data
-from xformer_train.recipes.tokenizer import train_tokenizer
+from xformer_train.recipes.data.stream import prepare_data
+from xformer_train.recipes.data.tokenizer import train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@ import sys
 
 import pytest
 
-from xformer_train.recipes import corpus
-from xformer_train.recipes.corpus import builtin_documents
+from xformer_train.recipes.data import builtin_text as corpus
+from xformer_train.recipes.data.builtin_text import builtin_documents
 
 
 def test_builtin_documents_are_many_english_and_always_the_same():

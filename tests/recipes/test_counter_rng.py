@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from xformer_train.recipes.counter_rng import below, hash64, permute, uniform
+from xformer_train.recipes.data.counter_rng import below, hash64, permute, uniform
 
 
 def test_the_hash_is_that_of_splitmix64():

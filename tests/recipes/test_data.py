@@ -9,7 +9,7 @@ from prepared_data import CLM, each_objective, equal, rows, store_documents, wri
 from tokenizers import Tokenizer, decoders
 
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig, SourceConfig
-from xformer_train.recipes.data import draws_per_epoch, prepare_data
+from xformer_train.recipes.data.stream import draws_per_epoch, prepare_data
 
 
 @each_objective

@@ -7,6 +7,7 @@ import torch
 
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig, TokenizerConfig
+from xformer_train.recipes.data.tokenizer import train_tokenizer
 from xformer_train.recipes.huggingface import (
     config_json,
     from_huggingface,
@@ -14,7 +15,6 @@ from xformer_train.recipes.huggingface import (
     sentence_task_of,
     to_huggingface,
 )
-from xformer_train.recipes.tokenizer import train_tokenizer
 
 transformers = pytest.importorskip("transformers")
 

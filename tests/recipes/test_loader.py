@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from xformer_train.recipes.loader import prefetch
+from xformer_train.recipes.data.prefetch import prefetch
 
 
 def loaders():

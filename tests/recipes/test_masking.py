@@ -3,7 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from xformer_train.recipes.counter_rng import hash64
+from xformer_train.recipes.data.counter_rng import hash64
 from xformer_train.recipes.masking import MaskingRule, mask_rows
 
 V, MASK, SPECIAL = 500, 4, 5

@@ -2,7 +2,7 @@ import threading
 
 import pytest
 
-from xformer_train.recipes.prepared_cache import cache_folder, open_or_build, read_array, write_atomically
+from xformer_train.recipes.data.cache import cache_folder, open_or_build, read_array, write_atomically
 
 
 def build_one(partial):

@@ -6,7 +6,7 @@ import pyarrow.parquet
 import pytest
 
 from xformer_train.recipes.config import SourceConfig
-from xformer_train.recipes.sources import is_held_out, open_source
+from xformer_train.recipes.data.sources import is_held_out, open_source
 
 
 @pytest.fixture

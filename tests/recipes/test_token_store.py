@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from prepared_data import CLM, WORDS, equal, store_documents, write_text
 
-from xformer_train.recipes import token_store, tokenizer
 from xformer_train.recipes.config import DataConfig, SourceConfig
-from xformer_train.recipes.token_store import split_sentences
+from xformer_train.recipes.data import token_store, tokenizer
+from xformer_train.recipes.data.token_store import split_sentences
 
 
 def test_a_second_preparation_does_no_work(prepare, monkeypatch):
@@ -49,8 +49,8 @@ _VICTIM = """
 import os, signal, sys
 from xformer_train.recipes import token_store, tokenizer
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig
-from xformer_train.recipes.data import prepare_data
-from xformer_train.recipes.tokenizer import load_tokenizer
+from xformer_train.recipes.data.stream import prepare_data
+from xformer_train.recipes.data.tokenizer import load_tokenizer
 encode, calls = token_store._encode, []
 def kill_late(*arguments):
     calls.append(1)

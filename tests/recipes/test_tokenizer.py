@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from xformer_train.recipes import tokenizer as tokenizer_module
 from xformer_train.recipes.config import DataConfig, SourceConfig, TokenizerConfig
-from xformer_train.recipes.sources import is_held_out, open_source
-from xformer_train.recipes.tokenizer import build_tokenizer, load_tokenizer, train_tokenizer
+from xformer_train.recipes.data import tokenizer as tokenizer_module
+from xformer_train.recipes.data.sources import is_held_out, open_source
+from xformer_train.recipes.data.tokenizer import build_tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "The quick brown foxes jumped over the lazy dogs.",

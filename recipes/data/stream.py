@@ -13,12 +13,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .bert_samples import BertSamples, open_table
-from .config import DataConfig, ObjectiveConfig, SourceConfig
+from ..bert_samples import BertSamples, open_table
+from ..config import DataConfig, ObjectiveConfig, SourceConfig
+from ..gpt_samples import GptSamples, with_document_borders
+from ..masking import MaskingRule, mask_rows
+from .cache import cache_folder
 from .counter_rng import hash64, permute
-from .gpt_samples import GptSamples, with_document_borders
-from .masking import MaskingRule, mask_rows
-from .prepared_cache import cache_folder
 from .sources import open_source
 from .token_store import TokenStore, tokenise
 from .tokenizer import RunTokenizer, check_suits

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from .prepared_cache import open_or_build, read_array
+from .cache import open_or_build, read_array
 from .sources import Source, is_held_out
 from .tokenizer import RunTokenizer, pieces
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from .config import DataConfig, TokenizerConfig
-from .prepared_cache import cache_folder, open_or_build
+from ..config import DataConfig, TokenizerConfig
+from .cache import cache_folder, open_or_build
 from .sources import Source, is_held_out, open_source
 
 TRAINING_BYTES = 200 * 2**20  # of text, shared equally among the sources: vocabularies hardly change beyond it

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from .config import SourceConfig
-from .corpus import builtin_documents, builtin_identity
-from .prepared_cache import write_atomically
+from ..config import SourceConfig
+from .builtin_text import builtin_documents, builtin_identity
+from .cache import write_atomically
 
 READER_VERSION = 1  # raise it when the same files would give other documents
 
