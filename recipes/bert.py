@@ -18,7 +18,9 @@ from ..kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
 from ..kernels.ops.mlp.mlp import gelu
 from ..kernels.ops.norm.residual_norm import dropout
 from .config import LayerFlags, ModelConfig, ObjectiveConfig
-from .layers import (
+from .recipe import PLAIN_RUNTIME, Batch, Recipe, Runtime
+from .shared.flops import head_flops, layer_flops
+from .shared.model_parts import (
     build_layers,
     check_positions,
     initialize,
@@ -27,7 +29,6 @@ from .layers import (
     vocabulary_logits,
     vocabulary_loss,
 )
-from .recipe import PLAIN_RUNTIME, Batch, Recipe, Runtime, head_flops, layer_flops
 
 NUM_TOKEN_TYPES = 2  # sentence A and sentence B
 _EMBEDDING_SITE = 1

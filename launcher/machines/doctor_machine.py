@@ -98,8 +98,8 @@ def kernels(config: RunConfig, machine: dict[str, Any]) -> Iterator[Finding]:
     """The kernels a run would use, and that they need no compiler on the way."""
     import torch
 
-    from ...recipes.layers import kernels_text
     from ...recipes.recipe import Runtime
+    from ...recipes.shared.model_parts import kernels_text
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")

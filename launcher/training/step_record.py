@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ...kernels.parallel.sharding import is_sharded
-from ...recipes.layers import kernels_text
+from ...recipes.shared.model_parts import kernels_text
 from ..optim.engine import grad_norm, loss_scale, skipped_steps
 from ..optim.lamb import Lamb
 from ..reporting.record import StepRecord

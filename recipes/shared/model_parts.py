@@ -5,18 +5,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..kernels import LayerConfig, LayerStack
-from ..kernels.fp8.linear import fp8_path
-from ..kernels.ops.attention.attention import LARGEST_TRITON_HEAD
-from ..kernels.ops.linear import cpu_library
-from ..kernels.ops.loss.cross_entropy import linear_cross_entropy
-from ..kernels.ops.loss.vocab_parallel import vocab_parallel_linear_cross_entropy
-from ..kernels.ops.norm.residual_norm import Kernels, norm
-from ..kernels.ops.parallel_linear import column_parallel_linear
-from ..kernels.parallel.collectives import Group, gather_from_group, group_size
-from ..kernels.parallel.sharding import Partition, shard_parameters
-from .config import LayerFlags, ModelConfig
-from .recipe import Runtime
+from ...kernels import LayerConfig, LayerStack
+from ...kernels.fp8.linear import fp8_path
+from ...kernels.ops.attention.attention import LARGEST_TRITON_HEAD
+from ...kernels.ops.linear import cpu_library
+from ...kernels.ops.loss.cross_entropy import linear_cross_entropy
+from ...kernels.ops.loss.vocab_parallel import vocab_parallel_linear_cross_entropy
+from ...kernels.ops.norm.residual_norm import Kernels, norm
+from ...kernels.ops.parallel_linear import column_parallel_linear
+from ...kernels.parallel.collectives import Group, gather_from_group, group_size
+from ...kernels.parallel.sharding import Partition, shard_parameters
+from ..config import LayerFlags, ModelConfig
+from ..recipe import Runtime
 
 
 def build_layers(model: ModelConfig, flags: LayerFlags, runtime: Runtime) -> LayerStack:
