@@ -11,7 +11,8 @@ __all__ = ["RECIPES"]
 
 def __getattr__(name: str) -> Any:
     if name == "RECIPES":
-        from . import bert, gpt
+        from .bert.recipe import RECIPE as BERT
+        from .gpt.recipe import RECIPE as GPT
 
-        return {"bert": bert.RECIPE, "gpt": gpt.RECIPE}
+        return {"bert": BERT, "gpt": GPT}
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

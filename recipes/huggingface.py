@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from .bert import NUM_TOKEN_TYPES
+from .bert.model import NUM_TOKEN_TYPES
 from .config import ModelConfig
 from .data.tokenizer import RunTokenizer
 from .hf_architectures import architecture_for, architecture_of

@@ -6,9 +6,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ...recipes.bert import BertForPretraining
+from ...recipes.bert.model import BertForPretraining
 from ...recipes.data.tokenizer import RunTokenizer
-from ...recipes.gpt import GptForPretraining
+from ...recipes.gpt.model import GptForPretraining
 
 MASK = "[MASK]"
 

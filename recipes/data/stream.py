@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ..bert_samples import BertSamples, open_table
+from ..bert.masking import MaskingRule, mask_rows
+from ..bert.samples import BertSamples, open_table
 from ..config import DataConfig, ObjectiveConfig, SourceConfig
-from ..gpt_samples import GptSamples, with_document_borders
-from ..masking import MaskingRule, mask_rows
+from ..gpt.samples import GptSamples, with_document_borders
 from .cache import cache_folder
 from .counter_rng import hash64, permute
 from .sources import open_source

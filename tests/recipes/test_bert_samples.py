@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from prepared_data import OBJECTIVES, WORDS, store_documents, write_text
 
-from xformer_train.recipes.bert_samples import BertSamples
+from xformer_train.recipes.bert.samples import BertSamples
 from xformer_train.recipes.config import ObjectiveConfig, SourceConfig
 
 
@@ -158,8 +158,8 @@ def test_a_sentence_longer_than_a_row_is_cut_and_a_lone_sentence_is_divided_betw
 
 def test_large_tables_are_built_in_blocks_with_the_same_result(prepare, monkeypatch):
     whole = [prepare(objective).train.parts[0].table for objective in OBJECTIVES[1:3]]
-    monkeypatch.setattr("xformer_train.recipes.bert_samples._BLOCK_SENTENCES", 7)
-    monkeypatch.setattr("xformer_train.recipes.bert_samples.TABLE_VERSION", -1)
+    monkeypatch.setattr("xformer_train.recipes.bert.samples._BLOCK_SENTENCES", 7)
+    monkeypatch.setattr("xformer_train.recipes.bert.samples.TABLE_VERSION", -1)
     for objective, expected in zip(OBJECTIVES[1:3], whole, strict=True):
         table = prepare(objective).train.parts[0].table
         for name in ("starts", "spans", "targets"):

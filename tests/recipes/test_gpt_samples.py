@@ -5,7 +5,7 @@ import pytest
 import torch
 from prepared_data import CLM
 
-from xformer_train.recipes.gpt_samples import with_document_borders
+from xformer_train.recipes.gpt.samples import with_document_borders
 
 
 def test_gpt_windows_join_documents_and_keep_their_borders(prepare, tokenizers):

@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from xformer_train.recipes.bert.masking import MaskingRule, mask_rows
 from xformer_train.recipes.data.counter_rng import hash64
-from xformer_train.recipes.masking import MaskingRule, mask_rows
 
 V, MASK, SPECIAL = 500, 4, 5
 IS_SPECIAL = np.arange(V) < SPECIAL

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..kernels.ops.choices import IGNORED
-from .data.token_store import TokenStore
+from ...kernels.ops.choices import IGNORED
+from ..data.token_store import TokenStore
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,13 @@ Source: Radford et al., Language Models are Unsupervised Multitask Learners (GPT
 import torch
 from torch import Tensor, nn
 
-from ..kernels.ops.attention.attention import AttentionMask
-from ..kernels.ops.choices import IGNORED
-from ..kernels.ops.dropout import draw_seed
-from ..kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
-from ..kernels.ops.norm.residual_norm import dropout
-from .config import LayerFlags, ModelConfig, ObjectiveConfig
-from .recipe import PLAIN_RUNTIME, Batch, Recipe, Runtime
-from .shared.flops import head_flops, layer_flops
-from .shared.model_parts import (
+from ...kernels.ops.attention.attention import AttentionMask
+from ...kernels.ops.dropout import draw_seed
+from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
+from ...kernels.ops.norm.residual_norm import dropout
+from ..config import LayerFlags, ModelConfig
+from ..recipe import PLAIN_RUNTIME, Runtime
+from ..shared.model_parts import (
     build_layers,
     check_positions,
     initialize,
@@ -94,28 +92,3 @@ class GptForPretraining(nn.Module):
             self.parallel.group,
         )
         return {"clm": loss}
-
-
-def _build(
-    model: ModelConfig,
-    layer: LayerFlags,
-    objective: ObjectiveConfig,
-    vocab_size: int,
-    runtime: Runtime = PLAIN_RUNTIME,
-) -> GptForPretraining:
-    return GptForPretraining(model, layer, vocab_size, runtime)
-
-
-def _loss_counts(batch: Batch, _: ObjectiveConfig) -> dict[str, int]:
-    return {"clm": int((batch["labels"] != IGNORED).sum())}
-
-
-def _real_tokens(batch: Batch) -> int:
-    return batch["input_ids"].numel()
-
-
-def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: float, predictions: float) -> float:
-    return layer_flops(model, seq_length) + head_flops(model, vocab_size, predictions)
-
-
-RECIPE = Recipe(_build, _loss_counts, _real_tokens, _flops_per_sample)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from .data.counter_rng import below, hash64, uniform
+from ..data.counter_rng import below, hash64, uniform
 
 SPAN_STOP = 0.2  # SpanBERT: lengths in words are geometric with this p, and at most ten (arXiv 1907.10529, section 3.1)
 LONGEST_SPAN = 10

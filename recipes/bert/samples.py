@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .data.cache import open_or_build, read_array
-from .data.counter_rng import below, uniform
-from .data.token_store import Report, TokenStore
-from .data.tokenizer import RunTokenizer
+from ..data.cache import open_or_build, read_array
+from ..data.counter_rng import below, uniform
+from ..data.token_store import Report, TokenStore
+from ..data.tokenizer import RunTokenizer
 
 TABLE_VERSION = 1  # raise it when the same store would give another table
 

@@ -10,17 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.ops.attention.attention import AttentionMask
-from ..kernels.ops.choices import IGNORED
-from ..kernels.ops.dropout import draw_seed
-from ..kernels.ops.linear import linear
-from ..kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
-from ..kernels.ops.mlp.mlp import gelu
-from ..kernels.ops.norm.residual_norm import dropout
-from .config import LayerFlags, ModelConfig, ObjectiveConfig
-from .recipe import PLAIN_RUNTIME, Batch, Recipe, Runtime
-from .shared.flops import head_flops, layer_flops
-from .shared.model_parts import (
+from ...kernels.ops.attention.attention import AttentionMask
+from ...kernels.ops.dropout import draw_seed
+from ...kernels.ops.linear import linear
+from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
+from ...kernels.ops.mlp.mlp import gelu
+from ...kernels.ops.norm.residual_norm import dropout
+from ..config import LayerFlags, ModelConfig
+from ..recipe import PLAIN_RUNTIME, Runtime
+from ..shared.model_parts import (
     build_layers,
     check_positions,
     initialize,
@@ -177,32 +175,3 @@ class BertForPretraining(nn.Module):
             scores = self._sentence_logits(first).float()
             sums[self.sentence_task] = F.cross_entropy(scores, sentence_labels, reduction="sum")
         return sums
-
-
-def _build(
-    model: ModelConfig,
-    layer: LayerFlags,
-    objective: ObjectiveConfig,
-    vocab_size: int,
-    runtime: Runtime = PLAIN_RUNTIME,
-) -> BertForPretraining:
-    return BertForPretraining(model, layer, objective.sentence_task, vocab_size, runtime)
-
-
-def _loss_counts(batch: Batch, objective: ObjectiveConfig) -> dict[str, int]:
-    counts = {"mlm": int((batch["masked_labels"] != IGNORED).sum())}
-    if objective.sentence_task != "none":
-        counts[objective.sentence_task] = len(batch["sentence_labels"])
-    return counts
-
-
-def _real_tokens(batch: Batch) -> int:
-    return int(batch["attention_mask"].sum())
-
-
-def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: float, predictions: float) -> float:
-    transform = 6 * predictions * model.hidden_size**2
-    return layer_flops(model, seq_length) + transform + head_flops(model, vocab_size, predictions)
-
-
-RECIPE = Recipe(_build, _loss_counts, _real_tokens, _flops_per_sample)

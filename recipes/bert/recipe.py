@@ -1,0 +1,36 @@
+"""What a run needs to know of BERT."""
+
+from ...kernels.ops.choices import IGNORED
+from ..config import LayerFlags, ModelConfig, ObjectiveConfig
+from ..recipe import PLAIN_RUNTIME, Batch, Recipe, Runtime
+from ..shared.flops import head_flops, layer_flops
+from .model import BertForPretraining
+
+
+def _build(
+    model: ModelConfig,
+    layer: LayerFlags,
+    objective: ObjectiveConfig,
+    vocab_size: int,
+    runtime: Runtime = PLAIN_RUNTIME,
+) -> BertForPretraining:
+    return BertForPretraining(model, layer, objective.sentence_task, vocab_size, runtime)
+
+
+def _loss_counts(batch: Batch, objective: ObjectiveConfig) -> dict[str, int]:
+    counts = {"mlm": int((batch["masked_labels"] != IGNORED).sum())}
+    if objective.sentence_task != "none":
+        counts[objective.sentence_task] = len(batch["sentence_labels"])
+    return counts
+
+
+def _real_tokens(batch: Batch) -> int:
+    return int(batch["attention_mask"].sum())
+
+
+def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: float, predictions: float) -> float:
+    transform = 6 * predictions * model.hidden_size**2
+    return layer_flops(model, seq_length) + transform + head_flops(model, vocab_size, predictions)
+
+
+RECIPE = Recipe(_build, _loss_counts, _real_tokens, _flops_per_sample)
