@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...recipes.config import ModelConfig
 from ...recipes.data.tokenizer import RunTokenizer
-from ...recipes.huggingface import config_json, to_huggingface
+from ...recipes.transformers_format.convert import config_json, to_huggingface
 from .model_card import model_card
 from .pretrained import CONFIG_FILE, Pretrained, from_checkpoint
 

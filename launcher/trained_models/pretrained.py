@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...recipes import RECIPES
 from ...recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
 from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
-from ...recipes.huggingface import from_huggingface, model_config_of, sentence_task_of
+from ...recipes.transformers_format.convert import from_huggingface, model_config_of, sentence_task_of
 from ..checkpoint import store
 from ..checkpoint.files import read_file
 from ..checkpoint.loading import weights as checkpoint_weights

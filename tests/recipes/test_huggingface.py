@@ -8,7 +8,7 @@ import torch
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig, TokenizerConfig
 from xformer_train.recipes.data.tokenizer import train_tokenizer
-from xformer_train.recipes.huggingface import (
+from xformer_train.recipes.transformers_format.convert import (
     config_json,
     from_huggingface,
     model_config_of,

@@ -10,10 +10,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from .bert.model import NUM_TOKEN_TYPES
-from .config import ModelConfig
-from .data.tokenizer import RunTokenizer
-from .hf_architectures import architecture_for, architecture_of
+from ..bert.model import NUM_TOKEN_TYPES
+from ..config import ModelConfig
+from ..data.tokenizer import RunTokenizer
+from .architectures import architecture_for, architecture_of
 
 _ACTIVATIONS = {
     "gelu": "gelu",

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .config import ModelConfig
+from ..config import ModelConfig
 
 _PROJECTION_WEIGHTS = (".qkv.weight", ".attention_output.weight", ".intermediate.weight", ".output.weight")
 _EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
