@@ -3,10 +3,11 @@
 A policy says where a model keeps the projections of its transformer layers. transformers is imported by the calls that need it.
 """
 
+from .catalog.layer import Description, Layer
+from .catalog.lookup import policies_for
+from .catalog.policy import Policy
 from .layers import AllReduceConv1D, AllReduceLinear
-from .lookup import policies_for
 from .parallelize import parallelize
-from .policy import Description, Layer, Policy
 from .shard import full_state_dict, shard
 from .swap import revert, swap
 

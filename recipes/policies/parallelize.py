@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ...kernels.parallel.collectives import TensorParallel
+from .catalog.lookup import Policies, resolve_policies
+from .catalog.paths import owner_of
+from .catalog.policy import Policy
 from .fused_layer import CACHE_NAMES
-from .paths import owner_of
 from .plan import make_plan
-from .policy import Policy
-from .shard import Policies, apply_plan, resolve_policies
+from .shard import apply_plan
 
 _MODEL = "model.pt"
 _PROXIED = ("forward", "generate")

@@ -17,9 +17,9 @@ from ...kernels.parallel.collectives import (
     sum_gradient_over,
 )
 from ...kernels.parallel.sharding import is_sharded
+from .catalog.lookup import SHIPPED
 from .plan import Plan
 from .rank_random import RankRandom
-from .shipped import SHIPPED
 
 
 def check_sequence_parallel(plan: Plan) -> None:

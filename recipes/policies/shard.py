@@ -6,7 +6,6 @@ token.
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from ...kernels.parallel.collectives import TensorParallel, sum_gradient_over
 from ...kernels.parallel.sharding import Partition, is_sharded, join_shards, mark_sharded, take_shard
 from .agreement import check_first_forward
+from .catalog.lookup import Policies, resolve_policies
+from .catalog.paths import first_missing, get, owner_of
 from .fused_layer import stock_partitions
 from .layers import (
     AllReduceConv1D,
@@ -28,14 +29,9 @@ from .layers import (
     VocabParallelLinear,
     become,
 )
-from .lookup import policies_for
-from .paths import first_missing, get, owner_of
 from .plan import Plan, Projection, is_conv1d, make_plan
-from .policy import Policy
 from .rank_random import RankRandom
 from .sequence import check_sequence_parallel, divide_sequence
-
-Policies = type[Policy] | Sequence[type[Policy]] | None
 
 
 def shard(
@@ -68,21 +64,6 @@ def shard(
     check_first_forward(model, tp_group)
     if hasattr(model, "save_pretrained"):
         model.save_pretrained = functools.partial(_save_whole, model)  # type: ignore[assignment]  # survives copies
-
-
-def resolve_policies(model: nn.Module, policy: Policies) -> list[type[Policy]]:
-    """The policies given, or those shipped for the model. Raises ValueError if there are none, and for what is none."""
-    if policy is None:
-        return policies_for(model)
-    policies = list(policy) if isinstance(policy, Sequence) else [policy]
-    for one in policies:
-        if not isinstance(one, type) or not issubclass(one, Policy):
-            raise ValueError(f"policy is {one!r}, not a class derived from xformer_train.recipes.policies.Policy")
-        if not isinstance(one.original_layer_class(), type):
-            raise ValueError(
-                f"{one.__name__} has no original_layer_class that returns the class of its layers; add one"
-            )
-    return policies
 
 
 def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from ...kernels.parallel.sharding import partitions_of
+from .catalog.lookup import Policies, resolve_policies
 from .fused_layer import FusedLayer, MovedModule, Swapped, fused_class, set_parameter, stock_parameters
-from .shard import Policies, resolve_policies
 from .swap_plan import SwapPlace, plan_swap
 
 

@@ -15,13 +15,14 @@ from ...kernels.ops.attention.attention import AttentionMask
 from ...kernels.ops.choices import Activation
 from ...kernels.parallel.collectives import ONE_PROCESS, TensorParallel
 from ...kernels.parallel.sharding import is_sharded
+from .catalog.layer import Description, Layer
+from .catalog.lookup import SHIPPED
+from .catalog.paths import closest, dotted, first_missing, get
+from .catalog.policy import Policy
 from .fused_layer import FusedLayer, FusedTransformerLayer, Origin, build_fused
 from .layer_masks import IMPLEMENTATIONS, LayerMasks
 from .layers import Sharded, class_before
-from .paths import closest, dotted, first_missing, get
 from .plan import config_of, is_conv1d, problem_list
-from .policy import Description, Layer, Policy
-from .shipped import SHIPPED
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",

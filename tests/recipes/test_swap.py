@@ -24,10 +24,10 @@ from hf_swap import (
 from torch import nn
 
 from xformer_train.recipes.policies import revert, swap
-from xformer_train.recipes.policies.encoders import DistilBertPolicy
+from xformer_train.recipes.policies.catalog.encoders import DistilBertPolicy
+from xformer_train.recipes.policies.catalog.lookup import SHIPPED
+from xformer_train.recipes.policies.catalog.policy import Policy
 from xformer_train.recipes.policies.fused_layer import _WITHOUT_INFLUENCE, CACHE_NAMES, FusedLayer
-from xformer_train.recipes.policies.policy import Policy
-from xformer_train.recipes.policies.shipped import SHIPPED
 
 
 def compare(model, given, tokens=None):

@@ -9,10 +9,10 @@ from hf_swap import build, inputs
 from torch import nn
 
 from xformer_train.recipes.policies import policies_for, revert, swap
-from xformer_train.recipes.policies.decoders import GPT2Policy, GPTNeoXPolicy
-from xformer_train.recipes.policies.encoders import BertPolicy
+from xformer_train.recipes.policies.catalog.decoders import GPT2Policy, GPTNeoXPolicy
+from xformer_train.recipes.policies.catalog.encoders import BertPolicy
+from xformer_train.recipes.policies.catalog.layer import Description
 from xformer_train.recipes.policies.plan import make_plan
-from xformer_train.recipes.policies.policy import Description
 
 
 def test_attention_weights_are_refused_and_come_back():

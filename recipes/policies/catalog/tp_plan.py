@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from .policy import Layer, Policy
+from .layer import Layer
+from .policy import Policy
 
 _STYLES = {
     "colwise": "column",

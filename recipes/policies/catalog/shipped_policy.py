@@ -5,7 +5,8 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .policy import Layer, Policy
+from .layer import Layer
+from .policy import Policy
 
 
 class ShippedPolicy(Policy):

@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar
 
-from .policy import Layer
+from .layer import Layer
 from .shipped_policy import ShippedPolicy, below, sizes
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from .policy import Description
+from .layer import Description
 from .shipped_policy import ShippedPolicy, below, sizes
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .policy import Description, Layer
+from .layer import Description, Layer
 from .shipped_policy import ShippedPolicy, below, sizes
 
 
