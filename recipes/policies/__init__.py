@@ -6,9 +6,10 @@ A policy says where a model keeps the projections of its transformer layers. tra
 from .catalog.layer import Description, Layer
 from .catalog.lookup import policies_for
 from .catalog.policy import Policy
-from .layers import AllReduceConv1D, AllReduceLinear
-from .parallelize import parallelize
-from .shard import full_state_dict, shard
+from .sharding.modules import AllReduceConv1D, AllReduceLinear
+from .sharding.parallelize import parallelize
+from .sharding.shard import shard
+from .state import full_state_dict
 from .swap import revert, swap
 
 __all__ = [

@@ -16,7 +16,7 @@ from ...kernels.ops.attention.attention import AttentionMask
 from ...kernels.parallel.collectives import TensorParallel
 from ...kernels.parallel.sharding import Partition, is_sharded, mark_sharded, partitions_of
 from .layer_masks import LayerMasks
-from .rank_random import RankRandom
+from .sharding.rank_random import RankRandom
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls a cache of keys and values, in arguments and outputs: since 5.24, and before."""

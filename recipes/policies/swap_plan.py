@@ -21,8 +21,8 @@ from .catalog.paths import closest, dotted, first_missing, get
 from .catalog.policy import Policy
 from .fused_layer import FusedLayer, FusedTransformerLayer, Origin, build_fused
 from .layer_masks import IMPLEMENTATIONS, LayerMasks
-from .layers import Sharded, class_before
-from .plan import config_of, is_conv1d, problem_list
+from .sharding.modules import Sharded, class_before
+from .sharding.plan import config_of, is_conv1d, problem_list
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...kernels.parallel.collectives import (
+from ....kernels.parallel.collectives import (
     Group,
     TensorParallel,
     gather_from_group,
@@ -16,8 +16,8 @@ from ...kernels.parallel.collectives import (
     scatter_to_group,
     sum_gradient_over,
 )
-from ...kernels.parallel.sharding import is_sharded
-from .catalog.lookup import SHIPPED
+from ....kernels.parallel.sharding import is_sharded
+from ..catalog.lookup import SHIPPED
 from .plan import Plan
 from .rank_random import RankRandom
 

@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ...kernels.parallel.sharding import Partition, is_sharded
-from .catalog.layer import Layer
-from .catalog.paths import closest, dotted, first_missing, get, owner_of, split_last
-from .catalog.policy import Policy
+from ....kernels.parallel.sharding import Partition, is_sharded
+from ..catalog.layer import Layer
+from ..catalog.paths import closest, dotted, first_missing, get, owner_of, split_last
+from ..catalog.policy import Policy
 
 Kind = Literal["column", "row", "embedding", "head"]
 Block = Literal["attention", "mlp", "vocabulary"]

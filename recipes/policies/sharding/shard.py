@@ -13,13 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.parallel.collectives import TensorParallel, sum_gradient_over
-from ...kernels.parallel.sharding import Partition, is_sharded, join_shards, mark_sharded, take_shard
+from ....kernels.parallel.collectives import TensorParallel, sum_gradient_over
+from ....kernels.parallel.sharding import is_sharded, mark_sharded, take_shard
+from ..catalog.lookup import Policies, resolve_policies
+from ..catalog.paths import first_missing, get, owner_of
 from .agreement import check_first_forward
-from .catalog.lookup import Policies, resolve_policies
-from .catalog.paths import first_missing, get, owner_of
-from .fused_layer import stock_partitions
-from .layers import (
+from .modules import (
     AllReduceConv1D,
     AllReduceLinear,
     ColumnParallelConv1D,
@@ -85,36 +84,6 @@ def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
         place.module.register_forward_hook(lambda *_: random.leave(), always_call=True)  # when an error kept it from it
     if parallel.divides_tokens:
         divide_sequence(model, plan, parallel, random)
-
-
-def full_state_dict(model: nn.Module, tp_group: dist.ProcessGroup) -> dict[str, Tensor]:
-    """The state dict that the model had before `shard`, bit for bit, on the CPU of every process; call it on all of the group.
-
-    A copy, that later steps do not change. Parameters that are tied are one tensor. The model may be swapped.
-    """
-    partitions = stock_partitions(model)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    whole: dict[int, Tensor] = {}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        parameter = parameters.get(name, tensor)  # those of swapped layers have other names there, and are not tied
-        if id(parameter) not in whole:
-            own, partition = tensor.detach(), partitions.get(name)
-            if partition is None:
-                whole[id(parameter)] = own.to("cpu", copy=True)
-            else:
-                joined = _gather(own, partition, name, tp_group)
-                whole[id(parameter)] = joined[: getattr(parameter, "vocabulary_size", None)]
-        state[name] = whole[id(parameter)]
-    return state
-
-
-def _gather(own: Tensor, partition: Partition, name: str, group: dist.ProcessGroup) -> Tensor:
-    """The whole of everyone's shards, on the CPU."""
-    own = own.contiguous()
-    shards = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(shards, own, group)
-    return join_shards([one.cpu() for one in shards], partition, name)
 
 
 def _save_whole(model: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:

@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ...kernels.parallel.collectives import TensorParallel
-from .catalog.lookup import Policies, resolve_policies
-from .catalog.paths import owner_of
-from .catalog.policy import Policy
-from .fused_layer import CACHE_NAMES
+from ....kernels.parallel.collectives import TensorParallel
+from ..catalog.lookup import Policies, resolve_policies
+from ..catalog.paths import owner_of
+from ..catalog.policy import Policy
+from ..fused_layer import CACHE_NAMES
 from .plan import make_plan
 from .shard import apply_plan
 

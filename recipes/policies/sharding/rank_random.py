@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...kernels.parallel.collectives import TensorParallel
+from ....kernels.parallel.collectives import TensorParallel
 
 _SEEDS = 2**40
 

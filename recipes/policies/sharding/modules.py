@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.ops.linear import linear
-from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
-from ...kernels.ops.parallel_linear import column_parallel_linear, row_parallel_linear
-from ...kernels.parallel.collectives import ONE_PROCESS, Group, TensorParallel, gather_from_group
+from ....kernels.ops.linear import linear
+from ....kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
+from ....kernels.ops.parallel_linear import column_parallel_linear, row_parallel_linear
+from ....kernels.parallel.collectives import ONE_PROCESS, Group, TensorParallel, gather_from_group
 from .rank_random import RankRandom
 
 
