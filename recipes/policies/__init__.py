@@ -10,7 +10,7 @@ from .sharding.modules import AllReduceConv1D, AllReduceLinear
 from .sharding.parallelize import parallelize
 from .sharding.shard import shard
 from .state import full_state_dict
-from .swap import revert, swap
+from .swapping.swap import revert, swap
 
 __all__ = [
     "AllReduceConv1D",

@@ -5,7 +5,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...kernels.parallel.sharding import Partition, join_shards
-from .fused_layer import stock_partitions
+from .swapping.fused_layer import stock_partitions
 
 
 def full_state_dict(model: nn.Module, tp_group: dist.ProcessGroup) -> dict[str, Tensor]:

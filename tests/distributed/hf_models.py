@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from xformer_train.recipes.policies.fused_layer import CACHE_NAMES
+from xformer_train.recipes.policies.swapping.fused_layer import CACHE_NAMES
 
 VOCABULARY = 53  # odd: neither 2 nor 4 processes share it equally
 

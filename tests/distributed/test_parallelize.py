@@ -13,9 +13,9 @@ import torch
 from distributed.hf_models import MODELS, cache_of
 from distributed.own_policies import MODELS_WITH_POLICIES, GroupedPolicy
 
-from xformer_train.recipes.policies.fused_layer import CACHE_NAMES
 from xformer_train.recipes.policies.sharding import parallelize
 from xformer_train.recipes.policies.sharding.parallelize import _failure
+from xformer_train.recipes.policies.swapping.fused_layer import CACHE_NAMES
 
 
 def generate(model, **options):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from hf_swap import build, inputs, logits_of, pretrain_inputs, with_gradients
 
-from xformer_train.recipes.policies import revert, swap
+from xformer_train.recipes.policies import revert
+from xformer_train.recipes.policies.swapping import swap
 
 pytestmark = [
     pytest.mark.gpu,

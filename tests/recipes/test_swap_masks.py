@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xformer_train.recipes.policies.layer_masks import LayerMasks
+from xformer_train.recipes.policies.swapping.masks import LayerMasks
 
 
 def seen_by(mask, size=4):

@@ -19,8 +19,9 @@ from hf_swap import (
     with_gradients,
 )
 
-from xformer_train.recipes.policies import revert, swap
-from xformer_train.recipes.policies.fused_layer import FusedLayer
+from xformer_train.recipes.policies import revert
+from xformer_train.recipes.policies.swapping import swap
+from xformer_train.recipes.policies.swapping.fused_layer import FusedLayer
 
 
 @models

@@ -28,7 +28,7 @@ from ....kernels.parallel.collectives import TensorParallel
 from ..catalog.lookup import Policies, resolve_policies
 from ..catalog.paths import owner_of
 from ..catalog.policy import Policy
-from ..fused_layer import CACHE_NAMES
+from ..swapping.fused_layer import CACHE_NAMES
 from .plan import make_plan
 from .shard import apply_plan
 

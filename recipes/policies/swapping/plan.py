@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.layers.layer import LayerConfig
-from ...kernels.ops.attention.attention import AttentionMask
-from ...kernels.ops.choices import Activation
-from ...kernels.parallel.collectives import ONE_PROCESS, TensorParallel
-from ...kernels.parallel.sharding import is_sharded
-from .catalog.layer import Description, Layer
-from .catalog.lookup import SHIPPED
-from .catalog.paths import closest, dotted, first_missing, get
-from .catalog.policy import Policy
+from ....kernels.layers.layer import LayerConfig
+from ....kernels.ops.attention.attention import AttentionMask
+from ....kernels.ops.choices import Activation
+from ....kernels.parallel.collectives import ONE_PROCESS, TensorParallel
+from ....kernels.parallel.sharding import is_sharded
+from ..catalog.layer import Description, Layer
+from ..catalog.lookup import SHIPPED
+from ..catalog.paths import closest, dotted, first_missing, get
+from ..catalog.policy import Policy
+from ..sharding.modules import Sharded, class_before
+from ..sharding.plan import config_of, is_conv1d, problem_list
 from .fused_layer import FusedLayer, FusedTransformerLayer, Origin, build_fused
-from .layer_masks import IMPLEMENTATIONS, LayerMasks
-from .sharding.modules import Sharded, class_before
-from .sharding.plan import config_of, is_conv1d, problem_list
+from .masks import IMPLEMENTATIONS, LayerMasks
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels.layers.layer import ATTENTION_OUTPUT_SITE, Join, LayerConfig, Pass, TransformerLayer
-from ...kernels.ops.attention.attention import AttentionMask
-from ...kernels.parallel.collectives import TensorParallel
-from ...kernels.parallel.sharding import Partition, is_sharded, mark_sharded, partitions_of
-from .layer_masks import LayerMasks
-from .sharding.rank_random import RankRandom
+from ....kernels.layers.layer import ATTENTION_OUTPUT_SITE, Join, LayerConfig, Pass, TransformerLayer
+from ....kernels.ops.attention.attention import AttentionMask
+from ....kernels.parallel.collectives import TensorParallel
+from ....kernels.parallel.sharding import Partition, is_sharded, mark_sharded, partitions_of
+from ..sharding.rank_random import RankRandom
+from .masks import LayerMasks
 
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls a cache of keys and values, in arguments and outputs: since 5.24, and before."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ...kernels.parallel.sharding import partitions_of
-from .catalog.lookup import Policies, resolve_policies
+from ....kernels.parallel.sharding import partitions_of
+from ..catalog.lookup import Policies, resolve_policies
 from .fused_layer import FusedLayer, MovedModule, Swapped, fused_class, set_parameter, stock_parameters
-from .swap_plan import SwapPlace, plan_swap
+from .plan import SwapPlace, plan_swap
 
 
 def swap(model: nn.Module, policy: Policies = None) -> int:
