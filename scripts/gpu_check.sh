@@ -90,19 +90,19 @@ if wanted tests; then
 fi
 if wanted layer; then
     # The first shape is te-quickstart, so that layer.jsonl has it even if the time runs out.
-    run layer 240 "$python" scripts/bench_layer.py --rounds 10 --out "$out/layer.jsonl"
+    run layer 240 "$python" scripts/bench/bench_layer.py --rounds 10 --out "$out/layer.jsonl"
     report layer 150
 fi
 if wanted memory; then
-    run memory 60 "$python" scripts/bench_memory.py --out "$out/memory.json"
+    run memory 60 "$python" scripts/bench/bench_memory.py --out "$out/memory.json"
     report memory 150
 fi
 if wanted train; then
-    run train 100 "$python" scripts/bench_train.py --out "$out/train.json"
+    run train 100 "$python" scripts/bench/bench_train.py --out "$out/train.json"
     report train 150
 fi
 if wanted swap; then
-    run swap 200 "$python" scripts/bench_swap.py --out "$out/swap.json"
+    run swap 200 "$python" scripts/bench/bench_swap.py --out "$out/swap.json"
     report swap 150
 fi
 if [ -n "$failed" ]; then

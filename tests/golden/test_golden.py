@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 FOLDER = Path(__file__).parent
-SCRIPT = FOLDER.parents[1] / "scripts" / "golden_curves.py"
+SCRIPT = FOLDER.parents[1] / "scripts" / "bench" / "golden_curves.py"
 curves = runpy.run_path(str(SCRIPT))
 # Quantile of Student's t for 11 degrees of freedom at 1 - 0.01 / 20: two sides of ten windows share one percent.
 T_QUANTILE = 4.437
@@ -53,7 +53,7 @@ def test_the_committed_curve_begins_as_it_does_here(name, steps, tmp_path):
     for CPUs and versions not tried, and is far below what other masks do, about 1e-2.
     """
     task, committed = curves["open_task"](name, tmp_path), golden(name)
-    remedy = "if that is on purpose, run scripts/golden_curves.py"
+    remedy = "if that is on purpose, run scripts/bench/golden_curves.py"
     assert task.facts == committed["facts"], f"the curves were made for another task; {remedy}"
     losses = curves["loss_curve"](task, curves["SEEDS"][0], steps)
     np.testing.assert_allclose(losses, committed["ours"][0][:steps], rtol=1e-5, err_msg=remedy)

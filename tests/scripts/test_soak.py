@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from distributed.spawn import PATIENCE_S
 
-SOAK = Path(__file__).parents[2] / "scripts" / "soak.py"
+SOAK = Path(__file__).parents[2] / "scripts" / "bench" / "soak.py"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Kills training again and again and checks that nothing is lost: `python scripts/soak.py --kills 100`.
+"""Kills training again and again and checks that nothing is lost: `python scripts/bench/soak.py --kills 100`.
 
 A tiny run on the CPU is killed with SIGKILL at random moments, half of them while it saves, and resumed each time, until it
 reaches its last step; then the next run begins. What is checked:

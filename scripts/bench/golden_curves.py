@@ -1,6 +1,6 @@
 """Loss curves of bert_tiny and gpt_tiny with our layer and with a plain torch layer, for tests/golden.
 
-  python scripts/golden_curves.py
+  python scripts/bench/golden_curves.py
 
 Both models train for 200 steps as configs/bert_tiny.yaml and gpt_tiny.yaml say, but with dropout, and on made-up text read
 as bytes: the built-in text is another one in every version of Python. A seed gives the weights to start from and the
@@ -35,7 +35,7 @@ from xformer_train.recipes import RECIPES
 from xformer_train.recipes.data.stream import PreparedData, prepare_data
 from xformer_train.recipes.data.tokenizer import build_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NAMES = ("bert_tiny", "gpt_tiny")
 STEPS = 200
 SEEDS = range(12)

@@ -1,6 +1,6 @@
 """Whether a finished run learned more than counting would: its held-out loss against unigram or bigram counts.
 
-  python scripts/baselines.py runs/bert_tiny runs/gpt_tiny
+  python scripts/bench/baselines.py runs/bert_tiny runs/gpt_tiny
 
 BERT: the masked-token loss against the unigram entropy of the training tokens. GPT: the next-token loss against a bigram
 model with Kneser-Ney smoothing (discount 0.75), fitted on the same training tokens and scored on the same held-out tokens.
