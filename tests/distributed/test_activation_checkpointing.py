@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from distributed.activation_checkpointing_worker import STAGES, worker
-from distributed.spawn import run_processes
+from distributed.workers.activation_checkpointing import STAGES, worker
+from helpers.spawn import run_processes
 
 
 @pytest.fixture(scope="module")

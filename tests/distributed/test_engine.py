@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from distributed.spawn import PATIENCE_S, run_processes
-from distributed.tiny import (
+from helpers.spawn import PATIENCE_S, run_processes
+from helpers.tiny import (
     ACCUMULATION,
     CLIPPING,
     agreement_worker,

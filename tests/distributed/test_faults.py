@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed.spawn import free_port
-from runs import losses, metrics, write_config
+from helpers.runs import losses, metrics, write_config
+from helpers.spawn import free_port
 
-WORKER = Path(__file__).with_name("faults_worker.py")
+WORKER = Path(__file__).with_name("workers") / "faults.py"
 HANG_TIMEOUT_S = 8.0
 
 
@@ -128,7 +128,7 @@ def test_a_process_that_hangs_in_python_is_named_with_its_line(config):
         assert [process.wait(timeout=100) for process in pair.processes] == [1, 1], pair.texts()
     text = pair.texts()[0] + pair.texts()[1]
     assert text.count("the run hangs") == 1, "one process speaks"
-    assert "is in for_ever (distributed/faults_worker.py:" in text
+    assert "is in for_ever (distributed/workers/faults.py:" in text
     assert "the others wait for rank 1" in text
     assert "waits in all_reduce (launcher/processes/topology.py:" in text
     assert "for_ever" in pair.log(1)

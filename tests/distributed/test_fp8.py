@@ -1,8 +1,8 @@
 """Delayed scaling over several processes."""
 
 import numpy as np
-from distributed.fp8_worker import reduction_worker
-from distributed.spawn import run_processes
+from distributed.workers.fp8 import reduction_worker
+from helpers.spawn import run_processes
 
 
 def test_amaxes_are_reduced_over_the_group():

@@ -1,9 +1,9 @@
 """A run in FP8 against the same run in bf16."""
 
 import pytest
-from distributed.runs_worker import runs_worker
-from distributed.spawn import free_port, run_processes
-from runs import GPT, losses, metrics, write_config
+from distributed.workers.runs import runs_worker
+from helpers.runs import GPT, losses, metrics, write_config
+from helpers.spawn import free_port, run_processes
 
 
 def test_two_hundred_steps_in_fp8_end_where_bf16_does(tmp_path):

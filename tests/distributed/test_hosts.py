@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed import two_hosts
-from distributed.spawn import PATIENCE_S
-from runs import losses, write_config
+from helpers import two_hosts
+from helpers.runs import losses, write_config
+from helpers.spawn import PATIENCE_S
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def report(tmp_path_factory):
         schedule__total_steps=None,
     )
     metrics = folder / "runs" / "run" / "metrics.jsonl"
-    worker = Path(__file__).with_name("hosts_worker.py")
+    worker = Path(__file__).with_name("workers") / "hosts.py"
     words = [sys.executable, str(worker), str(config), str(hosts / "hosts"), str(metrics)]
     done = subprocess.run(
         two_hosts.command(hosts, *words),

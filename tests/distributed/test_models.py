@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from distributed.models_worker import worker
-from distributed.spawn import run_processes
+from distributed.workers.models import worker
+from helpers.spawn import run_processes
 
 SIZES = (2, 4)
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from distributed.runs_worker import runs_worker
-from distributed.spawn import free_port, run_processes
-from runs import BERT, GPT, losses, metrics, write_config
+from distributed.workers.runs import runs_worker
+from helpers.runs import BERT, GPT, losses, metrics, write_config
+from helpers.spawn import free_port, run_processes
 
 from xformer_train.launcher.checkpoint import loading
 from xformer_train.launcher.processes.topology import quiet

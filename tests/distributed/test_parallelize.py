@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.hf_models import MODELS, cache_of
-from distributed.own_policies import MODELS_WITH_POLICIES, GroupedPolicy
+from helpers.hf_models import MODELS, cache_of
+from helpers.own_policies import MODELS_WITH_POLICIES, GroupedPolicy
 
 from xformer_train.recipes.policies.sharding import parallelize
 from xformer_train.recipes.policies.sharding.parallelize import _failure
@@ -124,7 +124,7 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next(monkeypatch):
 def test_a_script_that_would_start_itself_again_is_told_how_to_be_written(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from distributed.own_policies import MODELS_WITH_POLICIES, GroupedPolicy\n"
+        "from helpers.own_policies import MODELS_WITH_POLICIES, GroupedPolicy\n"
         "from xformer_train.recipes.policies import parallelize\n"
         "parallelize(MODELS_WITH_POLICIES['grouped'].build(), 1, policy=GroupedPolicy)\n"
     )

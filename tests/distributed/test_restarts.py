@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed.spawn import PATIENCE_S, free_port
-from runs import losses, write_config
+from helpers.runs import losses, write_config
+from helpers.spawn import PATIENCE_S, free_port
 
 from xformer_train.launcher.machines.supervision import Outcome
 

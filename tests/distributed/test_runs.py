@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed.runs_worker import runs_worker
-from distributed.spawn import PATIENCE_S, free_port, run_processes
-from runs import losses, metrics, weights, write_config
+from distributed.workers.runs import runs_worker
+from helpers.runs import losses, metrics, weights, write_config
+from helpers.spawn import PATIENCE_S, free_port, run_processes
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,8 +1,8 @@
 """Sharded models of transformers against whole ones, in groups of two and four of four processes."""
 
 import pytest
-from distributed.shard_worker import ALL, CHECKS, OVER_FOUR, SEQUENCE_PARALLEL, worker
-from distributed.spawn import run_processes
+from distributed.workers.shard import ALL, CHECKS, OVER_FOUR, SEQUENCE_PARALLEL, worker
+from helpers.spawn import run_processes
 
 # Sums in another order in fp32: some units of the last place of values up to some tens, and their sums over tokens.
 OUTPUTS, GRADIENTS = 1e-5, 1e-4

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers
-from distributed.shard_engine_worker import CLIPPING, steps_of_one_process, worker
-from distributed.spawn import run_processes
+from distributed.workers.shard_engine import CLIPPING, steps_of_one_process, worker
+from helpers.spawn import run_processes
 
 # swap refuses the layers of transformers 4.
 SWAPPED = (False, True) if int(transformers.__version__.split(".")[0]) >= 5 else (False,)

@@ -1,8 +1,8 @@
 """Models of transformers that are sharded, then swapped, against whole stock ones, in two processes."""
 
 import pytest
-from distributed.shard_swap_worker import CHECKS, worker
-from distributed.spawn import run_processes
+from distributed.workers.shard_swap import CHECKS, worker
+from helpers.spawn import run_processes
 
 pytest.importorskip("transformers", "5.0", reason="swap refuses the layers of transformers 4")
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from distributed.shard_engine_worker import steps_of_one_process
-from distributed.spawn import run_processes
-from distributed.swap_engine_worker import worker
+from distributed.workers.shard_engine import steps_of_one_process
+from distributed.workers.swap_engine import worker
+from helpers.spawn import run_processes
 
 STAGES = [0, 1, 2, 3]
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from distributed.spawn import run_processes
-from distributed.te_worker import worker
+from distributed.workers.te import worker
+from helpers.spawn import run_processes
 
 SIZES = (2, 4)
 

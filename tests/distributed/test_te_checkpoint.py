@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from distributed.spawn import run_processes
-from distributed.te_checkpoint_worker import worker
+from distributed.workers.te_checkpoint import worker
+from helpers.spawn import run_processes
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from distributed.spawn import run_processes
-from distributed.te_engine_worker import STEPS, Model, loss_of, optimizer_of, worker
-from distributed.tiny import ACCUMULATION
+from distributed.workers.te_engine import STEPS, Model, loss_of, optimizer_of, worker
+from helpers.spawn import run_processes
+from helpers.tiny import ACCUMULATION
 
 STAGES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (2, "bf16"), (3, "bf16")]
 

@@ -6,8 +6,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from distributed.spawn import run_processes
-from distributed.tensor_parallel_worker import CHECKS, SEED, worker
+from distributed.workers.tensor_parallel import CHECKS, SEED, worker
+from helpers.spawn import run_processes
 from torch import nn
 
 from xformer_train.kernels.ops.dropout import draw_seed

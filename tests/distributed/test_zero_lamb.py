@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from distributed.lamb_worker import lamb_worker
-from distributed.spawn import run_processes
+from distributed.workers.lamb import lamb_worker
+from helpers.spawn import run_processes
 
 STAGES = [(stage, precision, {}) for precision in ("fp32", "bf16") for stage in (0, 1, 2, 3)]
 MORE = [

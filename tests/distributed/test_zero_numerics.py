@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.numerics_worker import numerics_worker
-from distributed.spawn import free_port, run_processes
-from runs import losses, metrics, write_config
+from distributed.workers.numerics import numerics_worker
+from helpers.runs import losses, metrics, write_config
+from helpers.spawn import free_port, run_processes
 
 from xformer_train.launcher.checkpoint.store import read_state, sealed
 

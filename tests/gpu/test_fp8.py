@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fp8_linear import sqnr
+from helpers.fp8_linear import sqnr
 
 from xformer_train.kernels import TransformerLayer, te
 from xformer_train.kernels.fp8 import norm as fp8_norm

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hf_swap import build, inputs, logits_of, pretrain_inputs, with_gradients
+from helpers.hf_swap import build, inputs, logits_of, pretrain_inputs, with_gradients
 
 from xformer_train.recipes.policies import revert
 from xformer_train.recipes.policies.swapping import swap

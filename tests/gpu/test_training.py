@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from runs import BERT, GPT, losses, merged, write_config
+from helpers.runs import BERT, GPT, losses, merged, write_config
 
 pytest.importorskip("deepspeed")
 pytest.importorskip("pydantic")

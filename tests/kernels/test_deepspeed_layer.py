@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from deepspeed_door import layer, perturbed
+from helpers.deepspeed_door import layer, perturbed
 from torch.utils.checkpoint import checkpoint
 
 from xformer_train.kernels import TransformerLayer

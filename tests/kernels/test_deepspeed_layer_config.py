@@ -5,7 +5,7 @@ import json
 import math
 
 import pytest
-from deepspeed_door import SMALL, config, layer
+from helpers.deepspeed_door import SMALL, config, layer
 
 from xformer_train.kernels.deepspeed.config import DeepSpeedTransformerConfig
 from xformer_train.kernels.deepspeed.layer import DeepSpeedTransformerLayer

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from deepspeed_door import config, layer, perturbed
+from helpers.deepspeed_door import config, layer, perturbed
 from torch import nn
 from torch.func import functional_call
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from fp8_linear import Layer, results, sqnr
+from helpers.fp8_linear import Layer, results, sqnr
 from torch import nn
 
 from xformer_train.kernels.fp8.linear import (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from fp8_linear import Layer, results, sqnr
+from helpers.fp8_linear import Layer, results, sqnr
 
 from xformer_train.kernels.fp8 import products as fp8_products
 from xformer_train.kernels.fp8.linear import Float8CurrentScaling, Fp8State, fp8_autocast, fp8_path

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from fp8_linear import sqnr
+from helpers.fp8_linear import sqnr
 
 from xformer_train.kernels import (
     AttentionMask,

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from runs import write_config
+from helpers.runs import write_config
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.training.train import run

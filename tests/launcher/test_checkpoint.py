@@ -8,11 +8,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from checkpoints import changed_state, flip_byte, save
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
-from distributed.checkpoint_worker import checkpoint_worker
-from distributed.spawn import run_processes
-from distributed.tiny import MODEL, tiny_engine, train, whole_weights
+from distributed.workers.checkpoint import checkpoint_worker
+from helpers.checkpoints import changed_state, flip_byte, save
+from helpers.spawn import run_processes
+from helpers.tiny import MODEL, tiny_engine, train, whole_weights
 
 from xformer_train.launcher.checkpoint import loading
 from xformer_train.launcher.checkpoint.files import read_file, write_file

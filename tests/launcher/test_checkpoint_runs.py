@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import flip_byte
-from runs import losses, weights, write_config
+from helpers.checkpoints import flip_byte
+from helpers.runs import losses, weights, write_config
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import save
-from distributed.tiny import MODEL, tiny_engine, train, whole_weights
+from helpers.checkpoints import save
+from helpers.tiny import MODEL, tiny_engine, train, whole_weights
 
 from xformer_train.launcher.checkpoint import loading, store
 from xformer_train.launcher.checkpoint import saving as checkpoint_saving

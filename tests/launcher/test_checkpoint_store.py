@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import bare_checkpoint, flip_byte
+from helpers.checkpoints import bare_checkpoint, flip_byte
 
 from xformer_train.launcher.checkpoint import store
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from checkpoints import bare_checkpoint, flip_byte
+from helpers.checkpoints import bare_checkpoint, flip_byte
 from typer.testing import CliRunner
 
 from xformer_train.launcher.checkpoint import store

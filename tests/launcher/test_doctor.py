@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed.spawn import free_port
-from runs import write_config
+from helpers.runs import write_config
+from helpers.spawn import free_port
 from typer.testing import CliRunner
 
 from xformer_train.launcher.commands import app as cli

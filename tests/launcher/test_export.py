@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
-from distributed.runs_worker import runs_worker
-from distributed.spawn import free_port, run_processes
-from runs import BERT, GPT, write_config
+from distributed.workers.runs import runs_worker
+from helpers.runs import BERT, GPT, write_config
+from helpers.spawn import free_port, run_processes
 from typer.testing import CliRunner
 
 from xformer_train.launcher.checkpoint.files import read_file

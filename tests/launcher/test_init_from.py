@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.runs_worker import runs_worker
-from distributed.spawn import free_port, run_processes
-from runs import BERT, GPT, write_config
+from distributed.workers.runs import runs_worker
+from helpers.runs import BERT, GPT, write_config
+from helpers.spawn import free_port, run_processes
 from safetensors.torch import load_file, save_file
 
 from xformer_train.launcher.checkpoint import loading

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from runs import write_config
+from helpers.runs import write_config
 from typer.testing import CliRunner
 
 from xformer_train.launcher.commands import app as cli

@@ -4,7 +4,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from runs import losses, metrics, write_config
+from helpers.runs import losses, metrics, write_config
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.config.schema import ReliabilityConfig

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from runs import metrics, write_config
+from helpers.runs import metrics, write_config
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.reporting.run_lock import only_run

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed.spawn import PATIENCE_S, free_port
-from runs import losses, write_text
+from helpers.runs import losses, write_text
+from helpers.spawn import PATIENCE_S, free_port
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet

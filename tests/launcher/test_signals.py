@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from runs import metrics, write_config
+from helpers.runs import metrics, write_config
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.rank_status import REQUEUE

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from distributed.spawn import PATIENCE_S
-from runs import write_config
+from helpers.runs import write_config
+from helpers.spawn import PATIENCE_S
 
 from xformer_train.launcher.machines import host_process
 from xformer_train.launcher.machines.supervision import HostCommand, run_hosts

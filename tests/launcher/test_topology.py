@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.spawn import free_port
+from helpers.spawn import free_port
 
 from xformer_train.launcher.processes.topology import precision, start_processes, stop_processes
 
@@ -150,7 +150,7 @@ from xformer_train.launcher import checkpoint, engine
 from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 quiet(debug=False)
 topology = start_processes(60)
-from distributed.tiny import tiny_engine, train
+from helpers.tiny import tiny_engine, train
 for stage, precision in ((0, "bf16"), (3, "fp32")):
     train(tiny_engine(topology, stage, precision), topology, 0, 1)
 print(f"own line of {topology.rank} of {topology.world_size}\\n", end="", flush=True)

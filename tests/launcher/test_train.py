@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from runs import BERT, GPT, losses, merged, metrics, weights, write_config
+from helpers.runs import BERT, GPT, losses, merged, metrics, weights, write_config
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet

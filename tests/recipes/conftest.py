@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from prepared_data import document, write_text
+from helpers.prepared_data import document, write_text
 
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig, TokenizerConfig
 from xformer_train.recipes.data.stream import prepare_data

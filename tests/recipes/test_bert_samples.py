@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from prepared_data import OBJECTIVES, WORDS, store_documents, write_text
+from helpers.prepared_data import OBJECTIVES, WORDS, store_documents, write_text
 
 from xformer_train.recipes.bert.samples import BertSamples
 from xformer_train.recipes.config import ObjectiveConfig, SourceConfig

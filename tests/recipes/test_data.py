@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from prepared_data import CLM, each_objective, equal, rows, store_documents, write_text
+from helpers.prepared_data import CLM, each_objective, equal, rows, store_documents, write_text
 from tokenizers import Tokenizer, decoders
 
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig, SourceConfig

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from prepared_data import CLM
+from helpers.prepared_data import CLM
 
 from xformer_train.recipes.gpt.samples import with_document_borders
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.hf_models import MODELS
-from distributed.own_policies import MODELS_WITH_POLICIES, GroupedPolicy, OpenAIGPTPolicy, PlainGate
+from helpers.hf_models import MODELS
+from helpers.own_policies import MODELS_WITH_POLICIES, GroupedPolicy, OpenAIGPTPolicy, PlainGate
 from torch import nn
 
 from xformer_train.kernels.parallel.collectives import ONE_PROCESS

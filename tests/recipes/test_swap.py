@@ -6,8 +6,8 @@ import inspect
 import pytest
 import torch
 import transformers
-from distributed.hf_models import MODELS, cache_of
-from hf_swap import (
+from helpers.hf_models import MODELS, cache_of
+from helpers.hf_swap import (
     SIZES,
     assert_same_bits,
     bits,

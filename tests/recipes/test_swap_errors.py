@@ -3,9 +3,9 @@
 import pytest
 import torch
 import transformers
-from distributed.hf_models import MODELS
-from distributed.own_policies import MODELS_WITH_POLICIES, OpenAIGPTPolicy
-from hf_swap import build, inputs
+from helpers.hf_models import MODELS
+from helpers.hf_swap import build, inputs
+from helpers.own_policies import MODELS_WITH_POLICIES, OpenAIGPTPolicy
 from torch import nn
 
 from xformer_train.recipes.policies import policies_for, revert

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from distributed.hf_models import MODELS
-from hf_swap import (
+from helpers.hf_models import MODELS
+from helpers.hf_swap import (
     SIZES,
     assert_same_bits,
     bits,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from prepared_data import CLM, WORDS, equal, store_documents, write_text
+from helpers.prepared_data import CLM, WORDS, equal, store_documents, write_text
 
 from xformer_train.recipes.config import DataConfig, SourceConfig
 from xformer_train.recipes.data import token_store, tokenizer

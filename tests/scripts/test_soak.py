@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from distributed.spawn import PATIENCE_S
+from helpers.spawn import PATIENCE_S
 
 SOAK = Path(__file__).parents[2] / "scripts" / "bench" / "soak.py"
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import assert_same_step, share_parameters, step
+from helpers.conformance import assert_same_step, share_parameters, step
 from torch import nn
 
 from xformer_train.kernels import te

@@ -10,7 +10,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conformance import step
+from helpers.conformance import step
 from torch import nn
 
 from xformer_train.kernels import te

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conformance import step
+from helpers.conformance import step
 from torch.utils.checkpoint import checkpoint
 
 from xformer_train.kernels import te

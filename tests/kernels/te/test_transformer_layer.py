@@ -3,8 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conformance import step
-from te_layer import FFN, HEADS, HIDDEN, PADDING, by_reference_names, pair
+from helpers.conformance import step
+from helpers.te_layer import FFN, HEADS, HIDDEN, PADDING, by_reference_names, pair
 
 from xformer_train.kernels import te
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conformance import step
-from te_layer import FFN, HEADS, HIDDEN, PADDING
+from helpers.conformance import step
+from helpers.te_layer import FFN, HEADS, HIDDEN, PADDING
 
 from xformer_train.kernels import te
 

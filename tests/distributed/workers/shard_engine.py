@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from distributed.hf_models import MODELS
-from distributed.spawn import PATIENCE_S
+from helpers.hf_models import MODELS
+from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.launcher.optim.engine import build_engine, grad_norm

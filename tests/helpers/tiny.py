@@ -8,7 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from distributed.spawn import PATIENCE_S
+from helpers.spawn import PATIENCE_S
 from torch import Tensor
 
 from xformer_train.launcher.optim.engine import build_engine, grad_norm, set_learning_rate

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.spawn import PATIENCE_S
-from distributed.tiny import ACCUMULATION, MICRO_BATCH, tiny_config, whole_weights
+from helpers.spawn import PATIENCE_S
+from helpers.tiny import ACCUMULATION, MICRO_BATCH, tiny_config, whole_weights
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack

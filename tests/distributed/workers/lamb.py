@@ -3,8 +3,8 @@
 from typing import Any
 
 import torch
-from distributed.spawn import PATIENCE_S
-from distributed.tiny import WIDTH, tiny_model, whole_weights
+from helpers.spawn import PATIENCE_S
+from helpers.tiny import WIDTH, tiny_model, whole_weights
 
 from xformer_train.launcher.optim.engine import build_engine
 from xformer_train.launcher.optim.lamb import Lamb

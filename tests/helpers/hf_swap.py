@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from distributed.hf_models import MODELS, VOCABULARY
+from helpers.hf_models import MODELS, VOCABULARY
 
 pytest.importorskip("transformers", "5.0", reason="swap refuses the layers of transformers 4")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from distributed.spawn import PATIENCE_S
+from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels.ops.choices import IGNORED

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.spawn import PATIENCE_S
+from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels import te

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.hf_models import MODELS
-from distributed.shard_engine_worker import engine_of, train
-from distributed.spawn import PATIENCE_S
+from distributed.workers.shard_engine import engine_of, train
+from helpers.hf_models import MODELS
+from helpers.spawn import PATIENCE_S
 from torch import Tensor
 
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.hf_models import MODELS
-from distributed.own_policies import MODELS_WITH_POLICIES
-from distributed.spawn import PATIENCE_S
+from helpers.hf_models import MODELS
+from helpers.own_policies import MODELS_WITH_POLICIES
+from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels.parallel.sharding import join_shards, partitions_of

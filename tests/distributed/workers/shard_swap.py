@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.hf_models import MODELS, cache_of, text
-from distributed.shard_worker import Results, equal_on_all, error, run, sharded, tensors_of, whole_gradients
-from distributed.spawn import PATIENCE_S
+from distributed.workers.shard import Results, equal_on_all, error, run, sharded, tensors_of, whole_gradients
+from helpers.hf_models import MODELS, cache_of, text
+from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels.parallel.sharding import is_sharded, partitions_of

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from distributed.hf_models import ENDS, SIZES, VOCABULARY, WORDS, Small, decoder_text
+from helpers.hf_models import ENDS, SIZES, VOCABULARY, WORDS, Small, decoder_text
 from torch import Tensor, nn
 
 from xformer_train.recipes.policies import AllReduceConv1D, AllReduceLinear, Layer, Policy

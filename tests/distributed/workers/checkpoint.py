@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import save
-from distributed.spawn import PATIENCE_S
-from distributed.tiny import MODEL, tiny_engine, tiny_model, train, whole_weights
+from helpers.checkpoints import save
+from helpers.spawn import PATIENCE_S
+from helpers.tiny import MODEL, tiny_engine, tiny_model, train, whole_weights
 
 from xformer_train.launcher.checkpoint import loading, store
 from xformer_train.launcher.checkpoint import saving as checkpoint_saving

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from distributed.tiny import MODEL
+from helpers.tiny import MODEL
 
 from xformer_train.launcher.checkpoint.saving import CheckpointSaver
 from xformer_train.launcher.checkpoint.store import sealed
