@@ -73,7 +73,7 @@ if wanted tests; then
     # Side by side, because compiling the kernels' variants takes most of the time, and takes one core for each process.
     workers=
     if "$python" -c 'import xdist' 2>/dev/null; then workers="-n 4"; fi
-    folder=tests/kernels/interpreted conformance=tests/kernels/test_deepspeed_conformance.py
+    folder=tests/kernels/interpreted conformance=tests/kernels/deepspeed/test_conformance.py
     run attention-tests 190 "$python" -m pytest $options $workers $folder/test_attention.py &
     run kernel-tests 190 "$python" -m pytest $options $folder --ignore=$folder/test_attention.py &
     run conformance-tests 190 "$python" -m pytest $options $conformance &

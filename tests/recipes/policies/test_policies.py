@@ -279,7 +279,7 @@ def test_wrong_use_is_said_in_one_sentence():
         assert "\n" not in str(error.value)
 
 
-DOCS = (Path(__file__).parents[2] / "docs/huggingface.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[3] / "docs/huggingface.md").read_text(encoding="utf-8")
 
 
 def test_the_policy_in_the_docs_works():

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from xformer_train.launcher.config.schema import RunConfig
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
 
 

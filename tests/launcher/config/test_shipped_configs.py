@@ -17,7 +17,7 @@ quiet(debug=False)
 
 from xformer_train.launcher.training.train import run  # noqa: E402 - DeepSpeed is quiet only when told before
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 DEEPSPEED_FILE = "deepspeed_bsz32K_lamb_config_seq512.json"
 
 

@@ -160,7 +160,7 @@ stop_processes()
 
 def run_training(tmp_path, command, **extra_variables):
     (tmp_path / "training.py").write_text(TRAINING)
-    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), **extra_variables}
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), **extra_variables}
     for name in [*LAUNCHER_VARIABLES, *({"DS_ACCELERATOR"} - extra_variables.keys())]:
         variables.pop(name, None)
     done = subprocess.run(

@@ -14,7 +14,7 @@ from xformer_train.launcher.config.batch import solve_batch
 from xformer_train.launcher.config.deepspeed import deepspeed_config
 from xformer_train.launcher.config.loading import dump_config, load_config
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 DEEPSPEED_FILE = "deepspeed_bsz32K_lamb_config_seq512.json"
 RUN_CONFIGS = sorted(path.name for path in CONFIGS.iterdir() if path.name != DEEPSPEED_FILE)
 
