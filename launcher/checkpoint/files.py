@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...kernels.errors import UserError
 from ..processes.durable_files import DurableFile, FileRecord
 
 
@@ -93,11 +94,11 @@ def read_file(path: Path, *, mapped: bool = False) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} is no file of tensors and plain values alone, so it is not loaded: it could run any code; choose "
                 "another checkpoint"
             ) from error
         except (RuntimeError, EOFError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} cannot be read ({str(error).splitlines()[0]}); choose another checkpoint"
             ) from error

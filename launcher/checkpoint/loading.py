@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.errors import UserError
 from ..config.deepspeed import Precision
 from ..processes.topology import Topology
 from .files import file_access, read_file, restore_random_state
@@ -36,19 +37,19 @@ def check(checkpoint: Path, model: Mapping[str, Any], precision: Precision | Non
         if theirs.get(key) != ours.get(key)
     ]
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} is a checkpoint of another model: {'; '.join(differing)}; choose another checkpoint"
         )
     trained_in, stored_as = state["engine"]["precision"], "bf16" if precision == "fp8" else precision
     if precision is not None and trained_in != stored_as:
-        raise ValueError(
+        raise UserError(
             f"{checkpoint} was trained in {trained_in}, this run has {precision}; set it so, or load.what=weights to start a "
             "new run from its weights"
         )
     files = state["files"]
     problems = damage(checkpoint, files, contents=False) or damage(checkpoint, not_verified(checkpoint, files))
     if problems:
-        raise ValueError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
+        raise UserError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
     return state
 
 
@@ -62,7 +63,7 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
     Raises ValueError as `check` does, and for a file that holds more than tensors and plain values.
     """
     if engine.load_universal_checkpoint():
-        raise ValueError("deepspeed.checkpoint.load_universal=true reads files that could run any code; remove the key")
+        raise UserError("deepspeed.checkpoint.load_universal=true reads files that could run any code; remove the key")
     ours = engine_facts(engine)
     state = check(checkpoint, model, ours["precision"])
     theirs = state["engine"]

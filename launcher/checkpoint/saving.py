@@ -18,6 +18,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ...kernels.errors import UserError
 from ..config.schema import CheckpointConfig
 from ..processes import console
 from ..processes.durable_files import FileRecord, copy_into, flush_folder, flush_folders, read_record, write_text
@@ -196,7 +197,7 @@ def _check_id(folder: Path, checkpoint_id: str, topology: Topology) -> None:
         problem = str(error)
     problem = topology.broadcast(problem)
     if problem is not None:
-        raise ValueError(problem)
+        raise UserError(problem)
 
 
 def _capture(

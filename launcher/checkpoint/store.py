@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...kernels.errors import UserError
 from ..processes.durable_files import FileRecord, flush_folder, read_record, write_text
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """
     found = _state_or_problem(checkpoint)
     if isinstance(found, str):
-        raise ValueError(f"{checkpoint} is not a whole checkpoint: {found}; choose another")
+        raise UserError(f"{checkpoint} is not a whole checkpoint: {found}; choose another")
     return found
 
 
@@ -138,26 +139,26 @@ def resolve(path: Path, wanted_id: str, names: tuple[str, str] = ("load.path", "
     one. names: of the two for the user. Raises ValueError, listing the ids there are, if none or several match.
     """
     if not path.is_dir():
-        raise ValueError(
+        raise UserError(
             f"{names[0]}={path} is not a folder; give a run directory, its checkpoints folder or one checkpoint"
         )
     if (path / STATE).is_file():
         if wanted_id == LATEST or path.name.startswith(wanted_id):
             return path
-        raise ValueError(
+        raise UserError(
             f"{names[0]}={path} is the checkpoint {path.name} and {names[1]}={wanted_id} another; give one of the two"
         )
     folder = checkpoints_folder(path)
     ids = [entry.id for entry in entries(folder)]
     if not ids:
-        raise ValueError(f"{names[0]}={path} holds no complete checkpoint; give a run directory that does")
+        raise UserError(f"{names[0]}={path} holds no complete checkpoint; give a run directory that does")
     known = f"checkpoints in {folder}: {', '.join(ids)}"
     if wanted_id == LATEST:
         if not (folder / LATEST).is_file():
-            raise ValueError(f"{names[1]}=latest, but the file {folder / LATEST} is missing; name one of the {known}")
+            raise UserError(f"{names[1]}=latest, but the file {folder / LATEST} is missing; name one of the {known}")
         newest = latest_id(folder)
         if newest not in ids:
-            raise ValueError(
+            raise UserError(
                 f"{names[1]}=latest, but {folder / LATEST} names {newest!r}, which is not there; name one of the {known}"
             )
         return folder / newest
@@ -166,7 +167,7 @@ def resolve(path: Path, wanted_id: str, names: tuple[str, str] = ("load.path", "
     matches = [name for name in ids if name.startswith(wanted_id)]
     if len(matches) != 1:
         found = f"fits {len(matches)} checkpoints" if matches else "fits no checkpoint"
-        raise ValueError(f"{names[1]}={wanted_id} {found}; name one of the {known}")
+        raise UserError(f"{names[1]}={wanted_id} {found}; name one of the {known}")
     return folder / matches[0]
 
 
@@ -188,12 +189,12 @@ def check_id(folder: Path, checkpoint_id: str) -> None:
     """Raises ValueError if a new checkpoint in `folder` cannot have this id."""
     path = Path(checkpoint_id)
     if checkpoint_id in {"", LATEST} or checkpoint_id != path.name or path.name[0] == "." or _DAMAGED in path.suffix:
-        raise ValueError(
+        raise UserError(
             f"checkpoint.id_format gives the id {checkpoint_id!r}, which cannot be a folder's name; use letters, digits, - "
             "and _"
         )
     if (folder / checkpoint_id).exists():
-        raise ValueError(
+        raise UserError(
             f"checkpoint {checkpoint_id} is already in {folder} and checkpoints are never overwritten; move it away, or give "
             "the run another name"
         )

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ...kernels.errors import UserError
 from ..checkpoint import store
 from .errors import leave, reported_errors
 
@@ -113,7 +114,7 @@ def _folder(run: Path) -> Path:
     """The folder of checkpoints that RUN stands for. Raises ValueError if it holds none."""
     folder = store.checkpoints_folder(run)
     if not store.entries(folder):
-        raise ValueError(f"{run} holds no checkpoint; give a run directory or its checkpoints folder")
+        raise UserError(f"{run} holds no checkpoint; give a run directory or its checkpoints folder")
     return folder
 
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...kernels.errors import UserError
 from .errors import reported_errors
 
 if TYPE_CHECKING:
@@ -93,14 +94,14 @@ def _open(run: Path, checkpoint_id: str | None, wanted: str, debug: bool) -> "Pr
     model = trained.model
     if model.type != wanted:
         command = {"gpt": "sample", "bert": "fill-mask"}[model.type]
-        raise ValueError(f"{place} is a {model.type}, and this command needs a {wanted}; use xformer-train {command}")
+        raise UserError(f"{place} is a {model.type}, and this command needs a {wanted}; use xformer-train {command}")
     typer.echo(f"{place}: {model.type}, {model.num_hidden_layers} layers, hidden size {model.hidden_size:,}", err=True)
     return trained
 
 
 def _tokenizer(trained: "Pretrained", run: Path) -> "RunTokenizer":
     if trained.tokenizer is None:
-        raise ValueError(f"{run} has no tokenizer.json or vocab.txt; save its tokenizer there")
+        raise UserError(f"{run} has no tokenizer.json or vocab.txt; save its tokenizer there")
     return trained.tokenizer
 
 

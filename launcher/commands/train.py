@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ...kernels.errors import UserError
 from ..config.flags import FLAGS, values_by_key
 from .errors import leave, reported_errors, requeued_by_signals
 
@@ -146,7 +147,7 @@ def world_size(default: int | None) -> int | None:
     if text is None:
         return default
     if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"environment variable WORLD_SIZE is {text!r}, must be a number of processes, 1 or more")
+        raise UserError(f"environment variable WORLD_SIZE is {text!r}, must be a number of processes, 1 or more")
     return int(text)
 
 

@@ -6,6 +6,7 @@ A replica is one copy of the model: a process, or with tensor parallelism the pr
 from dataclasses import dataclass
 from math import isqrt
 
+from ...kernels.errors import UserError
 from .schema import TrainingConfig
 
 
@@ -28,7 +29,7 @@ def solve_batch(training: TrainingConfig, num_replicas: int) -> BatchPlan:
     train, micro = training.train_batch_size, training.micro_batch_size
     accumulation = training.gradient_accumulation_steps
     if train is None and micro is None:
-        raise ValueError(
+        raise UserError(
             "training.train_batch_size: no batch size is given; give training.train_batch_size (sequences per step, over "
             "all replicas of the model) or training.micro_batch_size (sequences per forward pass of one replica), or both"
         )
@@ -42,7 +43,7 @@ def solve_batch(training: TrainingConfig, num_replicas: int) -> BatchPlan:
     elif accumulation is None:
         accumulation = train // (micro * num_replicas)
     if micro * accumulation * num_replicas != train:
-        raise ValueError(_contradiction(training, num_replicas))
+        raise UserError(_contradiction(training, num_replicas))
     return BatchPlan(train, micro, accumulation, num_replicas)
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from ...kernels.errors import UserError
+
 KeyPath = tuple[str | int, ...]
 
 INT = re.compile(r"^[-+]?[0-9]+$|^0o[0-7]+$|^0x[0-9a-fA-F]+$")
@@ -39,7 +41,7 @@ _Loader.add_implicit_resolver(TAG + "bool", BOOL, list("tTfF"))
 _Loader.add_implicit_resolver(TAG + "null", NULL, ["~", "n", "N", ""])
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A run config that cannot be used; `problems` has one sentence for each fault, with file and line where known."""
 
     def __init__(self, problems: list[str]) -> None:
@@ -82,9 +84,9 @@ def parse_value(text: str) -> Any:
         reader = _NodeReader()
         value = None if node is None else reader.value(node, ())
     except yaml.YAMLError as error:
-        raise ValueError(_yaml_fault(error)) from None
+        raise UserError(_yaml_fault(error)) from None
     if reader.faults:
-        raise ValueError("; ".join(fault for _, fault in reader.faults))
+        raise UserError("; ".join(fault for _, fault in reader.faults))
     return value
 
 

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from ...kernels.errors import UserError
+
 Slots = dict[str, tuple[int, ...]]
 """The slots that a run uses on each host, in the order of the hostfile, which is the order of ranks."""
 
@@ -17,7 +19,7 @@ def read_hostfile(path: Path) -> Slots:
     Raises ValueError with every problem in the file, OSError if it cannot be read.
     """
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"--hostfile={path} is not a file; give one that lists a host on each line, such as `node1 slots=8`"
         )
     hosts: Slots = {}
@@ -25,7 +27,7 @@ def read_hostfile(path: Path) -> Slots:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
-        raise ValueError(f"--hostfile={path} is not UTF-8 text; give a text file, a host on each line") from None
+        raise UserError(f"--hostfile={path} is not UTF-8 text; give a text file, a host on each line") from None
     for number, line in enumerate(lines, start=1):
         text = line.strip()
         if not text or text.startswith("#"):
@@ -52,7 +54,7 @@ def read_hostfile(path: Path) -> Slots:
             f"{path}: {loopback[0]} means another machine on each host; give the name by which all reach it"
         )
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     return hosts
 
 
@@ -70,9 +72,9 @@ def choose_slots(
     Raises ValueError if they contradict each other or ask for what the hostfile does not have.
     """
     if include and exclude:
-        raise ValueError("--include and --exclude exclude each other; give one of them")
+        raise UserError("--include and --exclude exclude each other; give one of them")
     if (include or exclude) and (num_nodes or num_gpus):
-        raise ValueError(
+        raise UserError(
             "--include and --exclude name hosts and slots, so --num-nodes and --num-gpus do not go with them"
         )
     if include:
@@ -83,16 +85,16 @@ def choose_slots(
         kept = {host: _without(slots, named[host]) if host in named else slots for host, slots in hosts.items()}
         chosen = {host: slots for host, slots in kept.items() if slots}
         if not chosen:
-            raise ValueError(f"--exclude {exclude} leaves no slot of the hostfile")
+            raise UserError(f"--exclude {exclude} leaves no slot of the hostfile")
         return chosen
     if num_nodes and num_nodes > len(hosts):
-        raise ValueError(
+        raise UserError(
             f"--num-nodes is {num_nodes}, must be at most {len(hosts)}, the number of hosts in the hostfile"
         )
     chosen = dict(list(hosts.items())[: num_nodes or None])
     for host, slots in chosen.items():
         if num_gpus and num_gpus > len(slots):
-            raise ValueError(f"--num-gpus is {num_gpus}, and host {host} has slots={len(slots)} in the hostfile")
+            raise UserError(f"--num-gpus is {num_gpus}, and host {host} has slots={len(slots)} in the hostfile")
     return {host: slots[: num_gpus or None] for host, slots in chosen.items()}
 
 
@@ -107,16 +109,16 @@ def _parse_filter(option: str, text: str, hosts: Mapping[str, tuple[int, ...]]) 
     for part in text.split("@"):
         host, colon, numbers = part.partition(":")
         if host not in hosts:
-            raise ValueError(f"{option}: host {host!r} is not in the hostfile, which has {', '.join(hosts)}")
+            raise UserError(f"{option}: host {host!r} is not in the hostfile, which has {', '.join(hosts)}")
         slots = numbers.split(",") if colon else []
         if not all(slot.isdecimal() for slot in slots):
-            raise ValueError(f"{option}: got {part!r}, must be a host and perhaps slots, such as node1:0,2")
+            raise UserError(f"{option}: got {part!r}, must be a host and perhaps slots, such as node1:0,2")
         missing = [slot for slot in slots if int(slot) not in hosts[host]]
         if missing:
-            raise ValueError(
+            raise UserError(
                 f"{option}: host {host} has slots 0 to {len(hosts[host]) - 1} in the hostfile, and not slot {missing[0]}"
             )
         if host in named:
-            raise ValueError(f"{option}: host {host} is named twice; give its slots together, such as {host}:0,2")
+            raise UserError(f"{option}: host {host} is named twice; give its slots together, such as {host}:0,2")
         named[host] = tuple(sorted({int(slot) for slot in slots}))
     return named

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from ...kernels.errors import UserError
 from ..processes.rank_status import FOLDER_VARIABLE
 from .hostfile import Slots, choose_slots, read_hostfile
 from .supervision import SSH, HostCommand, Outcome, run_hosts
@@ -57,17 +58,17 @@ class LaunchOptions:
 
     def __post_init__(self) -> None:
         if self.launcher not in LAUNCHERS:
-            raise ValueError(f"--launcher got {self.launcher!r}, must be one of {', '.join(LAUNCHERS)}")
+            raise UserError(f"--launcher got {self.launcher!r}, must be one of {', '.join(LAUNCHERS)}")
         if self.hostfile is None and (self.include or self.exclude or self.num_nodes):
-            raise ValueError("--include, --exclude and --num-nodes choose from a hostfile; give one with --hostfile")
+            raise UserError("--include, --exclude and --num-nodes choose from a hostfile; give one with --hostfile")
         limits = self.include or self.exclude or self.num_nodes or self.num_gpus
         if self.hostfile is not None and self.launcher in _MPI and limits:
-            raise ValueError(
+            raise UserError(
                 f"--launcher {self.launcher} takes all of the hostfile; write another hostfile in place of "
                 "--include, --exclude, --num-nodes and --num-gpus, or use --launcher ssh"
             )
         if self.launcher_args and (self.hostfile is None or self.launcher == "ssh"):
-            raise ValueError(
+            raise UserError(
                 "--launcher-args go to a launcher of DeepSpeed's own; choose one with --hostfile and --launcher"
             )
 
@@ -121,7 +122,7 @@ def count_processes(options: LaunchOptions, slots: Slots | None) -> int:
         return sum(map(len, slots.values()))
     devices = local_devices()
     if devices and options.num_gpus and options.num_gpus > len(devices):
-        raise ValueError(f"--num-gpus is {options.num_gpus}, and this machine offers {len(devices)} GPUs")
+        raise UserError(f"--num-gpus is {options.num_gpus}, and this machine offers {len(devices)} GPUs")
     return options.num_gpus or len(devices) or 1
 
 
@@ -223,7 +224,7 @@ def _defaults() -> dict[str, str]:
 def _local_options(options: LaunchOptions, world_size: int) -> list[str]:
     devices = local_devices()[:world_size]
     if devices and not all(device.isdecimal() for device in devices):
-        raise ValueError(
+        raise UserError(
             f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} names GPUs otherwise than by number, which "
             "DeepSpeed's launcher does not understand; give their numbers, or use torchrun"
         )
@@ -243,7 +244,7 @@ def _master_address(host: str) -> str:
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"host {host} has no address ({error.strerror}), where all processes meet; give its address with --master-addr"
         ) from error
     return host
@@ -312,7 +313,7 @@ def _check_words(launcher: str, words: Sequence[str]) -> None:
     """Raises ValueError for a word that would be another one, or several, behind DeepSpeed's way to the hosts."""
     for word in words:
         if not _SAFE.fullmatch(word) or (launcher == "pdsh" and "%" in word):
-            raise ValueError(
+            raise UserError(
                 f"{word!r} would not come through --launcher {launcher}, which hands arguments and environment variables to a "
                 "shell; write it into the run config, unset the variable, or use --launcher ssh"
             )

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ...kernels.errors import UserError
 from .slices import Slice
 
 Convention = Literal["paper", "nvidia", "deepspeed"]
@@ -150,7 +151,7 @@ class Lamb(torch.optim.Optimizer):
     def _step_group(self, group: dict[str, Any], params: list[Tensor], places: list[int]) -> None:
         """One step over whole params, which all belong to group and have gradients. places: of each among all parameters."""
         if any(param.grad.is_sparse for param in params):  # type: ignore[union-attr]
-            raise ValueError("Lamb got a sparse gradient, and needs dense ones; build the embedding with sparse=False")
+            raise UserError("Lamb got a sparse gradient, and needs dense ones; build the embedding with sparse=False")
         states = [self._state_of(param) for param in params]
         torch._foreach_add_([state["step"] for state in states], 1)
         weights = [param.to(_state_dtype(param)) for param in params]  # the parameter itself unless it is bf16 or fp16
@@ -322,4 +323,4 @@ def _check_options(group: dict[str, Any]) -> None:
     }
     for name, (holds, rule) in rules.items():
         if not holds:
-            raise ValueError(f"Lamb option {name}={group[name]!r} {rule}")
+            raise UserError(f"Lamb option {name}={group[name]!r} {rule}")

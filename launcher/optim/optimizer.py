@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
+from ...kernels.errors import UserError
 from ...kernels.parallel.sharding import is_sharded
 from ..config.schema import OptimizerConfig
 from .lamb import Lamb
@@ -18,7 +19,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
     """
     trainable = [param for param in model.parameters() if param.requires_grad]
     if not trainable:
-        raise ValueError("model has no trainable parameter, so there is nothing to optimize; set requires_grad")
+        raise UserError("model has no trainable parameter, so there is nothing to optimize; set requires_grad")
     decayed = [param for param in trainable if param.ndim >= 2]
     undecayed = [param for param in trainable if param.ndim < 2]
     grouped_ids = [id(param) for param in decayed + undecayed]
@@ -53,7 +54,7 @@ def build_optimizer(
             group=tensor_group,
         )
     if not config.bias_correction:
-        raise ValueError(
+        raise UserError(
             "optimizer.bias_correction=false needs optimizer.type=lamb, and it is adamw, which always corrects; "
             "remove the key or use lamb"
         )

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
+from ...kernels.errors import UserError
 from ..config.deepspeed import Precision
 
 # Launchers that give every process a rank under names of their own, not as RANK, LOCAL_RANK and WORLD_SIZE.
@@ -193,14 +194,14 @@ def start_processes(hang_timeout_s: float, tensor_parallel: int = 1) -> Topology
 
     rank, local_rank, world_size = _place(os.environ)
     if world_size % tensor_parallel:
-        raise ValueError(
+        raise UserError(
             f"parallel.tensor={tensor_parallel} does not divide the {world_size} processes of the run; start a multiple of it"
         )
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed insists on it
     _choose_accelerator()
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            raise UserError(
                 f"process {rank} wants GPU {local_rank} of its machine, which has {torch.cuda.device_count()}; "
                 "start at most as many processes per machine as it has GPUs"
             )
@@ -256,10 +257,10 @@ def precision(requested: Literal["auto", "fp32", "bf16", "fp16", "fp8"], device:
     """
     on_gpu = device.type == "cuda"
     if requested == "fp16" and not on_gpu:
-        raise ValueError("training.precision=fp16 needs a GPU and this run has none; use fp32, bf16 or auto")
+        raise UserError("training.precision=fp16 needs a GPU and this run has none; use fp32, bf16 or auto")
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
     if requested in ("bf16", "fp8") and not has_bf16:
-        raise ValueError(
+        raise UserError(
             f"training.precision={requested} needs a GPU that computes in bf16 and {torch.cuda.get_device_name(device)} does "
             "not; use fp16 or auto"
         )
@@ -287,14 +288,14 @@ def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
         names = _FOREIGN_RANKS[launcher]
         for address in ("MASTER_ADDR", "MASTER_PORT"):
             if address not in environment:
-                raise ValueError(
+                raise UserError(
                     f"{address} is not set, and {launcher} started {environment[names[2]]} processes that must find each "
                     "other; export MASTER_ADDR (name of the first machine) and MASTER_PORT (a free port there)"
                 )
     meeting = ("MASTER_ADDR", "MASTER_PORT") if int(environment.get(names[2], "1")) > 1 else ()
     for name in (*names, *meeting):
         if name not in environment:
-            raise ValueError(
+            raise UserError(
                 f"{name} is not set although {names[0]} is; start with `deepspeed`, torchrun or one process"
             )
     rank, local_rank, world_size = (int(environment[name]) for name in names)

@@ -13,6 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ...kernels.errors import UserError
 from ..processes import console
 from .record import StepRecord, rates_of, ratio
 from .tensorboard import Boards
@@ -210,4 +211,4 @@ def _step_of(line: str, where: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{where}: not a row of metrics, got {line.strip()!r}; delete or repair that line") from error
+        raise UserError(f"{where}: not a row of metrics, got {line.strip()!r}; delete or repair that line") from error

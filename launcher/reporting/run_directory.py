@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from ...kernels.errors import UserError
 from ..config.loading import dump_config
 from ..config.schema import RunConfig
 from .run_lock import only_run
@@ -73,10 +74,10 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
     """
     root = Path(config.output_dir) / config.name
     if root.exists() and not root.is_dir():
-        raise ValueError(f"output folder {root} is a file; choose another --output_dir or --job_name")
+        raise UserError(f"output folder {root} is a file; choose another --output_dir or --job_name")
     directory = RunDirectory(root)
     if directory.holds_run and not resume:
-        raise ValueError(
+        raise UserError(
             f"output folder {root} already holds a run; continue it with --resume auto, or start another with "
             f"--job_name or --output_dir"
         )

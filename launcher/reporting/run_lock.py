@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ...kernels.errors import UserError
 from ..processes import console
 
 NAME = ".lock"
@@ -29,7 +30,7 @@ def only_run(root: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose lock children inherit and may keep
         except BlockingIOError:
             file.seek(0)
-            raise ValueError(
+            raise UserError(
                 f"output folder {root} is in use by another run, {file.read()}; wait for its end, or start this one with "
                 f"another --job_name (if that process is gone with its machine, remove {path})"
             ) from None

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer, processors
 from torch import Tensor
 
+from ...kernels.errors import UserError
 from ...recipes.config import ModelConfig
 from ...recipes.data.tokenizer import RunTokenizer
 from ...recipes.transformers_format.convert import config_json, to_huggingface
@@ -28,9 +29,9 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
     OSError if it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--to={folder} is a file; name a folder")
+        raise UserError(f"--to={folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not force:
-        raise ValueError(
+        raise UserError(
             f"--to={folder} holds files already; name another folder, or add --force to replace those it writes"
         )
     from safetensors import SafetensorError
@@ -40,7 +41,7 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
     try:
         config = config_json(trained.model, trained.tokenizer, trained.sentence_task)
     except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}") from None
+        raise UserError(f"{checkpoint}: {error}") from None
     state = to_huggingface(trained.weights, trained.model, config)
     config["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     card = model_card(checkpoint, config, state)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...kernels.errors import UserError
 from ...recipes.config import ModelConfig, TokenizerConfig
 from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
 from ..checkpoint.resharding import own_part
@@ -46,9 +47,9 @@ def find_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise ValueError(f"model.init_from={name} is a file; give the folder that holds {CONFIG_FILE} and the weights")
+        raise UserError(f"model.init_from={name} is a file; give the folder that holds {CONFIG_FILE} and the weights")
     if not _HUB_ID.fullmatch(name):
-        raise ValueError(
+        raise UserError(
             f"model.init_from={name}: there is no such folder; correct the path, or give the id of a hub model"
         )
     from huggingface_hub import snapshot_download
@@ -58,7 +59,7 @@ def find_folder(name: str) -> Path:
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(name, allow_patterns=[*_FILES, *_PICKLES]))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"model.init_from={name}: there is no such folder, and the Hugging Face hub gave no model of that name "
             f"({_first_line(error)}); correct it, or give a folder that holds the model"
         ) from error
@@ -73,14 +74,14 @@ def read_initial(name: str, folder: Path, model: ModelConfig) -> Pretrained:
     try:
         found = from_folder(folder)
     except ValueError as error:
-        raise ValueError(f"model.init_from={name}: {error}") from None
+        raise UserError(f"model.init_from={name}: {error}") from None
     differing = [
         f"model.{key} is {_shown(theirs)} there and {_shown(ours)} in the run config"
         for key in _GEOMETRY
         if (theirs := getattr(found.model, key)) != (ours := getattr(model, key))
     ]
     if differing:
-        raise ValueError(f"model.init_from={name} is another model: {'; '.join(differing)}; change the run config")
+        raise UserError(f"model.init_from={name} is another model: {'; '.join(differing)}; change the run config")
     return found
 
 
@@ -92,18 +93,18 @@ def initial_tokenizer(name: str, initial: Pretrained, config: TokenizerConfig) -
     given = None if config.path is None else load_tokenizer(config.path, lowercase=config.do_lower_case)
     tokenizer = initial.tokenizer or given
     if tokenizer is None:
-        raise ValueError(
+        raise UserError(
             f"model.init_from={name} holds no {' or '.join(TOKENIZER_FILES)}; save its tokenizer there with "
             f"AutoTokenizer.save_pretrained, or give tokenizer.path"
         )
     if given is not None and not tokenizer.equals(given):
-        raise ValueError(
+        raise UserError(
             f"tokenizer.path={config.path} is another tokenizer than that of model.init_from={name}, to which its weights "
             f"belong; remove the key"
         )
     rows = len(initial.weights["word_embeddings.weight"])
     if tokenizer.vocab_size > rows:
-        raise ValueError(
+        raise UserError(
             f"model.init_from={name} has weights for {rows:,} symbols, and its tokenizer has {tokenizer.vocab_size:,}; give "
             f"the tokenizer that the model was trained with"
         )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...kernels.errors import UserError
 from ...recipes import RECIPES
 from ...recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
 from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
@@ -49,7 +50,7 @@ class Pretrained:
         module = RECIPES[self.model.type].build_model(self.model, LayerFlags(), objective, self.model.vocab_size)
         missing = sorted({name.split(".")[0] for name in module.state_dict().keys() - self.weights.keys()})
         if missing:
-            raise ValueError(f"the weights lack {', '.join(missing)}; give a model with its language-model head")
+            raise UserError(f"the weights lack {', '.join(missing)}; give a model with its language-model head")
         module.load_state_dict({name: self.weights[name].float() for name in module.state_dict()})
         return module.eval()
 
@@ -59,7 +60,7 @@ def from_checkpoint(checkpoint: Path) -> Pretrained:
     state = store.read_state(checkpoint)
     problems = store.damage(checkpoint, state["files"])
     if problems:
-        raise ValueError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
+        raise UserError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
     facts = dict(state["model"])
     task = facts.pop("sentence_task")
     tokenizer = load_tokenizer(checkpoint / "tokenizer")
@@ -75,19 +76,19 @@ def from_folder(folder: Path) -> Pretrained:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
+        raise UserError(
             f"{folder} has no {CONFIG_FILE}; give a folder that transformers or export wrote (load.path takes a run)"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); correct it") from None
+        raise UserError(f"{path} is not JSON ({error}); correct it") from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is a {type(config).__name__}, not an object of keys and values; correct it")
+        raise UserError(f"{path} is a {type(config).__name__}, not an object of keys and values; correct it")
     try:
         model = model_config_of(config)
         weights, left_out = from_huggingface(_read_weights(folder), config)
         _check_weights(model, weights)
     except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from None
+        raise UserError(f"{folder}: {error}") from None
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(folder) if has_tokenizer else None
     return Pretrained(model, sentence_task_of(config), weights, tokenizer, tuple(left_out))
@@ -100,9 +101,7 @@ def open_pretrained(path: Path, checkpoint_id: str | None) -> tuple[Pretrained, 
     """
     if (path / CONFIG_FILE).is_file():
         if checkpoint_id is not None:
-            raise ValueError(
-                f"--id={checkpoint_id}: {path} is an exported model, which has no checkpoints; remove --id"
-            )
+            raise UserError(f"--id={checkpoint_id}: {path} is an exported model, which has no checkpoints; remove --id")
         return from_folder(path), str(path)
     checkpoint = find_checkpoint(path, checkpoint_id)
     return from_checkpoint(checkpoint), str(checkpoint)
@@ -122,9 +121,9 @@ def _check_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     for name, weight in weights.items():
         shape = tuple(expected[name].shape)
         if tuple(weight.shape) != shape:
-            raise ValueError(f"{name} is {tuple(weight.shape)}, and {shape} by {CONFIG_FILE}; give a whole folder")
+            raise UserError(f"{name} is {tuple(weight.shape)}, and {shape} by {CONFIG_FILE}; give a whole folder")
         if not weight.is_floating_point():
-            raise ValueError(f"{name} is {weight.dtype}, as quantized weights are; give the model before quantization")
+            raise UserError(f"{name} is {weight.dtype}, as quantized weights are; give the model before quantization")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -138,11 +137,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             try:
                 state |= load_file(path)
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{path.name} cannot be read ({error}); fetch it again") from None
+                raise UserError(f"{path.name} cannot be read ({error}); fetch it again") from None
         else:
             found: Any = read_file(path)
             if not isinstance(found, dict):
-                raise ValueError(f"{path.name} holds a {type(found).__name__}, not weights by name; fetch it again")
+                raise UserError(f"{path.name} holds a {type(found).__name__}, not weights by name; fetch it again")
             state |= {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     return state
 
@@ -157,7 +156,7 @@ def _weight_files(folder: Path) -> Iterator[Path]:
             try:
                 files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             except (ValueError, KeyError, TypeError, AttributeError):
-                raise ValueError(f"{index.name} does not say which files hold the weights; fetch it again") from None
+                raise UserError(f"{index.name} does not say which files hold the weights; fetch it again") from None
             yield from (folder / file for file in sorted(files))
             return
-    raise ValueError("it holds neither model.safetensors nor pytorch_model.bin; give a folder that does")
+    raise UserError("it holds neither model.safetensors nor pytorch_model.bin; give a folder that does")

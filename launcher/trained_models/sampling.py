@@ -6,6 +6,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from ...kernels.errors import UserError
 from ...recipes.bert.model import BertForPretraining
 from ...recipes.data.tokenizer import RunTokenizer
 from ...recipes.gpt.model import GptForPretraining
@@ -36,7 +37,7 @@ def sample(model: GptForPretraining, tokenizer: RunTokenizer, prompt: str, sampl
     """
     ids = [int(index) for index in tokenizer.encode_batch([prompt])[0]]
     if not ids:
-        raise ValueError("--prompt is empty; give text to go on from")
+        raise UserError("--prompt is empty; give text to go on from")
     generator = torch.Generator().manual_seed(sampling.seed)
     window, end = model.config.max_position_embeddings, tokenizer.special_id("eos")
     for _ in range(sampling.max_new_tokens):
@@ -78,11 +79,11 @@ def fill_mask(model: BertForPretraining, tokenizer: RunTokenizer, text: str, top
     reader = Tokenizer.from_str(tokenizer.tokenizer.to_str())  # unlike that of a run, it reads [MASK] as a symbol
     inner = reader.encode(text.replace(MASK, tokenizer.specials["mask"]), add_special_tokens=False).ids
     if mask_id not in inner:
-        raise ValueError(f"the text has no {MASK}; write it in the place of a word")
+        raise UserError(f"the text has no {MASK}; write it in the place of a word")
     ids = [tokenizer.special_id("cls"), *inner, tokenizer.special_id("sep")]
     limit = model.config.max_position_embeddings
     if len(ids) > limit:
-        raise ValueError(f"the text has {len(ids):,} tokens, the model takes {limit:,}; shorten it")
+        raise UserError(f"the text has {len(ids):,} tokens, the model takes {limit:,}; shorten it")
     input_ids = torch.tensor([ids])
     hidden = model.encode(input_ids)[input_ids == mask_id]
     # rows of the embedding beyond the last symbol mean nothing

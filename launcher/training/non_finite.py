@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...kernels.errors import UserError
 from ..config.schema import ReliabilityConfig
 from ..optim.engine import loss_scale, step_was_skipped
 from ..processes.topology import Topology
@@ -24,7 +25,7 @@ _MOST_NAMES = 4
 Say = Callable[[str], None]
 
 
-class NotFiniteError(ValueError):
+class NotFiniteError(UserError):
     """Training cannot go on with these numbers."""
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ...kernels.errors import UserError
 from ...kernels.parallel.collectives import TensorParallel
 from ...recipes.data.stream import PreparedData, prepare_data
 from ...recipes.data.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
@@ -56,7 +57,7 @@ def check_is_shared(directory: RunDirectory, topology: Topology) -> None:
 
     def look() -> None:
         if not (directory.root / run_lock.NAME).exists():  # the main process has made it
-            raise ValueError(
+            raise UserError(
                 f"output folder {directory.root} is not seen by {platform.node()}; choose an --output_dir on a disk that all "
                 "machines share"
             )
@@ -87,7 +88,7 @@ def open_tokenizer(
             given = config.tokenizer.path
             lowercase = config.tokenizer.do_lower_case
             if given is not None and not tokenizer.equals(load_tokenizer(given, lowercase=lowercase)):
-                raise ValueError(
+                raise UserError(
                     f"tokenizer.path={given} is another tokenizer than that of checkpoint {weights_of}; remove "
                     f"the key to use the checkpoint's"
                 )
@@ -116,12 +117,12 @@ def open_data(
 
     def check() -> None:
         if data.train.num_samples < batch.train_batch_size:
-            raise ValueError(
+            raise UserError(
                 f"data.sources hold {data.train.num_samples:,} training samples, fewer than "
                 f"training.train_batch_size={batch.train_batch_size:,}; add text or make the batch smaller"
             )
         if len(set(fingerprints)) > 1:
-            raise ValueError(
+            raise UserError(
                 "data.sources differ between machines, so their processes would train on different data; "
                 "give all machines the same files"
             )
@@ -142,7 +143,7 @@ def vocabulary_size(config: RunConfig, tokenizer: RunTokenizer) -> int:
         multiple = math.lcm(_VOCAB_MULTIPLE, config.parallel.tensor)
         return -(-symbols // multiple) * multiple
     if wanted < symbols:
-        raise ValueError(
+        raise UserError(
             f"model.vocab_size={wanted:,} is smaller than the tokenizer's {symbols:,} symbols; raise it, or set it to auto"
         )
     return wanted

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ...kernels.errors import UserError
 from ..checkpoint import store
 from ..config.batch import BatchPlan
 from ..config.schema import RunConfig
@@ -52,7 +53,7 @@ def checkpoint_to_load(
 
     def refuse_damage() -> None:
         if problems:
-            raise ValueError(f"{source} is damaged: {', '.join(problems)}; choose another checkpoint")
+            raise UserError(f"{source} is damaged: {', '.join(problems)}; choose another checkpoint")
 
     by_main(topology, refuse_damage)
     return source
@@ -76,7 +77,7 @@ def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
     def set_aside() -> None:
         told = [f"checkpoint {name} is damaged: {', '.join(problems)}" for name, problems in damaged.items()]
         if whole is None:
-            raise ValueError(
+            raise UserError(
                 f"no checkpoint in {folder} can be loaded: {'; '.join(told)}; start anew with --job_name, or bring back a copy"
             )
         for name, text in zip(damaged, told, strict=True):
@@ -119,7 +120,7 @@ def starting_progress(config: RunConfig, state: dict[str, Any], fingerprint: str
     same_data = state["data_fingerprint"] == fingerprint
     if continued:
         if not same_data:
-            raise ValueError(
+            raise UserError(
                 f"run {config.name} stopped at step {saved.step:,} on other data, another sequence length or another seed, so "
                 f"it cannot be continued exactly; start a new run with --job_name and --load_training_checkpoint"
             )

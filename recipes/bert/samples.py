@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ...kernels.errors import UserError
 from ..data.cache import open_or_build, read_array
 from ..data.counter_rng import below, uniform
 from ..data.token_store import Report, TokenStore
@@ -60,7 +61,7 @@ def open_table(
                     file.write(numbers.astype(dtype).tobytes())
                 count += len(block[0])
         if count == 0:
-            raise ValueError(f"data source {store.name}: too little text for one sample; add text")
+            raise UserError(f"data source {store.name}: too little text for one sample; add text")
         report(f"{store.name}: {count:,} samples of up to {seq_length} tokens")
         return {"samples": count}
 
@@ -144,7 +145,7 @@ class BertSamples:
 
     def __post_init__(self) -> None:
         if self.sentence_task == "nsp" and self.store.num_documents < 2:
-            raise ValueError(
+            raise UserError(
                 f"objective.sentence_task=nsp takes partners from other documents, and {self.store.name} is one document; add "
                 f"text, or set sop or none"
             )

@@ -13,6 +13,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...kernels.errors import UserError
+
 VERSION = 1  # raise it when the same interpreter would give other documents
 
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3"}
@@ -43,7 +45,7 @@ def _builtin_documents() -> tuple[str, ...]:
     root = Path(sysconfig.get_path("stdlib"))
     modules = _source_files(root)
     if not modules:
-        raise ValueError(
+        raise UserError(
             f"data.sources kind builtin: this Python has no library sources below {root}; use a Python that ships them, or a "
             f"source of your own"
         )

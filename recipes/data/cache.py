@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 
+from ...kernels.errors import UserError
+
 _MANIFEST = "manifest.json"
 
 
@@ -22,7 +24,7 @@ def cache_folder(given: str | None) -> Path:
             return Path(given).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xformer-train"
     except RuntimeError as error:  # in a container, for one
-        raise ValueError(
+        raise UserError(
             f"data.cache_dir={given}: {str(error).rstrip('.')}; name a folder that can be written"
         ) from None
 
@@ -67,7 +69,7 @@ def open_or_build(
         except OSError as error:
             raise _unusable(folder.parents[1], error) from error
         except NotImplementedError as error:  # filelock's answer to a file system that knows no locks
-            raise ValueError(
+            raise UserError(
                 f"data.cache_dir={folder.parents[1]}: its file system has no file locks; name a folder on another"
             ) from error
         try:
@@ -95,7 +97,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ValueError(
+        raise UserError(
             f"data.cache_dir={folder.parents[1]}: no space left for prepared data; make room or name another folder"
         ) from error
     finally:
@@ -107,12 +109,12 @@ def _checked_facts(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
-        raise ValueError(f"prepared data: {folder / _MANIFEST} is missing or damaged; {remedy}") from None
+        raise UserError(f"prepared data: {folder / _MANIFEST} is missing or damaged; {remedy}") from None
     for name, size in manifest["bytes"].items():
         path = folder / name
         found = path.stat().st_size if path.exists() else 0
         if found != size:
-            raise ValueError(f"prepared data: {path} has {found:,} bytes, must have {size:,}; {remedy}")
+            raise UserError(f"prepared data: {path} has {found:,} bytes, must have {size:,}; {remedy}")
     facts: dict[str, Any] = manifest["facts"]
     return facts
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from ...kernels.errors import UserError
 from ..config import SourceConfig
 from .builtin_text import builtin_documents, builtin_identity
 from .cache import write_atomically
@@ -86,18 +87,18 @@ def _find_files(source: SourceConfig, name: str) -> list[Path]:
     if path.is_dir():
         found = sorted(inner for inner in path.rglob("*") if inner.name.endswith(suffixes) and inner.is_file())
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"data source {name}: the folder holds no {' or '.join(suffixes)} file; name another, or a glob"
             )
         return found
     if glob.has_magic(given):
         found = sorted(inner for inner in map(Path, glob.glob(given, recursive=True)) if inner.is_file())  # noqa: PTH207 - may be absolute
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"data source {name}: no file matches this pattern below {Path.cwd()}; correct data.sources"
             )
         return found
-    raise ValueError(f"data source {name}: there is no such file or folder below {Path.cwd()}; correct data.sources")
+    raise UserError(f"data source {name}: there is no such file or folder below {Path.cwd()}; correct data.sources")
 
 
 def _content_hash(path: Path, memory: Path) -> str:
@@ -121,7 +122,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             try:
                 text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode()
             except UnicodeDecodeError as error:
-                raise ValueError(
+                raise UserError(
                     f"{path}, line {number}: byte {offset + error.start:,} of the file, 0x{line[error.start]:02x}, is not "
                     f"UTF-8; convert the file, for example with iconv"
                 ) from None
@@ -133,7 +134,7 @@ def _sound(file: BinaryIO, path: Path) -> Iterator[bytes]:
     try:
         yield from file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged gzip file ({error}); fetch it again") from None
+        raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from None
 
 
 def _text_documents(path: Path) -> Iterator[str]:
@@ -174,9 +175,9 @@ def _jsonl_documents(path: Path, field: str) -> Iterator[str]:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # an integer of 5,000 digits and brackets 1,000 deep are JSON too
             reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-            raise ValueError(f"{path}, line {number}: not JSON ({reason}); each line must be one JSON object") from None
+            raise UserError(f"{path}, line {number}: not JSON ({reason}); each line must be one JSON object") from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: holds a {type(row).__name__}; each line must be one JSON object")
+            raise UserError(f"{path}, line {number}: holds a {type(row).__name__}; each line must be one JSON object")
         if field not in row:
             raise _no_field(f"{path}, line {number}", field, list(row))
         yield from _checked(row[field], f"{path}, line {number}", field)
@@ -187,11 +188,11 @@ def _checked(value: Any, place: str, field: str) -> Iterator[str]:
     if value is None:
         return
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {field} holds a {type(value).__name__}; data.sources text_field must name text")
+        raise UserError(f"{place}: {field} holds a {type(value).__name__}; data.sources text_field must name text")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # a JSON string may say "\ud83d" alone
-        raise ValueError(
+        raise UserError(
             f"{place}: character {error.start + 1:,} of {field} is half of a surrogate pair, U+{ord(value[error.start]):X}; "
             f"correct the text or leave it out"
         ) from None
@@ -213,7 +214,7 @@ def _open_parquet(path: Path, field: str) -> Any:
     try:
         file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path}: not a parquet file ({error}); correct data.sources") from None
+        raise UserError(f"{path}: not a parquet file ({error}); correct data.sources") from None
     if field not in file.schema_arrow.names:
         raise _no_field(str(path), field, file.schema_arrow.names)
     return file
@@ -228,7 +229,7 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
                 for value in batch.column(0).to_pylist():
                     yield from _checked(value, str(path), field)
         except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: damaged parquet file ({_one_line(error)}); fetch it again") from None
+            raise UserError(f"{path}: damaged parquet file ({_one_line(error)}); fetch it again") from None
 
 
 def _open_dataset(source: SourceConfig, name: str) -> Source:
@@ -241,7 +242,7 @@ def _open_dataset(source: SourceConfig, name: str) -> Source:
             dataset = datasets.load_from_disk(path)
             if isinstance(dataset, dict):
                 if source.split not in dataset:
-                    raise ValueError(f'Unknown split "{source.split}". Should be one of {list(dataset)}.')
+                    raise UserError(f'Unknown split "{source.split}". Should be one of {list(dataset)}.')
                 dataset = dataset[source.split]
         else:
             dataset = datasets.load_dataset(path, source.subset, split=source.split, streaming=source.streaming)

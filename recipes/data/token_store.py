@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from ...kernels.errors import UserError
 from .cache import open_or_build, read_array
 from .sources import Source, is_held_out
 from .tokenizer import RunTokenizer, pieces
@@ -102,10 +103,10 @@ def tokenise(
 
 def _check_parts(name: str, num_train: int, num_held_out: int, held_out: float) -> None:
     if num_train + num_held_out == 0:
-        raise ValueError(f"data source {name}: there is no text in it; add text or name another source")
+        raise UserError(f"data source {name}: there is no text in it; add text or name another source")
     if held_out > 0 and 0 in (num_train, num_held_out):
         which = "none" if num_held_out == 0 else "all"
-        raise ValueError(
+        raise UserError(
             f"data.validation_fraction={held_out} holds out {which} of the {num_train + num_held_out:,} documents of {name}; "
             f"change it, or give held-out text as data.validation"
         )

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from ...kernels.errors import UserError
 from ..config import DataConfig, TokenizerConfig
 from .cache import cache_folder, open_or_build
 from .sources import Source, is_held_out, open_source
@@ -155,7 +156,7 @@ def check_suits(model_type: Literal["bert", "gpt"], tokenizer: RunTokenizer, pat
     missing = [name for name in _NEEDED[model_type] if name not in tokenizer.specials]
     if missing:
         names = " and ".join(f'"{name}_token"' for name in missing)
-        raise ValueError(
+        raise UserError(
             f"tokenizer.path={path}: a {model_type} needs {', '.join(missing)} among the special tokens, and this tokenizer "
             f"has {', '.join(tokenizer.specials) or 'none'}; name {names} in a tokenizer_config.json beside tokenizer.json, or "
             f"remove tokenizer.path to train one"
@@ -173,12 +174,12 @@ def load_tokenizer(path: str | Path, *, lowercase: bool = True) -> RunTokenizer:
     if path.is_dir():
         found = [path / name for name in (_TOKENIZER_FILE, "vocab.txt") if (path / name).is_file()]
         if not found:
-            raise ValueError(
+            raise UserError(
                 f"tokenizer.path={path}: it holds neither tokenizer.json nor vocab.txt; name a folder that does"
             )
         path = found[0]
     if not path.is_file():
-        raise ValueError(
+        raise UserError(
             f"tokenizer.path={path}: there is no such file or folder; correct it, or remove it to train one"
         )
     settings = _read_settings(path.with_name(_SPECIALS_FILE))
@@ -188,7 +189,7 @@ def load_tokenizer(path: str | Path, *, lowercase: bool = True) -> RunTokenizer:
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the only type that `tokenizers` raises
-            raise ValueError(f"tokenizer.path={path}: not a tokenizer file ({error})") from error
+            raise UserError(f"tokenizer.path={path}: not a tokenizer file ({error})") from error
     return _prepared(tokenizer, settings)
 
 
@@ -198,9 +199,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"tokenizer.path: {path} is not JSON ({error}); correct or remove it") from None
+        raise UserError(f"tokenizer.path: {path} is not JSON ({error}); correct or remove it") from None
     if not isinstance(settings, dict):
-        raise ValueError(f"tokenizer.path: {path} must be one JSON object, not a {type(settings).__name__}; correct it")
+        raise UserError(f"tokenizer.path: {path} must be one JSON object, not a {type(settings).__name__}; correct it")
     return settings
 
 
@@ -235,9 +236,9 @@ def _from_vocabulary(path: Path, *, lowercase: bool) -> Tokenizer:
     try:
         tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"tokenizer.path={path}: byte {error.start:,} is not UTF-8; convert the file") from None
+        raise UserError(f"tokenizer.path={path}: byte {error.start:,} is not UTF-8; convert the file") from None
     if "[UNK]" not in tokens:
-        raise ValueError(f"tokenizer.path={path}: the vocabulary has no [UNK]; it must be BERT's, one token per line")
+        raise UserError(f"tokenizer.path={path}: the vocabulary has no [UNK]; it must be BERT's, one token per line")
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return _wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]"), lowercase=lowercase)
 
@@ -278,7 +279,7 @@ def train_tokenizer(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bpe" else []
     smallest = len(alphabet) + len(specials)
     if config.vocab_size <= smallest:
-        raise ValueError(
+        raise UserError(
             f"tokenizer.vocab_size={config.vocab_size}: a new {kind} tokenizer needs more than {smallest} symbols"
         )
     report(f"training a {kind} tokenizer of {config.vocab_size:,} symbols")
@@ -295,7 +296,7 @@ def train_tokenizer(
         trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
     tokenizer.train_from_iterator(_counted(documents), trainer)
     if tokenizer.get_vocab_size() > config.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"tokenizer.vocab_size={config.vocab_size}: too few for the characters of the text; set at least "
             f"{tokenizer.get_vocab_size()}"
         )
@@ -312,7 +313,7 @@ def _counted(documents: Iterable[str]) -> Iterator[str]:
         empty = False
         yield document
     if empty:
-        raise ValueError("data.sources hold no text to train a tokenizer on; add text")
+        raise UserError("data.sources hold no text to train a tokenizer on; add text")
 
 
 def _byte_symbols() -> dict[str, int]:

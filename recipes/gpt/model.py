@@ -6,6 +6,7 @@ Source: Radford et al., Language Models are Unsupervised Multitask Learners (GPT
 import torch
 from torch import Tensor, nn
 
+from ...kernels.errors import UserError
 from ...kernels.ops.attention.attention import AttentionMask
 from ...kernels.ops.dropout import draw_seed
 from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
@@ -37,7 +38,7 @@ class GptForPretraining(nn.Module):
     ) -> None:
         super().__init__()
         if not model.pre_layer_norm:
-            raise ValueError("model.pre_layer_norm=false: GPT is a pre-LN model; set it to true")
+            raise UserError("model.pre_layer_norm=false: GPT is a pre-LN model; set it to true")
         self.config, self.kernels, self.parallel = model, layer.kernels, runtime.parallel
         self.word_embeddings = nn.Embedding(vocab_size, model.hidden_size)
         self.position_embeddings = nn.Embedding(model.max_position_embeddings, model.hidden_size)

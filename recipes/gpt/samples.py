@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...kernels.errors import UserError
 from ...kernels.ops.choices import IGNORED
 from ..data.token_store import TokenStore
 
@@ -20,7 +21,7 @@ class GptSamples:
 
     def __post_init__(self) -> None:
         if len(self) == 0:
-            raise ValueError(
+            raise UserError(
                 f"data source {self.store.name}: holds {len(self.store.tokens):,} tokens, fewer than one sample of "
                 f"data.max_seq_length={self.seq_length}; add text or make it shorter"
             )

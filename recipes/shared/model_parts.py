@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import LayerConfig, LayerStack
+from ...kernels.errors import UserError
 from ...kernels.fp8.linear import fp8_path
 from ...kernels.ops.attention.attention import LARGEST_TRITON_HEAD
 from ...kernels.ops.linear import cpu_library
@@ -56,7 +57,7 @@ def shard_vocabulary(model: nn.Module, names: Sequence[str], vocab_size: int, gr
     Raises ValueError if the processes cannot share vocab_size equally.
     """
     if vocab_size % group_size(group):
-        raise ValueError(
+        raise UserError(
             f"vocab_size={vocab_size} is not divisible by the {group_size(group)} processes of tensor parallelism; pad the "
             f"vocabulary to a multiple of {group_size(group)}"
         )
@@ -120,7 +121,7 @@ def normalized(hidden: Tensor, by: nn.LayerNorm, kernels: Kernels) -> Tensor:
 def check_positions(input_ids: Tensor, limit: int) -> None:
     """Raises ValueError when a sequence is longer than the position embedding."""
     if input_ids.shape[1] > limit:
-        raise ValueError(
+        raise UserError(
             f"input_ids has {input_ids.shape[1]} positions, max_position_embeddings={limit}; shorten the sequences or "
             f"build the model with more positions"
         )

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ...kernels.errors import UserError
 from ..config import ModelConfig
 
 _PROJECTION_WEIGHTS = (".qkv.weight", ".attention_output.weight", ".intermediate.weight", ".output.weight")
@@ -205,7 +206,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a config.json. Raises ValueError, naming those there are, if no model of ours computes it."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in _ARCHITECTURES:
-        raise ValueError(
+        raise UserError(
             f"config.json has model_type {model_type!r}, and only {', '.join(_ARCHITECTURES)} compute what a model here does"
         )
     return _ARCHITECTURES[model_type]
@@ -218,7 +219,7 @@ def architecture_for(model: ModelConfig) -> Architecture:
     if not model.pre_layer_norm:
         return _BERT
     if model.hidden_act != "gelu":
-        raise ValueError(
+        raise UserError(
             f"no architecture of transformers computes a pre-LN BERT with model.hidden_act={model.hidden_act}: the head of "
             f"roberta-prelayernorm has gelu; such runs can be exported with pre_layer_norm=false or hidden_act=gelu"
         )

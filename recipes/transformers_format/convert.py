@@ -10,6 +10,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ...kernels.errors import UserError
 from ..bert.model import NUM_TOKEN_TYPES
 from ..config import ModelConfig
 from ..data.tokenizer import RunTokenizer
@@ -54,7 +55,7 @@ def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
     if architecture.positions_after_pad and not isinstance(config.get("pad_token_id", 0), int):
         obstacles.append(f"pad_token_id is {config['pad_token_id']!r}, but positions are counted from it")
     if obstacles:
-        raise ValueError(f"config.json describes what no model here computes: {'; '.join(obstacles)}")
+        raise UserError(f"config.json describes what no model here computes: {'; '.join(obstacles)}")
     positions, width = found["max_position_embeddings"], found["hidden_size"]
     if isinstance(positions, int):  # any other value is refused below, as every value of another type
         found["max_position_embeddings"] = positions - architecture.first_position(config)
@@ -70,7 +71,7 @@ def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
         return ModelConfig(**found)
     except ValidationError as error:
         wrong = [f"{problem['loc'][0]} is {problem['input']!r}" for problem in error.errors()]
-        raise ValueError(f"config.json describes no model: {', '.join(dict.fromkeys(wrong))}") from None
+        raise UserError(f"config.json describes no model: {', '.join(dict.fromkeys(wrong))}") from None
 
 
 def sentence_task_of(config: Mapping[str, Any]) -> str:
@@ -153,7 +154,7 @@ def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
             taken.update(parts)
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ValueError(f"the weights lack {shown}, which a {architecture.model_type} has")
+        raise UserError(f"the weights lack {shown}, which a {architecture.model_type} has")
     positions = converted["position_embeddings.weight"]
     converted["position_embeddings.weight"] = positions[architecture.first_position(config) :]
     if architecture.ours == "bert":
@@ -168,7 +169,7 @@ def _joined(parts: tuple[str, ...], state: Mapping[str, Tensor]) -> Tensor:
         return state[parts[0]]
     shapes = {part: tuple(state[part].shape) for part in parts}
     if len(set(shapes.values())) > 1:
-        raise ValueError(
+        raise UserError(
             f"the weights {', '.join(f'{part} {shape}' for part, shape in shapes.items())} must have one shape"
         )
     return torch.cat([state[part] for part in parts])

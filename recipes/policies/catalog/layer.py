@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ....kernels.errors import UserError
+
 LAYOUTS = ("concat", "interleaved")
 
 
@@ -37,13 +39,13 @@ class Layer:
 
     def __post_init__(self) -> None:
         if self.weight is None and self.bias is None:
-            raise ValueError("a Layer names neither weight nor bias; give the path of one at least")
+            raise UserError("a Layer names neither weight nor bias; give the path of one at least")
         if self.n_fused is not None and (self.n_fused < 1 or self.parts is not None):
-            raise ValueError(
+            raise UserError(
                 f"{self.weight}: n_fused is {self.n_fused}; it must be 1 or more, and stand without parts, which says the same"
             )
         if self.layout not in LAYOUTS:
-            raise ValueError(f"{self.weight}: layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}")
+            raise UserError(f"{self.weight}: layout is {self.layout!r}; it must be one of {', '.join(LAYOUTS)}")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from ....kernels.errors import UserError
 from . import decoders, encoder_decoders, encoders, vision_speech
 from .policy import Policy
 from .shipped_policy import ShippedPolicy
@@ -18,7 +19,7 @@ def policies_for(model: nn.Module) -> list[type[Policy]]:
     found = {policy: None for module in model.modules() if (policy := _policy_of(type(module))) is not None}
     if not found:
         models = sorted({policy.layer_class.split(".")[0] for policy in SHIPPED.values()})
-        raise ValueError(
+        raise UserError(
             f"no policy is shipped for {type(model).__name__}; write one and give it as policy (docs/huggingface.md shows "
             f"how), or use one of these models: {', '.join(models)}"
         )
@@ -40,11 +41,9 @@ def resolve_policies(model: nn.Module, policy: Policies) -> list[type[Policy]]:
     policies = list(policy) if isinstance(policy, Sequence) else [policy]
     for one in policies:
         if not isinstance(one, type) or not issubclass(one, Policy):
-            raise ValueError(f"policy is {one!r}, not a class derived from xformer_train.recipes.policies.Policy")
+            raise UserError(f"policy is {one!r}, not a class derived from xformer_train.recipes.policies.Policy")
         if not isinstance(one.original_layer_class(), type):
-            raise ValueError(
-                f"{one.__name__} has no original_layer_class that returns the class of its layers; add one"
-            )
+            raise UserError(f"{one.__name__} has no original_layer_class that returns the class of its layers; add one")
     return policies
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ....kernels.errors import UserError
 from .layer import Layer
 from .policy import Policy
 
@@ -28,11 +29,11 @@ def policy_of_plan(config: Any) -> type[Policy]:
     name = type(config).__name__
     plan: dict[str, str] | None = getattr(config, "base_model_tp_plan", None)
     if not plan:
-        raise ValueError(f"{name} carries no base_model_tp_plan; write a policy (docs/huggingface.md shows how)")
+        raise UserError(f"{name} carries no base_model_tp_plan; write a policy (docs/huggingface.md shows how)")
     unknown = sorted({style for style in plan.values() if style not in _STYLES})
     stacks = {path.split(".*.")[0] for path in plan}
     if unknown or len(stacks) != 1 or not all(".*." in path for path in plan):
-        raise ValueError(
+        raise UserError(
             f"the plan of {name} has styles {', '.join(unknown) or 'outside one list of layers'}; a policy can be made of "
             f"{', '.join(_STYLES)} on the layers of one list"
         )

@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ....kernels.errors import UserError
+
 
 def check_first_forward(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Lets the model's first forward in training, and in evaluation, raise ValueError on all processes, if not all of the
@@ -26,12 +28,12 @@ def check_first_forward(model: nn.Module, group: dist.ProcessGroup) -> None:
         dist.all_gather(everyones, mine, group)
         same_inputs, same_generator = (torch.stack(everyones) == everyones[0]).all(0).tolist()
         if not same_inputs:
-            raise ValueError(
+            raise UserError(
                 "the processes that share this model were given different batches; give all of a tensor-parallel group the "
                 "same one, for example by a sampler that counts groups, not processes"
             )
         if not same_generator:
-            raise ValueError(
+            raise UserError(
                 "the processes that share this model would drop different hidden states; seed torch alike on all of a "
                 "tensor-parallel group"
             )

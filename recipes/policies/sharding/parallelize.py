@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ....kernels.errors import UserError
 from ....kernels.parallel.collectives import TensorParallel
 from ..catalog.lookup import Policies, resolve_policies
 from ..catalog.paths import owner_of
@@ -52,15 +53,15 @@ def parallelize(model: nn.Module, num_gpus: int, fp16: bool = False, policy: Pol
     interrupted, all are ended. Threads may call at the same time and take turns.
     """
     if num_gpus < 1:
-        raise ValueError(f"num_gpus is {num_gpus}; it must be 1 or more")
+        raise UserError(f"num_gpus is {num_gpus}; it must be 1 or more")
     devices = {parameter.device.type for parameter in model.parameters()}
     if devices != {"cpu"}:
-        raise ValueError(f"the model is on {', '.join(sorted(devices))}; call model.cpu() before parallelize")
+        raise UserError(f"the model is on {', '.join(sorted(devices))}; call model.cpu() before parallelize")
     available = torch.cuda.device_count()
     if 0 < available < num_gpus:
-        raise ValueError(f"num_gpus is {num_gpus}, this machine has {available}; give at most {available}")
+        raise UserError(f"num_gpus is {num_gpus}, this machine has {available}; give at most {available}")
     if "forward" in vars(model):
-        raise ValueError("the model is parallelized already; call model.cpu() first")
+        raise UserError("the model is parallelized already; call model.cpu() first")
     policies = resolve_policies(model, policy)
     make_plan(model, policies, num_gpus)  # so that its errors come before processes do
     return Workers(model, num_gpus, fp16, policies)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ....kernels.errors import UserError
 from ....kernels.parallel.sharding import Partition, is_sharded
 from ..catalog.layer import Layer
 from ..catalog.paths import closest, dotted, first_missing, get, owner_of, split_last
@@ -98,7 +99,7 @@ class _Planner:
 
     def plan(self, policies: Sequence[type[Policy]]) -> Plan:
         if any(is_sharded(parameter) for parameter in self.model.parameters()):
-            raise ValueError(f"this {type(self.model).__name__} is sharded already; shard a model once")
+            raise UserError(f"this {type(self.model).__name__} is sharded already; shard a model once")
         places = [place for policy in policies for place in self._places(policy)]
         plan = Plan(
             [self._fill(place) for place in places],
@@ -310,7 +311,7 @@ class _Planner:
             return
         common = functools.reduce(math.gcd, self.counts, 0)
         sizes = ", ".join(str(size) for size in range(1, common + 1) if common % size == 0)
-        raise ValueError(
+        raise UserError(
             f"{type(self.model).__name__} cannot be sharded over {self.size} processes by its policy:\n"
             + problem_list(self.problems, self.model)
             + f"\nvalid tensor-parallel sizes: {sizes or 'any'}"

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ....kernels.errors import UserError
 from ....kernels.parallel.collectives import (
     Group,
     TensorParallel,
@@ -34,7 +35,7 @@ def check_sequence_parallel(plan: Plan) -> None:
             reason = "layerdrop may leave out the layers that divide and join the sequence; set it to 0"
     if reason is not None:
         models = sorted({policy.layer_class.split(".")[0] for policy in SHIPPED.values() if policy.norms()})
-        raise ValueError(
+        raise UserError(
             f"sequence_parallel=True: {reason}; leave it out, or use one of these models without cross-attention: "
             f"{', '.join(models)}"
         )
@@ -89,6 +90,6 @@ def _on_input(function: Any) -> Any:
 def _refuse_hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     asked = kwargs.get("output_hidden_states")
     if asked or (asked is None and getattr(getattr(module, "config", None), "output_hidden_states", False)):
-        raise ValueError(
+        raise UserError(
             "output_hidden_states=True: with sequence_parallel=True a layer gives this process's tokens only; leave one out"
         )

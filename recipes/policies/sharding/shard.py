@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....kernels.errors import UserError
 from ....kernels.parallel.collectives import TensorParallel, sum_gradient_over
 from ....kernels.parallel.sharding import is_sharded, mark_sharded, take_shard
 from ..catalog.lookup import Policies, resolve_policies
@@ -52,7 +53,7 @@ def shard(
     sequence_parallel for a model that does not support it, and one for all rules that do not fit.
     """
     if tp_group is None:
-        raise ValueError(
+        raise UserError(
             "tp_group is None; give the process group that shares the model, torch.distributed.group.WORLD for all processes"
         )
     plan = make_plan(model, resolve_policies(model, policy), tp_group.size())
@@ -89,7 +90,7 @@ def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
 def _save_whole(model: Any, *args: Any, state_dict: dict[str, Tensor] | None = None, **kwargs: Any) -> None:
     """`save_pretrained`, which would by itself write one process's shards as if they were the model."""
     if state_dict is None:
-        raise ValueError(
+        raise UserError(
             f"this {type(model).__name__} is sharded; on every process, call "
             "save_pretrained(folder, state_dict=full_state_dict(model, group))"
         )

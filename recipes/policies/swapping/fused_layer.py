@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ....kernels.errors import UserError
 from ....kernels.layers.layer import ATTENTION_OUTPUT_SITE, Join, LayerConfig, Pass, TransformerLayer
 from ....kernels.ops.attention.attention import AttentionMask
 from ....kernels.parallel.collectives import TensorParallel
@@ -140,7 +141,7 @@ class FusedLayer(nn.Module):
         mask, cache = given.pop("attention_mask", None), self._pop_cache(given)
         for name, value in given.items():
             if value is not None and value is not False and name not in _WITHOUT_INFLUENCE:
-                raise ValueError(
+                raise UserError(
                     f"{name} was given to a fused {type(self).__name__}, which cannot honour it; leave it out, or call "
                     f"revert(model) first"
                 )
@@ -168,7 +169,7 @@ class FusedLayer(nn.Module):
             return None
         cache = given.pop(name)
         if self.swapped.layer_idx is None or hasattr(cache, "cross_attention_cache"):
-            raise ValueError(
+            raise UserError(
                 f"{name} is a {type(cache).__name__}, which a fused {type(self).__name__} cannot use; leave it out, or call "
                 f"revert(model) first"
             )
@@ -216,7 +217,7 @@ class MovedModule:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # of protocols, as copy's
             raise AttributeError(name)
-        raise ValueError(
+        raise UserError(
             f"there is no {self._path}.{name}: swap(model) made one fused layer of the modules; revert(model) brings them "
             f"back, which shard(model, group) too needs: shard a model first, then swap it"
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....kernels.errors import UserError
 from ....kernels.ops.attention.attention import AttentionMask
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -35,7 +36,7 @@ class LayerMasks:
         """Raises ValueError for one whose masks are not known here."""
         name = getattr(self._config, "_attn_implementation", None) or "sdpa"  # that of a model without the choice
         if name not in IMPLEMENTATIONS:
-            raise ValueError(
+            raise UserError(
                 f"attn_implementation is {name!r}; fused layers know the masks of {', '.join(IMPLEMENTATIONS)}, so call "
                 f"model.set_attn_implementation('sdpa')"
             )
@@ -115,7 +116,7 @@ class LayerMasks:
         if not fits:
             kind = "(B, S) of ones and zeros" if flash else "(B, 1, S, S) of what is added to the scores"
             kind += ", or bool with True where a query sees a key" if implementation == "sdpa" else ""
-            raise ValueError(
+            raise UserError(
                 f"attention_mask is {given.dtype} {tuple(given.shape)} for {batch} x {size} tokens and {length} keys; with "
                 f"attn_implementation {implementation!r} give it as {kind}"
             )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....kernels.errors import UserError
 from ....kernels.layers.layer import LayerConfig
 from ....kernels.ops.attention.attention import AttentionMask
 from ....kernels.ops.choices import Activation
@@ -87,9 +88,9 @@ class _Planner:
     def plan(self, policies: Sequence[type[Policy]]) -> list[SwapPlace]:
         name = type(self.model).__name__
         if any(isinstance(module, FusedLayer) for module in self.model.modules()):
-            raise ValueError(f"this {name} is swapped already; call revert(model) before another swap")
+            raise UserError(f"this {name} is swapped already; call revert(model) before another swap")
         if any(isinstance(one, Sharded) and one.parallel.divides_tokens for one in self.model.modules()):
-            raise ValueError(
+            raise UserError(
                 f"this {name} is sharded with sequence_parallel=True, which fused layers cannot take over; leave it out, or "
                 f"do not swap"
             )
@@ -308,7 +309,7 @@ class _Planner:
         models = sorted(
             {policy.layer_class.split(".")[0] for policy in SHIPPED.values() if policy.describe is not Policy.describe}
         )
-        raise ValueError(
+        raise UserError(
             f"{type(self.model).__name__} cannot be swapped:\n"
             + problem_list(self.problems, self.model)
             + "\nsupported: layers of self-attention and "

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ....kernels.errors import UserError
 from ....kernels.parallel.sharding import partitions_of
 from ..catalog.lookup import Policies, resolve_policies
 from .fused_layer import FusedLayer, MovedModule, Swapped, fused_class, set_parameter, stock_parameters
@@ -51,9 +52,9 @@ def revert(model: nn.Module) -> int:
     """
     layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
     if not layers:
-        raise ValueError(f"this {type(model).__name__} is not swapped; there is nothing to revert")
+        raise UserError(f"this {type(model).__name__} is not swapped; there is nothing to revert")
     if any(hasattr(parameter, "ds_id") for layer in layers for parameter in layer.parameters()):
-        raise ValueError(
+        raise UserError(
             f"DeepSpeed's ZeRO stage 3 has partitioned this {type(model).__name__}; load its gathered weights into a model "
             f"that is not, and revert that"
         )
@@ -98,7 +99,7 @@ def _revert_layer(layer: Any) -> None:
 def _refuse_attentions(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     asked = kwargs.get("output_attentions")
     if asked or (asked is None and getattr(module.config, "output_attentions", False)):
-        raise ValueError(
+        raise UserError(
             "output_attentions=True: fused layers keep no attention probabilities; leave it out, or call revert(model) first"
         )
 
