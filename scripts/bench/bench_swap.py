@@ -27,7 +27,7 @@ from bench_device import default_device, machine_line, synchronize
 from torch import Tensor, nn
 
 from xformer_train.kernels.layers.saved_activations import count_saved_bytes
-from xformer_train.recipes.policies.swapping import swap
+from xformer_train.recipes.policies import swap
 
 WARMUP_TURNS = 2  # the first compiles the kernels and makes the optimizer's state
 

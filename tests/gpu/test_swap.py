@@ -6,8 +6,7 @@ import pytest
 import torch
 from helpers.hf_swap import build, inputs, logits_of, pretrain_inputs, with_gradients
 
-from xformer_train.recipes.policies import revert
-from xformer_train.recipes.policies.swapping import swap
+from xformer_train.recipes.policies import revert, swap
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+BENCHMARKS = Path(__file__).parents[2] / "scripts" / "bench"
 
 
 @pytest.fixture
 def bench(monkeypatch):
-    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     module = importlib.import_module("bench_swap")
     small = {"vocab_size": 50, "hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 48}
     cases = {"small": module.Case("BertForMaskedLM", small, 2, 16, padded=True)}

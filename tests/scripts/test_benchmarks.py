@@ -14,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts"
+BENCHMARKS = SCRIPTS / "bench"
 
 
 @pytest.fixture
 def script(monkeypatch):
     """Imports a script by name, as its neighbours in the folder do."""
-    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.syspath_prepend(BENCHMARKS)
     return importlib.import_module
 
 
