@@ -1,15 +1,18 @@
-"""The table of test_aot.py: launches that between them pick every kernel variant of the sizes that people train.
+"""Launches that between them pick every kernel variant of the sizes that people train.
 
-A row calls a launch function with CPU tensors, as training would with CUDA tensors; test_aot.py compiles what it launches.
-Number of rows of a tensor do not select a variant, so they are small here.
+A case calls a launch function with CPU tensors, as training would with CUDA tensors; scripts/bench/count_instructions.py
+compiles what it launches. Numbers of rows of a tensor do not select a variant, so they are small here.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from xformer_train.kernels.fp8.cast_triton import quantize
+from xformer_train.kernels.fp8.mlp_triton import gelu_backward_quantize, gelu_quantize
 from xformer_train.kernels.ops.attention import attention_backward_triton, attention_triton
 from xformer_train.kernels.ops.loss import cross_entropy_triton
 from xformer_train.kernels.ops.mlp import mlp_triton
@@ -21,6 +24,7 @@ VOCAB_SIZES = (30522, 30528, 50257, 50304)  # as BERT and GPT-2 were published, 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROWS = 64
 _SEED = torch.tensor(1)
+_FP8_CAPABILITY = 89
 
 
 @dataclass(frozen=True)
@@ -37,13 +41,15 @@ class Case:
     narrow_kernels: frozenset[str] = frozenset()
 
 
-def cases() -> Iterator[Case]:
-    """All rows."""
+def cases(capability: int) -> Iterator[Case]:
+    """All cases of a GPU of this compute capability, times ten."""
     yield from _residual_norm_cases()
     yield from _mlp_cases()
     yield from _cross_entropy_cases()
     yield from _attention_cases()
     yield from _stack_cases()
+    if capability >= _FP8_CAPABILITY:
+        yield from _fp8_cases()
 
 
 def _sizes() -> Iterator[tuple[str, int, torch.dtype]]:
@@ -201,3 +207,25 @@ def _stack_cases() -> Iterator[Case]:
     yield Case("norms of two layers", norms)
     yield Case("additions of two layers", adds)
     yield Case("attention of two layers", attention, dot_kernels=_ATTENTION_DOTS)
+
+
+def _fp8_cases() -> Iterator[Case]:
+    fp8_dtypes, layouts = (torch.float8_e4m3fn, torch.float8_e5m2), ((True, True), (True, False), (False, True))
+    products = itertools.product
+    for fp8_dtype, (name, dtype), delayed, (rows, columns) in products(
+        fp8_dtypes, DTYPES.items(), (True, False), layouts
+    ):
+        x, scale = torch.empty(_ROWS, 1024, dtype=dtype), torch.ones(()) if delayed else None
+        yield Case(
+            f"quantize {name} to {fp8_dtype} delayed={delayed} rows={rows} columns={columns}",
+            partial(quantize, x, scale, None, fp8_dtype, rows, columns),
+        )
+    for (name, dtype), delayed, activation in products(DTYPES.items(), (True, False), ("gelu", "gelu_tanh")):
+        f, scale = torch.empty(_ROWS, 1024, dtype=dtype), torch.ones(()) if delayed else None
+        for rows, columns in layouts if dtype == torch.bfloat16 else layouts[:1]:
+            ending = f"{activation} {name} delayed={delayed} rows={rows} columns={columns}"
+            if rows:
+                forward = partial(gelu_quantize, f, scale, activation, fp8_dtypes[0], columns)
+                yield Case(f"quantize {ending}", forward)
+            backward = partial(gelu_backward_quantize, f, f, scale, activation, fp8_dtypes[1], rows, columns)
+            yield Case(f"backward quantize {ending}", backward)
