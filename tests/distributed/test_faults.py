@@ -128,7 +128,7 @@ def test_a_process_that_hangs_in_python_is_named_with_its_line(config):
         assert [process.wait(timeout=100) for process in pair.processes] == [1, 1], pair.texts()
     text = pair.texts()[0] + pair.texts()[1]
     assert text.count("the run hangs") == 1, "one process speaks"
-    assert "is in for_ever (distributed/workers/faults.py:" in text
+    assert "is in for_ever (workers/faults.py:" in text
     assert "the others wait for rank 1" in text
     assert "waits in all_reduce (launcher/processes/topology.py:" in text
     assert "for_ever" in pair.log(1)

@@ -13,7 +13,7 @@ import torch
 from helpers.hf_models import MODELS, cache_of
 from helpers.own_policies import MODELS_WITH_POLICIES, GroupedPolicy
 
-from xformer_train.recipes.policies.sharding import parallelize
+from xformer_train.recipes.policies import parallelize
 from xformer_train.recipes.policies.sharding.parallelize import _failure
 from xformer_train.recipes.policies.swapping.fused_layer import CACHE_NAMES
 

@@ -16,6 +16,7 @@ from xformer_train.kernels.ops.loss.vocab_parallel import (
     vocab_parallel_embedding,
     vocab_parallel_linear_cross_entropy,
 )
+from xformer_train.kernels.ops.parallel_linear import column_parallel_linear, row_parallel_linear
 from xformer_train.kernels.parallel import collectives as tp
 from xformer_train.kernels.parallel.sharding import (
     Partition,
@@ -117,7 +118,7 @@ def test_one_process_pays_nothing(group):
     ):
         assert function(x, group) is x
     weight, bias = torch.randn(5, 3), nn.Parameter(torch.randn(5))
-    for function in (tp.column_parallel_linear, tp.row_parallel_linear):
+    for function in (column_parallel_linear, row_parallel_linear):
         assert torch.equal(function(x, weight, bias, group, sequence_parallel=True), linear(x, weight, bias))
     tp.sum_gradient_over(bias, group)
     assert not bias.sequence_parallel
@@ -290,11 +291,11 @@ def test_wrong_use_is_said_in_one_sentence():
         (lambda: tp.scatter_to_group(x, two), "dim -1 of x is 3, which the 2 processes"),
         (lambda: tp.reduce_scatter_to_sequence(x, two), "dim 0 of x is 7, which the 2 processes"),
         (
-            lambda: tp.row_parallel_linear(x, torch.zeros(4, 3), None, two, sequence_parallel=True),
+            lambda: row_parallel_linear(x, torch.zeros(4, 3), None, two, sequence_parallel=True),
             "sequence.* is 7, which",
         ),
-        (lambda: tp.column_parallel_linear(x, torch.zeros(4, 5), None, two), r"x is \(7, 3\), .*weight is \(4, 5\)"),
-        (lambda: tp.column_parallel_linear(x[0], torch.zeros(4, 3), None, two), r"x is \(3,\)"),
+        (lambda: column_parallel_linear(x, torch.zeros(4, 5), None, two), r"x is \(7, 3\), .*weight is \(4, 5\)"),
+        (lambda: column_parallel_linear(x[0], torch.zeros(4, 3), None, two), r"x is \(3,\)"),
         (
             lambda: vocab_parallel_embedding(torch.zeros(7, dtype=torch.long), x, two, sequence_parallel=True),
             "input_ids, is 7, which",

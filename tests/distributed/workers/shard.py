@@ -18,8 +18,7 @@ from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels.parallel.sharding import join_shards, partitions_of
-from xformer_train.recipes.policies import full_state_dict
-from xformer_train.recipes.policies.sharding import shard
+from xformer_train.recipes.policies import full_state_dict, shard
 
 Results = dict[str, Any]
 ALL = MODELS | MODELS_WITH_POLICIES

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 
 from xformer_train.launcher.optim.engine import build_engine, grad_norm
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
-from xformer_train.recipes.policies import full_state_dict
-from xformer_train.recipes.policies.sharding import shard
-from xformer_train.recipes.policies.swapping import swap
+from xformer_train.recipes.policies import full_state_dict, shard, swap
 
 STEPS, REPLICAS, CLIPPING = 3, 2, 0.5  # clipping acts: the norms are above 1
 

@@ -12,9 +12,7 @@ from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels.parallel.sharding import is_sharded, partitions_of
-from xformer_train.recipes.policies import full_state_dict, revert
-from xformer_train.recipes.policies.sharding import shard
-from xformer_train.recipes.policies.swapping import swap
+from xformer_train.recipes.policies import full_state_dict, revert, shard, swap
 
 NAMES = ("bert", "roberta", "electra", "distilbert", "gpt2")
 

@@ -12,7 +12,7 @@ from helpers.spawn import PATIENCE_S
 from torch import Tensor
 
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
-from xformer_train.recipes.policies.swapping import swap
+from xformer_train.recipes.policies import swap
 
 
 def worker(stages: list[int]) -> dict[int, tuple[list[float], dict[str, Tensor], dict[str, Tensor]]]:

@@ -18,6 +18,7 @@ from xformer_train.kernels.ops.choices import IGNORED
 from xformer_train.kernels.ops.dropout import keep_mask
 from xformer_train.kernels.ops.loss import cross_entropy, vocab_parallel
 from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
+from xformer_train.kernels.ops.parallel_linear import column_parallel_linear, row_parallel_linear
 from xformer_train.kernels.parallel import collectives as tensor_parallel
 from xformer_train.kernels.parallel.sharding import initialize_sharded, join_shards, partitions_of
 from xformer_train.kernels.te.rng_tracker import RngStatesTracker, draw_dropout_seeds, seed_tensor_parallel
@@ -100,7 +101,7 @@ def collective_pairs(group: dist.ProcessGroup) -> Triples:
 
 def linear_layers(group: dist.ProcessGroup) -> Triples:
     size = group.size()
-    column, row = tensor_parallel.column_parallel_linear, tensor_parallel.row_parallel_linear
+    column, row = column_parallel_linear, row_parallel_linear
     for dtype, function, parallel, biased in cases(DTYPES, (column, row), (False, True), (False, True)):
         cut_out, cut_in = (
             (0, -1) if function is column else (-1, 0)
@@ -168,10 +169,8 @@ def blocks(group: dist.ProcessGroup) -> Triples:
             full_y.backward(full_dy)
             x = leaf(part(full_x, group, 0) if parallel else full_x)
             normed = F.layer_norm(x, (hidden,), ours[0], ours[1])
-            inner = tensor_parallel.column_parallel_linear(normed, ours[2], ours[3], group, sequence_parallel=parallel)
-            outer = tensor_parallel.row_parallel_linear(
-                F.gelu(inner), ours[4], ours[5], group, sequence_parallel=parallel
-            )
+            inner = column_parallel_linear(normed, ours[2], ours[3], group, sequence_parallel=parallel)
+            outer = row_parallel_linear(F.gelu(inner), ours[4], ours[5], group, sequence_parallel=parallel)
             y = x + outer
             y.backward(part(full_dy, group, 0) if parallel else full_dy)
             what = f"{dtype}, SP {parallel}, micro-batch {micro_batch}"
@@ -210,7 +209,7 @@ def overlap(group: dist.ProcessGroup) -> Triples:
     for parallel in (False, True):
         x, weight = leaf(randn(4, 3, key=1)), leaf(randn(2, 3, key=2))
         with torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-            y = tensor_parallel.column_parallel_linear(x, weight, None, group, sequence_parallel=parallel)
+            y = column_parallel_linear(x, weight, None, group, sequence_parallel=parallel)
         yield f"kept elements, SP {parallel}", torch.tensor(sum(kept)), torch.tensor(x.numel() + weight.numel())
         real = [getattr(place, name) for place, name in places]
         for (place, name), function in zip(places, real, strict=True):

@@ -106,10 +106,10 @@ def test_an_id_that_is_not_there_lists_those_that_are(run):
 def test_no_command_imports_torch(run):
     program = f"""
 import sys
-from xformer_train.launcher import cli
+from xformer_train.launcher.commands import app
 for command in (["ls"], ["inspect"], ["verify", "--all"], ["prune", "--keep-last", "1"]):
     try:
-        cli.app(["checkpoints", command[0], {str(run)!r}, *command[1:]])
+        app.app(["checkpoints", command[0], {str(run)!r}, *command[1:]])
     except SystemExit as ended:
         assert not ended.code
 print("torch" in sys.modules)

@@ -9,7 +9,7 @@ from pathlib import Path
 def test_a_run_whose_console_is_gone_goes_on_and_keeps_its_exit_status():
     """As behind `| head`, or when ssh has ended. Python's own flush at the end would make it 120."""
     code = (
-        "import sys; from xformer_train.launcher import console\n"
+        "import sys; from xformer_train.launcher.processes import console\n"
         "sys.stdin.readline()\n"
         "for text in ('one', 'two'): console.say(text); console.warn(text)\n"
         "print('of a library')\n"
@@ -29,7 +29,7 @@ def test_a_console_on_a_full_disk_keeps_what_is_written_when_there_is_room():
             [
                 sys.executable,
                 "-c",
-                "from xformer_train.launcher import console; console.say('x'); import os; os._exit(3)",
+                "from xformer_train.launcher.processes import console; console.say('x'); import os; os._exit(3)",
             ],
             stdout=full,
             stderr=subprocess.PIPE,

@@ -146,7 +146,8 @@ def test_a_precision_that_the_device_has_not_is_refused(environment, requested, 
 
 
 TRAINING = """
-from xformer_train.launcher import checkpoint, engine
+from xformer_train.launcher.checkpoint import loading
+from xformer_train.launcher.optim import engine
 from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 quiet(debug=False)
 topology = start_processes(60)

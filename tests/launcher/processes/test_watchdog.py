@@ -79,5 +79,5 @@ def test_the_place_of_a_thread_is_its_collective_or_its_line():
     names = {}
     exec(code, names)
     assert watchdog._collective(names["all_reduce"](all_reduce)).startswith(
-        "waits in all_reduce (launcher/test_watchdog.py:"
+        "waits in all_reduce (processes/test_watchdog.py:"
     )

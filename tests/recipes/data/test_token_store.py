@@ -47,7 +47,7 @@ def test_a_failure_half_way_leaves_nothing_and_the_next_try_works(tmp_path, prep
 
 _VICTIM = """
 import os, signal, sys
-from xformer_train.recipes import token_store, tokenizer
+from xformer_train.recipes.data import token_store, tokenizer
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig
 from xformer_train.recipes.data.stream import prepare_data
 from xformer_train.recipes.data.tokenizer import load_tokenizer

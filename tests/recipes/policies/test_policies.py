@@ -15,17 +15,15 @@ from torch import nn
 
 from xformer_train.kernels.parallel.collectives import ONE_PROCESS
 from xformer_train.kernels.parallel.sharding import Partition
-from xformer_train.recipes.policies import Layer, Policy, policies_for
+from xformer_train.recipes.policies import Layer, Policy, parallelize, policies_for, shard, swap
 from xformer_train.recipes.policies.catalog.encoder_decoders import BartDecoderPolicy, BartEncoderPolicy
 from xformer_train.recipes.policies.catalog.encoders import BertPolicy
 from xformer_train.recipes.policies.catalog.lookup import SHIPPED
 from xformer_train.recipes.policies.catalog.paths import closest, dotted, first_missing, get
-from xformer_train.recipes.policies.sharding import parallelize, shard
 from xformer_train.recipes.policies.sharding.parallelize import Portable
 from xformer_train.recipes.policies.sharding.plan import make_plan
 from xformer_train.recipes.policies.sharding.sequence import check_sequence_parallel
 from xformer_train.recipes.policies.sharding.shard import apply_plan
-from xformer_train.recipes.policies.swapping import swap
 
 
 def change(policy, **methods):

@@ -23,11 +23,10 @@ from helpers.hf_swap import (
 )
 from torch import nn
 
-from xformer_train.recipes.policies import revert
+from xformer_train.recipes.policies import revert, swap
 from xformer_train.recipes.policies.catalog.encoders import DistilBertPolicy
 from xformer_train.recipes.policies.catalog.lookup import SHIPPED
 from xformer_train.recipes.policies.catalog.policy import Policy
-from xformer_train.recipes.policies.swapping import swap
 from xformer_train.recipes.policies.swapping.fused_layer import _WITHOUT_INFLUENCE, CACHE_NAMES, FusedLayer
 
 

@@ -8,12 +8,11 @@ from helpers.hf_swap import build, inputs
 from helpers.own_policies import MODELS_WITH_POLICIES, OpenAIGPTPolicy
 from torch import nn
 
-from xformer_train.recipes.policies import policies_for, revert
+from xformer_train.recipes.policies import policies_for, revert, swap
 from xformer_train.recipes.policies.catalog.decoders import GPT2Policy, GPTNeoXPolicy
 from xformer_train.recipes.policies.catalog.encoders import BertPolicy
 from xformer_train.recipes.policies.catalog.layer import Description
 from xformer_train.recipes.policies.sharding.plan import make_plan
-from xformer_train.recipes.policies.swapping import swap
 
 
 def test_attention_weights_are_refused_and_come_back():

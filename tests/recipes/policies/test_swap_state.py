@@ -19,8 +19,7 @@ from helpers.hf_swap import (
     with_gradients,
 )
 
-from xformer_train.recipes.policies import revert
-from xformer_train.recipes.policies.swapping import swap
+from xformer_train.recipes.policies import revert, swap
 from xformer_train.recipes.policies.swapping.fused_layer import FusedLayer
 
 
