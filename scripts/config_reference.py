@@ -10,7 +10,8 @@ PAGE = Path(__file__).parent.parent / "docs" / "config.md"
 INTRODUCTION = """\
 # Run config: all keys
 
-Written by `python scripts/config_reference.py` from `launcher/config/schema.py` and `recipes/config.py`; do not edit.
+Written by `python scripts/config_reference.py` from `recipes/config.py`, and `schema.py` and `optimizers.py` of
+`launcher/config`; do not edit.
 
 A run config is a YAML file (or JSON, if its name ends in `.json`) with the sections below. What it leaves out has the
 default. `--set section.key=value` changes a key on the command line (value in YAML, list items by number:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.parallel.sharding import Partition, join_shards, partitions_of, shard_state_dict, take_shard
-from ..optim.slices import slices_of
+from ..optim.slices import share_of_stage_3, slices_of
 from ..processes.topology import Topology
 from .files import read_file
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -107,16 +106,14 @@ class Saved:
         shards = [self._shard(tensor_rank, name, key) for tensor_rank in range(self.tensor_parallel)]
         return join_shards(shards, self.partitions[name], name) if name in self.partitions else shards[0]
 
-    def step(self, name: str) -> Tensor:
-        """How many steps the moments of a parameter have seen, ()."""
-        part = self._parts[0][name][0]
-        step: Tensor = self._optimizer(part.replica, 0)["state"][part.number]["step"]
-        return step
+    def state(self, name: str) -> Mapping[str, Tensor]:
+        """Return the optimizer's state of a parameter as some process saved it: `step`, (), and a part of each moment.
 
-    def stepped(self, name: str) -> bool:
-        """Whether the parameter has moments."""
+        Empty if the parameter was not stepped yet.
+        """
         part = self._parts[0][name][0]
-        return part.number in self._optimizer(part.replica, 0)["state"]
+        state: Mapping[str, Tensor] = self._optimizer(part.replica, 0)["state"].get(part.number, {})
+        return state
 
     def model_file(self, tensor_rank: int) -> dict[str, Any]:
         """DeepSpeed's file of the module and the counters."""
@@ -186,15 +183,16 @@ def load_resharded(engine: Any, checkpoint: Path, state: Mapping[str, Any], topo
         return whole.reshape(-1)
 
     for each in slices_of(engine, {id(parameters[name]): place for place, name in enumerate(names)}):
-        stepped = [name for name in (names[place] for place in each.places) if saved.stepped(name)]
-        moments = {key: torch.zeros_like(each.tensor, dtype=torch.float32) for key in MOMENTS if stepped}
+        states = (saved.state(names[place]) for place in each.places)
+        old: Mapping[str, Tensor] = next(filter(None, states), {})
+        moments = {key: torch.zeros_like(each.tensor, dtype=torch.float32) for key in old if key != "step"}
         for place, start, offset, numel in each.segments:
             for key, tensor in (("weight", each.tensor), *moments.items()):
                 tensor.view(-1)[start : start + numel] = own(names[place], key)[offset : offset + numel]
-        if stepped:
+        if old:
             # fused optimizers count on the device
             on = each.tensor.device if engine.basic_optimizer.defaults.get("fused") else torch.device("cpu")
-            step = saved.step(stepped[0]).to(on, torch.float32, copy=True)
+            step = old["step"].to(on, torch.float32, copy=True)
             engine.basic_optimizer.state[each.tensor] = {**moments, "step": step}
     for name, parameter in parameters.items():
         _set_weight(parameter, own(name, "weight"))
@@ -228,9 +226,7 @@ def _set_weight(parameter: Any, weight: Tensor) -> None:
     if not hasattr(parameter, "ds_tensor"):
         parameter.view(-1).copy_(weight)
         return
-    share = parameter.partition_numel()
-    offset = parameter.ds_process_group.rank() * share
-    numel = min(max(parameter.ds_numel - offset, 0), share)
+    offset, numel = share_of_stage_3(parameter)
     parameter.ds_tensor[:numel].copy_(weight[offset : offset + numel])
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ...recipes.config import SourceConfig
 from .batch import solve_batch
 from .deepspeed import deepspeed_faults
+from .optimizers import optimizer_faults
 from .schema import RunConfig
 
 PADDED_STEP = re.compile(r"(0[1-9]\d?)?d?")
@@ -48,7 +49,7 @@ def faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
     yield from _tokenizer_and_objective_faults(config)
     yield from _data_faults(config)
     yield from _schedule_faults(config)
-    yield from _optimizer_faults(config)
+    yield from (Fault(keys, text) for keys, text in optimizer_faults(config.optimizer))
     yield from _training_faults(config)
     yield from _parallel_faults(config, world_size)
     yield from _fp8_faults(config)
@@ -211,19 +212,6 @@ def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
             ("schedule.total_steps", "training.max_steps", "schedule.type"),
             f"got {schedule.total_steps}, but the run goes on to training.max_steps {max_steps}, and schedule.type "
             f"{schedule.type} ends at lr 0; set {max_steps} or null",
-        )
-
-
-def _optimizer_faults(config: RunConfig) -> Iterator[Fault]:
-    optimizer = config.optimizer
-    if (
-        optimizer.min_coeff is not None
-        and optimizer.max_coeff is not None
-        and optimizer.min_coeff > optimizer.max_coeff
-    ):
-        yield Fault(
-            ("optimizer.min_coeff", "optimizer.max_coeff"),
-            f"got {optimizer.min_coeff}, must be at most optimizer.max_coeff {optimizer.max_coeff}",
         )
 
 

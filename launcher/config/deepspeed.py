@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from .batch import BatchPlan
 from .file import ConfigError
+from .optimizers import OPTIMIZER_TERMS
 from .schema import RunConfig
 
 # Top-level keys that DeepSpeed 0.19 reads (deepspeed/runtime/config.py and the constants it imports). DeepSpeed itself
@@ -43,8 +44,6 @@ REFUSED_KEYS = {
     "expert_parallel": OUR_SPLITTING,
     "sequence_parallel_size": OUR_SPLITTING,
 }
-# DeepSpeed's Adam is AdamW unless adam_w_mode is false.
-OPTIMIZER_TYPES = {"lamb": "lamb", "adam": "adamw", "adamw": "adamw"}
 NEVER = 2**31
 Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # fp8 is bf16 to DeepSpeed
 
@@ -126,13 +125,8 @@ def _owned(config: RunConfig, batch: BatchPlan | None, precision: Precision | No
         yield "fp16.enabled", chosen, precision == "fp16"
         yield "bf16.enabled", chosen, precision in ("bf16", "fp8")
     optimizer = config.optimizer
-    for name in _param_names(optimizer.type):
+    for name in OPTIMIZER_TERMS[optimizer.type].deepspeed_params:
         yield f"optimizer.params.{name}", f"optimizer.{name}", getattr(optimizer, name)
-
-
-def _param_names(optimizer_type: str) -> tuple[str, ...]:
-    both = ("lr", "betas", "eps", "weight_decay", "bias_correction")
-    return (*both, "max_coeff", "min_coeff") if optimizer_type == "lamb" else both
 
 
 def _key_faults(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -160,9 +154,9 @@ def _is_off(value: Any) -> bool:
 
 
 def _optimizer_faults(config: RunConfig, optimizer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    ours = config.optimizer.type
+    ours, terms = config.optimizer.type, OPTIMIZER_TERMS[config.optimizer.type]
     theirs = optimizer.get("type", "auto")
-    if theirs != "auto" and OPTIMIZER_TYPES.get(str(theirs).lower()) != ours:
+    if theirs != "auto" and str(theirs).lower() not in terms.deepspeed_types:
         yield "optimizer.type", f"got {_show(theirs)}, but optimizer.type is {ours}; make them equal, or remove it here"
     for name, value in _section(optimizer, "params").items():
         key = f"optimizer.params.{name}"
@@ -170,18 +164,20 @@ def _optimizer_faults(config: RunConfig, optimizer: Mapping[str, Any]) -> Iterat
             yield key, f"got {_show(value)}, but DeepSpeed refuses it here; set training.gradient_clipping instead"
         elif name == "adam_w_mode" and value is not True:
             yield key, f"got {_show(value)}, but optimizer.type adamw decays weights apart from the gradient; remove it"
-        elif name not in (*_param_names(ours), "adam_w_mode", "torch_adam"):
+        elif name not in (*terms.deepspeed_params, "adam_w_mode", "torch_adam"):
             yield key, f"is not a parameter of optimizer.type {ours}; remove it"
 
 
 def _zero_faults(config: RunConfig, zero: Any) -> Iterator[tuple[str, str]]:
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    optimizer = config.optimizer.type
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield "zero_optimization.stage", f"got {_show(stage)}, must be 0, 1, 2 or 3"
-    elif stage in (1, 2) and config.optimizer.type == "lamb" and zero.get("round_robin_gradients"):
+    elif stage in (1, 2) and OPTIMIZER_TERMS[optimizer].needs_places and zero.get("round_robin_gradients"):
         yield (
             "zero_optimization.round_robin_gradients",
-            "got true, but then it is not known which parameters a shard holds, which optimizer.type lamb must know; set false",
+            f"got true, but then it is not known which parameters a shard holds, which optimizer.type {optimizer} must know; "
+            "set false",
         )
     elif stage == 3 and config.layer.cuda_graph:
         yield (

@@ -18,26 +18,7 @@ from ...recipes.config import (
     Section,
     TokenizerConfig,
 )
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class OptimizerConfig(Section):
-    type: Literal["lamb", "adamw"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Learning rate at the peak of the schedule, without lr_offset."""
-    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
-    max_coeff: Annotated[float, Field(gt=0)] | None = 10.0
-    """LAMB: upper bound of the trust ratio; null for none."""
-    min_coeff: Annotated[float, Field(ge=0)] | None = 0.01
-    """LAMB: lower bound of the trust ratio; null for none."""
-    bias_correction: bool = True
-    """Correct the moments for their start at zero."""
-    convention: Literal["paper", "nvidia", "deepspeed"] = "paper"
-    """LAMB: where the bias correction acts and which parameters get a trust ratio; docs/optimizers.md has the table."""
+from .optimizers import OptimizerConfig
 
 
 class ScheduleConfig(Section):

@@ -13,17 +13,16 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ...kernels.parallel.sharding import is_sharded
 from ..processes.topology import TensorParallelUnit, Topology
-from .lamb import Lamb
-from .slices import slices_of
+from .slices import SteppedInSlices, slices_of
 
 
 def build_engine(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, ds_config: dict[str, Any], topology: Topology
 ) -> Any:
-    """A `deepspeed.DeepSpeedEngine` around `model`, moved to this process's device, that steps `optimizer`.
+    """Return a `deepspeed.DeepSpeedEngine` around `model`, moved to this process's device, that steps `optimizer`.
 
-    Replicas are equal afterwards (to the first), and neither they nor the optimizer's state have
-    seen a step. ds_config: contents of a DeepSpeed JSON, without an optimizer or scheduler of its own.
+    Replicas have the weights of the first one afterwards, and no step is taken.
+    ds_config: contents of a DeepSpeed JSON, without an optimizer or scheduler of its own.
     """
     import deepspeed  # here, as its import must come after `topology.quiet`
 
@@ -47,7 +46,7 @@ def build_engine(
         if topology.num_replicas == 1:
             # Its all-reduce among one copies every gradient into a buffer and back, for nothing.
             engine.enable_backward_allreduce = False
-    elif isinstance(optimizer, Lamb):
+    elif isinstance(optimizer, SteppedInSlices):
         slices = slices_of(engine, {id(param): place for place, param in enumerate(parameters)})
         everyone = dist.group.WORLD
         assert everyone is not None, "the process group of the run is up"
@@ -56,12 +55,15 @@ def build_engine(
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
-    """The ZeRO stage of a DeepSpeed JSON."""
+    """Return the ZeRO stage of a DeepSpeed JSON."""
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 def grad_norm(engine: Any) -> float | None:
-    """2-norm of the last step's whole gradient before clipping, unscaled; inf if it overflowed, None before any step."""
+    """Return the 2-norm of the last step's whole gradient, unscaled and before clipping.
+
+    It is inf if the gradient overflowed, and None before any step.
+    """
     if step_was_skipped(engine):
         return math.inf
     norm = engine.stage0_grad_norm if engine.zero_optimization_stage() == 0 else engine.get_global_grad_norm()
@@ -69,20 +71,20 @@ def grad_norm(engine: Any) -> float | None:
 
 
 def loss_scale(engine: Any) -> float | None:
-    """The factor on the loss under fp16, None in other precisions."""
+    """Return the factor on the loss under fp16, None in other precisions."""
     return float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None
 
 
 def step_was_skipped(engine: Any) -> bool:
-    """Whether the last step left weights and moments as they were, because the gradient was not finite.
+    """Return whether the last step left weights and moments as they were, because the gradient was not finite.
 
-    Known without a further look at the device: DeepSpeed has read the norm, in fp32 at stage 0 `_step_if_finite` has.
+    This does not wait for the device: DeepSpeed has read the norm already, and in fp32 at stage 0 `_clip_before_step` has.
     """
     return bool(getattr(engine.optimizer, "overflow", False))
 
 
 def skipped_steps(engine: Any) -> int:
-    """Steps of the whole run whose gradient was not finite and which left the weights as they were."""
+    """Return the number of steps of the whole run that left the weights as they were, as their gradient was not finite."""
     return int(engine.skipped_steps)
 
 
@@ -94,7 +96,7 @@ def set_learning_rate(engine: Any, lr: float) -> None:
 
 @contextmanager
 def _no_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """While inside, `optimizer.step()` does nothing.
+    """Let `optimizer.step()` do nothing while inside.
 
     The bf16 and fp16 wrappers of stage 0 step once with zero gradients when they are made. That would decay the weights,
     fill the moments and count a step before training begins.
@@ -109,9 +111,9 @@ def _no_steps(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 def _clip_before_step(
     engine: Any, optimizer: torch.optim.Optimizer, max_norm: float, sharded: list[bool], group: ProcessGroup | None
 ) -> None:
-    """Before every step of `optimizer`, note its gradient norm and scale the gradient down to `max_norm` (0: leave it).
+    """Let every step of `optimizer` note the gradient norm first and scale the gradient down to `max_norm` (0: leave it).
 
-    In fp32 leave the step out if the norm is not finite, for which the host waits; in other precisions DeepSpeed does both.
+    In fp32 also leave the step out if the norm is not finite, for which the host waits: otherwise DeepSpeed does that.
     sharded: for each parameter, by position, whether the processes of `group` hold parts of it.
     """
     engine.stage0_grad_norm = None

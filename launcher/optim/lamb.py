@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ...kernels.errors import UserError
+from ...kernels.parallel.sharding import is_sharded
+from ..config.optimizers import OptimizerConfig
+from .kind import OptimizerKind, parameter_groups
 from .slices import Slice
 
 Convention = Literal["paper", "nvidia", "deepspeed"]
@@ -37,7 +40,7 @@ class Lamb(torch.optim.Optimizer):
         `group` hold together, under tensor parallelism: its norms are then those of the whole tensor, by one all-reduce of
         two numbers per sharded parameter and group. None: none is.
     Under ZeRO the optimizer sees flat shards in place of tensors, and needs `divide` before its first step.
-    Raises ValueError for options out of range and for sparse gradients.
+    Raises UserError for options out of range and for sparse gradients.
     """
 
     def __init__(  # noqa: PLR0913 - the keyword arguments of an optimizer are its published form
@@ -82,24 +85,22 @@ class Lamb(torch.optim.Optimizer):
             self.__dict__.setdefault(name, None)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Nothing; the group is checked and joins the others."""
+        """Add a group of parameters. Raises UserError for an option out of its range."""
         super().add_param_group(param_group)
         _check_options(self.param_groups[-1])
 
     def divide(self, slices: Sequence[Slice], group: ProcessGroup, device: torch.device) -> None:
-        """From now on the parameters of a step are `slices`, flat shards of the tensors given at first, as ZeRO makes them.
+        """Step `slices` from now on: see `SteppedInSlices`.
 
-        Their places count the parameters in the order of the groups. Trust ratios stay those of whole tensors: norms are
-        summed over `group`, whose processes hold the other shards of the same tensors, by one all-reduce on `device` in every
-        call of `step`. What is in no segment is neither read nor written. All processes must step the same slices in the
-        same order.
+        Trust ratios stay those of whole tensors: their norms are summed over `group` by one all-reduce for each slice. What is
+        in no segment is neither read nor written. All processes must step the same slices in the same order.
         """
         self._slices = {id(each.tensor): each for each in slices}
         self._data_group, self._device = group, device
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """What the closure returns, or None; every parameter with a gradient is updated in place."""
+        """Update every parameter with a gradient in place. Return what the closure returns, or None."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -121,14 +122,14 @@ class Lamb(torch.optim.Optimizer):
         return loss
 
     def trust_ratios(self) -> dict[int, Tensor]:
-        """Trust ratios of the last step: 0-dim tensors on the device, by the parameter's index in state_dict().
+        """Return the trust ratios of the last step: 0-dim tensors on the device, by the parameter's index in state_dict().
 
         Empty before the first step and after loading; parameters without gradient are absent.
         """
         return self._trust_ratios
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing; the state becomes that of state_dict, bit by bit."""
+        """Take the state of state_dict, bit by bit."""
         super().load_state_dict(state_dict)
         # The base class casts moments to the dtype of their parameter, which rounds those of bf16 and fp16 parameters.
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
@@ -140,7 +141,7 @@ class Lamb(torch.optim.Optimizer):
                     self.state[param][name] = saved[name].to(param.device, _state_dtype(param), copy=True)
 
     def _state_of(self, param: Tensor) -> dict[str, Any]:
-        """State of one parameter, made of zeros at its first step."""
+        """Return the state of one parameter, made of zeros at its first step."""
         state = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU: reading it there waits for no device
@@ -149,7 +150,7 @@ class Lamb(torch.optim.Optimizer):
         return state
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor], places: list[int]) -> None:
-        """One step over whole params, which all belong to group and have gradients. places: of each among all parameters."""
+        """Step whole params of one group, which all have gradients. places: of each among all parameters."""
         if any(param.grad.is_sparse for param in params):  # type: ignore[union-attr]
             raise UserError("Lamb got a sparse gradient, and needs dense ones; build the embedding with sparse=False")
         states = [self._state_of(param) for param in params]
@@ -168,7 +169,7 @@ class Lamb(torch.optim.Optimizer):
                 param.copy_(weight)
 
     def _step_slice(self, group: dict[str, Any], own: Slice) -> None:
-        """One step over the segments of one flat shard."""
+        """Step the segments of one flat shard."""
         state = self._state_of(own.tensor)
         state["step"] += 1
         weights = own.tensor.to(_state_dtype(own.tensor))
@@ -189,7 +190,7 @@ class Lamb(torch.optim.Optimizer):
             own.tensor.copy_(weights)
 
     def _step_pieces(self, group: dict[str, Any], pieces: "_Pieces", own: Sequence[int], places: Sequence[int]) -> None:
-        """Updates the weights of the pieces. own: the parameter of each; places: the parameters of the call, of any process."""
+        """Update the weights of the pieces. own: the parameter of each; places: the parameters that any process steps here."""
         updates, lr_factors = _updates(group, pieces)
         ratios = self._ratios(group, pieces.weights, updates, own, places)
         by_place = dict(zip(places, ratios.unbind(), strict=True))
@@ -212,7 +213,7 @@ class Lamb(torch.optim.Optimizer):
         own: Sequence[int],
         places: Sequence[int],
     ) -> Tensor:
-        """Trust ratios (len(places),) under the group's convention and bounds."""
+        """Return trust ratios (len(places),) under the group's convention and bounds."""
         if group["convention"] == "nvidia" and group["weight_decay"] == 0:
             return torch.ones(len(places), device=self._device or weights[0].device)
         if self._slices:
@@ -233,7 +234,7 @@ class Lamb(torch.optim.Optimizer):
     def _summed_norms(
         self, weights: list[Tensor], updates: list[Tensor], own: Sequence[int], places: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
-        """Norms (len(places),) of the tensors of which the processes of the data group hold pieces, on `self._device`."""
+        """Return norms (len(places),), on `self._device`, of tensors that the processes of the data group hold in pieces."""
         squares = torch.zeros(2, len(places), device=self._device)
         if weights:
             columns = {place: column for column, place in enumerate(places)}
@@ -246,7 +247,7 @@ class Lamb(torch.optim.Optimizer):
 
 @dataclass
 class _Pieces:
-    """What one step changes: tensors of equal shapes and wide dtype, and the steps of each, none without bias correction."""
+    """What one step changes: tensors of equal shapes and wide dtype, and the steps of each (empty without bias correction)."""
 
     weights: list[Tensor]
     grads: list[Tensor]
@@ -256,12 +257,12 @@ class _Pieces:
 
 
 def weight_and_update_norms(weights: list[Tensor], updates: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """L2 norm of every weight and of every update: two tensors (len(weights),)."""
+    """Return the L2 norm of every weight and of every update: two tensors (len(weights),)."""
     return _norms(weights), _norms(updates)
 
 
 def _norms(tensors: list[Tensor]) -> Tensor:
-    """L2 norms (len(tensors),), taken over pieces and then over the norms of the pieces.
+    """Return L2 norms (len(tensors),), taken over pieces and then over the norms of the pieces.
 
     PyTorch's fp32 norm on a CPU adds up in a few running sums, which stall as they grow: 0.2 % off at 31 million
     elements, the word embedding of BERT-large, against 2e-6 for one piece.
@@ -272,7 +273,7 @@ def _norms(tensors: list[Tensor]) -> Tensor:
 
 
 def _updates(group: dict[str, Any], pieces: _Pieces) -> tuple[list[Tensor], list[float]]:
-    """Updates u before the trust ratio, and the factors that bias correction puts on lr; moves the moments on."""
+    """Move the moments on. Return the updates u before the trust ratio, and the factors of bias correction on lr."""
     if not pieces.weights:
         return [], []
     beta1, beta2 = group["betas"]
@@ -301,12 +302,12 @@ def _updates(group: dict[str, Any], pieces: _Pieces) -> tuple[list[Tensor], list
 
 
 def _state_dtype(param: Tensor) -> torch.dtype:
-    """Dtype of moments and arithmetic: fp32, or fp64 for an fp64 parameter."""
+    """Return the dtype of moments and arithmetic: fp32, or fp64 for an fp64 parameter."""
     return torch.promote_types(param.dtype, torch.float32)
 
 
 def _check_options(group: dict[str, Any]) -> None:
-    """Nothing. Raises ValueError for an option out of its range."""
+    """Raise UserError if an option is out of its range."""
     beta1, beta2 = group["betas"]
     lower, upper = group["min_coeff"], group["max_coeff"]
     rules = {
@@ -324,3 +325,33 @@ def _check_options(group: dict[str, Any]) -> None:
     for name, (holds, rule) in rules.items():
         if not holds:
             raise UserError(f"Lamb option {name}={group[name]!r} {rule}")
+
+
+def _build(model: torch.nn.Module, config: OptimizerConfig, tensor_group: ProcessGroup | None) -> Lamb:
+    groups = parameter_groups(model, config.weight_decay)
+    return Lamb(
+        groups,
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        bias_correction=config.bias_correction,
+        convention=config.convention,
+        max_coeff=config.max_coeff,
+        min_coeff=config.min_coeff,
+        sharded=[is_sharded(param) for group in groups for param in group["params"]],
+        group=tensor_group,
+    )
+
+
+def _text(config: OptimizerConfig) -> str:
+    bounds = {"from": config.min_coeff, "to": config.max_coeff}
+    limits = " ".join(f"{word} {value:g}" for word, value in bounds.items() if value is not None)
+    return f", {config.convention} convention, trust ratio {limits or 'unbounded'}"
+
+
+def _histograms(optimizer: Lamb) -> dict[str, list[float]]:
+    ratios = list(optimizer.trust_ratios().values())
+    return {"lamb_coeffs": torch.stack(ratios).tolist()} if ratios else {}
+
+
+LAMB = OptimizerKind(_build, _text, _histograms)

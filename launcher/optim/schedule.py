@@ -6,14 +6,14 @@ from ..config.schema import ScheduleConfig
 
 
 def warmup_length(schedule: ScheduleConfig, total_steps: int) -> float:
-    """Length of the warm-up in steps, a fraction where warmup_proportion gives one; 0 if neither key is given."""
+    """Return the length of the warm-up in steps, a fraction where warmup_proportion gives one; 0 if neither key is given."""
     if schedule.warmup_steps is not None:
         return float(schedule.warmup_steps)
     return (schedule.warmup_proportion or 0.0) * total_steps
 
 
 def learning_rate(schedule: ScheduleConfig, base_lr: float, total_steps: int, step: int) -> float:
-    """Learning rate of one optimizer step: base_lr · f(step) + lr_offset, never negative.
+    """Return the learning rate of one optimizer step: base_lr · f(step) + lr_offset, never negative.
 
     step counts from 0 at the start of the schedule, which need not be the start of the run (load.rewarmup); total_steps
     is the length of the schedule. With t = step, T = total_steps, W = warmup_length:
@@ -30,7 +30,7 @@ def learning_rate(schedule: ScheduleConfig, base_lr: float, total_steps: int, st
 
 
 def _factor(schedule: ScheduleConfig, total_steps: int, step: int) -> float:
-    """f(step) of `learning_rate`, between 0 and 1."""
+    """Return f(step) of `learning_rate`, between 0 and 1."""
     warmup_steps = warmup_length(schedule, total_steps)
     if schedule.type not in ("EE", "LE", "constant") and step >= total_steps:
         return 0.0

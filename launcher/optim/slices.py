@@ -1,15 +1,17 @@
 """Where the parameters lie in the tensors that the optimizer steps: themselves, copies, or ZeRO's flat shards of many."""
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 
 class Segment(NamedTuple):
-    """A part of one parameter in a tensor of the optimizer: numel elements, from `start` there, from `offset` in the parameter.
+    """A part of one parameter in a tensor of the optimizer, both flattened. place: the parameter's number, see `slices_of`.
 
-    place: the parameter's number, see `slices_of`.
+    Its numel elements begin at `start` in the tensor and at `offset` in the parameter.
     """
 
     place: int
@@ -19,9 +21,10 @@ class Segment(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """A tensor that the optimizer steps, this process's segments in it, and the parameters of which any process has one.
+    """A tensor that the optimizer steps on this process, and the segments of parameters in it.
 
-    ZeRO's are flat; what is in no segment is padding, and may be uninitialised.
+    places: the parameters of which this process or another one has a segment. The tensors of ZeRO are flat. Elements in no
+    segment are padding, and may be uninitialised.
     """
 
     tensor: Tensor
@@ -29,8 +32,20 @@ class Slice(NamedTuple):
     places: list[int]
 
 
+@runtime_checkable
+class SteppedInSlices(Protocol):
+    """An optimizer that must know which parameters it steps, in place of which ZeRO gives it flat shards."""
+
+    def divide(self, slices: Sequence[Slice], group: ProcessGroup, device: torch.device) -> None:
+        """Take `slices` for the parameters of every step from now on.
+
+        Their places count the parameters given at first, in the order of the groups. group: the processes that hold the other
+        shards of the same parameters. device: where tensors must lie that these processes exchange.
+        """
+
+
 def slices_of(engine: Any, places: Mapping[int, int]) -> list[Slice]:
-    """What the optimizer of a `deepspeed.DeepSpeedEngine` steps on this process, in the order of its state dict.
+    """Return what the optimizer of a `deepspeed.DeepSpeedEngine` steps on this process, in the order of its state dict.
 
     places: by id() of a parameter of the model, a number of the caller's for it.
     """
@@ -62,7 +77,7 @@ def _slice(
 
 
 def _segments(group: list[Any]) -> Iterator[tuple[Tensor, int, int, int]]:
-    """(parameter, start, offset, numel) of stages 1 and 2, whose shards cut one long vector of all parameters."""
+    """Yield (parameter, start, offset, numel) of stages 1 and 2, whose shards cut one long vector of all parameters."""
     for parameter in group:
         mapping = parameter._hp_mapping
         if mapping is not None:  # else other processes hold all of it
@@ -71,12 +86,17 @@ def _segments(group: list[Any]) -> Iterator[tuple[Tensor, int, int, int]]:
 
 
 def _segments_of_stage_3(group: list[Any]) -> Iterator[tuple[Tensor, int, int, int]]:
-    """(parameter, start, offset, numel) of stage 3, whose shards hold an equal share of each parameter, the last padded."""
+    """Yield (parameter, start, offset, numel) of stage 3, whose shards hold an equal share of each parameter."""
     start = 0
     for parameter in group:
-        share = parameter.partition_numel()
-        offset = parameter.ds_process_group.rank() * share
-        numel = min(max(parameter.ds_numel - offset, 0), share)
+        offset, numel = share_of_stage_3(parameter)
         if numel:
             yield parameter, start, offset, numel
-        start += share
+        start += parameter.partition_numel()
+
+
+def share_of_stage_3(parameter: Any) -> tuple[int, int]:
+    """Return (offset, numel) of the elements of a flattened parameter that this process holds at stage 3, without padding."""
+    share = parameter.partition_numel()
+    offset = parameter.ds_process_group.rank() * share
+    return offset, min(max(parameter.ds_numel - offset, 0), share)

@@ -40,8 +40,8 @@ class StepRecord:
     """Operations that forward and backward of the window need, without recomputation."""
     memory_gib: float | None
     """Most device memory allocated by one process so far; None on a CPU."""
-    trust_ratios: Sequence[float] = field(default=())
-    """LAMB: one per tensor."""
+    histograms: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """Figures of the optimizer by name, such as LAMB's trust ratio of every tensor."""
 
 
 def rates_of(record: StepRecord, peak: float | None) -> dict[str, float | None]:

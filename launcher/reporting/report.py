@@ -3,7 +3,9 @@
 import textwrap
 from dataclasses import dataclass
 
-from ..config.schema import OptimizerConfig, ScheduleConfig
+from ..config.optimizers import OptimizerConfig
+from ..config.schema import ScheduleConfig
+from ..optim.optimizer import OPTIMIZERS
 from ..optim.schedule import warmup_length
 from .words import duration, number
 
@@ -160,13 +162,7 @@ def _steps_text(facts: StartupFacts) -> str:
 def _optimizer_text(optimizer: OptimizerConfig) -> str:
     beta1, beta2 = optimizer.betas
     text = f"{optimizer.type}, lr {optimizer.lr:g}, betas {beta1:g} {beta2:g}, weight decay {optimizer.weight_decay:g}"
-    if optimizer.type == "lamb":
-        bounds = [
-            f"{word} {value:g}"
-            for word, value in (("from", optimizer.min_coeff), ("to", optimizer.max_coeff))
-            if value is not None
-        ]
-        text += f", {optimizer.convention} convention, trust ratio {' '.join(bounds) or 'unbounded'}"
+    text += OPTIMIZERS[optimizer.type].text(optimizer)
     return text if optimizer.bias_correction else f"{text}, no bias correction"
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from .record import StepRecord
 
 
@@ -30,10 +32,8 @@ class Boards:
         for name, value in rates.items():
             if value is not None:
                 self._by_step.add_scalar(f"Throughput/{name}", value, record.step)
-        if record.trust_ratios:
-            import numpy as np
-
-            self._by_step.add_histogram("Train/lamb_coeffs", np.asarray(record.trust_ratios), record.step)
+        for name, figures in record.histograms.items():
+            self._by_step.add_histogram(f"Train/{name}", np.asarray(figures), record.step)
         self._flush()
 
     def add_evaluation(self, step: int, losses: Mapping[str, float]) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from ...kernels.parallel.sharding import is_sharded
 from ...recipes.shared.model_parts import kernels_text
 from ..optim.engine import grad_norm, loss_scale, skipped_steps
-from ..optim.lamb import Lamb
+from ..optim.optimizer import OPTIMIZERS
 from ..reporting.record import StepRecord
 from ..reporting.report import StartupFacts
 from .prepare import Setup
@@ -73,7 +73,6 @@ def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, f
     watch.wait_for_device()
     num_steps, step_time_s, data_wait_s, totals = watch.take()
     sequences = num_steps * setup.batch.train_batch_size
-    ratios = setup.optimizer.trust_ratios() if isinstance(setup.optimizer, Lamb) else {}
     return StepRecord(
         step=progress.step,
         epoch=progress.position // setup.data.train.num_samples,
@@ -93,7 +92,7 @@ def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, f
         # the first part of the loss is the one over the vocabulary
         model_flops=sequences * _flops_per_sample(setup, totals[0] / sequences, totals[-1] / sequences),
         memory_gib=torch.cuda.max_memory_allocated() / 2**30 if setup.topology.device.type == "cuda" else None,
-        trust_ratios=torch.stack(list(ratios.values())).tolist() if ratios else (),
+        histograms=OPTIMIZERS[setup.config.optimizer.type].histograms(setup.optimizer),
     )
 
 

@@ -89,4 +89,4 @@ def test_fp32_weights_of_a_bf16_run_are_loaded_bit_for_bit(folder):
     assert set(copy.names) == set(source.names)
     for parameter in source.names:
         assert copy.whole(parameter, "weight").equal(source.whole(parameter, "weight").float()), parameter
-        assert int(copy.step(parameter)) == int(source.step(parameter)) + 1
+        assert int(copy.state(parameter)["step"]) == int(source.state(parameter)["step"]) + 1

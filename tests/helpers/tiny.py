@@ -27,12 +27,12 @@ def tiny_model(dropout: float = 0.2) -> torch.nn.Module:
     )
 
 
-def tiny_optimizer(model: torch.nn.Module, weight_decay: float = 0.1) -> torch.optim.Optimizer:
+def tiny_optimizer(model: torch.nn.Module, weight_decay: float = 0.1, **options: Any) -> torch.optim.Optimizer:
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
     # Gradients are near 4e-3. Without such an eps one near nothing would have its sign, a matter of rounding, for a whole step.
-    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-3, weight_decay=weight_decay)
+    return torch.optim.AdamW(groups, lr=1e-2, eps=1e-3, weight_decay=weight_decay, **options)
 
 
 def tiny_config(topology: Topology, stage: int, precision: str) -> dict[str, Any]:
@@ -47,9 +47,10 @@ def tiny_config(topology: Topology, stage: int, precision: str) -> dict[str, Any
     }
 
 
-def tiny_engine(topology: Topology, stage: int, precision: str, dropout: float = 0.2) -> Any:
+def tiny_engine(topology: Topology, stage: int, precision: str, dropout: float = 0.2, **options: Any) -> Any:
+    """options: of AdamW."""
     model = tiny_model(dropout)
-    engine = build_engine(model, tiny_optimizer(model), tiny_config(topology, stage, precision), topology)
+    engine = build_engine(model, tiny_optimizer(model, **options), tiny_config(topology, stage, precision), topology)
     torch.manual_seed(100 + topology.rank)
     return engine
 

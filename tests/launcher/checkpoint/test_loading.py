@@ -16,6 +16,8 @@ from helpers.tiny import MODEL, tiny_engine, train, whole_weights
 
 from xformer_train.launcher.checkpoint import loading
 from xformer_train.launcher.checkpoint.files import read_file, write_file
+from xformer_train.launcher.checkpoint.resharding import Saved
+from xformer_train.launcher.checkpoint.store import read_state
 from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 
 
@@ -55,6 +57,22 @@ def test_resume_at_stage_0_gives_the_same_bits_as_no_stop(alone, tmp_path, preci
     assert train(after, alone, 3, 5) == record[3:]
     assert equal_weights(whole_weights(after), whole_weights(straight))
     assert after.global_steps == straight.global_steps
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_moments_of_any_name_are_brought_to_another_stage_bit_for_bit(alone, tmp_path, stage):
+    before = tiny_engine(alone, 0, "fp32", amsgrad=True)
+    train(before, alone, 0, 2)
+    save(before, tmp_path, "stage_0", 2, alone)
+    after = tiny_engine(alone, stage, "fp32", amsgrad=True)
+    loading.load(after, tmp_path / "stage_0", MODEL, alone)
+    save(after, tmp_path, "elsewhere", 2, alone)
+    saved, moved = (Saved(tmp_path / name, read_state(tmp_path / name)) for name in ("stage_0", "elsewhere"))
+    for name in saved.names:
+        assert set(moved.state(name)) == {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"}
+        assert int(moved.state(name)["step"]) == 2
+        for key in ("weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+            assert moved.whole(name, key).equal(saved.whole(name, key)), (name, key)
 
 
 @pytest.fixture(scope="module")

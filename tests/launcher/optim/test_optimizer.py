@@ -3,9 +3,10 @@ import copy
 import pytest
 import torch
 
-from xformer_train.launcher.config.schema import OptimizerConfig
+from xformer_train.launcher.config.optimizers import OptimizerConfig
+from xformer_train.launcher.optim.kind import parameter_groups
 from xformer_train.launcher.optim.lamb import Lamb
-from xformer_train.launcher.optim.optimizer import build_optimizer, parameter_groups
+from xformer_train.launcher.optim.optimizer import build_optimizer
 
 
 class TiedModel(torch.nn.Module):

@@ -146,7 +146,7 @@ def test_an_evaluation_has_a_row_a_point_and_a_line(tmp_path, capsys):
 
 def test_tensorboard_has_the_tags_of_the_deepspeed_recipe_and_throughput(tmp_path):
     with RunLog(tmp_path, 7500, peak_flops=1e15) as log:
-        log.log_step(dataclasses.replace(RECORD, trust_ratios=(0.1, 0.2, 0.9)))
+        log.log_step(dataclasses.replace(RECORD, histograms={"lamb_coeffs": (0.1, 0.2, 0.9)}))
     assert scalars(tmp_path, "Train/lr") == [(1200, 8.31e-3)]
     assert scalars(tmp_path, "Train/Samples/train_loss") == [(307_200, 1.842)]
     assert scalars(tmp_path, "Train/Samples/lr") == [(307_200, 8.31e-3)]
@@ -162,7 +162,7 @@ def test_tensorboard_has_the_tags_of_the_deepspeed_recipe_and_throughput(tmp_pat
 def test_a_resumed_log_drops_what_lies_after_its_start_and_keeps_what_lies_before(tmp_path):
     with RunLog(tmp_path, 100) as log:
         for step in (10, 20, 30, 40):
-            log.log_step(record_at(step, trust_ratios=(0.5,)))
+            log.log_step(record_at(step, histograms={"lamb_coeffs": (0.5,)}))
             log.log_evaluation(step, 256 * step, {"loss": 1.0 / step})
     with RunLog(tmp_path, 100, start_step=20, start_samples=5120) as log:
         assert [row["step"] for row in rows(tmp_path)] == [10, 10, 20, 20]

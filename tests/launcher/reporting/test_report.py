@@ -1,6 +1,7 @@
 import dataclasses
 
-from xformer_train.launcher.config.schema import OptimizerConfig, ScheduleConfig
+from xformer_train.launcher.config.optimizers import OptimizerConfig
+from xformer_train.launcher.config.schema import ScheduleConfig
 from xformer_train.launcher.reporting.report import ClosingFacts, StartupFacts, closing_summary, startup_report
 
 STARTUP = StartupFacts(

@@ -1,0 +1,65 @@
+"""The section `optimizer` of the run config, and what each optimizer takes of it. No torch import.
+
+The algorithms stand in `launcher/optim`, one file each.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ...recipes.config import Section
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimizerConfig(Section):
+    type: Literal["lamb", "adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate at the peak of the schedule, without lr_offset."""
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
+    max_coeff: Annotated[float, Field(gt=0)] | None = 10.0
+    """LAMB: upper bound of the trust ratio; null for none."""
+    min_coeff: Annotated[float, Field(ge=0)] | None = 0.01
+    """LAMB: lower bound of the trust ratio; null for none."""
+    bias_correction: bool = True
+    """Correct the moments for their start at zero."""
+    convention: Literal["paper", "nvidia", "deepspeed"] = "paper"
+    """LAMB: where the bias correction acts and which parameters get a trust ratio; docs/optimizers.md has the table."""
+
+
+@dataclass(frozen=True)
+class OptimizerTerms:
+    """How one optimizer and DeepSpeed's JSON fit together."""
+
+    deepspeed_types: tuple[str, ...]
+    """Values of `optimizer.type` in DeepSpeed's JSON that mean this optimizer, in lower case."""
+    deepspeed_params: tuple[str, ...] = ("lr", "betas", "eps", "weight_decay", "bias_correction")
+    """Keys above that `optimizer.params` in DeepSpeed's JSON may repeat."""
+    needs_places: bool = False
+    """Whether it must know which parameters a shard of ZeRO holds."""
+
+
+OPTIMIZER_TERMS = {
+    "lamb": OptimizerTerms(
+        deepspeed_types=("lamb",),
+        deepspeed_params=("lr", "betas", "eps", "weight_decay", "bias_correction", "max_coeff", "min_coeff"),
+        needs_places=True,
+    ),
+    # DeepSpeed's Adam is AdamW unless adam_w_mode is false.
+    "adamw": OptimizerTerms(deepspeed_types=("adam", "adamw")),
+}
+
+
+def optimizer_faults(optimizer: OptimizerConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yield each broken rule between keys of the section: the keys, the one to blame first, and the sentence for the user."""
+    lower, upper = optimizer.min_coeff, optimizer.max_coeff
+    if lower is not None and upper is not None and lower > upper:
+        yield (
+            ("optimizer.min_coeff", "optimizer.max_coeff"),
+            f"got {lower}, must be at most optimizer.max_coeff {upper}",
+        )

@@ -1,0 +1,51 @@
+"""What the file of an optimizer gives the launcher, and the parameter groups that it starts from."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed import ProcessGroup
+
+from ...kernels.errors import UserError
+from ..config.optimizers import OptimizerConfig
+
+Build = Callable[[torch.nn.Module, OptimizerConfig, ProcessGroup | None], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerKind:
+    """What the launcher must know of one optimizer, beside its keys in `launcher/config/optimizers.py`.
+
+    The state of a parameter is `step`, one number, and tensors of the parameter's shape, in fp32 and under any names. Such a
+    state is saved, and divided anew for another ZeRO stage or number of processes, without a word about it here. An optimizer
+    that must know which parameters ZeRO's flat shards hold has a method `divide` (see `slices.SteppedInSlices`).
+    """
+
+    build: Build
+    """Returns the optimizer of a model at the base learning rate. The group are the processes that divide its sharded
+    parameters."""
+    text: Callable[[OptimizerConfig], str] = lambda config: ""
+    """Returns what the start-up report says beside the keys that all optimizers have: a text that begins with a comma."""
+    histograms: Callable[[Any], Mapping[str, Sequence[float]]] = lambda optimizer: {}
+    """Returns figures of the last step for TensorBoard, by name; waits for the device."""
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two groups: matrices and embeddings, with weight_decay, then biases and LayerNorm parameters, with none.
+
+    The test is the number of dimensions (two or more: decayed), not the name. Tied weights are listed once, frozen ones
+    not at all, and a group that would be empty is left out. Raises UserError if nothing is trainable.
+    """
+    trainable = [param for param in model.parameters() if param.requires_grad]
+    if not trainable:
+        raise UserError("model has no trainable parameter, so there is nothing to optimize; set requires_grad")
+    decayed = [param for param in trainable if param.ndim >= 2]
+    undecayed = [param for param in trainable if param.ndim < 2]
+    grouped_ids = [id(param) for param in decayed + undecayed]
+    assert sorted(grouped_ids) == sorted({id(param) for param in trainable}), "each parameter is in exactly one group"
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
