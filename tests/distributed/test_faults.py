@@ -130,7 +130,7 @@ def test_a_process_that_hangs_in_python_is_named_with_its_line(config):
     assert text.count("the run hangs") == 1, "one process speaks"
     assert "is in for_ever (workers/faults.py:" in text
     assert "the others wait for rank 1" in text
-    assert "waits in all_reduce (launcher/processes/topology.py:" in text
+    assert "waits in all_reduce (processes/topology.py:" in text
     assert "for_ever" in pair.log(1)
 
 

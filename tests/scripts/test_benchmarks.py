@@ -136,7 +136,7 @@ def test_the_gpu_check_refuses_a_machine_without_a_gpu(tmp_path):
         "OUT": str(tmp_path / "out"),
     }
     done = subprocess.run(
-        ["sh", str(SCRIPTS / "gpu_check.sh")], env=environment, capture_output=True, text=True, check=False
+        ["sh", str(ROOT / "scripts" / "gpu_check.sh")], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
     assert "needs a CUDA device" in done.stderr

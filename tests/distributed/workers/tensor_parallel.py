@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
+from xformer_train.kernels.ops import parallel_linear
 from xformer_train.kernels.ops.choices import IGNORED
 from xformer_train.kernels.ops.dropout import keep_mask
 from xformer_train.kernels.ops.loss import cross_entropy, vocab_parallel
@@ -199,8 +200,8 @@ def overlap(group: dist.ProcessGroup) -> Triples:
         kept.append(x.numel())
         return x
 
-    names = ("product", "weight_gradient", "_all_gather", "_reduce_scatter")
-    places: list[tuple[Any, str]] = [(tensor_parallel, name) for name in names]
+    places: list[tuple[Any, str]] = [(parallel_linear, name) for name in ("product", "weight_gradient")]
+    places += [(tensor_parallel, name) for name in ("_all_gather", "_reduce_scatter")]
     places += [(dist, "all_reduce"), (tensor_parallel.Pending, "wait")]
     expected = {
         False: ["product", "all_reduce", "weight_gradient", "wait"],
