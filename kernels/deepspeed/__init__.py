@@ -1,0 +1,1 @@
+"""DeepSpeed's transformer layer by its own names, computed by the kernels of this project."""

@@ -1,0 +1,1 @@
+"""FP8: scales, casts and products with FP8 operands."""

@@ -1,0 +1,1 @@
+"""The transformer layer, stacks of it, its projections and what backward computes again."""

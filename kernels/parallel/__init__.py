@@ -1,0 +1,1 @@
+"""Collectives of tensor and sequence parallelism, and the shards they work on."""

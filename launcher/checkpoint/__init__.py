@@ -1,0 +1,1 @@
+"""Save, find, verify, load and reshard checkpoints."""

@@ -1,0 +1,1 @@
+"""Start processes on machines (`launch`) and examine machines (`doctor`)."""

@@ -1,0 +1,1 @@
+"""The optimizers, their schedule, and the DeepSpeed engine that steps them."""

@@ -1,0 +1,1 @@
+"""Who the processes of a run are, how they agree, how they stop and what happens when one hangs."""

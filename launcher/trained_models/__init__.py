@@ -1,0 +1,1 @@
+"""Models in and out: from Hugging Face, from checkpoints, exported, sampled."""

@@ -1,0 +1,1 @@
+"""One run, from where it starts to its last step."""

@@ -1,0 +1,1 @@
+"""BERT: the model, its samples with their masks, and its recipe."""

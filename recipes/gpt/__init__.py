@@ -1,0 +1,1 @@
+"""GPT: the model, its samples and its recipe."""

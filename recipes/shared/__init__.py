@@ -1,0 +1,1 @@
+"""Parts and FLOPs that models share."""

@@ -1,0 +1,1 @@
+"""Our weights and configs under the names that transformers gives them."""

@@ -1,0 +1,1 @@
+"""Attention: softmax(q k / sqrt(d)) v with masks and dropout."""

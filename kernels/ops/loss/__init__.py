@@ -1,0 +1,1 @@
+"""The projection to the vocabulary and its cross-entropy, also over a divided vocabulary."""

@@ -1,0 +1,1 @@
+"""Residual sum, dropout and LayerNorm in one pass."""

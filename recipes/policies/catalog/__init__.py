@@ -1,0 +1,1 @@
+"""What policies say: where models keep their projections."""

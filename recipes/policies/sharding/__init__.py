@@ -1,0 +1,1 @@
+"""Divide a Hugging Face model over processes, by its policy."""
