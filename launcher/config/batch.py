@@ -82,12 +82,12 @@ def nearest_plans(training: TrainingConfig, num_replicas: int) -> list[BatchPlan
     plans: list[BatchPlan] = []
     if train % num_replicas == 0:
         share = train // num_replicas
-        divisors = _divisors(share)
+        choices = divisors(share)
         if micro is not None:
-            near = min(divisors, key=lambda size: (abs(size - micro), size))
+            near = min(choices, key=lambda size: (abs(size - micro), size))
             plans.append(BatchPlan(train, near, share // near, num_replicas))
         if accumulation is not None:
-            near = min(divisors, key=lambda steps: (abs(steps - accumulation), steps))
+            near = min(choices, key=lambda steps: (abs(steps - accumulation), steps))
             plans.append(BatchPlan(train, share // near, near, num_replicas))
     for lower in (True, False):
         if micro is not None:
@@ -103,6 +103,7 @@ def nearest_plans(training: TrainingConfig, num_replicas: int) -> list[BatchPlan
     return sorted(unique, key=lambda plan: (abs(plan.train_batch_size - train), plan.train_batch_size))
 
 
-def _divisors(number: int) -> list[int]:
-    small = [size for size in range(1, isqrt(number) + 1) if number % size == 0]
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number in order: all up to 10^12, beyond it those below 10^6 and their partners."""
+    small = [size for size in range(1, min(isqrt(number), 10**6) + 1) if number % size == 0]
     return sorted({*small, *(number // size for size in small)})

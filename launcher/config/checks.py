@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ...recipes.config import SourceConfig
-from .batch import solve_batch
+from .batch import divisors, solve_batch
 from .deepspeed import deepspeed_faults
 from .optimizers import optimizer_faults
 from .schema import RunConfig
@@ -277,8 +277,8 @@ def _shared_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
 
 
 def _divisors_text(number: int) -> str:
-    divisors = [str(n) for n in range(1, number + 1) if number % n == 0]
-    return ", ".join(divisors[:8]) + (", ..." if len(divisors) > 8 else "")
+    found = divisors(number)
+    return ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
 
 
 def _fp8_faults(config: RunConfig) -> Iterator[Fault]:

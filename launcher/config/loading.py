@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from .checks import faults
-from .file import ConfigError, KeyPath, describe, dotted, is_leaf, parse_value, read_tree, to_yaml
+from .file import INT64, ConfigError, KeyPath, describe, dotted, is_leaf, parse_value, read_tree, to_yaml
 from .flags import FLAG_OF_KEY
 from .schema import RunConfig
 
@@ -102,10 +102,13 @@ class _Layers:
             self.problems.append(f"--set: {key}: {value!r} is not a YAML value: {error}")
             return
         parts = key.strip().split(".")
-        self.set(tuple(int(part) if part.isdecimal() else part for part in parts), parsed, "--set")
+        self.set(tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in parts), parsed, "--set")
 
     def set(self, path: KeyPath, value: Any, origin: str) -> None:
         """Puts a value at a path, making the sections on the way to it; what stood there is replaced."""
+        if isinstance(value, int) and value not in INT64:  # from a flag
+            self.problems.append(f"{origin}: {dotted(path)}: got {value}, must fit in 64 bits")
+            return
         holder: Any = self.values
         for depth, part in enumerate(path):
             beyond_end = isinstance(part, int) and isinstance(holder, list) and part >= len(holder)
@@ -114,7 +117,7 @@ class _Layers:
                 text = f"there is no item {part}; {there}; to make it longer, set {dotted(path[:depth])} as a whole"
                 self.problems.append(f"{origin}: {dotted(path)}: {text}")
                 if not holder:  # made on the way here
-                    self._drop(path[:depth])
+                    self._drop({path[:depth]})
                 return
             fits = isinstance(holder, list if isinstance(part, int) else dict)
             if not fits:
@@ -126,12 +129,12 @@ class _Layers:
             elif isinstance(part, str) and holder.get(part) is None:
                 holder[part] = (_default(path[: depth + 1]) or []) if isinstance(path[depth + 1], int) else {}
             holder = holder[part]
-        self._drop(path, keep_value=True)
+        self._forget({path})
         self._mark(path, value, origin)
         for pair in EXCLUSIVE:
             for this, other in (pair, pair[::-1]):
                 if path == this and value is not None and self.origins.get(other, origin) != origin:
-                    self._drop(other)
+                    self._drop({other})
         self._list_single_sources()
 
     def include_deepspeed_file(self) -> None:
@@ -169,8 +172,7 @@ class _Layers:
             for path, text in _merged(errors, self.values).items():
                 self.problems.append(f"{self._nearest(path)}: {dotted(path)}: {text}")
                 wrong.add(path)
-            for path in wrong:
-                self._drop(_outside_lists(path))
+            self._drop({_outside_lists(path) for path in wrong})
             meant = (_meant(error["loc"]) for error in errors if error["type"] == "extra_forbidden")
             wrong.update(path for path in meant if path is not None and path not in self.origins)
             config, errors = _try(self.values)
@@ -199,14 +201,22 @@ class _Layers:
         for key, item in inner:
             self._mark((*path, key), item, origin)
 
-    def _drop(self, path: KeyPath, keep_value: bool = False) -> None:
-        self.origins = {key: origin for key, origin in self.origins.items() if key[: len(path)] != path}
-        if not keep_value:
+    def _drop(self, paths: Collection[KeyPath]) -> None:
+        self._forget(paths)
+        for path in paths:
             holder: Any = self.values
             for part in path[:-1]:
                 holder = holder[part] if holder and part in holder else None
             if isinstance(holder, dict):
                 holder.pop(path[-1], None)
+
+    def _forget(self, paths: Collection[KeyPath]) -> None:
+        """Removes the origins of these keys and of all in them."""
+        self.origins = {
+            key: origin
+            for key, origin in self.origins.items()
+            if not any(key[:length] in paths for length in range(1, len(key) + 1))
+        }
 
     def _list_single_sources(self) -> None:
         """One mapping where a list of sources belongs becomes a list of one, so that paths through it are of one form."""
@@ -221,7 +231,7 @@ class _Layers:
 
 
 def _file_and_line(problem: str) -> tuple[str, int]:
-    place = re.match(r"(.*?)(?::(\d+))?: ", problem)
+    place = re.match(r"(.*?)(?::(\d+))?: ", problem, re.DOTALL)
     assert place, f"a problem starts with its place: {problem}"
     return place[1], int(place[2] or 0)
 

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from xformer_train.launcher.config.batch import BatchPlan, nearest_plans, solve_batch
+from xformer_train.launcher.config.batch import BatchPlan, divisors, nearest_plans, solve_batch
 from xformer_train.launcher.config.schema import TrainingConfig
 
 KEYS = ("train_batch_size", "micro_batch_size", "gradient_accumulation_steps")
@@ -55,6 +55,18 @@ def test_every_suggestion_is_itself_accepted(train, micro, accumulation, world_s
     for plan in nearest_plans(training(train, micro, accumulation), world_size):
         suggested = training(plan.train_batch_size, plan.micro_batch_size, plan.gradient_accumulation_steps)
         assert solve_batch(suggested, world_size) == plan
+
+
+@pytest.mark.parametrize("number", [1, 2, 36, 97, 1022, 10**12 - 11])
+def test_all_divisors_of_a_number_are_found_in_order(number):
+    found = divisors(number)
+    assert found == sorted(set(found)) and all(number % size == 0 for size in found)
+    assert number > 2000 or found == [size for size in range(1, number + 1) if number % size == 0]
+
+
+def test_the_largest_numbers_have_their_small_divisors():
+    assert divisors(2**63 - 2)[:4] == [1, 2, 3, 6]
+    assert nearest_plans(training(2**63 - 2, 5), 1)[0] == BatchPlan(2**63 - 2, 6, (2**63 - 2) // 6, 1)
 
 
 def test_suggestions_for_a_huge_batch_come_at_once():

@@ -210,6 +210,10 @@ def test_the_batch_is_checked_for_the_number_of_processes(load, problems):
             "parallel.tensor: got 4, must divide model.vocab_size 30522",
         ),
         (
+            "parallel: {tensor: 2}\nmodel: {intermediate_size: 3000000001}",
+            "parallel.tensor: got 2, must divide model.intermediate_size 3000000001: 1, ",
+        ),
+        (
             "parallel: {tensor: 4, sequence: true}\ndata: {max_seq_length: 126}",
             "parallel.tensor: got 4, must divide data.max_seq_length 126",
         ),

@@ -1,3 +1,4 @@
+import itertools
 import json
 import re
 from pathlib import Path
@@ -47,6 +48,13 @@ def test_a_minimal_config_has_the_defaults_and_their_origins(load):
         ("!!str 5", "5"),
         ("[1, a, {b: 1e-3}]", [1, "a", {"b": 1e-3}]),
         ("-.inf", float("-inf")),
+        ("+.INF", float("inf")),
+        ("9223372036854775807", 2**63 - 1),
+        ('"\\ud83d\\ude00"', "😀"),
+        ("0b11", "0b11"),
+        ("=", "="),
+        ("{<<: a}", {"<<": "a"}),
+        ("%YAML 1.1\n---\non", "on"),
     ],
 )
 def test_values_are_read_as_yaml_1_2(text, value):
@@ -77,6 +85,18 @@ def test_a_value_that_is_not_yaml_is_refused(text):
         (b"1: x\n", r"^run.yaml:1: the file: a key must be text, and 1 is not$"),
         (b"seed: &a [*a]\n", r"^run.yaml:1: seed.0: an alias may not contain itself$"),
         (b"seed: !!python/name:os.system x\n", r"^run.yaml:1: seed: .*has no meaning here$"),
+        (b"name: x\nmodel: !x {type: bert}\n", r"^run.yaml:2: model: the tag !x has no meaning here$"),
+        (b"data: {sources: !!set {a}}\n", r"^run.yaml:1: data.sources: the tag .*:set has no meaning here$"),
+        (b"!x\nname: x\n", r"^run.yaml:1: the file: the tag !x has no meaning here$"),
+        (b"? [a]\n: 1\n", r"^run.yaml:1: the file: a key must be text, and a list or mapping is not$"),
+        (b'seed: 1\nname: "\\ud800"\n', r"^run.yaml:2: name: '\\ud800' holds half of a surrogate pair"),
+        (b'"\\udc00": 1\n', r"^run.yaml:1: the file: '\\udc00' holds half of a surrogate pair"),
+        (b"name: x\nseed: 9223372036854775808\n", r"^run.yaml:2: seed: got 9223372036854775808, must fit in 64 bits$"),
+        (b"seed: -9223372036854775809\n", r"^run.yaml:1: seed: got -9223372036854775809, must fit in 64 bits$"),
+        (b"seed: " + b"9" * 4301, r"^run.yaml:1: seed: got a number of 4,301 digits, must fit in 64 bits$"),
+        (b"seed: 0x" + b"f" * 5000, r"^run.yaml:1: seed: got a number of 5,002 digits, must fit in 64 bits$"),
+        (b"model:\n x: " + b"[" * 10**5, r"^run.yaml:2: nested more than 64 deep$"),
+        (b"model:\n" + b"- " * 70 + b"1", r"^run.yaml:2: nested more than 64 deep$"),
     ],
 )
 def test_a_file_that_is_no_config_is_refused_with_its_line(tmp_path, monkeypatch, content, message):
@@ -86,6 +106,40 @@ def test_a_file_that_is_no_config_is_refused_with_its_line(tmp_path, monkeypatch
         load_config("run.yaml")
     [problem] = error.value.problems
     assert re.search(message, problem), problem
+
+
+def bomb(first, last):
+    """YAML whose last key means 9 to the power of the number of keys values."""
+    keys = [chr(code) for code in range(ord(first), ord(last) + 1)]
+    rows = [f"{keys[0]}: &{keys[0]} [{','.join('x' * 9)}]"]
+    rows += [f"{key}: &{key} [{','.join(f'*{before}' for _ in range(9))}]" for before, key in itertools.pairwise(keys)]
+    return "\n".join(rows) + "\n"
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        (bomb("a", "i"), "more than 10,000 values, with its aliases written out"),
+        ("k0: &k0 [1]\n" + "".join(f"k{i}: &k{i} [*k{i - 1}]\n" for i in range(1, 500)), "nested more than 64 deep"),
+    ],
+)
+def test_aliases_that_stand_for_too_much_are_refused_at_once(problems, text, message):
+    [problem] = problems(text)
+    assert re.fullmatch(rf"run.yaml:\d+: {message}.*", problem)
+
+
+def test_an_alias_is_its_own_copy_of_what_it_stands_for(load):
+    text = MINIMAL + "data: {sources: [&a {kind: text, path: x}], validation: [*a]}\n"
+    loaded = load(text, ["data.validation.0.path=y"])
+    assert [loaded.config.data.sources[0].path, loaded.config.data.validation[0].path] == ["x", "y"]
+
+
+@pytest.mark.parametrize("name", ["a\nb.yaml", "a\x1b[31m.yaml", "a\udcff.yaml"])
+def test_each_problem_is_one_line_that_can_be_printed_whatever_the_path(problems, load, name):
+    [problem] = problems(MINIMAL + "sed: 1\n", name=name)
+    assert problem.isprintable() and re.match(r"a\\.*\.yaml:2: sed: unknown key \(did you mean seed\?\)$", problem)
+    loaded = load(MINIMAL, name=name)
+    assert load(dump_config(loaded.config, loaded.origins)).config == loaded.config
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
@@ -113,6 +167,14 @@ def test_json_keeps_line_numbers_with_tabs_and_escapes(load):
     assert tree.lines[("optimizer", "betas", 1)] == 7
 
 
+def test_json_may_have_a_colon_on_the_line_after_its_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run.json").write_text('{"training"\n :\n{"max_steps"\n\t:10},\n"name" : "a\\" : b", "x":"c\\\\"}')
+    tree = read_tree(Path("run.json"))
+    assert tree.values == {"training": {"max_steps": 10}, "name": 'a" : b', "x": "c\\"}
+    assert (tree.lines[("training",)], tree.lines[("training", "max_steps")], tree.lines[("name",)]) == (1, 3, 5)
+
+
 @pytest.mark.parametrize(
     "text,message",
     [
@@ -121,6 +183,11 @@ def test_json_keeps_line_numbers_with_tabs_and_escapes(load):
         ("name: x", r"run.json:1: not well-formed JSON"),
         ("", r"run.json: is empty"),
         ("[1]", r"run.json:1: holds a list"),
+        ('{"a":' + "[" * 10**5 + "]" * 10**5 + "}", r"run.json: nested more than 64 deep"),
+        ('{"a":\n' + "[" * 100 + "]" * 100 + "}", r"run.json:2: nested more than 64 deep"),
+        ('{"seed":\n' + "9" * 4301 + "}", r"run.json:2: seed: got a number of 4,301 digits, must fit in 64 bits"),
+        ('{"name":\n"\\ud83d"}', r"run.json:2: name: '\\ud83d' holds half of a surrogate pair"),
+        ('{"a"\n:1,\n"a"\n:2}', r"run.json:3: a: given twice, first on line 1"),
     ],
 )
 def test_json_faults_have_their_line(problems, text, message):

@@ -272,3 +272,12 @@ def test_set_changes_one_key_of_an_inline_deepspeed_config(load):
     loaded = load(MINIMAL + "deepspeed: {prescale_gradients: false}\n", ["deepspeed.zero_optimization.stage=1"])
     assert loaded.config.deepspeed == {"prescale_gradients": False, "zero_optimization": {"stage": 1}}
     assert loaded.origins["deepspeed.zero_optimization.stage"] == "--set"
+
+
+def test_what_set_and_flags_give_has_the_limits_of_a_file(problems):
+    [by_set] = problems(MINIMAL, ["seed=" + "9" * 4301])
+    assert by_set.endswith("is not a YAML value: the value: got a number of 4,301 digits, must fit in 64 bits")
+    [by_flag] = problems(MINIMAL, (), {"training.max_steps": 2**63})
+    assert by_flag == "--max_steps: training.max_steps: got 9223372036854775808, must fit in 64 bits"
+    assert "unknown key" in problems(MINIMAL, ["data.sources." + "9" * 4301 + "=1"])[0]
+    assert all(line.isprintable() for line in problems(MINIMAL, ["a\nb", "c\nd=1", "name=\x07"]))
