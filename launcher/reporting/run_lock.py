@@ -15,10 +15,10 @@ NAME = ".lock"
 
 @contextmanager
 def only_run(root: Path) -> Iterator[None]:
-    """Within, no other process enters this for the run directory `root`, on any machine whose file system shares locks.
+    """Keep other processes out of the run directory `root`, on any machine whose file system shares locks.
 
-    The system lets go of the lock when this process ends, however it ends. Without locks there is a warning. Raises ValueError
-    if another process is within, and OSError if the directory cannot be written.
+    The system frees the lock when this process ends, however it ends. Without locks there is a warning. Raises UserError if
+    another process holds the lock, and OSError if the directory cannot be written.
     """
     path = root / NAME
     try:

@@ -1,16 +1,16 @@
 """Folders of prepared data: built once, found by name afterwards, whole or not there at all."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
 import socket
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from ...kernels.errors import UserError
 
@@ -43,8 +43,8 @@ def write_atomically(path: Path, text: str) -> None:
         raise _unusable(path.parents[1], error) from error
 
 
-def _unusable(cache: Path, error: OSError) -> ValueError:
-    return ValueError(f"data.cache_dir={cache}: {error}; name a folder that can be written")
+def _unusable(cache: Path, error: OSError) -> UserError:
+    return UserError(f"data.cache_dir={cache}: {error}; name a folder that can be written")
 
 
 def open_or_build(
@@ -59,25 +59,28 @@ def open_or_build(
     Raises ValueError if the folder is damaged, the cache cannot be written or has no space, or its file system has no locks.
     """
     if not folder.exists():
-        lock = FileLock(folder.with_name(f"{folder.name}.lock"))
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)
-        except Timeout:
-            report("waiting for another process that prepares the same data")
-            lock.acquire()
+            lock = folder.with_name(f"{folder.name}.lock").open("a")
         except OSError as error:
             raise _unusable(folder.parents[1], error) from error
-        except NotImplementedError as error:  # filelock's answer to a file system that knows no locks
-            raise UserError(
-                f"data.cache_dir={folder.parents[1]}: its file system has no file locks; name a folder on another"
-            ) from error
-        try:
+        with lock:
+            _wait_for(lock, folder.parents[1], report)
             if not folder.exists():
                 _build(folder, build)
-        finally:
-            lock.release()
     return _checked_facts(folder)
+
+
+def _wait_for(lock: IO[str], cache: Path, report: Callable[[str], None]) -> None:
+    """Lock an open file against all other processes, until it is closed or this process ends, however it ends."""
+    try:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose lock children inherit and may keep
+        except BlockingIOError:
+            report("waiting for another process that prepares the same data")
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+    except OSError as error:
+        raise _unusable(cache, error) from error
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:

@@ -1,4 +1,8 @@
-import threading
+import errno
+import fcntl
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -17,27 +21,46 @@ def test_what_was_built_is_found_again(tmp_path):
     assert read_array(folder / "numbers", "<u2").tolist() == [1, 2]
 
 
-def test_a_second_process_waits_for_the_first_and_says_so(tmp_path):
-    folder, told, results = tmp_path / "key", [], []
-    building, go_on = threading.Event(), threading.Event()
+BUILDER = """
+import sys
+from pathlib import Path
+from xformer_train.recipes.data.cache import open_or_build
+def slow(partial):
+    (partial / "half").write_bytes(b"12")
+    print("building", flush=True)
+    sys.stdin.readline()
+    return {"by": "the first"}
+open_or_build(Path(sys.argv[1]), slow, print)
+"""
 
-    def slow(partial):
-        building.set()
-        assert go_on.wait(timeout=60)
-        return build_one(partial)
 
-    first = threading.Thread(target=lambda: results.append(open_or_build(folder, slow, pytest.fail)))
-    first.start()
-    assert building.wait(timeout=60)
+@pytest.fixture
+def builder(tmp_path):
+    """A process that is building the folder `key`, until it is given a line or killed."""
+    command = [sys.executable, "-c", BUILDER, str(tmp_path / "key")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "building\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_process_waits_for_the_first_and_says_so(tmp_path, builder):
+    told = []
 
     def tell(text):
         told.append(text)
-        go_on.set()
+        builder.stdin.write("go on\n")
+        builder.stdin.flush()
 
-    results.append(open_or_build(folder, lambda _: pytest.fail("built twice"), tell))
-    first.join()
-    assert results == [{"count": 2}, {"count": 2}]
+    assert open_or_build(tmp_path / "key", lambda _: pytest.fail("built twice"), tell) == {"by": "the first"}
     assert told == ["waiting for another process that prepares the same data"]
+
+
+def test_what_a_killed_process_began_is_built_anew(tmp_path, builder):
+    facts = open_or_build(tmp_path / "key", build_one, lambda _: builder.send_signal(signal.SIGKILL))
+    assert facts == {"count": 2}
+    assert not (tmp_path / "key" / "half").exists()
 
 
 def test_the_first_of_two_machines_to_finish_wins(tmp_path):
@@ -63,10 +86,10 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path):
 
 
 def test_a_lock_that_the_file_system_does_not_have_names_the_cache(tmp_path, monkeypatch):
-    def no_locks(*_, **__):
-        raise OSError(37, "No locks available")
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr("filelock.FileLock.acquire", no_locks)
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
     with pytest.raises(ValueError, match=rf"^data\.cache_dir={tmp_path}: .*No locks available; name a folder"):
         open_or_build(tmp_path / "tokens" / "key", build_one, pytest.fail)
 
