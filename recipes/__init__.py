@@ -1,18 +1,31 @@
-"""What is trained: the BERT and GPT models, their objective and their data.
+"""What is trained: the models, their objectives and their data. A model is a folder, and a line in each of the two tables here.
 
-`RECIPES` maps `model.type` to a `Recipe` (see `recipe.py`). It is built on first access, because the models import torch
-and a command that only reads a run config must not wait for that.
+`RECIPES` maps `model.type` to a `Recipe` (see `recipe.py`), `CONFIG_CHECKS` to the rules of a run config that only this model
+has. They are built on first access: recipes import torch, and a command that only reads a run config must not wait for that.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["RECIPES"]
+if TYPE_CHECKING:
+    from .config import ConfigCheck
+    from .recipe import Recipe
+
+    RECIPES: Mapping[str, Recipe]
+    CONFIG_CHECKS: Mapping[str, ConfigCheck]
+
+__all__ = ["CONFIG_CHECKS", "RECIPES"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "RECIPES":
-        from .bert.recipe import RECIPE as BERT
-        from .gpt.recipe import RECIPE as GPT
+        from .bert.recipe import BERT
+        from .gpt.recipe import GPT
 
-        return {"bert": BERT, "gpt": GPT}
+        return {recipe.name: recipe for recipe in (BERT, GPT)}
+    if name == "CONFIG_CHECKS":
+        from .bert import checks as bert
+        from .gpt import checks as gpt
+
+        return {"bert": bert.faults, "gpt": gpt.faults}
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,13 +4,21 @@ They stand here, and not with the other sections in `launcher/config/schema.py`,
 launcher. No torch import: reading a run config is quick.
 """
 
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from ..kernels.ops.choices import Activation, Kernels
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DropoutProbability = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
+SentenceTask = Literal["nsp", "sop", "none"]
+Masking = Literal["subword", "whole_word", "span"]
+TokenizerKind = Literal["wordpiece", "bpe", "bytes"]
+SpecialToken = Literal["pad", "unk", "cls", "sep", "mask", "eos"]
 one_or_list = BeforeValidator(lambda value: [value] if isinstance(value, dict) else value)
 
 
@@ -30,7 +38,7 @@ class ModelConfig(Section):
     num_attention_heads: PositiveInt = 12
     intermediate_size: PositiveInt = 3072
     """Width of the feed-forward part of each layer; four times hidden_size in BERT and GPT-2."""
-    hidden_act: Literal["gelu", "gelu_tanh"] = "gelu"
+    hidden_act: Activation = "gelu"
     """GELU by the error function (BERT) or its tanh approximation (GPT-2)."""
     hidden_dropout_prob: DropoutProbability = 0.1
     attention_probs_dropout_prob: DropoutProbability = 0.1
@@ -48,7 +56,7 @@ class ModelConfig(Section):
 
 
 class LayerFlags(Section):
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Kernels = "auto"
     """auto: Triton for CUDA tensors, PyTorch elsewhere; reference: PyTorch everywhere, to bisect a bad loss."""
     stochastic_mode: bool = False
     """Allow results that differ from run to run where that is faster."""
@@ -65,7 +73,7 @@ class LayerFlags(Section):
 
 
 class TokenizerConfig(Section):
-    type: Literal["auto", "wordpiece", "bpe", "bytes"] = "auto"
+    type: Literal["auto", TokenizerKind] = "auto"
     """Which tokenizer to train when `path` is not given; auto is wordpiece for BERT and bpe for GPT. bytes trains nothing:
     every byte is a token."""
     path: str | None = None
@@ -118,9 +126,9 @@ class ObjectiveConfig(Section):
     """Masked-token prediction (BERT) or next-token prediction (GPT)."""
     mlm_probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
     """Share of the tokens to predict (BERT)."""
-    masking: Literal["subword", "whole_word", "span"] = "subword"
+    masking: Masking = "subword"
     """What is masked together: single tokens, all tokens of a word, or spans of several words (BERT)."""
-    sentence_task: Literal["nsp", "sop", "none"] = "nsp"
+    sentence_task: SentenceTask = "nsp"
     """Next-sentence prediction, sentence-order prediction, or none (BERT). With clm the default is none, and nothing else
     fits."""
     max_predictions_per_seq: PositiveInt | None = None
@@ -132,3 +140,28 @@ class ObjectiveConfig(Section):
         if isinstance(values, dict) and values.get("type") == "clm":
             return {"sentence_task": "none", **values}
         return values
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One broken rule: the keys it read, the first being the one to blame, and the sentence for the user."""
+
+    keys: tuple[str, ...]
+    text: str
+
+
+ConfigCheck = Callable[[ModelConfig, LayerFlags, ObjectiveConfig], Iterator[Fault]]
+"""Yields every rule of one model that these sections break."""
+
+
+def objective_faults(model: ModelConfig, objective: ObjectiveConfig, wanted: str) -> Iterator[Fault]:
+    """Yield what is wrong with an objective that must have the type `wanted`."""
+    if objective.type != wanted:
+        yield Fault(
+            ("objective.type", "model.type"), f"got {objective.type!r}, but model.type {model.type} needs {wanted!r}"
+        )
+    elif objective.type == "clm" and objective.sentence_task != "none":
+        yield Fault(
+            ("objective.sentence_task", "objective.type"),
+            f"got {objective.sentence_task!r}, but objective.type clm has no sentence pairs; set none",
+        )

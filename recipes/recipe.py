@@ -1,15 +1,28 @@
-"""What a recipe gives to the training loop."""
+"""What a model's folder must give: a `Recipe`, and the types that it is written in."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import numpy as np
 from torch import Tensor, nn
 
+from ..kernels.ops.choices import ActivationCheckpointing
 from ..kernels.parallel.collectives import ONE_PROCESS, TensorParallel
-from .config import LayerFlags, ModelConfig, ObjectiveConfig
+from .config import DataConfig, LayerFlags, ModelConfig, ObjectiveConfig, SpecialToken
+
+if TYPE_CHECKING:
+    from .data.token_store import TokenStore
+    from .data.tokenizer import RunTokenizer
+    from .shared.transformers_form import TransformersForm
 
 Batch = Mapping[str, Tensor]
+Rows = tuple[np.ndarray, ...]
+Collate = Callable[[Rows, np.ndarray], dict[str, np.ndarray]]
+Layout = Literal["sentences", "stream"]
+Report = Callable[[str], None]
+"""Called with a line for the person who waits while data is prepared."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +34,7 @@ class Runtime:
     """
 
     fp8: bool = False
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
     parallel: TensorParallel = ONE_PROCESS
 
 
@@ -41,22 +54,89 @@ class BuildModel(Protocol):
     ) -> nn.Module: ...
 
 
+class Samples(Protocol):
+    """The samples of one source, numbered from 0."""
+
+    @property
+    def store(self) -> "TokenStore": ...
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: np.ndarray, keys: np.ndarray) -> Rows:
+        """Return the samples of these numbers, as arrays whose first dimension is B.
+
+        index: (B,) int64 in [0, len); keys: (B,) uint64, which decide all that is random in a sample.
+        """
+
+
+class OpenSamples(Protocol):
+    """See `SampleRules`."""
+
+    def __call__(
+        self,
+        store: "TokenStore",
+        tokenizer: "RunTokenizer",
+        data: DataConfig,
+        objective: ObjectiveConfig,
+        cache: Path,
+        report: Report,
+    ) -> Samples: ...
+
+
+@dataclass(frozen=True)
+class TokenizerRules:
+    """What a model asks of its tokenizer.
+
+    trained: the kind that tokenizer.type=auto trains. specials: the special tokens of a new one, as they are written.
+    needed: those without which no sample can be made.
+    """
+
+    trained: Literal["wordpiece", "bpe"]
+    specials: Mapping[SpecialToken, str]
+    needed: tuple[SpecialToken, ...]
+
+
+@dataclass(frozen=True)
+class SampleRules:
+    """How samples of a model are made of tokens, and batches of samples.
+
+    layout: what a token store keeps: `sentences` where they start, `stream` an end-of-document token after each document.
+    settings(data, objective): the JSON values that decide the samples; they are part of the fingerprint of the data.
+    open(store, tokenizer, data, objective, cache, report): the samples of one source. Raises UserError if there are none.
+    collate(tokenizer, data, objective, unpad): what makes of rows and their keys the arrays that the model takes by these
+        names. unpad: they say where the tokens stand, as `layer.unpad` needs; it changes no sample.
+    """
+
+    layout: Layout
+    settings: Callable[[DataConfig, ObjectiveConfig], list[Any]]
+    open: OpenSamples
+    collate: Callable[["RunTokenizer", DataConfig, ObjectiveConfig, bool], Collate]
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """One kind of model with its objective.
+    """One kind of model with its objective: all in which it differs from another kind.
 
+    name: `model.type`.
     build_model(model, layer, objective, vocab_size, runtime): the model; called with a batch's tensors as keyword arguments it
         returns the *sum* of each part of the loss as fp32 scalars, such as {"mlm": ..., "nsp": ...}. The training loss is
         the sum over parts of sum / count, with the counts of the whole step, so that it does not depend on how the step is
         cut into micro-batches and processes.
-    loss_counts(batch, objective): how many terms each of those sums has.
+    loss_counts(batch, objective): how many terms each of those sums has. The first part is the one over the vocabulary.
     real_tokens(batch): tokens that are not padding.
     flops_per_sample(model, vocab_size, seq_length, predictions): matrix-product FLOPs of forward and backward of one
         sequence (backward counts twice, recomputation not at all), predictions being the positions that reach the head. At
         a mean length it is a lower bound: attention grows with the square.
+    tokenizer, samples: what it asks of the tokenizer and how its data is made.
+    transformers: its exports and what can be imported. command: the command that shows what a trained model says.
     """
 
+    name: str
     build_model: BuildModel
     loss_counts: Callable[[Batch, ObjectiveConfig], dict[str, int]]
     real_tokens: Callable[[Batch], int]
     flops_per_sample: Callable[[ModelConfig, int, float, float], float]
+    tokenizer: TokenizerRules
+    samples: SampleRules
+    transformers: "TransformersForm"
+    command: Literal["sample", "fill-mask"]

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..fp8.linear import Fp8State
 from ..fp8.norm import norm_before, residual_norm_before
 from ..ops.attention.attention import AttentionMask, Recompute, attention
-from ..ops.choices import Activation
+from ..ops.choices import Activation, Kernels
 from ..ops.dropout import draw_seed
 from ..ops.mlp.mlp import mlp
 from ..ops.norm.residual_norm import are_invertible, residual_add
@@ -55,7 +55,7 @@ class LayerConfig:
     initializer_range: float = 0.02
     num_hidden_layers: int = 1
     adjust_init_range: bool = True
-    kernels: Literal["auto", "reference"] = "auto"
+    kernels: Kernels = "auto"
     normalize_invertible: bool = False
     gelu_checkpoint: bool = False
     attn_dropout_checkpoint: bool = False

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from ..fp8.linear import Float8CurrentScaling, check_fp8_features, fp8_autocast, is_fp8_enabled
 from ..ops.attention.attention import AttentionMask
+from ..ops.choices import ActivationCheckpointing
 from ..ops.dropout import draw_seed
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, gather_from_group, scatter_to_group
 from .layer import LayerConfig, TransformerLayer, invertible_norms
 from .recomputation import recompute_in_backward
 
-ActivationCheckpointing = Literal["none", "selective", "full"]
 _WARM_UPS = 3  # compile the kernels and let the matrix libraries choose theirs, which a capture forbids
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from ..ops.choices import ActivationCheckpointing
 from .layer import LayerConfig
-from .layer_stack import ActivationCheckpointing
 
 _SEED_BYTES = 8
 

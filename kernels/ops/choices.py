@@ -1,30 +1,29 @@
-"""Name what callers of an op may choose: the path that computes it, the activation, the label that counts for nothing."""
+"""Name what callers of ops and layers may choose: the path that computes it, the activation, what backward computes again.
 
-from typing import Literal
+No torch import: the sections of the run config offer these choices, and reading one is quick.
+"""
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IGNORED = -100
-
+"""The label that counts for nothing."""
 
 Activation = Literal["gelu", "gelu_tanh"]
-
-
+ActivationCheckpointing = Literal["none", "selective", "full"]
 Kernels = Literal["auto", "reference"]
 
 
-_GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def uses_triton(tensor: Tensor, kernels: Kernels) -> bool:
+def uses_triton(tensor: "Tensor", kernels: Kernels) -> bool:
     """Whether Triton computes an op on this tensor: on CUDA, unless kernels is `reference`.
 
     Raises ValueError if it should and its dtype has no GPU kernel.
     """
     if kernels == "reference" or not tensor.is_cuda:
         return False
-    if tensor.dtype not in _GPU_DTYPES:
+    if not (tensor.dtype.is_floating_point and tensor.dtype.itemsize in (2, 4)):
         raise ValueError(
             f"dtype {tensor.dtype} has no GPU kernel; use float32, float16 or bfloat16, or kernels='reference'"
         )

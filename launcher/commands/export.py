@@ -58,7 +58,7 @@ def sample(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
 ) -> None:
     """Let a GPT go on from a prompt, on the CPU."""
     with reported_errors(debug):
-        trained = _open(run, checkpoint_id, "gpt", debug)
+        trained = _open(run, checkpoint_id, "sample", debug)
         from ..trained_models import sampling
 
         options = sampling.Sampling(max_new_tokens, temperature, top_k, seed, greedy)
@@ -74,7 +74,7 @@ def fill_mask(
 ) -> None:
     """Let a BERT say what stands at the masks of a text, on the CPU."""
     with reported_errors(debug):
-        trained = _open(run, checkpoint_id, "bert", debug)
+        trained = _open(run, checkpoint_id, "fill-mask", debug)
         from ..trained_models import sampling
 
         masks = sampling.fill_mask(trained.build(), _tokenizer(trained, run), text, top_k)  # type: ignore[arg-type]
@@ -85,16 +85,18 @@ def fill_mask(
                 typer.echo(f"{candidate.probability:7.1%}  {candidate.text}")
 
 
-def _open(run: Path, checkpoint_id: str | None, wanted: str, debug: bool) -> "Pretrained":
-    """The model, after a line on stderr that says which it is; raises ValueError for one of another type."""
+def _open(run: Path, checkpoint_id: str | None, command: str, debug: bool) -> "Pretrained":
+    """Return the model, after a line on stderr that says which it is. Raise UserError for one that has another command."""
     _quieten(debug)
+    from ...recipes import RECIPES
     from ..trained_models.pretrained import open_pretrained
 
     trained, place = open_pretrained(run, checkpoint_id)
     model = trained.model
-    if model.type != wanted:
-        command = {"gpt": "sample", "bert": "fill-mask"}[model.type]
-        raise UserError(f"{place} is a {model.type}, and this command needs a {wanted}; use xformer-train {command}")
+    own = RECIPES[model.type].command
+    if own != command:
+        wanted = " or ".join(name for name, recipe in RECIPES.items() if recipe.command == command)
+        raise UserError(f"{place} is a {model.type}, and this command needs a {wanted}; use xformer-train {own}")
     typer.echo(f"{place}: {model.type}, {model.num_hidden_layers} layers, hidden size {model.hidden_size:,}", err=True)
     return trained
 

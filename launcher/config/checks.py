@@ -7,9 +7,9 @@ what was given, what is needed and what to do.
 import re
 import string
 from collections.abc import Iterator
-from dataclasses import dataclass
 
-from ...recipes.config import SourceConfig
+from ...recipes import CONFIG_CHECKS
+from ...recipes.config import Fault, SourceConfig
 from .batch import divisors, solve_batch
 from .deepspeed import deepspeed_faults
 from .optimizers import optimizer_faults
@@ -31,14 +31,6 @@ FP8_MULTIPLE = 16  # of kernels/fp8/products.py, which imports torch
 FILE_NAME_RULE = "a plain name: no slash, no white space at its ends, no dot at its start"
 
 
-@dataclass(frozen=True)
-class Fault:
-    """One broken rule: the keys it read, the first being the one to blame, and the sentence for the user."""
-
-    keys: tuple[str, ...]
-    text: str
-
-
 def faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
     """Every broken rule of a run config whose single values are all valid.
 
@@ -46,6 +38,7 @@ def faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
     """
     yield from _run_faults(config)
     yield from _model_faults(config)
+    yield from CONFIG_CHECKS[config.model.type](config.model, config.layer, config.objective)
     yield from _tokenizer_and_objective_faults(config)
     yield from _data_faults(config)
     yield from _schedule_faults(config)
@@ -82,17 +75,10 @@ def _model_faults(config: RunConfig) -> Iterator[Fault]:
             ("model.hidden_size", "model.num_attention_heads"),
             f"got {model.hidden_size}, must be a multiple of model.num_attention_heads {model.num_attention_heads}",
         )
-    if model.type == "gpt" and not model.pre_layer_norm:
-        yield Fault(("model.pre_layer_norm", "model.type"), "got false, but model.type gpt is pre-LN only; set true")
     if data.max_seq_length > model.max_position_embeddings:
         yield Fault(
             ("data.max_seq_length", "model.max_position_embeddings"),
             f"got {data.max_seq_length}, must be at most model.max_position_embeddings {model.max_position_embeddings}",
-        )
-    if config.layer.unpad and model.type == "gpt":
-        yield Fault(
-            ("layer.unpad", "model.type"),
-            "got true, but samples of model.type gpt are packed and hold no padding to remove; set false",
         )
     if config.layer.cuda_graph and config.layer.unpad:
         yield Fault(
@@ -103,16 +89,6 @@ def _model_faults(config: RunConfig) -> Iterator[Fault]:
 
 def _tokenizer_and_objective_faults(config: RunConfig) -> Iterator[Fault]:
     model, tokenizer, objective = config.model, config.tokenizer, config.objective
-    wanted = {"bert": "mlm", "gpt": "clm"}[model.type]
-    if objective.type != wanted:
-        yield Fault(
-            ("objective.type", "model.type"), f"got {objective.type!r}, but model.type {model.type} needs {wanted!r}"
-        )
-    elif objective.type == "clm" and objective.sentence_task != "none":
-        yield Fault(
-            ("objective.sentence_task", "objective.type"),
-            f"got {objective.sentence_task!r}, but objective.type clm has no sentence pairs; set none",
-        )
     if (objective.max_predictions_per_seq or 0) > config.data.max_seq_length:
         yield Fault(
             ("objective.max_predictions_per_seq", "data.max_seq_length"),

@@ -6,10 +6,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, processors
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from ...kernels.errors import UserError
+from ...recipes import RECIPES
 from ...recipes.config import ModelConfig
 from ...recipes.data.tokenizer import RunTokenizer
 from ...recipes.transformers_format.convert import config_json, to_huggingface
@@ -73,34 +74,26 @@ def _write(folder: Path, trained: Pretrained, state: dict[str, Tensor], config: 
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / WEIGHTS_FILE).chmod(0o644)
     _write_json(folder / CONFIG_FILE, config)
-    if trained.model.type == "gpt":
-        eos = config["eos_token_id"]
-        _write_json(folder / "generation_config.json", {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos})
     assert trained.tokenizer is not None, "every checkpoint has its tokenizer"
+    generation = RECIPES[trained.model.type].transformers.generation
+    if generation:
+        ids = {key: trained.tokenizer.special_id(name) for key, name in generation.items()}
+        _write_json(folder / "generation_config.json", ids)
     _write_tokenizer(folder, trained.tokenizer, trained.model)
 
 
 def _write_tokenizer(folder: Path, tokenizer: RunTokenizer, model: ModelConfig) -> None:
-    """The files of a tokenizer that adds the special tokens to a text that the recipe adds to its samples."""
+    """Write the files of a tokenizer that adds the special tokens to a text that the recipe adds to its samples."""
     copy = Tokenizer.from_str(tokenizer.tokenizer.to_str())
-    copy.post_processor = None
-    if model.type == "bert":
-        cls, sep = tokenizer.specials["cls"], tokenizer.specials["sep"]
-        copy.post_processor = processors.TemplateProcessing(
-            single=[cls, "$A", sep],
-            pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
-            special_tokens=[(cls, tokenizer.special_id("cls")), (sep, tokenizer.special_id("sep"))],
-        )
+    form = RECIPES[model.type].transformers
+    copy.post_processor = form.post_processor(tokenizer)
     (folder / "tokenizer.json").write_text(copy.to_str(pretty=True), encoding="utf-8")
     specials = {f"{name}_token": token for name, token in tokenizer.specials.items()}
     _write_json(folder / "special_tokens_map.json", specials)
-    inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    if model.type == "gpt":
-        inputs.remove("token_type_ids")  # GPT-2 of transformers would add embeddings for them
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.max_position_embeddings,
-        "model_input_names": inputs,
+        "model_input_names": form.inputs,
         "clean_up_tokenization_spaces": False,
         **specials,
     }

@@ -7,27 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ...recipes import RECIPES
 from ..checkpoint import store
 from ..config.loading import load_config
 from ..config.schema import RunConfig
 from ..reporting.run_directory import RunDirectory
-
-_PIPELINES = {"bert": "fill-mask", "gpt": "text-generation"}
-_AUTO_CLASSES = {"bert": "AutoModelForMaskedLM", "gpt": "AutoModelForCausalLM"}
-_PRE_LN_NOTE = """\
-Pad to the right: this architecture counts positions without padding, and the training did not know padding on the left.
-"""
-_PRE_LN_SENTENCES = """\
-`AutoModelForSequenceClassification` loads the sentence head: label 0 is {zero}, label 1 {one}.
-"""
-_SENTENCES = {
-    "nsp": ("a second part that follows the first", "a second part from elsewhere"),
-    "sop": ("two parts in their order", "two parts in exchanged order"),
-}
-_GPT_NOTE = """\
-In training, documents were packed into rows, each token saw its own document alone, and positions began at 0 in each document.
-The exported model reads its input as one document.
-"""
 
 
 def model_card(checkpoint: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
@@ -38,22 +22,12 @@ def model_card(checkpoint: Path, config: Mapping[str, Any], state: Mapping[str, 
     saved = store.read_state(checkpoint)
     resolved = checkpoint / "config.resolved.yaml"
     run = load_config(resolved, world_size=saved["engine"]["world_size"]).config
-    name, kind = config["architectures"][0], run.model.type
+    name, form = config["architectures"][0], RECIPES[run.model.type].transformers
     facts = "\n".join(f"| {label} | {text} |" for label, text in _facts(checkpoint, saved, run, config, state))
-    notes = [
-        f"The vocabulary is the tokenizer's {config['vocab_size']:,} symbols; rows that filled it up in training are cut off.\n"
-    ]
-    if kind == "gpt":
-        notes.append(_GPT_NOTE)
-    elif run.model.pre_layer_norm:
-        notes.append(_PRE_LN_NOTE)
-        if run.objective.sentence_task != "none":
-            zero, one = _SENTENCES[run.objective.sentence_task]
-            notes.append(_PRE_LN_SENTENCES.format(zero=zero, one=one))
     return f"""\
 ---
 library_name: transformers
-pipeline_tag: {_PIPELINES[kind]}
+pipeline_tag: {form.pipeline_tag}
 ---
 
 # {run.name}
@@ -67,13 +41,14 @@ pipeline_tag: {_PIPELINES[kind]}
 ## Load
 
 ```python
-from transformers import {_AUTO_CLASSES[kind]}, AutoTokenizer
+from transformers import {form.auto_class}, AutoTokenizer
 
-model = {_AUTO_CLASSES[kind]}.from_pretrained(folder)
+model = {form.auto_class}.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 
-{"".join(notes)}
+The vocabulary is the tokenizer's {config["vocab_size"]:,} symbols; rows that filled it up in training are cut off.
+{"".join(form.notes(run.model, run.objective))}
 ## Run config
 
 ```yaml
@@ -89,7 +64,7 @@ def _facts(
     config: Mapping[str, Any],
     state: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, str]]:
-    engine, model, objective, data = saved["engine"], run.model, run.objective, run.data
+    engine, model, data = saved["engine"], run.model, run.data
     yield "parameters", f"{sum(tensor.numel() for tensor in state.values()):,}, {config['torch_dtype']}"
     yield (
         "model",
@@ -97,11 +72,7 @@ def _facts(
         f"feed-forward width {model.intermediate_size:,}, {'pre' if model.pre_layer_norm else 'post'}-LN, {model.hidden_act}",
     )
     yield "length", f"up to {model.max_position_embeddings:,} tokens; trained on up to {data.max_seq_length:,}"
-    if model.type == "gpt":
-        yield "objective", "next token"
-    else:
-        task = "" if objective.sentence_task == "none" else f"; sentences: {objective.sentence_task}"
-        yield "objective", f"masked tokens, {objective.mlm_probability:.0%} of a sample, by {objective.masking}{task}"
+    yield "objective", RECIPES[model.type].transformers.objective(run.objective)
     yield "started from", run.model.init_from or run.load.path or "new weights"
     yield "data", "; ".join(_source(source) for source in data.sources)
     yield "steps", f"{saved['step']:,}, {saved['samples']:,} samples"

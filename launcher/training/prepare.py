@@ -10,6 +10,7 @@ import torch
 
 from ...kernels.errors import UserError
 from ...kernels.parallel.collectives import TensorParallel
+from ...recipes import RECIPES
 from ...recipes.data.stream import PreparedData, prepare_data
 from ...recipes.data.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
 from ...recipes.recipe import Batch, Recipe, Runtime
@@ -82,7 +83,7 @@ def open_tokenizer(
     def build() -> None:
         if isinstance(weights_of, Pretrained):
             tokenizer = init_from.initial_tokenizer(str(config.model.init_from), weights_of, config.tokenizer)
-            check_suits(config.model.type, tokenizer, str(config.model.init_from))
+            check_suits(RECIPES[config.model.type], tokenizer, str(config.model.init_from))
         elif weights_of is not None:
             tokenizer = load_tokenizer(weights_of / "tokenizer")
             given = config.tokenizer.path
@@ -94,7 +95,7 @@ def open_tokenizer(
                 )
         else:
             with stop.raising():
-                tokenizer = build_tokenizer(config.model.type, config.tokenizer, config.data, say)
+                tokenizer = build_tokenizer(RECIPES[config.model.type], config.tokenizer, config.data, say)
         tokenizer.save(directory.tokenizer)
 
     by_main(topology, build)
@@ -111,9 +112,8 @@ def open_data(
 
     def prepare() -> PreparedData:
         with stop.raising():
-            return prepare_data(
-                config.model.type, tokenizer, config.data, config.objective, config.seed, say, unpad=config.layer.unpad
-            )
+            recipe, unpad = RECIPES[config.model.type], config.layer.unpad
+            return prepare_data(recipe, tokenizer, config.data, config.objective, config.seed, say, unpad=unpad)
 
     def check() -> None:
         if data.train.num_samples < batch.train_batch_size:
@@ -161,12 +161,7 @@ def runtime_of(config: RunConfig, topology: Topology) -> Runtime:
 def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     """What a checkpoint says of the model it holds: equal facts mean the weights fit and compute the same function."""
     model = config.model.model_dump(mode="json", exclude={"init_from"})
-    return {**model, "vocab_size": vocab_size, "sentence_task": sentence_task(config)}
-
-
-def sentence_task(config: RunConfig) -> str:
-    """The sentence head of the model: nsp, sop or none."""
-    return config.objective.sentence_task if config.model.type == "bert" else "none"
+    return {**model, "vocab_size": vocab_size, "sentence_task": config.objective.sentence_task}
 
 
 def last_step(config: RunConfig, progress: Progress, data: PreparedData, batch: BatchPlan) -> int:

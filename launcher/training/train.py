@@ -37,7 +37,6 @@ from .prepare import (
     open_data,
     open_tokenizer,
     runtime_of,
-    sentence_task,
     vocabulary_size,
 )
 from .start import Progress, checkpoint_to_load, loaded_text, open_initial, starting_progress
@@ -202,7 +201,7 @@ def _build(
     model = build_model(config.model, config.layer, config.objective, vocab_size, runtime_of(config, topology))
     told = None
     if isinstance(weights, Pretrained):
-        taken = load_initial(model, weights, vocab_size, sentence_task(config), topology)
+        taken = load_initial(model, weights, vocab_size, config.objective.sentence_task, topology)
         told = f"{config.model.init_from} ({taken})"
     elif weights is not None:
         loading.load_weights(model, weights, model_facts(config, vocab_size), topology)

@@ -4,10 +4,10 @@ Pure functions of the token rows and of one key per row; no state and no loop ov
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
+from ..config import Masking
 from ..data.counter_rng import below, hash64, uniform
 
 SPAN_STOP = 0.2  # SpanBERT: lengths in words are geometric with this p, and at most ten (arXiv 1907.10529, section 3.1)
@@ -26,7 +26,7 @@ class MaskingRule:
     is_special, word_start: (V,) bool; plain_ids: (P,) int64, the tokens that may replace another one.
     """
 
-    unit: Literal["subword", "whole_word", "span"]
+    unit: Masking
     probability: float
     max_predictions: int
     mask_id: int

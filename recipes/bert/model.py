@@ -4,8 +4,6 @@ Source: Devlin et al., arXiv 1810.04805; pre-LN placement as in DeepSpeed's BERT
 and one after the last layer).
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,7 +14,7 @@ from ...kernels.ops.linear import linear
 from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
 from ...kernels.ops.mlp.mlp import gelu
 from ...kernels.ops.norm.residual_norm import dropout
-from ..config import LayerFlags, ModelConfig
+from ..config import LayerFlags, ModelConfig, SentenceTask
 from ..recipe import PLAIN_RUNTIME, Runtime
 from ..shared.model_parts import (
     build_layers,
@@ -44,7 +42,7 @@ class BertForPretraining(nn.Module):
         self,
         model: ModelConfig,
         layer: LayerFlags,
-        sentence_task: Literal["nsp", "sop", "none"],
+        sentence_task: SentenceTask,
         vocab_size: int,
         runtime: Runtime = PLAIN_RUNTIME,
     ) -> None:

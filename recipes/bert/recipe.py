@@ -2,9 +2,11 @@
 
 from ...kernels.ops.choices import IGNORED
 from ..config import LayerFlags, ModelConfig, ObjectiveConfig
-from ..recipe import PLAIN_RUNTIME, Batch, Recipe, Runtime
+from ..recipe import PLAIN_RUNTIME, Batch, Recipe, Runtime, SampleRules, TokenizerRules
 from ..shared.flops import head_flops, layer_flops
 from .model import BertForPretraining
+from .samples import collate, open_samples, sample_settings
+from .transformers_form import BERT_IN_TRANSFORMERS
 
 
 def _build(
@@ -33,4 +35,18 @@ def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: float, pr
     return layer_flops(model, seq_length) + transform + head_flops(model, vocab_size, predictions)
 
 
-RECIPE = Recipe(_build, _loss_counts, _real_tokens, _flops_per_sample)
+BERT = Recipe(
+    name="bert",
+    build_model=_build,
+    loss_counts=_loss_counts,
+    real_tokens=_real_tokens,
+    flops_per_sample=_flops_per_sample,
+    tokenizer=TokenizerRules(
+        trained="wordpiece",
+        specials={"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"},
+        needed=("pad", "cls", "sep", "mask"),
+    ),
+    samples=SampleRules(layout="sentences", settings=sample_settings, open=open_samples, collate=collate),
+    transformers=BERT_IN_TRANSFORMERS,
+    command="fill-mask",
+)

@@ -5,22 +5,25 @@ in two at a sentence border; the border, the partner and what is trimmed off dif
 Source: Devlin et al., arXiv 1810.04805, and its data preparation; sentence order as in Lan et al., arXiv 1909.11942.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ...kernels.errors import UserError
+from ..config import DataConfig, ObjectiveConfig, SentenceTask
 from ..data.cache import open_or_build, read_array
 from ..data.counter_rng import below, uniform
-from ..data.token_store import Report, TokenStore
+from ..data.token_store import TokenStore
 from ..data.tokenizer import RunTokenizer
+from ..recipe import Collate, Report, Rows
+from .masking import MaskingRule, mask_rows
 
 TABLE_VERSION = 1  # raise it when the same store would give another table
 
-SentenceTask = Literal["nsp", "sop", "none"]
 _SHORTEST_PAIR = 2  # one token on either side
 _BLOCK_SENTENCES = 2**20
 _IS_SHORT, _SHORT_LENGTH = range(2)
@@ -153,7 +156,7 @@ class BertSamples:
     def __len__(self) -> int:
         return len(self.table.starts)
 
-    def rows(self, index: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, ...]:
+    def rows(self, index: np.ndarray, keys: np.ndarray) -> Rows:
         """Unmasked samples: input_ids (B, S), token_type_ids (B, S), lengths (B,), sentence labels (B,), all int64.
 
         index: (B,) in [0, len); keys: (B,) uint64 that decide border, label, partner and trimming.
@@ -223,3 +226,73 @@ class BertSamples:
         drawn = below(len(sentences) - 1 - (own_end - own_first), keys, _PARTNER)
         partner = sentences[np.where(drawn < own_first, drawn, drawn + own_end - own_first)]
         return partner, documents[np.searchsorted(documents, partner, side="right")]
+
+
+def open_samples(
+    store: TokenStore,
+    tokenizer: RunTokenizer,
+    data: DataConfig,
+    objective: ObjectiveConfig,
+    cache: Path,
+    report: Report,
+) -> BertSamples:
+    """See `SampleRules`."""
+    task = objective.sentence_task
+    table = open_table(store, data.max_seq_length, data.short_seq_prob, task, cache, report)
+    return BertSamples(store, table, data.max_seq_length, task, tokenizer)
+
+
+def sample_settings(data: DataConfig, objective: ObjectiveConfig) -> list[Any]:
+    """See `SampleRules`."""
+    return [
+        data.max_seq_length,
+        data.short_seq_prob,
+        objective.mlm_probability,
+        objective.masking,
+        objective.sentence_task,
+        _max_predictions(data, objective),
+    ]
+
+
+def _max_predictions(data: DataConfig, objective: ObjectiveConfig) -> int:
+    given = objective.max_predictions_per_seq
+    return given if given is not None else math.ceil(objective.mlm_probability * data.max_seq_length)
+
+
+def collate(tokenizer: RunTokenizer, data: DataConfig, objective: ObjectiveConfig, unpad: bool) -> Collate:
+    """Return what masks rows and makes a batch of them; see `SampleRules`.
+
+    Of a batch: input_ids, token_type_ids (B, S) int64; attention_mask (B, S) bool, True = a token; masked_positions (M,)
+    int64, flat indices into B * S, ascending; masked_labels (M,) int64; for nsp and sop sentence_labels (B,) int64, 1 =
+    random partner or swapped order; with unpad token_positions (T,) int64, where attention_mask is True, as flat indices,
+    ascending, with the first of every row.
+    """
+    is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
+    is_special[tokenizer.special_ids] = True
+    rule = MaskingRule(
+        unit=objective.masking,
+        probability=objective.mlm_probability,
+        max_predictions=_max_predictions(data, objective),
+        mask_id=tokenizer.special_id("mask"),
+        is_special=is_special,
+        word_start=tokenizer.word_start,
+        plain_ids=np.flatnonzero(~is_special),
+    )
+
+    def batch_of(rows: Rows, keys: np.ndarray) -> dict[str, np.ndarray]:
+        ids, token_types, lengths, labels = rows
+        masked = mask_rows(ids, lengths, keys, rule)
+        batch = {
+            "input_ids": masked.input_ids,
+            "token_type_ids": token_types,
+            "attention_mask": np.arange(ids.shape[1]) < lengths[:, None],
+            "masked_positions": masked.positions,
+            "masked_labels": masked.labels,
+        }
+        if objective.sentence_task != "none":
+            batch["sentence_labels"] = labels
+        if unpad:  # found here, because finding them on a GPU would make the host wait
+            batch["token_positions"] = np.flatnonzero(batch["attention_mask"])
+        return batch
+
+    return batch_of

@@ -13,6 +13,7 @@ from typing import IO, Any
 import numpy as np
 
 from ...kernels.errors import UserError
+from ..recipe import Report
 
 _MANIFEST = "manifest.json"
 
@@ -47,9 +48,7 @@ def _unusable(cache: Path, error: OSError) -> UserError:
     return UserError(f"data.cache_dir={cache}: {error}; name a folder that can be written")
 
 
-def open_or_build(
-    folder: Path, build: Callable[[Path], dict[str, Any]], report: Callable[[str], None]
-) -> dict[str, Any]:
+def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:
     """The facts of a prepared folder, built first if it is not there.
 
     build: writes its files into the empty folder it is given and returns the facts (JSON values). It works in a temporary

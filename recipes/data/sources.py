@@ -200,9 +200,9 @@ def _checked(value: Any, place: str, field: str) -> Iterator[str]:
         yield value
 
 
-def _no_field(place: str, field: str, columns: list[str]) -> ValueError:
+def _no_field(place: str, field: str, columns: list[str]) -> UserError:
     there = ", ".join(columns) or "nothing"
-    return ValueError(
+    return UserError(
         f"{place}: there is no {field}, only {there}; set text_field in data.sources to the one with the text"
     )
 
@@ -276,12 +276,12 @@ def _rows(dataset: Any, name: str) -> Iterator[dict[str, Any]]:
         raise _dataset_fault(name, error) from error
 
 
-def _dataset_fault(name: str, error: Exception) -> ValueError:
+def _dataset_fault(name: str, error: Exception) -> UserError:
     from datasets.exceptions import DatasetGenerationError
 
     # That one says no more than that an error occurred.
     told = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
-    return ValueError(f"data source {name}: {_one_line(told)}; correct data.sources, or check the network")
+    return UserError(f"data source {name}: {_one_line(told)}; correct data.sources, or check the network")
 
 
 def _one_line(error: BaseException) -> str:

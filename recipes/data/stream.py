@@ -5,18 +5,15 @@ A *position* counts samples from the start of training, over all epochs: positio
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
-from ..bert.masking import MaskingRule, mask_rows
-from ..bert.samples import BertSamples, open_table
 from ..config import DataConfig, ObjectiveConfig, SourceConfig
-from ..gpt.samples import GptSamples, with_document_borders
+from ..recipe import Collate, Recipe, Report, Rows, Samples
 from .cache import cache_folder
 from .counter_rng import hash64, permute
 from .sources import open_source
@@ -25,8 +22,6 @@ from .tokenizer import RunTokenizer, check_suits
 
 ORDER_VERSION = 1  # raise it when the same settings would give another sequence of samples
 
-ModelType = Literal["bert", "gpt"]
-Report = Callable[[str], None]
 _ORDER, _ORDER_IN_SOURCE, _CONTENT = range(3)
 
 
@@ -50,7 +45,7 @@ class PreparedData:
 
 
 def prepare_data(
-    model_type: ModelType,
+    recipe: Recipe,
     tokenizer: RunTokenizer,
     data: DataConfig,
     objective: ObjectiveConfig,
@@ -59,34 +54,21 @@ def prepare_data(
     *,
     unpad: bool = False,
 ) -> PreparedData:
-    """Training and held-out samples; what the cache does not have is prepared now, which can take long.
+    """Return training and held-out samples; what the cache does not have is prepared now, which can take long.
 
-    unpad: BERT's batches say where their tokens stand, see `SampleStream.batch`; the samples are the same.
-    Raises ValueError for every fault of the sources (see `sources.py`), text too short for one sample, a tokenizer without
+    unpad: batches say where their tokens stand; the samples are the same.
+    Raises UserError for every fault of the sources (see `sources.py`), text too short for one sample, a tokenizer without
     the special tokens needed, a damaged cache.
     """
-    check_suits(model_type, tokenizer)
-    cache = cache_folder(data.cache_dir)
-    layout: Literal["sentences", "stream"] = "sentences" if model_type == "bert" else "stream"
+    check_suits(recipe, tokenizer)
+    cache, rules = cache_folder(data.cache_dir), recipe.samples
 
     def open_stores(sources: Sequence[SourceConfig], held_out: float) -> list[tuple[TokenStore, TokenStore]]:
-        return [tokenise(open_source(one, cache), tokenizer, layout, held_out, cache, report) for one in sources]
+        return [tokenise(open_source(one, cache), tokenizer, rules.layout, held_out, cache, report) for one in sources]
 
     def stream(stores: list[TokenStore], sources: Sequence[SourceConfig], stream_seed: int) -> "SampleStream":
-        parts: Sequence[BertSamples | GptSamples]
-        if model_type == "gpt":
-            parts = [GptSamples(store, data.max_seq_length) for store in stores]
-            collate = _collate_gpt(tokenizer)
-        else:
-            task = objective.sentence_task
-            tables = [
-                open_table(store, data.max_seq_length, data.short_seq_prob, task, cache, report) for store in stores
-            ]
-            parts = [
-                BertSamples(store, table, data.max_seq_length, task, tokenizer)
-                for store, table in zip(stores, tables, strict=True)
-            ]
-            collate = _collate_bert(tokenizer, data, objective, unpad)
+        parts = [rules.open(store, tokenizer, data, objective, cache, report) for store in stores]
+        collate = rules.collate(tokenizer, data, objective, unpad)
         return SampleStream(parts, draws_per_epoch(list(map(len, parts)), sources), collate, stream_seed)
 
     stores = open_stores(data.sources, data.validation_fraction)
@@ -103,8 +85,7 @@ def prepare_data(
         samples=sum(len(part) for part in train.parts),
     )
     digests = [first.digest for first, _ in stores]
-    settings = _sample_settings(model_type, data, objective)
-    facts = [model_type, digests, train.draws, settings, _symbols(tokenizer), seed]
+    facts = [recipe.name, digests, train.draws, rules.settings(data, objective), _symbols(tokenizer), seed]
     return PreparedData(train, validation, _fingerprint(facts), sizes)
 
 
@@ -118,24 +99,6 @@ def _symbols(tokenizer: RunTokenizer) -> list[Any]:
     specials = {name: tokenizer.tokenizer.token_to_id(token) for name, token in tokenizer.specials.items()}
     word_start = hashlib.blake2b(tokenizer.word_start.tobytes(), digest_size=16).hexdigest()
     return [specials, tokenizer.special_ids.tolist(), word_start]
-
-
-def _sample_settings(model_type: ModelType, data: DataConfig, objective: ObjectiveConfig) -> list[Any]:
-    if model_type == "gpt":
-        return [data.max_seq_length]
-    return [
-        data.max_seq_length,
-        data.short_seq_prob,
-        objective.mlm_probability,
-        objective.masking,
-        objective.sentence_task,
-        _max_predictions(data, objective),
-    ]
-
-
-def _max_predictions(data: DataConfig, objective: ObjectiveConfig) -> int:
-    given = objective.max_predictions_per_seq
-    return given if given is not None else math.ceil(objective.mlm_probability * data.max_seq_length)
 
 
 def draws_per_epoch(sizes: list[int], sources: Sequence[SourceConfig]) -> list[int]:
@@ -154,10 +117,6 @@ def draws_per_epoch(sizes: list[int], sources: Sequence[SourceConfig]) -> list[i
     return [int(count) for count in draws]
 
 
-Rows = tuple[np.ndarray, ...]
-Collate = Callable[[Rows, np.ndarray], dict[str, np.ndarray]]
-
-
 @dataclass(frozen=True)
 class SampleStream:
     """The endless sequence of samples: pass after pass over the sources, each in another order.
@@ -165,7 +124,7 @@ class SampleStream:
     draws: samples that one epoch takes from each source.
     """
 
-    parts: Sequence[BertSamples | GptSamples]
+    parts: Sequence[Samples]
     draws: list[int]
     collate: Collate
     seed: int
@@ -176,18 +135,15 @@ class SampleStream:
         return sum(self.draws)
 
     def batch(self, positions: np.ndarray) -> dict[str, torch.Tensor]:
-        """The samples at these positions, (B,) integers >= 0 in any order, as the tensors that the model takes.
+        """Return the samples at these positions, (B,) integers >= 0 in any order, as the tensors that the model takes.
 
-        BERT: input_ids, token_type_ids (B, S) int64; attention_mask (B, S) bool, True = a token; masked_positions (M,)
-        int64, flat indices into B * S, ascending; masked_labels (M,) int64; for nsp and sop sentence_labels (B,) int64, 1 =
-        random partner or swapped order; for unpad token_positions (T,) int64, where attention_mask is True, as flat indices,
-        ascending, with the first of every row. GPT: input_ids, labels, position_ids (B, S) int64; segment_ids (B, S) int32.
+        `collate` of the recipe's samples says which they are.
         """
         positions = np.asarray(positions, dtype=np.int64)
         source, index = self.locate(positions)
         keys = hash64(self.seed, _CONTENT, positions)
         if len(self.parts) == 1:
-            rows = self.parts[0].rows(index, keys)
+            rows: Rows = self.parts[0].rows(index, keys)
         else:
             order = np.argsort(source, kind="stable")
             found = [
@@ -216,44 +172,3 @@ class SampleStream:
             else:
                 sample[mine] = permute(index, len(part), self.seed, _ORDER_IN_SOURCE, number, turn)
         return source, sample
-
-
-def _collate_bert(tokenizer: RunTokenizer, data: DataConfig, objective: ObjectiveConfig, unpad: bool) -> Collate:
-    is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
-    is_special[tokenizer.special_ids] = True
-    rule = MaskingRule(
-        unit=objective.masking,
-        probability=objective.mlm_probability,
-        max_predictions=_max_predictions(data, objective),
-        mask_id=tokenizer.special_id("mask"),
-        is_special=is_special,
-        word_start=tokenizer.word_start,
-        plain_ids=np.flatnonzero(~is_special),
-    )
-
-    def collate(rows: Rows, keys: np.ndarray) -> dict[str, np.ndarray]:
-        ids, token_types, lengths, labels = rows
-        masked = mask_rows(ids, lengths, keys, rule)
-        batch = {
-            "input_ids": masked.input_ids,
-            "token_type_ids": token_types,
-            "attention_mask": np.arange(ids.shape[1]) < lengths[:, None],
-            "masked_positions": masked.positions,
-            "masked_labels": masked.labels,
-        }
-        if objective.sentence_task != "none":
-            batch["sentence_labels"] = labels
-        if unpad:  # found here, because finding them on a GPU would make the host wait
-            batch["token_positions"] = np.flatnonzero(batch["attention_mask"])
-        return batch
-
-    return collate
-
-
-def _collate_gpt(tokenizer: RunTokenizer) -> Collate:
-    eos_id = tokenizer.special_id("eos")
-
-    def collate(rows: Rows, _: np.ndarray) -> dict[str, np.ndarray]:
-        return with_document_borders(rows[0], eos_id)
-
-    return collate

@@ -5,23 +5,21 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ...kernels.errors import UserError
+from ..recipe import Layout, Report
 from .cache import open_or_build, read_array
 from .sources import Source, is_held_out
 from .tokenizer import RunTokenizer, pieces
 
 FORMAT_VERSION = 1  # raise it when the same documents would give other files
-
-Layout = Literal["sentences", "stream"]
-Report = Callable[[str], None]
 
 _BATCH_TEXTS = 1024
 _BATCH_CHARACTERS = 2**22
@@ -57,9 +55,9 @@ class TokenStore:
 def tokenise(
     source: Source, tokenizer: RunTokenizer, layout: Layout, held_out: float, cache: Path, report: Report
 ) -> tuple[TokenStore, TokenStore]:
-    """The training and the held-out documents of a source, tokenised now unless the cache has them.
+    """Return the training and the held-out documents of a source, tokenised now unless the cache has them.
 
-    layout: `sentences` keeps where sentences start (BERT), `stream` puts the end-of-document token after each document (GPT).
+    layout: `sentences` keeps where sentences start, `stream` puts the end-of-document token after each document.
     held_out: share of the documents to hold out. Raises ValueError if the source holds no text, or either part is empty
     though it should not be.
     """

@@ -5,16 +5,17 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ...kernels.errors import UserError
-from ..config import DataConfig, TokenizerConfig
+from ..config import DataConfig, SpecialToken, TokenizerConfig, TokenizerKind
+from ..recipe import Recipe, Report
 from .cache import cache_folder, open_or_build
 from .sources import Source, is_held_out, open_source
 
@@ -25,9 +26,7 @@ _LONGEST_TEXT = 100_000  # characters tokenised as one text: a whole book as one
 
 _TOKENIZER_FILE = "tokenizer.json"
 _SPECIALS_FILE = "tokenizer_config.json"  # names and place as in `transformers`, which can read the folder
-_BERT_SPECIALS = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
-_GPT_SPECIALS = {"eos": "<|endoftext|>"}
-_NEEDED = {"bert": ("pad", "cls", "sep", "mask"), "gpt": ("eos",)}
+_UNKNOWN = "[UNK]"  # of WordPiece
 # Tried in this order on a tokenizer without a specials file.
 _USUAL_NAMES = {
     "pad": ("[PAD]", "<pad>", "<|padding|>"),
@@ -56,7 +55,7 @@ class RunTokenizer:
     def vocab_size(self) -> int:
         return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
-    def special_id(self, name: Literal["pad", "unk", "cls", "sep", "mask", "eos"]) -> int:
+    def special_id(self, name: SpecialToken) -> int:
         """The id of a special token. Raises KeyError if the tokenizer does not have it."""
         return self._id(self.specials[name])
 
@@ -131,33 +130,29 @@ class RunTokenizer:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-def build_tokenizer(
-    model_type: Literal["bert", "gpt"], config: TokenizerConfig, data: DataConfig, report: Callable[[str], None]
-) -> RunTokenizer:
-    """The tokenizer of a new run: loaded if tokenizer.path is given, else trained on the sources without held-out documents.
+def build_tokenizer(recipe: Recipe, config: TokenizerConfig, data: DataConfig, report: Report) -> RunTokenizer:
+    """Return the tokenizer of a new run: loaded if tokenizer.path is given, else trained on the sources.
 
-    A trained one is kept in the cache under a hash of its sources and settings, so that equal run configs give equal runs
-    although WordPiece training does not repeat itself.
-    Raises ValueError if it lacks a special token the model needs, or there is no text to train on.
+    Held-out documents are left out. A trained one is kept in the cache under a hash of its sources and settings, so that equal
+    run configs give equal runs although WordPiece training does not repeat itself.
+    Raises UserError if it lacks a special token the model needs, or there is no text to train on.
     """
     if config.path is not None:
         tokenizer = load_tokenizer(config.path, lowercase=config.do_lower_case)
     else:
-        kind = config.type
-        if kind == "auto":
-            kind = "wordpiece" if model_type == "bert" else "bpe"
-        tokenizer = _trained_once(kind, config, data, report, model_type)
-    check_suits(model_type, tokenizer, config.path)
+        kind = recipe.tokenizer.trained if config.type == "auto" else config.type
+        tokenizer = _trained_once(recipe, kind, config, data, report)
+    check_suits(recipe, tokenizer, config.path)
     return tokenizer
 
 
-def check_suits(model_type: Literal["bert", "gpt"], tokenizer: RunTokenizer, path: str | None = None) -> None:
-    """Raise ValueError if the tokenizer lacks a special token that the model's samples are built with."""
-    missing = [name for name in _NEEDED[model_type] if name not in tokenizer.specials]
+def check_suits(recipe: Recipe, tokenizer: RunTokenizer, path: str | None = None) -> None:
+    """Raise UserError if the tokenizer lacks a special token that the model's samples are built with."""
+    missing = [name for name in recipe.tokenizer.needed if name not in tokenizer.specials]
     if missing:
         names = " and ".join(f'"{name}_token"' for name in missing)
         raise UserError(
-            f"tokenizer.path={path}: a {model_type} needs {', '.join(missing)} among the special tokens, and this tokenizer "
+            f"tokenizer.path={path}: a {recipe.name} needs {', '.join(missing)} among the special tokens, and this tokenizer "
             f"has {', '.join(tokenizer.specials) or 'none'}; name {names} in a tokenizer_config.json beside tokenizer.json, or "
             f"remove tokenizer.path to train one"
         )
@@ -237,10 +232,12 @@ def _from_vocabulary(path: Path, *, lowercase: bool) -> Tokenizer:
         tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"tokenizer.path={path}: byte {error.start:,} is not UTF-8; convert the file") from None
-    if "[UNK]" not in tokens:
-        raise UserError(f"tokenizer.path={path}: the vocabulary has no [UNK]; it must be BERT's, one token per line")
+    if _UNKNOWN not in tokens:
+        raise UserError(
+            f"tokenizer.path={path}: the vocabulary has no {_UNKNOWN}; it must be BERT's, one token per line"
+        )
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return _wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]"), lowercase=lowercase)
+    return _wordpiece(models.WordPiece(vocabulary, unk_token=_UNKNOWN), lowercase=lowercase)
 
 
 def _wordpiece(model: models.WordPiece, *, lowercase: bool) -> Tokenizer:
@@ -259,19 +256,19 @@ def _byte_level(model: models.BPE) -> Tokenizer:
 
 
 def train_tokenizer(
-    kind: Literal["wordpiece", "bpe", "bytes"],
+    kind: TokenizerKind,
     config: TokenizerConfig,
     documents: Iterable[str],
-    report: Callable[[str], None],
+    report: Report,
     *,
-    model_type: Literal["bert", "gpt"],
+    specials: Mapping[SpecialToken, str],
 ) -> RunTokenizer:
-    """A new tokenizer of config.vocab_size symbols, or of 256 bytes and the special tokens, which reads no documents.
+    """Return a new tokenizer of config.vocab_size symbols, or of 256 bytes and the special tokens, which reads no documents.
 
-    WordPiece training gives another vocabulary each time, even on the same text: train once, then save and load.
-    Raises ValueError if the text is empty or has too few different symbols for the size asked for.
+    specials: its special tokens, as they are written. WordPiece training gives another vocabulary each time, even on the same
+    text: train once, then save and load.
+    Raises UserError if the text is empty or has too few different symbols for the size asked for.
     """
-    specials = _BERT_SPECIALS if model_type == "bert" else _GPT_SPECIALS
     if kind == "bytes":
         tokenizer = _byte_level(models.BPE(vocab=_byte_symbols(), merges=[]))
         tokenizer.add_special_tokens(list(specials.values()))
@@ -289,7 +286,7 @@ def train_tokenizer(
         "show_progress": False,
     }
     if kind == "wordpiece":
-        tokenizer = _wordpiece(models.WordPiece(unk_token=_BERT_SPECIALS["unk"]), lowercase=config.do_lower_case)
+        tokenizer = _wordpiece(models.WordPiece(unk_token=_UNKNOWN), lowercase=config.do_lower_case)
         trainer: Any = trainers.WordPieceTrainer(**settings)
     else:
         tokenizer = _byte_level(models.BPE())
@@ -303,7 +300,7 @@ def train_tokenizer(
     return _prepared(tokenizer, _settings(specials))
 
 
-def _settings(specials: dict[str, str]) -> dict[str, str]:
+def _settings(specials: Mapping[SpecialToken, str]) -> dict[str, str]:
     return {f"{name}_token": token for name, token in specials.items()}
 
 
@@ -324,20 +321,17 @@ def _byte_symbols() -> dict[str, int]:
 
 
 def _trained_once(
-    kind: Literal["wordpiece", "bpe", "bytes"],
-    config: TokenizerConfig,
-    data: DataConfig,
-    report: Callable[[str], None],
-    model_type: Literal["bert", "gpt"],
+    recipe: Recipe, kind: TokenizerKind, config: TokenizerConfig, data: DataConfig, report: Report
 ) -> RunTokenizer:
+    specials = recipe.tokenizer.specials
     if kind == "bytes":
-        return train_tokenizer(kind, config, (), report, model_type=model_type)
+        return train_tokenizer(kind, config, (), report, specials=specials)
     cache = cache_folder(data.cache_dir)
     sources = [open_source(source, cache) for source in data.sources]
     facts: list[Any] = [
         _TRAINING_VERSION,
         kind,
-        model_type,
+        recipe.name,
         config.vocab_size,
         config.do_lower_case,
         data.validation_fraction,
@@ -347,7 +341,7 @@ def _trained_once(
 
     def build(partial: Path) -> dict[str, Any]:
         text = _training_text(sources, data.validation_fraction)
-        train_tokenizer(kind, config, text, report, model_type=model_type).save(partial)
+        train_tokenizer(kind, config, text, report, specials=specials).save(partial)
         return {}
 
     open_or_build(cache / "tokenizers" / name, build, report)

@@ -1,12 +1,17 @@
 """GPT samples: windows of the stream of all documents, each document followed by the end-of-document token."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ...kernels.errors import UserError
 from ...kernels.ops.choices import IGNORED
+from ..config import DataConfig, ObjectiveConfig
 from ..data.token_store import TokenStore
+from ..data.tokenizer import RunTokenizer
+from ..recipe import Collate, Report, Rows
 
 
 @dataclass(frozen=True)
@@ -29,13 +34,36 @@ class GptSamples:
     def __len__(self) -> int:
         return len(self.store.tokens) // self.seq_length
 
-    def rows(self, index: np.ndarray, _: np.ndarray) -> tuple[np.ndarray, ...]:
+    def rows(self, index: np.ndarray, keys: np.ndarray) -> Rows:
         """Windows and the token after each, (B, S + 1) int64; behind the last token of all comes that token again.
 
-        index: (B,) int64 in [0, len).
+        index: (B,) int64 in [0, len). keys: nothing is random in a window.
         """
         source = index[:, None] * self.seq_length + np.arange(self.seq_length + 1)
         return (np.take(self.store.tokens, source, mode="clip").astype(np.int64),)
+
+
+def open_samples(
+    store: TokenStore,
+    tokenizer: RunTokenizer,
+    data: DataConfig,
+    objective: ObjectiveConfig,
+    cache: Path,
+    report: Report,
+) -> GptSamples:
+    """See `SampleRules`."""
+    return GptSamples(store, data.max_seq_length)
+
+
+def sample_settings(data: DataConfig, _: ObjectiveConfig) -> list[Any]:
+    """See `SampleRules`."""
+    return [data.max_seq_length]
+
+
+def collate(tokenizer: RunTokenizer, _data: DataConfig, _objective: ObjectiveConfig, _unpad: bool) -> Collate:
+    """Return what makes a batch of windows; see `SampleRules`, and `with_document_borders` for the batch."""
+    eos_id = tokenizer.special_id("eos")
+    return lambda rows, _: with_document_borders(rows[0], eos_id)
 
 
 def with_document_borders(windows: np.ndarray, eos_id: int) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Our models as transformers writes them: config.json, names and layout of parameters, each from the other.
 
-Nothing here needs transformers. hf_architectures.py says what stands where.
+Nothing here needs transformers, and nothing knows a model: `Recipe.transformers` says what stands where.
 """
 
 from collections.abc import Mapping
@@ -11,47 +11,45 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ...kernels.errors import UserError
-from ..bert.model import NUM_TOKEN_TYPES
+from .. import RECIPES
 from ..config import ModelConfig
 from ..data.tokenizer import RunTokenizer
-from .architectures import architecture_for, architecture_of
+from ..shared.transformers_form import ACTIVATIONS, WRITTEN_ACTIVATIONS, Architecture
 
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-}
-_PUBLISHED_ACTIVATIONS = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
-# Of what is exported: the class that holds all of a run's weights, without and with a sentence task.
-_CLASSES = {
-    "bert": ("BertForMaskedLM", "BertForPreTraining"),
-    "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM",) * 2,
-    "gpt2": ("GPT2LMHeadModel",) * 2,
-}
 _OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # checkpoints of 2018
 
 
-def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
-    """Our model that computes what a model with this config.json does.
+def _architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """Return the architecture of a config.json. Raises UserError, naming those there are, if no model of ours computes it."""
+    known = {one.model_type: one for recipe in RECIPES.values() for one in recipe.transformers.architectures}
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in known:
+        raise UserError(
+            f"config.json has model_type {model_type!r}, and only {', '.join(known)} compute what a model here does"
+        )
+    return known[model_type]
 
-    model.vocab_size is theirs. Raises ValueError, naming all the reasons, if there is none.
+
+def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
+    """Return our model that computes what a model with this config.json does; model.vocab_size is theirs.
+
+    Raises UserError, naming all the reasons, if there is none.
     """
-    architecture = architecture_of(config)
+    architecture = _architecture_of(config)
     found = {ours: config.get(theirs, default) for ours, (theirs, default) in architecture.keys.items()}
     obstacles = [
         f"{key} is {config[key]!r}, not {value!r}"
         for key, value in architecture.features.items()
         if config.get(key, value) != value
     ]
-    activation = _ACTIVATIONS.get(str(found["hidden_act"]))
+    activation = ACTIVATIONS.get(str(found["hidden_act"]))
     if activation is None:
         obstacles.append(f"{architecture.keys['hidden_act'][0]} is {found['hidden_act']!r}, not a kind of GELU")
     elif architecture.positions_after_pad and activation != "gelu":
         obstacles.append(f"hidden_act is {found['hidden_act']!r}, but the head has 'gelu'")
-    if architecture.ours == "bert" and config.get("type_vocab_size", NUM_TOKEN_TYPES) not in (1, NUM_TOKEN_TYPES):
-        obstacles.append(f"type_vocab_size is {config['type_vocab_size']}, not {NUM_TOKEN_TYPES}")
+    types = architecture.token_types
+    if types and config.get("type_vocab_size", types) not in (1, types):
+        obstacles.append(f"type_vocab_size is {config['type_vocab_size']}, not {types}")
     if architecture.positions_after_pad and not isinstance(config.get("pad_token_id", 0), int):
         obstacles.append(f"pad_token_id is {config['pad_token_id']!r}, but positions are counted from it")
     if obstacles:
@@ -62,7 +60,7 @@ def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
     if found["intermediate_size"] is None and isinstance(width, int):
         found["intermediate_size"] = 4 * width
     found |= {
-        "type": architecture.ours,
+        "type": architecture.recipe,
         "hidden_act": activation,
         "pre_layer_norm": architecture.pre_layer_norm,
         "vocab_size": config.get("vocab_size"),
@@ -75,32 +73,33 @@ def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def sentence_task_of(config: Mapping[str, Any]) -> str:
-    """The task of the sentence head in a model with this config.json: nsp, sop or none. Exports say it, BERT's own has nsp."""
-    return str(config.get("sentence_task", "nsp" if config.get("model_type") == "bert" else "none"))
+    """Return the task of the sentence head in a model with this config.json: nsp, sop or none. Exports say which."""
+    return str(config.get("sentence_task", _architecture_of(config).sentence_task))
 
 
 def config_json(model: ModelConfig, tokenizer: RunTokenizer, sentence_task: str) -> dict[str, Any]:
-    """config.json of a model of ours with the symbols of its tokenizer. Raises ValueError as `architecture_for`."""
-    architecture = architecture_for(model)
+    """Return config.json of a model of ours with the symbols of its tokenizer.
+
+    Raises UserError if no architecture of transformers computes the model.
+    """
+    architecture = RECIPES[model.type].transformers.written_as(model)
+    classes = architecture.classes
     config: dict[str, Any] = {
-        "architectures": [_CLASSES[architecture.model_type][sentence_task != "none"]],
+        "architectures": [classes[0] if sentence_task == "none" else classes[-1]],
         "model_type": architecture.model_type,
         **{theirs: getattr(model, ours) for ours, (theirs, _) in architecture.keys.items()},
         **architecture.features,
-        architecture.keys["hidden_act"][0]: _PUBLISHED_ACTIVATIONS[model.hidden_act],
+        architecture.keys["hidden_act"][0]: WRITTEN_ACTIVATIONS[model.hidden_act],
         "vocab_size": tokenizer.vocab_size,
+        **{theirs: getattr(model, ours) for theirs, ours in architecture.copies.items()},
+        **{theirs: tokenizer.special_id(name) for theirs, name in architecture.symbols.items()},
     }
-    if architecture.ours == "gpt":
-        eos = tokenizer.special_id("eos")
-        return config | {"embd_pdrop": model.hidden_dropout_prob, "bos_token_id": eos, "eos_token_id": eos}
-    config["pad_token_id"] = tokenizer.special_id("pad")
-    if architecture.positions_after_pad:  # whose defaults for these belong to another vocabulary
-        config |= {"bos_token_id": tokenizer.special_id("cls"), "eos_token_id": tokenizer.special_id("sep")}
-    return config | {
-        "max_position_embeddings": model.max_position_embeddings + architecture.first_position(config),
-        "type_vocab_size": NUM_TOKEN_TYPES,
-        "sentence_task": sentence_task,
-    }
+    config[architecture.keys["max_position_embeddings"][0]] += architecture.first_position(config)
+    if architecture.token_types:
+        config["type_vocab_size"] = architecture.token_types
+    if "sentence_classifier" in architecture.heads:
+        config["sentence_task"] = sentence_task
+    return config
 
 
 def to_huggingface(state: Mapping[str, Tensor], model: ModelConfig, config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -109,7 +108,7 @@ def to_huggingface(state: Mapping[str, Tensor], model: ModelConfig, config: Mapp
     Same values and dtype; contiguous, and no two share memory. The head is left out: transformers ties it to the words,
     as it is here.
     """
-    architecture = architecture_for(model)
+    architecture = RECIPES[model.type].transformers.written_as(model)
     converted = {}
     for name, parts in architecture.names(model.num_hidden_layers):
         if name not in state:
@@ -135,7 +134,7 @@ def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     stay as they are, those of positions begin at position 0, and both token types have a row.
     Raises ValueError for missing parameters.
     """
-    architecture = architecture_of(config)
+    architecture = _architecture_of(config)
     state = {_modern(name, architecture.base): tensor for name, tensor in state.items()}
     heads, refused = {*architecture.heads, "mlm_bias"}, set[str]()
     classifier = state.get(f"{architecture.heads.get('sentence_classifier')}.weight")
@@ -157,9 +156,11 @@ def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
         raise UserError(f"the weights lack {shown}, which a {architecture.model_type} has")
     positions = converted["position_embeddings.weight"]
     converted["position_embeddings.weight"] = positions[architecture.first_position(config) :]
-    if architecture.ours == "bert":
+    if architecture.token_types:
         types = converted["token_type_embeddings.weight"]
-        converted["token_type_embeddings.weight"] = types.expand(NUM_TOKEN_TYPES, -1) if len(types) == 1 else types
+        converted["token_type_embeddings.weight"] = (
+            types.expand(architecture.token_types, -1) if len(types) == 1 else types
+        )
     return converted, [name for name in state if name not in taken and not name.endswith(architecture.ignored)]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from xformer_train.launcher.config.loading import load_config
+from xformer_train.recipes import RECIPES
 from xformer_train.recipes.data.stream import SampleStream, prepare_data
 from xformer_train.recipes.data.tokenizer import load_tokenizer
 
@@ -30,7 +31,8 @@ def compare(run: Path) -> bool:
     """Prints one run's comparison; true if it learned enough."""
     config = load_config(run / "config.resolved.yaml").config
     tokenizer = load_tokenizer(run / "tokenizer")
-    data = prepare_data(config.model.type, tokenizer, config.data, config.objective, config.seed, lambda _: None)
+    recipe = RECIPES[config.model.type]
+    data = prepare_data(recipe, tokenizer, config.data, config.objective, config.seed, lambda _: None)
     assert data.validation is not None, "the run has held-out data"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     last = [row for row in rows if "val_loss" in row][-1]

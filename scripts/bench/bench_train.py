@@ -153,7 +153,8 @@ def loop_turn(loaded: LoadedConfig) -> list[float]:
 
 def read_batches(config: RunConfig, tokenizer: Path, steps: int) -> list[Tensors]:
     """The batches that the loop trains on."""
-    data = prepare_data("bert", load_tokenizer(tokenizer), config.data, config.objective, config.seed, lambda _: None)
+    symbols = load_tokenizer(tokenizer)
+    data = prepare_data(RECIPES["bert"], symbols, config.data, config.objective, config.seed, lambda _: None)
     size = config.training.train_batch_size
     assert size is not None
     return [dict(data.train.batch(row)) for row in np.arange(steps * size).reshape(steps, size)]

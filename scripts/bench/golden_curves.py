@@ -110,8 +110,9 @@ def open_task(name: str, folder: Path, dropout: float = 0.1) -> GoldenTask:
         f"training.max_steps={STEPS}",
     ]
     config = load_config(ROOT / "configs" / f"{name}.yaml", sets).config
-    tokenizer = build_tokenizer(config.model.type, config.tokenizer, config.data, lambda _: None)
-    data = prepare_data(config.model.type, tokenizer, config.data, config.objective, config.seed, lambda _: None)
+    recipe = RECIPES[config.model.type]
+    tokenizer = build_tokenizer(recipe, config.tokenizer, config.data, lambda _: None)
+    data = prepare_data(recipe, tokenizer, config.data, config.objective, config.seed, lambda _: None)
     return GoldenTask(config, data)
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers.prepared_data import document, write_text
 
+from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig, TokenizerConfig
 from xformer_train.recipes.data.stream import prepare_data
 from xformer_train.recipes.data.tokenizer import train_tokenizer
@@ -15,8 +16,10 @@ def tokenizers():
     texts = [document(number, rng) for number in range(200)]
     config = TokenizerConfig(vocab_size=300)
     return {
-        "bert": train_tokenizer("wordpiece", config, texts, lambda _: None, model_type="bert"),
-        "gpt": train_tokenizer("bpe", config, texts, lambda _: None, model_type="gpt"),
+        "bert": train_tokenizer(
+            "wordpiece", config, texts, lambda _: None, specials=RECIPES["bert"].tokenizer.specials
+        ),
+        "gpt": train_tokenizer("bpe", config, texts, lambda _: None, specials=RECIPES["gpt"].tokenizer.specials),
     }
 
 
@@ -28,6 +31,6 @@ def prepare(tmp_path, tokenizers):
         sources = [source or write_text(tmp_path / "text.txt")] if not isinstance(source, list) else source
         settings = {"max_seq_length": 32, "cache_dir": str(tmp_path / "cache"), **keys}
         config = DataConfig(sources=sources, **settings)
-        return prepare_data(model_type, tokenizers[model_type], config, objective, seed, report, unpad=unpad)
+        return prepare_data(RECIPES[model_type], tokenizers[model_type], config, objective, seed, report, unpad=unpad)
 
     return run

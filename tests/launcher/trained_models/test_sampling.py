@@ -24,7 +24,7 @@ def build(kind):
         initializer_range=1.0,
     )
     model = RECIPES[kind].build_model(config, LayerFlags(), ObjectiveConfig(sentence_task="none"), ROWS).eval()
-    return model, train_tokenizer("bytes", TokenizerConfig(), (), print, model_type=kind)
+    return model, train_tokenizer("bytes", TokenizerConfig(), (), print, specials=RECIPES[kind].tokenizer.specials)
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from helpers.runs import BERT, GPT, losses, merged, metrics, weights, write_conf
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet
+from xformer_train.recipes import RECIPES
 from xformer_train.recipes.data.stream import prepare_data
 from xformer_train.recipes.data.tokenizer import load_tokenizer
 
@@ -32,7 +33,8 @@ def assert_same_run(folder, straight, resumed, step):
 def samples_of(path):
     config = load_config(path).config
     tokenizer = load_tokenizer(f"{config.output_dir}/{config.name}/tokenizer")
-    data = prepare_data(config.model.type, tokenizer, config.data, config.objective, config.seed, lambda _: None)
+    recipe = RECIPES[config.model.type]
+    data = prepare_data(recipe, tokenizer, config.data, config.objective, config.seed, lambda _: None)
     return data.train.num_samples
 
 

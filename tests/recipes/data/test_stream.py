@@ -8,6 +8,7 @@ import torch
 from helpers.prepared_data import CLM, each_objective, equal, rows, store_documents, write_text
 from tokenizers import Tokenizer, decoders
 
+from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig, SourceConfig
 from xformer_train.recipes.data.stream import draws_per_epoch, prepare_data
 
@@ -191,7 +192,7 @@ def test_a_validation_fraction_that_leaves_a_part_empty_is_refused(prepare, frac
 def test_a_tokenizer_of_the_other_model_is_refused(tmp_path, tokenizers):
     data = DataConfig(sources=[write_text(tmp_path / "a.txt")], cache_dir=str(tmp_path / "cache"))
     with pytest.raises(ValueError, match="a gpt needs eos"):
-        prepare_data("gpt", tokenizers["bert"], data, CLM, 1, lambda _: None)
+        prepare_data(RECIPES["gpt"], tokenizers["bert"], data, CLM, 1, lambda _: None)
 
 
 @pytest.mark.parametrize("objective", [ObjectiveConfig(), CLM], ids=["bert", "gpt"])

@@ -47,8 +47,9 @@ def test_a_failure_half_way_leaves_nothing_and_the_next_try_works(tmp_path, prep
 
 _VICTIM = """
 import os, signal, sys
-from xformer_train.recipes.data import token_store, tokenizer
+from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import DataConfig, ObjectiveConfig
+from xformer_train.recipes.data import token_store
 from xformer_train.recipes.data.stream import prepare_data
 from xformer_train.recipes.data.tokenizer import load_tokenizer
 encode, calls = token_store._encode, []
@@ -60,7 +61,7 @@ def kill_late(*arguments):
 token_store._BATCH_TEXTS = 10
 token_store._encode = kill_late
 config = DataConfig.model_validate_json(sys.argv[2])
-prepare_data("bert", load_tokenizer(sys.argv[1]), config, ObjectiveConfig(), 1, print)
+prepare_data(RECIPES["bert"], load_tokenizer(sys.argv[1]), config, ObjectiveConfig(), 1, print)
 """
 
 

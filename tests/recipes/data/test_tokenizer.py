@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import DataConfig, SourceConfig, TokenizerConfig
 from xformer_train.recipes.data import tokenizer as tokenizer_module
 from xformer_train.recipes.data.sources import is_held_out, open_source
@@ -22,7 +23,8 @@ def quiet(_):
 
 
 def train(kind, model_type="bert", texts=TEXTS, **config):
-    return train_tokenizer(kind, TokenizerConfig(**{"vocab_size": 320, **config}), texts, quiet, model_type=model_type)
+    specials = RECIPES[model_type].tokenizer.specials
+    return train_tokenizer(kind, TokenizerConfig(**{"vocab_size": 320, **config}), texts, quiet, specials=specials)
 
 
 @pytest.mark.parametrize("kind,model_type", KINDS)
@@ -115,14 +117,14 @@ def test_names_of_specials_are_read_from_the_file_beside_the_tokenizer(tmp_path)
     with pytest.raises(
         ValueError, match=r"a gpt needs eos .* has none; name \"eos_token\" in a tokenizer_config\.json"
     ):
-        build_tokenizer("gpt", TokenizerConfig(path=str(tmp_path)), DataConfig(), quiet)
+        build_tokenizer(RECIPES["gpt"], TokenizerConfig(path=str(tmp_path)), DataConfig(), quiet)
     names = {"eos_token": "<end>", "mask_token": {"content": "<m>", "lstrip": True}, "pad_token": None}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
-    loaded = build_tokenizer("gpt", TokenizerConfig(path=str(tmp_path)), DataConfig(), quiet)
+    loaded = build_tokenizer(RECIPES["gpt"], TokenizerConfig(path=str(tmp_path)), DataConfig(), quiet)
     assert loaded.specials == {"mask": "<m>", "eos": "<end>"}
     assert loaded.encode_batch(["a a a a"])[0].tolist() == [2, 2, 2, 2]  # not truncated
     with pytest.raises(ValueError, match="a bert needs pad, cls, sep among"):
-        build_tokenizer("bert", TokenizerConfig(path=str(tmp_path)), DataConfig(), quiet)
+        build_tokenizer(RECIPES["bert"], TokenizerConfig(path=str(tmp_path)), DataConfig(), quiet)
 
 
 def test_a_new_tokenizer_is_trained_on_the_sources_without_held_out_text(tmp_path):
@@ -132,14 +134,14 @@ def test_a_new_tokenizer_is_trained_on_the_sources_without_held_out_text(tmp_pat
     source = SourceConfig(kind="text", path=str(tmp_path / "a.txt"))
     data = DataConfig(sources=[source], validation_fraction=0.5, cache_dir=str(tmp_path / "cache"))
     told = []
-    tokenizer = build_tokenizer("gpt", TokenizerConfig(vocab_size=8000), data, told.append)
+    tokenizer = build_tokenizer(RECIPES["gpt"], TokenizerConfig(vocab_size=8000), data, told.append)
     assert told == ["training a bpe tokenizer of 8,000 symbols"]
     vocabulary = tokenizer.tokenizer.get_vocab()
     seen = {line for line in lines if not is_held_out(line, 0.5)}
     assert 20 < len(seen) < 130
     # With room for everything, each word that was seen is one symbol, and no other is.
     assert {word for word in words if f"Ġ{word}" in vocabulary} == {line.split()[0] for line in seen}
-    again = build_tokenizer("gpt", TokenizerConfig(vocab_size=8000), data, quiet)
+    again = build_tokenizer(RECIPES["gpt"], TokenizerConfig(vocab_size=8000), data, quiet)
     assert again.equals(tokenizer)
 
 
@@ -197,9 +199,9 @@ def test_equal_configs_get_the_same_wordpiece_although_its_training_does_not_rep
     data = DataConfig(sources=[SourceConfig(kind="text", path=str(text))], cache_dir=str(tmp_path / "cache"))
     told = []
     config = TokenizerConfig(vocab_size=200)
-    first = build_tokenizer("bert", config, data, told.append)
-    again = build_tokenizer("bert", config, data, told.append)
+    first = build_tokenizer(RECIPES["bert"], config, data, told.append)
+    again = build_tokenizer(RECIPES["bert"], config, data, told.append)
     assert first.equals(again)
     assert len(told) == 1  # trained once
-    other = build_tokenizer("bert", TokenizerConfig(vocab_size=190), data, told.append)
+    other = build_tokenizer(RECIPES["bert"], TokenizerConfig(vocab_size=190), data, told.append)
     assert other.vocab_size == 190

@@ -49,6 +49,10 @@ def perturbed(model):
     return model.eval()
 
 
+def bytes_tokenizer(model_type):
+    return train_tokenizer("bytes", TokenizerConfig(), (), print, specials=RECIPES[model_type].tokenizer.specials)
+
+
 def stock(kind):
     model_type = kind.split()[0]
     config = transformers.AutoConfig.for_model(
@@ -110,7 +114,7 @@ def test_a_model_of_ours_with_their_weights_has_their_logits(kind):
 def test_transformers_loads_an_export_and_has_our_logits(kind, task, tmp_path):
     config = ModelConfig(**SIZES, max_position_embeddings=24, vocab_size=ROWS, **OURS[kind])
     model = perturbed(ours(config, task))
-    tokenizer = train_tokenizer("bytes", TokenizerConfig(), (), print, model_type=config.type)
+    tokenizer = bytes_tokenizer(config.type)
     written = write_folder(tmp_path, model, config, tokenizer, task)
     auto = transformers.AutoModelForCausalLM if config.type == "gpt" else transformers.AutoModelForMaskedLM
     theirs, told = auto.from_pretrained(tmp_path, output_loading_info=True)
@@ -147,7 +151,7 @@ def test_export_and_import_give_the_same_bits(kind):
     config = ModelConfig(**SIZES, max_position_embeddings=24, vocab_size=ROWS, **OURS[kind])
     task = "none" if config.type == "gpt" else "sop"
     state = perturbed(ours(config, task)).state_dict()
-    tokenizer = train_tokenizer("bytes", TokenizerConfig(), (), print, model_type=config.type)
+    tokenizer = bytes_tokenizer(config.type)
     written = config_json(config, tokenizer, task)
     back, left_out = from_huggingface(to_huggingface(state, config, written), written)
     assert (model_config_of(written), sentence_task_of(written), left_out) == (
@@ -213,6 +217,6 @@ def test_missing_weights_are_named():
 
 
 def test_a_pre_ln_bert_with_tanh_gelu_is_computed_by_no_architecture():
-    tokenizer = train_tokenizer("bytes", TokenizerConfig(), (), print, model_type="bert")
+    tokenizer = bytes_tokenizer("bert")
     with pytest.raises(ValueError, match=r"hidden_act=gelu_tanh.*pre_layer_norm=false or hidden_act=gelu"):
         config_json(ModelConfig(hidden_act="gelu_tanh"), tokenizer, "nsp")

@@ -1,0 +1,174 @@
+"""BERT in transformers: BERT itself if it is post-LN, RoBERTa with LayerNorms moved if it is pre-LN, and their relatives."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tokenizers import processors
+
+from ...kernels.errors import UserError
+from ..config import ModelConfig, ObjectiveConfig, SpecialToken
+from ..shared.transformers_form import Architecture, TransformersForm
+from .model import NUM_TOKEN_TYPES
+
+if TYPE_CHECKING:
+    from ..data.tokenizer import RunTokenizer
+
+_PRE_LN_NOTE = """\
+Pad to the right: this architecture counts positions without padding, and the training did not know padding on the left.
+"""
+_PRE_LN_SENTENCES = """\
+`AutoModelForSequenceClassification` loads the sentence head: label 0 is {zero}, label 1 {one}.
+"""
+_SENTENCES = {
+    "nsp": ("a second part that follows the first", "a second part from elsewhere"),
+    "sop": ("two parts in their order", "two parts in exchanged order"),
+}
+_BODY = {
+    "word_embeddings": "embeddings.word_embeddings",
+    "position_embeddings": "embeddings.position_embeddings",
+    "token_type_embeddings": "embeddings.token_type_embeddings",
+    "embedding_norm": "embeddings.LayerNorm",
+}
+_PROJECTIONS = {
+    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention_output": ("attention.output.dense",),
+    "intermediate": ("intermediate.dense",),
+    "output": ("output.dense",),
+}
+_POST_LN_LAYER = _PROJECTIONS | {
+    "attention_norm": ("attention.output.LayerNorm",),
+    "mlp_norm": ("output.LayerNorm",),
+}
+_PRE_LN_LAYER = _PROJECTIONS | {
+    "attention_norm": ("attention.LayerNorm",),
+    "mlp_norm": ("intermediate.LayerNorm",),
+}
+_DEFAULTS = {
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "initializer_range": 0.02,
+}
+_KEYS: dict[str, tuple[str, Any]] = {key: (key, default) for key, default in _DEFAULTS.items()}
+_FEATURES = {
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+_SYMBOLS: dict[str, SpecialToken] = {"pad_token_id": "pad"}
+_POST_LN = Architecture(
+    model_type="bert",
+    recipe="bert",
+    pre_layer_norm=False,
+    base="bert",
+    layers="encoder.layer",
+    body=_BODY,
+    layer=_POST_LN_LAYER,
+    heads={
+        "mlm_transform": "cls.predictions.transform.dense",
+        "mlm_norm": "cls.predictions.transform.LayerNorm",
+        "pooler": "bert.pooler.dense",
+        "sentence_classifier": "cls.seq_relationship",
+    },
+    bias=("cls.predictions.bias",),
+    keys=_KEYS,
+    features=_FEATURES,
+    symbols=_SYMBOLS,
+    ignored=("bert.embeddings.position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
+    classes=("BertForMaskedLM", "BertForPreTraining"),
+    sentence_task="nsp",
+    token_types=NUM_TOKEN_TYPES,
+)
+
+
+def _roberta(model_type: str, base: str, layer: Mapping[str, tuple[str, ...]], *, pre_layer_norm: bool) -> Architecture:
+    return Architecture(
+        model_type=model_type,
+        recipe="bert",
+        pre_layer_norm=pre_layer_norm,
+        base=base,
+        layers="encoder.layer",
+        body=_BODY | ({"final_norm": "LayerNorm"} if pre_layer_norm else {}),
+        layer=layer,
+        # Its classes for pretraining have no sentence task; that for classification has pooler and classifier in its head.
+        heads={
+            "mlm_transform": "lm_head.dense",
+            "mlm_norm": "lm_head.layer_norm",
+            "pooler": "classifier.dense",
+            "sentence_classifier": "classifier.out_proj",
+        },
+        # transformers 4 loads the first and then puts the second over it
+        bias=("lm_head.bias", "lm_head.decoder.bias"),
+        keys=_KEYS,
+        features=_FEATURES,
+        # Their defaults for the last two belong to another vocabulary.
+        symbols=_SYMBOLS | {"bos_token_id": "cls", "eos_token_id": "sep"},
+        ignored=(f"{base}.embeddings.position_ids", "lm_head.decoder.weight", "lm_head.decoder.bias"),
+        classes=("RobertaPreLayerNormForMaskedLM",) if pre_layer_norm else (),
+        token_types=NUM_TOKEN_TYPES,
+        positions_after_pad=True,
+    )
+
+
+_PRE_LN = _roberta("roberta-prelayernorm", "roberta_prelayernorm", _PRE_LN_LAYER, pre_layer_norm=True)
+
+
+def _written_as(model: ModelConfig) -> Architecture:
+    if not model.pre_layer_norm:
+        return _POST_LN
+    if model.hidden_act != "gelu":
+        raise UserError(
+            f"no architecture of transformers computes a pre-LN BERT with model.hidden_act={model.hidden_act}: the head of "
+            f"roberta-prelayernorm has gelu; such runs can be exported with pre_layer_norm=false or hidden_act=gelu"
+        )
+    return _PRE_LN
+
+
+def _post_processor(tokenizer: "RunTokenizer") -> processors.PostProcessor:
+    cls, sep = tokenizer.specials["cls"], tokenizer.specials["sep"]
+    return processors.TemplateProcessing(
+        single=[cls, "$A", sep],
+        pair=[cls, "$A", sep, "$B:1", f"{sep}:1"],
+        special_tokens=[(cls, tokenizer.special_id("cls")), (sep, tokenizer.special_id("sep"))],
+    )
+
+
+def _objective(objective: ObjectiveConfig) -> str:
+    task = "" if objective.sentence_task == "none" else f"; sentences: {objective.sentence_task}"
+    return f"masked tokens, {objective.mlm_probability:.0%} of a sample, by {objective.masking}{task}"
+
+
+def _notes(model: ModelConfig, objective: ObjectiveConfig) -> list[str]:
+    if not model.pre_layer_norm:
+        return []
+    if objective.sentence_task == "none":
+        return [_PRE_LN_NOTE]
+    zero, one = _SENTENCES[objective.sentence_task]
+    return [_PRE_LN_NOTE, _PRE_LN_SENTENCES.format(zero=zero, one=one)]
+
+
+BERT_IN_TRANSFORMERS = TransformersForm(
+    architectures=(
+        _POST_LN,
+        *(
+            _roberta(name, "roberta", _POST_LN_LAYER, pre_layer_norm=False)
+            for name in ("roberta", "xlm-roberta", "camembert")
+        ),
+        _PRE_LN,
+    ),
+    written_as=_written_as,
+    inputs=("input_ids", "token_type_ids", "attention_mask"),
+    generation={},
+    post_processor=_post_processor,
+    pipeline_tag="fill-mask",
+    auto_class="AutoModelForMaskedLM",
+    objective=_objective,
+    notes=_notes,
+)

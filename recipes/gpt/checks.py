@@ -1,0 +1,17 @@
+"""Rules of a run config that only GPT has. No torch import."""
+
+from collections.abc import Iterator
+
+from ..config import Fault, LayerFlags, ModelConfig, ObjectiveConfig, objective_faults
+
+
+def faults(model: ModelConfig, layer: LayerFlags, objective: ObjectiveConfig) -> Iterator[Fault]:
+    """Yield every rule that is broken."""
+    if not model.pre_layer_norm:
+        yield Fault(("model.pre_layer_norm", "model.type"), "got false, but model.type gpt is pre-LN only; set true")
+    if layer.unpad:
+        yield Fault(
+            ("layer.unpad", "model.type"),
+            "got true, but samples of model.type gpt are packed and hold no padding to remove; set false",
+        )
+    yield from objective_faults(model, objective, "clm")
