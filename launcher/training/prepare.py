@@ -115,6 +115,12 @@ def open_data(
             recipe, unpad = RECIPES[config.model.type], config.layer.unpad
             return prepare_data(recipe, tokenizer, config.data, config.objective, config.seed, say, unpad=unpad)
 
+    found = agreed(topology, prepare if topology.local_rank == 0 else None)
+    # Agreed on too: a signal that has come meanwhile, perhaps to one process alone, stops it.
+    data = agreed(topology, lambda: found or prepare())
+    assert data is not None, "each process had a task"
+    fingerprints = topology.gather(data.fingerprint)
+
     def check() -> None:
         if data.train.num_samples < batch.train_batch_size:
             raise UserError(
@@ -127,8 +133,6 @@ def open_data(
                 "give all machines the same files"
             )
 
-    data = agreed(topology, prepare if topology.local_rank == 0 else None) or prepare()
-    fingerprints = topology.gather(data.fingerprint)
     by_main(topology, check)
     return data
 
