@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..ops.operator import operator
 from .layout import _ALIGNMENT, Fp8Tensor, empty_cast, padded
 from .scaling import divided
@@ -46,7 +47,7 @@ def check_fp8_features(in_features: int, out_features: int) -> None:
     """Raises ValueError unless FP8 products take a weight of (out_features, in_features), the sizes on one device."""
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if size % _ALIGNMENT:
-            raise ValueError(
+            raise UserError(
                 f"{name} is {size}; FP8 products need multiples of {_ALIGNMENT} on each device, so pad it to "
                 f"{padded(size)} or run this layer under fp8_autocast(enabled=False)"
             )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..fp8.linear import Fp8State
 from ..fp8.norm import norm_before, residual_norm_before
 from ..ops.attention.attention import AttentionMask, Recompute, attention
@@ -64,17 +65,17 @@ class LayerConfig:
     def __post_init__(self) -> None:
         for field in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"):
             if getattr(self, field) <= 0:
-                raise ValueError(f"{field}={getattr(self, field)} is not positive; give the layer's real size")
+                raise UserError(f"{field}={getattr(self, field)} is not positive; give the layer's real size")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise UserError(
                 f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
                 f"choose a head count that divides it"
             )
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
             if not 0 <= getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} is not a dropout probability; it must be in [0, 1)")
+                raise UserError(f"{field}={getattr(self, field)} is not a dropout probability; it must be in [0, 1)")
         if self.hidden_act not in ("gelu", "gelu_tanh"):
-            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; use 'gelu' or 'gelu_tanh'")
+            raise UserError(f"hidden_act={self.hidden_act!r} is unknown; use 'gelu' or 'gelu_tanh'")
 
 
 class _Affine(NamedTuple):
@@ -143,7 +144,7 @@ class TransformerLayer(nn.Module):
         super().__init__()
         for field in ("num_attention_heads", "intermediate_size"):
             if getattr(config, field) % parallel.size:
-                raise ValueError(
+                raise UserError(
                     f"{field}={getattr(config, field)} is not divisible by the {parallel.size} processes that share the layer; "
                     f"choose a tensor-parallel size that divides it"
                 )
@@ -218,7 +219,7 @@ class TransformerLayer(nn.Module):
         device = hidden_states.device.type
         autocasts = device != "meta" and torch.is_autocast_enabled(device)  # which knows no meta device
         if autocasts and torch.get_autocast_dtype(device) != hidden_states.dtype:
-            raise ValueError(
+            raise UserError(
                 f"torch.autocast would cast some products of the layer from {hidden_states.dtype} to "
                 f"{torch.get_autocast_dtype(device)} and none of its other kernels; convert layer and input by .to(dtype), or "
                 f"use te.TransformerLayer, which follows torch.autocast"
@@ -370,7 +371,7 @@ def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, boo
     if not asked or not torch.is_grad_enabled():
         return [(False, False)] * len(layers)
     if torch.compiler.is_compiling():
-        raise ValueError(
+        raise UserError(
             "normalize_invertible looks at the weights, which a trace of torch.compile cannot; call "
             "invertible_norms(layers) outside and pass each layer its answer as `invertible`"
         )

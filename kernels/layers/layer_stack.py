@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..errors import UserError
 from ..fp8.linear import Float8CurrentScaling, check_fp8_features, fp8_autocast, is_fp8_enabled
 from ..ops.attention.attention import AttentionMask
 from ..ops.choices import ActivationCheckpointing
@@ -51,15 +52,15 @@ class LayerStack(nn.ModuleList):
         parallel: TensorParallel = ONE_PROCESS,
     ) -> None:
         if cuda_graph and parallel.size > 1:
-            raise ValueError(
+            raise UserError(
                 f"cuda_graph=True captures no collectives, which {parallel.size} processes that share a layer need; turn it off"
             )
         if activation_checkpointing not in get_args(ActivationCheckpointing):
-            raise ValueError(
+            raise UserError(
                 f"activation_checkpointing={activation_checkpointing!r} is unknown; use 'none', 'selective' or 'full'"
             )
         if cuda_graph and activation_checkpointing == "full":
-            raise ValueError(
+            raise UserError(
                 "activation_checkpointing='full' computes layers again in backward, but cuda_graph=True holds the memory of "
                 "all that a graph computes; turn one off"
             )
@@ -81,7 +82,7 @@ class LayerStack(nn.ModuleList):
         drops = any(layer.drops for layer in layers)
         seeds = draw_seed(hidden_states.device, (len(layers),)) if drops else None
         if self.cuda_graph and is_fp8_enabled() and not self.fp8:
-            raise ValueError("cuda_graph=True takes no fp8_autocast region around the stack; build it with fp8=True")
+            raise UserError("cuda_graph=True takes no fp8_autocast region around the stack; build it with fp8=True")
         with fp8_autocast(fp8_recipe=Float8CurrentScaling()) if self.fp8 else nullcontext():
             if self.cuda_graph and hidden_states.is_cuda and self.training and torch.is_grad_enabled():
                 return self._replay(layers, invertible, hidden_states, seeds, mask)
@@ -108,7 +109,7 @@ class LayerStack(nn.ModuleList):
         if len(rows) % self.parallel.size:
             *leading, _ = hidden_states.shape
             sizes = f"T={leading[0]}" if len(leading) == 1 else f"B={leading[0]} times S={leading[1]}"
-            raise ValueError(
+            raise UserError(
                 f"{sizes} tokens are not divisible by the t={self.parallel.size} processes of sequence parallelism; pad the "
                 f"batch, or turn sequence parallelism off"
             )
@@ -124,7 +125,7 @@ class LayerStack(nn.ModuleList):
     ) -> Tensor:
         """The layers by the CUDA graph of this shape, captured when it comes first."""
         if mask.cu_seqlens is not None or mask.bias is not None:
-            raise ValueError("cuda_graph=True needs masks of causal, key_mask and segment_ids alone; turn it off")
+            raise UserError("cuda_graph=True needs masks of causal, key_mask and segment_ids alone; turn it off")
         given = {"seeds": seeds, "key_mask": mask.key_mask, "segment_ids": mask.segment_ids}
         inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
         key = (hidden_states.shape, hidden_states.dtype, mask.causal, tuple(inputs), tuple(invertible))
@@ -177,7 +178,7 @@ def _check_fp8(config: LayerConfig, parallel: TensorParallel) -> None:
     """Raises ValueError for a layer whose products take no FP8 operands, or whose flags would do nothing with them."""
     for flag in ("normalize_invertible", "gelu_checkpoint"):
         if getattr(config, flag):
-            raise ValueError(
+            raise UserError(
                 f"{flag}=True saves nothing with fp8=True, which keeps inputs of products in one byte a number; turn one off"
             )
     for width in (config.hidden_size, config.intermediate_size):
@@ -224,7 +225,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
         graph: _Graph = ctx.graph
         if graph.last_pass is not ctx.own_pass:
-            raise ValueError(
+            raise UserError(
                 "cuda_graph=True keeps the tensors of one call of the layers, and this one's are gone: the layers were called "
                 "again, or its backward pass has run; run backward once after each call, or turn cuda_graph off"
             )

@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 # torch 2.13 has new names for these two and warns of the old ones, which are all that torch 2.11 has.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -55,7 +57,7 @@ class TensorParallel:
 
     def __post_init__(self) -> None:
         if self.sequence and self.group is None:
-            raise ValueError(
+            raise UserError(
                 "sequence=True divides the tokens over the processes of a group, and there is none; give group or leave it out"
             )
 
@@ -122,7 +124,7 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
 def check_divisible(size: int, group: Group, name: str) -> None:
     """Raises ValueError if the processes of the group cannot share `size` equally; name: what has that size."""
     if size % group_size(group):
-        raise ValueError(
+        raise UserError(
             f"{name} is {size}, which the {group_size(group)} processes of the group cannot share equally; pad it to a "
             f"multiple of {group_size(group)} or use another group size"
         )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from .collectives import Group, group_rank, group_size
 
 
@@ -112,7 +113,7 @@ def take_shard(full: Tensor, partition: Partition, rank: int, size: int, name: s
         )
     for part in parts:
         if part % size:
-            raise ValueError(
+            raise UserError(
                 f"{name} has {part} rows along dim {partition.dim}, which {size} processes cannot share equally; use a "
                 f"tensor-parallel size that divides {part}"
             )

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...kernels.errors import UserError
+from ...kernels.errors import RefusedError, UserError
 from ..config.schema import CheckpointConfig
 from ..processes import console
 from ..processes.durable_files import FileRecord, copy_into, flush_folder, flush_folders, read_record, write_text
 from ..processes.topology import Topology
+from ..processes.watchdog import LostProcessError
 from . import store
 from .files import file_access, random_state, write_file
 from .host_copy import HostCopies
@@ -133,6 +134,8 @@ class CheckpointSaver:
             _LOG.info("saved checkpoint %s: written and verified in %.3f s", job.id, time.monotonic() - started_s)
             if job.is_main:
                 self._prune(job.id)
+        except LostProcessError as error:
+            self._crash = error
         except OSError as error:
             self._failure = error
             self._tell(f"{error}; if steps are left, training goes on and the next save tries again")
@@ -193,7 +196,7 @@ def _check_id(folder: Path, checkpoint_id: str, topology: Topology) -> None:
     try:
         if topology.is_main:
             store.check_id(folder, checkpoint_id)
-    except ValueError as error:
+    except UserError as error:
         problem = str(error)
     problem = topology.broadcast(problem)
     if problem is not None:
@@ -285,7 +288,7 @@ def _write(job: _Save, gather: Gather) -> None:
             if job.is_main and work is not begin:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 pointer.unlink(missing_ok=True)
-            raise OSError(
+            raise RefusedError(
                 f"checkpoint {job.id} could not be saved in {folder}: {problem}; free space there or make it writable "
                 "(earlier checkpoints are as they were)"
             )
@@ -296,7 +299,7 @@ def _write(job: _Save, gather: Gather) -> None:
 def _problem_anywhere(work: Callable[[], None], gather: Gather) -> str | None:
     """Runs `work` on every process; what the operating system refused one of them, None if nothing.
 
-    Raises whatever else `work` raises, and RuntimeError on the other processes.
+    Raises whatever else `work` raises, and LostProcessError on the other processes.
     """
     problem, crash = None, None
     try:
@@ -310,5 +313,5 @@ def _problem_anywhere(work: Callable[[], None], gather: Gather) -> str | None:
         raise crash
     crashed = [rank for rank, (_, has_crashed) in enumerate(told) if has_crashed]
     if crashed:
-        raise RuntimeError(f"process {crashed[0]} failed in a save: {told[crashed[0]][0]}")
+        raise LostProcessError(f"process {crashed[0]} failed in a save: {told[crashed[0]][0]}")
     return next((text for text, _ in told if text is not None), None)

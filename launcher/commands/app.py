@@ -10,7 +10,7 @@ import typer
 from ..processes.rank_status import recorded
 from . import doctor, export, launch
 from .checkpoints import checkpoints_app
-from .errors import reported_errors
+from .errors import reported_errors, reported_faults
 from .train import ConfigOption, DebugOption, SetOption, app, load, world_size
 
 __all__ = ["app", "main"]
@@ -26,8 +26,8 @@ app.command("fill-mask")(export.fill_mask)
 
 
 def main() -> None:
-    """Runs the command line of this process and exits with its status."""
-    with recorded():
+    """Run the command line of this process and exit with its status."""
+    with recorded(), reported_faults():
         app()
 
 

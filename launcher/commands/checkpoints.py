@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ..checkpoint import store
 from .errors import leave, reported_errors
 
@@ -104,22 +104,26 @@ def prune(
         freed = sum(_bytes(store.read_state(folder / name)) for name in names)
         for name in names:
             if not dry_run:
-                store.remove(folder, name)
+                with refused(f"cannot remove {folder / name}", "make the folder writable"):
+                    store.remove(folder, name)
             typer.echo(f"{'would remove' if dry_run else 'removed'} {name}")
         stay = len(store.entries(folder)) - (len(names) if dry_run else 0)
         typer.echo(f"{stay} left, {_size(freed)} {'would be freed' if dry_run else 'freed'}")
 
 
 def _folder(run: Path) -> Path:
-    """The folder of checkpoints that RUN stands for. Raises ValueError if it holds none."""
-    folder = store.checkpoints_folder(run)
-    if not store.entries(folder):
+    """The folder of checkpoints that RUN stands for. Raises UserError if it holds none."""
+    with refused(f"cannot read {run}", "correct its permissions"):
+        folder = store.checkpoints_folder(run)
+        found = store.entries(folder)
+    if not found:
         raise UserError(f"{run} holds no checkpoint; give a run directory or its checkpoints folder")
     return folder
 
 
 def _checkpoint(run: Path, checkpoint_id: str | None) -> Path:
-    return store.resolve(run, checkpoint_id or store.LATEST, names=("RUN", "--id"))
+    with refused(f"cannot read {run}", "correct its permissions"):
+        return store.resolve(run, checkpoint_id or store.LATEST, names=("RUN", "--id"))
 
 
 def _description(checkpoint: Path, state: dict[str, Any]) -> str:

@@ -1,9 +1,8 @@
-"""What the command line says of errors, and the status it leaves with: 1 for a failure, 2 for wrong usage, 75 for a signal."""
+"""Say what went wrong, and end with a status: 1 for a failure, 2 for wrong usage, 75 for a signal."""
 
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -11,29 +10,41 @@ from typing import NoReturn
 
 import typer
 
-from ..processes.rank_status import REQUEUE
+from ...kernels.errors import UserError
+from ..processes.rank_status import REQUEUE, USAGE_ERROR, Exit, traceback_text
 
 
 @contextmanager
 def reported_errors(debug: bool, status: int = 1) -> Iterator[None]:
-    """Turns errors that are meant for the user into text on stderr and an exit status; all others pass.
+    """End the process with the text of a UserError inside as its message; all other errors pass.
 
-    status: that of errors which do not list `problems` of a run config; 2 where they are the command line's.
+    debug: print the traceback too. status: the exit status; that of a faulty run config is 2 in any case.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except UserError as error:
+        from ..config.file import ConfigError
+
         if debug:
-            traceback.print_exc()
-        problems = getattr(error, "problems", None)
-        if problems is None:
-            leave(f"error{_rank_note()}: {error}", status)
-        leave("\n".join(problems), status=2)
+            typer.echo(traceback_text(error), err=True, nl=False)
+        if isinstance(error, ConfigError):
+            leave(str(error), USAGE_ERROR)
+        leave(f"error{_rank_note()}: {error}", status)
+
+
+@contextmanager
+def reported_faults() -> Iterator[None]:
+    """End the process with the traceback of any other error as its message: such an error is a fault of this project."""
+    try:
+        yield
+    except Exception as error:
+        note = "this is a fault of xformer-train; please report it with the traceback above"
+        leave(f"{traceback_text(error)}error{_rank_note()}: {note}", status=1)
 
 
 @contextmanager
 def requeued_by_signals() -> Iterator[None]:
-    """Until a run handles them itself: a scheduler may want the machine back before everything is imported."""
+    """Handle SIGTERM and SIGUSR1 until a run does: a scheduler may want the machine back before everything is imported."""
 
     def requeue(number: int, frame: FrameType | None) -> None:
         if os.environ.get("RANK", "0") == "0":
@@ -53,13 +64,13 @@ def requeued_by_signals() -> Iterator[None]:
 
 
 def leave(message: str, status: int) -> NoReturn:
-    """Ends the process with a message on stderr.
+    """End the process with a message on stderr.
 
     Status 2 is for the command line and the run config, which are the same in every process, so one of them reports.
     """
     if status != 2 or os.environ.get("RANK", "0") == "0":
         typer.echo(message, err=True)
-    raise typer.Exit(status)
+    raise Exit(status, message)
 
 
 def _rank_note() -> str:

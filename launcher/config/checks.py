@@ -8,6 +8,7 @@ import re
 import string
 from collections.abc import Iterator
 
+from ...kernels.errors import UserError
 from ...recipes import CONFIG_CHECKS
 from ...recipes.config import Fault, SourceConfig
 from .batch import divisors, solve_batch
@@ -282,7 +283,7 @@ def _batch_and_deepspeed_faults(config: RunConfig, world_size: int | None) -> It
     batch = None
     try:
         batch = solve_batch(config.training, num_replicas(config, world_size))
-    except ValueError as error:
+    except UserError as error:
         yield Fault(batch_keys, str(error).removeprefix(f"{batch_keys[0]}: "))
     precision = config.training.precision
     for key, text in deepspeed_faults(config, batch, None if precision == "auto" else precision):

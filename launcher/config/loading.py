@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from ...kernels.errors import UserError
 from .checks import faults
 from .file import INT64, ConfigError, KeyPath, describe, dotted, is_leaf, parse_value, read_tree, to_yaml
 from .flags import FLAG_OF_KEY
@@ -98,7 +99,7 @@ class _Layers:
             return
         try:
             parsed = parse_value(value)
-        except ValueError as error:
+        except UserError as error:
             self.problems.append(f"--set: {key}: {value!r} is not a YAML value: {error}")
             return
         parts = key.strip().split(".")

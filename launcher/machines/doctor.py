@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...kernels.errors import UserError
 from ..config.loading import ConfigError, load_config
 from ..config.schema import RunConfig
 from . import doctor_facts
@@ -90,7 +91,7 @@ def _choose(options: LaunchOptions) -> tuple[Slots | None, int | None, list[Find
     try:
         slots = choose_hosts(options)
         return slots, count_processes(options, slots), []
-    except (ValueError, OSError) as error:
+    except UserError as error:
         what = "processes" if options.hostfile is None else "hostfile"
         remedy = "mend the choice" if options.hostfile is None else "mend the hostfile, or the choice from it"
         return None, None, [Finding("FAIL", what, problem, remedy) for problem in str(error).splitlines()]

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 
 Slots = dict[str, tuple[int, ...]]
 """The slots that a run uses on each host, in the order of the hostfile, which is the order of ranks."""
@@ -16,7 +16,7 @@ _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # what ssh and a remote shell
 def read_hostfile(path: Path) -> Slots:
     """All slots of each host. Blank lines and lines that begin with # are skipped.
 
-    Raises ValueError with every problem in the file, OSError if it cannot be read.
+    Raises UserError with every problem in the file.
     """
     if not path.is_file():
         raise UserError(
@@ -25,7 +25,8 @@ def read_hostfile(path: Path) -> Slots:
     hosts: Slots = {}
     problems = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with refused(f"--hostfile={path} cannot be read", "correct its permissions"):
+            lines = path.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"--hostfile={path} is not UTF-8 text; give a text file, a host on each line") from None
     for number, line in enumerate(lines, start=1):

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ..processes.rank_status import FOLDER_VARIABLE
 from .hostfile import Slots, choose_slots, read_hostfile
 from .supervision import SSH, HostCommand, Outcome, run_hosts
@@ -161,7 +161,7 @@ def plan_launch(options: LaunchOptions, slots: Slots | None, arguments: Sequence
 
 def start(launch: Launch, folder: Path) -> Outcome:
     """Runs it to its end, and says how the run ended. Its processes report to `folder`, which all machines see."""
-    try:
+    with refused(f"cannot launch from {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".launch-", dir=folder, ignore_cleanup_errors=True) as status_folder:
             commands = launch.commands
@@ -172,8 +172,6 @@ def start(launch: Launch, folder: Path) -> Outcome:
                     for command in commands
                 )
             return run_hosts(commands, Path(status_folder), launch.world_size)
-    except OSError as error:
-        raise OSError(f"cannot launch from {folder}: {error.strerror or error}; choose another --output_dir") from error
 
 
 def _write_variables(variables: Mapping[str, str], folder: Path) -> Path:

@@ -10,23 +10,23 @@ T = TypeVar("T")
 
 
 def by_main(topology: Topology, task: Callable[[], T]) -> T:
-    """What `task` returned on the main process, on every process; see `agreed` for its errors."""
+    """Return on every process what `task` returned on the main process; see `agreed` for its errors."""
     result = agreed(topology, task if topology.is_main else None)
     shared: T = topology.broadcast(result)
     return shared
 
 
 def agreed(topology: Topology, task: Callable[[], T] | None) -> T | None:
-    """The result of this process's task, if it has one; all processes come here, and a failure of one ends them all.
+    """Return the result of this process's task, None without one. All processes come here, and one failure ends them all.
 
-    The first process to fail raises its error, the others leave without a word, so that it is said once. A task that was told
-    to stop raises StopAsked on all.
+    The task must not wait for other processes. Of the processes whose task fails, whatever the error, the first raises it,
+    so that it is said once; all others raise SystemExit. A task that was told to stop raises StopAsked on all processes.
     """
     result: T | None = None
-    error: ValueError | OSError | StopAsked | None = None
+    error: Exception | StopAsked | None = None
     try:
         result = None if task is None else task()
-    except (ValueError, OSError, StopAsked) as caught:
+    except (Exception, StopAsked) as caught:  # a fault of ours too: the others would wait for this process for ever
         error = caught
     topology.meet()  # a task may take longer than any collective waits
     failures = topology.gather(None if error is None else type(error) is StopAsked)

@@ -23,7 +23,14 @@ REQUEUE = 75
 """Exit status of a run that a scheduler stopped and may start again: EX_TEMPFAIL of sysexits.h."""
 
 _RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
-_MOST_CAUSES = 10  # of an exit: ours are two or three deep
+
+
+class Exit(SystemExit):
+    """End this process with a status and with the message that its end is reported by."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(status)
+        self.message = message
 
 
 @dataclass(frozen=True)
@@ -47,10 +54,10 @@ def recorded() -> Iterator[None]:
         yield
     except SystemExit as leaving:
         exit_code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-        text = _message(leaving) if exit_code else ""
+        text = leaving.message if isinstance(leaving, Exit) else ""
         raise
     except BaseException as error:
-        exit_code, text = 1, _traceback(error)
+        exit_code, text = 1, traceback_text(error)
         raise
     finally:
         write_status(exit_code, text)
@@ -85,19 +92,9 @@ def first_failure(statuses: dict[int, RankStatus]) -> RankStatus | None:
     return min(failures, key=lambda status: (not status.text, status.time_s), default=None)
 
 
-def _traceback(error: BaseException) -> str:
-    """The traceback without the command line's own frames, which say nothing of the run."""
+def traceback_text(error: BaseException) -> str:
+    """Return the traceback without the frames of the command line's library, which say nothing of the run."""
     described = traceback.TracebackException.from_exception(error)
     kept = [frame for frame in described.stack if f"{os.sep}typer{os.sep}" not in frame.filename]
     described.stack = traceback.StackSummary.from_list(kept)
     return "".join(described.format())
-
-
-def _message(leaving: SystemExit) -> str:
-    """What the command line said before it left: the text of the error that it turned into an exit status."""
-    error: BaseException | None = leaving
-    for _ in range(_MOST_CAUSES):
-        error = error.__context__ if error is not None else None
-        if isinstance(error, ValueError | OSError):
-            return f"error: {error}\n"
-    return ""

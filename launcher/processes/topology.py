@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from ...kernels.errors import UserError
+from ...kernels.errors import RefusedError, UserError
 from ..config.deepspeed import Precision
 
 # Launchers that give every process a rank under names of their own, not as RANK, LOCAL_RANK and WORLD_SIZE.
@@ -281,7 +281,7 @@ def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
     if "RANK" in environment:
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     else:
-        launcher = next((k for k, v in _FOREIGN_RANKS.items() if int(environment.get(v[2], "1")) > 1), None)
+        launcher = next((k for k, v in _FOREIGN_RANKS.items() if _number(environment, v[2]) > 1), None)
         if launcher is None:
             return 0, 0, 1
         # Without this check each process would take itself for the only one and write over the others' files.
@@ -292,26 +292,40 @@ def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
                     f"{address} is not set, and {launcher} started {environment[names[2]]} processes that must find each "
                     "other; export MASTER_ADDR (name of the first machine) and MASTER_PORT (a free port there)"
                 )
-    meeting = ("MASTER_ADDR", "MASTER_PORT") if int(environment.get(names[2], "1")) > 1 else ()
+    meeting = ("MASTER_ADDR", "MASTER_PORT") if _number(environment, names[2]) > 1 else ()
     for name in (*names, *meeting):
         if name not in environment:
             raise UserError(
                 f"{name} is not set although {names[0]} is; start with `deepspeed`, torchrun or one process"
             )
-    rank, local_rank, world_size = (int(environment[name]) for name in names)
+    rank, local_rank, world_size = (_number(environment, name) for name in names)
     return rank, local_rank, world_size
 
 
+def _number(environment: Mapping[str, str], name: str) -> int:
+    """Return the value of a variable that a launcher sets, 1 without it."""
+    text = environment.get(name, "1")
+    if not text.isdecimal():
+        raise UserError(f"environment variable {name} is {text!r}, must be a whole number; leave it to the launcher")
+    return int(text)
+
+
 def _store(environment: Mapping[str, str], rank: int, world_size: int, timeout: timedelta) -> dist.Store:
-    """Where the processes find each other."""
+    """Return where the processes find each other. Raises RefusedError if they do not."""
     if world_size == 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         return dist.HashStore()  # no port: two runs on one machine cannot collide
-    host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
-    if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun keeps one store over its restarts: without a prefix the restarted processes read dead addresses.
-        attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return dist.PrefixStore(f"attempt{attempt}", dist.TCPStore(host, port, is_master=False, timeout=timeout))
-    return dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
+    host, port = environment["MASTER_ADDR"], _number(environment, "MASTER_PORT")
+    try:
+        if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun keeps one store over its restarts: without a prefix the restarted processes read dead addresses.
+            attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+            return dist.PrefixStore(f"attempt{attempt}", dist.TCPStore(host, port, is_master=False, timeout=timeout))
+        return dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
+    except dist.DistError as error:
+        raise RefusedError(
+            f"the processes cannot meet at MASTER_ADDR {host}, MASTER_PORT {port}: {str(error).splitlines()[0].rstrip('.')}; "
+            "give the name of the first machine and a free port there, and start all processes"
+        ) from error
 
 
 def _choose_accelerator() -> None:
@@ -335,13 +349,13 @@ def keep_freed_memory() -> None:
 def _switch_off_shared_memory_op() -> None:
     """Keep DeepSpeed on gloo: its own CPU op is compiled at the first start, which needs a compiler and a minute.
 
-    Raises RuntimeError if this DeepSpeed has no switch for it.
+    Raises UserError if this DeepSpeed has no switch for it.
     """
     import deepspeed.ops
 
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if not isinstance(compatible, dict):
-        raise RuntimeError(
+        raise UserError(
             f"DeepSpeed {deepspeed.__version__} has no deepspeed.ops.__compatible_ops__, by which its compiled CPU op is "
             "switched off; install deepspeed 0.19"
         )

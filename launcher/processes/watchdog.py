@@ -24,6 +24,8 @@ from types import FrameType, TracebackType
 
 import torch.distributed as dist
 
+from ...kernels.errors import RefusedError, refused
+from .agreement import agreed
 from .rank_status import write_status
 from .signals import StopRequest
 from .topology import Topology
@@ -45,7 +47,7 @@ _OWN_THREADS = ("watchdog", "checkpoint", "loader")
 EXIT_STATUS = 1
 
 
-class LostProcessError(OSError):
+class LostProcessError(RefusedError):
     """Another process of the run has ended or does not answer; the text says which, and where it was."""
 
 
@@ -120,13 +122,20 @@ class Watchdog:
         if forward_is_own:
             self._own_phases = ("data", "forward")
         self._folder, heartbeats = folder, folder / "heartbeats"
-        if self._topology.is_main:
+
+        def make_folder() -> None:
             shutil.rmtree(heartbeats, ignore_errors=True)  # of a start before this one
-            heartbeats.mkdir()
-        self._topology.barrier()
-        self._file = (heartbeats / f"rank{self._topology.rank}.json").open("wb", buffering=0)
-        # Held open: on a full disk the watchdog must still be able to say what it saw.
-        self._log = (folder / f"rank{self._topology.rank}.log").open("ab", buffering=0)
+            with refused(f"cannot make {heartbeats}", "free space there, or make it writable"):
+                heartbeats.mkdir()
+
+        def open_files() -> None:
+            with refused(f"cannot write into {folder}", "free space there, or make it writable"):
+                self._file = (heartbeats / f"rank{self._topology.rank}.json").open("wb", buffering=0)
+                # Held open: on a full disk the watchdog must still be able to say what it saw.
+                self._log = (folder / f"rank{self._topology.rank}.log").open("ab", buffering=0)
+
+        agreed(self._topology, make_folder if self._topology.is_main else None)
+        agreed(self._topology, open_files)
         self._write()
         self._thread.start()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ..processes import console
 from .record import StepRecord, rates_of, ratio
 from .tensorboard import Boards
@@ -34,7 +34,7 @@ class RunLog:
     leave metrics.jsonl and the view of TensorBoard.
     The console is a bar on stderr where that is a terminal, else one line per record on stdout.
     A disk that takes nothing is told, and training goes on: rows wait until it does, TensorBoard ends with this writer.
-    Raises ValueError if metrics.jsonl holds a line that is not JSON, other than a last one cut short.
+    Raises UserError if metrics.jsonl holds a line that is not JSON, other than a last one cut short.
     """
 
     def __init__(
@@ -51,11 +51,13 @@ class RunLog:
         self._peak_flops = peak_flops
         self._recent: deque[tuple[int, float]] = deque(maxlen=_ETA_RECORDS)
         path = run_dir / "metrics.jsonl"
-        _drop_rows_after(path, start_step)
-        self._file = path.open("ab", buffering=0)  # so that what a full disk does not take is known
+        with refused(f"cannot write {path}", "free space there, or make it writable"):
+            _drop_rows_after(path, start_step)
+            self._file = path.open("ab", buffering=0)  # so that what a full disk does not take is known
         self._unwritten = b""
         self._told_of_rows = False
-        self._boards = Boards(run_dir / "tb", start_step, start_samples) if tensorboard else None
+        with refused(f"cannot write {run_dir / 'tb'}", "free space there, or set logging.tensorboard to false"):
+            self._boards = Boards(run_dir / "tb", start_step, start_samples) if tensorboard else None
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(
@@ -194,12 +196,12 @@ def _drop_rows_after(path: Path, step: int) -> None:
     """Nothing; rows of later steps, and a last row cut short, leave the file, which is replaced in one move."""
     if not path.exists():
         return
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()  # the process was killed while writing it
     kept = [line for number_, line in enumerate(lines, 1) if _step_of(line, f"{path}:{number_}") <= step]
     replacement = path.with_suffix(".jsonl.tmp")
-    with replacement.open("w", encoding="utf-8") as file:
+    with replacement.open("w", encoding="utf-8", errors="surrogateescape") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
@@ -207,7 +209,7 @@ def _drop_rows_after(path: Path, step: int) -> None:
 
 
 def _step_of(line: str, where: str) -> int:
-    """The step of a row. Raises ValueError if the line is not one."""
+    """The step of a row. Raises UserError if the line is not one."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError) as error:

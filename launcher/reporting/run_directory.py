@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ..config.loading import dump_config
 from ..config.schema import RunConfig
 from .run_lock import only_run
@@ -70,7 +70,7 @@ class RunDirectory:
 def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
     """The directory of this run, which may not be there yet.
 
-    Raises ValueError if it holds another run and `resume` is not given, or if its path is a file.
+    Raises UserError if it holds another run and `resume` is not given, or if its path is a file.
     """
     root = Path(config.output_dir) / config.name
     if root.exists() and not root.is_dir():
@@ -87,18 +87,17 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
 def open_run_directory(config: RunConfig, held: ExitStack, *, resume: bool) -> RunDirectory:
     """As `check_run_directory`, and the directory is made if it is not there.
 
-    Called by one process for all. held: until it is closed, no other run can open the directory. Raises ValueError also if
-    another run has it open, and OSError if it cannot be made.
+    Called by one process for all. held: until it is closed, no other run can open the directory. Raises UserError also if
+    another run has it open, and RefusedError if it cannot be made.
     """
     directory = check_run_directory(config, resume=resume)
     root = directory.root
     previous = None
     if directory.holds_run and directory.config.exists():
-        previous = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
-    try:
+        with refused(f"cannot read {directory.config}", "correct its permissions, or remove it"):
+            previous = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    with refused(f"cannot make {root}", "choose another --output_dir"):
         root.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"cannot make {root}: {error.strerror}; choose another --output_dir") from error
     held.enter_context(only_run(root))
     if previous is None:
         return directory
@@ -137,8 +136,10 @@ def record_environment(directory: RunDirectory, ds_config: dict[str, Any], devic
 
 def log_to_file(directory: RunDirectory, rank: int) -> None:
     """Sends this process's log records, those of Python's warnings and of libraries included, to log/rank{N}.log."""
-    directory.log.mkdir(parents=True, exist_ok=True)
-    handler = _LogFile(directory.log / f"rank{rank}.log", encoding="utf-8")
+    path = directory.log / f"rank{rank}.log"
+    with refused(f"cannot write {path}", "free space or choose another --output_dir"):
+        directory.log.mkdir(parents=True, exist_ok=True)
+        handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()
     root.addHandler(handler)
@@ -157,12 +158,13 @@ class _LogFile(logging.FileHandler):
 def _write(path: Path, text: str) -> None:
     """Replaces the file in one step, so that a crash or a full disk leaves the old one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error.strerror}; free space or choose another --output_dir") from error
+    with refused(f"cannot write {path}", "free space or choose another --output_dir"):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ..processes import console
 
 NAME = ".lock"
@@ -18,13 +18,11 @@ def only_run(root: Path) -> Iterator[None]:
     """Keep other processes out of the run directory `root`, on any machine whose file system shares locks.
 
     The system frees the lock when this process ends, however it ends. Without locks there is a warning. Raises UserError if
-    another process holds the lock, and OSError if the directory cannot be written.
+    another process holds the lock, and RefusedError if the directory cannot be written.
     """
     path = root / NAME
-    try:
+    with refused(f"cannot write {path}", "choose another --output_dir"):
         opened = path.open("a+", encoding="utf-8")
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}; choose another --output_dir") from error
     with opened as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose lock children inherit and may keep
@@ -38,7 +36,8 @@ def only_run(root: Path) -> Iterator[None]:
             console.warn(
                 f"{path} cannot be locked ({error.strerror}), so nothing keeps another run out of this directory"
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
-        file.flush()
+        with refused(f"cannot write {path}", "free space or choose another --output_dir"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
         yield

@@ -9,7 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ...kernels.errors import UserError
+from ...kernels.errors import RefusedError, UserError
 from ...recipes import RECIPES
 from ...recipes.config import ModelConfig
 from ...recipes.data.tokenizer import RunTokenizer
@@ -26,8 +26,8 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
 
     The folder comes into being whole or not at all; one that is there keeps its other files. The vocabulary ends with the last
     symbol of the tokenizer: rows that only fill it up are cut off. force: replace the files of the same names in `folder`.
-    Raises ValueError if the checkpoint is damaged, no class of transformers computes its model, or `folder` holds files;
-    OSError if it cannot be written.
+    Raises UserError if the checkpoint is damaged, no class of transformers computes its model, or `folder` holds files;
+    RefusedError if it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to={folder} is a file; name a folder")
@@ -41,7 +41,7 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
     assert trained.tokenizer is not None, "every checkpoint has its tokenizer"
     try:
         config = config_json(trained.model, trained.tokenizer, trained.sentence_task)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{checkpoint}: {error}") from None
     state = to_huggingface(trained.weights, trained.model, config)
     config["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
@@ -58,7 +58,7 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
             path.replace(folder / path.name)
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise OSError(f"cannot write --to={folder}: {reason}; free space, or name another folder") from error
+        raise RefusedError(f"cannot write --to={folder}: {reason}; free space, or name another folder") from error
     finally:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)

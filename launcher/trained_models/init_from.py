@@ -73,7 +73,7 @@ def read_initial(name: str, folder: Path, model: ModelConfig) -> Pretrained:
     """
     try:
         found = from_folder(folder)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"model.init_from={name}: {error}") from None
     differing = [
         f"model.{key} is {_shown(theirs)} there and {_shown(ours)} in the run config"

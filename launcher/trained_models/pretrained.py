@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ...recipes import RECIPES
 from ...recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
 from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
@@ -73,12 +73,14 @@ def from_folder(folder: Path) -> Pretrained:
     Raises ValueError if something is missing or no model here computes what config.json describes.
     """
     path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         raise UserError(
             f"{folder} has no {CONFIG_FILE}; give a folder that transformers or export wrote (load.path takes a run)"
-        ) from None
+        )
+    with refused(f"{path} cannot be read", "correct its permissions"):
+        content = path.read_bytes()
+    try:
+        config = json.loads(content)
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); correct it") from None
     if not isinstance(config, dict):
@@ -87,7 +89,7 @@ def from_folder(folder: Path) -> Pretrained:
         model = model_config_of(config)
         weights, left_out = from_huggingface(_read_weights(folder), config)
         _check_weights(model, weights)
-    except ValueError as error:
+    except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
     tokenizer = load_tokenizer(folder) if has_tokenizer else None

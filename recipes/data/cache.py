@@ -12,14 +12,14 @@ from typing import IO, Any
 
 import numpy as np
 
-from ...kernels.errors import UserError
+from ...kernels.errors import RefusedError, UserError
 from ..recipe import Report
 
 _MANIFEST = "manifest.json"
 
 
 def cache_folder(given: str | None) -> Path:
-    """data.cache_dir, or the user's cache folder for this program. Raises ValueError if the user has no home folder."""
+    """data.cache_dir, or the user's cache folder for this program. Raises UserError if the user has no home folder."""
     try:
         if given is not None:
             return Path(given).expanduser()
@@ -33,7 +33,7 @@ def cache_folder(given: str | None) -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Write a small file of the cache so that a reader finds all of it or the one before; creates its folder.
 
-    Raises ValueError if the cache cannot be written.
+    Raises RefusedError if the cache cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,8 +44,8 @@ def write_atomically(path: Path, text: str) -> None:
         raise _unusable(path.parents[1], error) from error
 
 
-def _unusable(cache: Path, error: OSError) -> UserError:
-    return UserError(f"data.cache_dir={cache}: {error}; name a folder that can be written")
+def _unusable(cache: Path, error: OSError) -> RefusedError:
+    return RefusedError(f"data.cache_dir={cache}: {error}; name a folder that can be written")
 
 
 def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:
@@ -55,7 +55,7 @@ def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], report:
     folder, renamed when all is written, so a process killed half-way leaves nothing that could be taken for prepared data.
     Processes of one machine that want the same folder wait for the first; machines that share the cache may both build, and
     the first to finish wins.
-    Raises ValueError if the folder is damaged, the cache cannot be written or has no space, or its file system has no locks.
+    Raises UserError if the folder is damaged, RefusedError if the cache cannot be written or locked.
     """
     if not folder.exists():
         try:
@@ -96,10 +96,12 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
         except OSError:
             if not folder.exists():  # else another machine was faster
                 raise
+    except UserError:
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
+            raise _unusable(folder.parents[1], error) from error
+        raise RefusedError(
             f"data.cache_dir={folder.parents[1]}: no space left for prepared data; make room or name another folder"
         ) from error
     finally:

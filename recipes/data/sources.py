@@ -7,11 +7,12 @@ import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ..config import SourceConfig
 from .builtin_text import builtin_documents, builtin_identity
 from .cache import write_atomically
@@ -44,7 +45,7 @@ class Source:
 def open_source(source: SourceConfig, cache: Path) -> Source:
     """The documents of one source; files are found and hashed now, and read when the documents are.
 
-    cache: folder where the hashes of files are remembered. Raises ValueError, here or while documents are read, for a
+    cache: folder where the hashes of files are remembered. Raises UserError, here or while documents are read, for a
     missing file, a pattern that matches none, text that is not UTF-8, a broken JSON line, a missing column or an
     unreachable dataset.
     """
@@ -108,7 +109,7 @@ def _content_hash(path: Path, memory: Path) -> str:
     remembered = memory / hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
     if remembered.is_file() and len(digest := remembered.read_text()) == 64:
         return digest
-    with path.open("rb") as file:
+    with _readable(path), path.open("rb") as file:
         digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).hexdigest()
     write_atomically(remembered, digest)
     return digest
@@ -117,7 +118,10 @@ def _content_hash(path: Path, memory: Path) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line numbers from 1 and lines without their end, of a UTF-8 file, gzip-compressed if its name ends so."""
     offset = 0
-    with cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb") as file:
+    with (
+        _readable(path),
+        cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb") as file,
+    ):
         for number, line in enumerate(_sound(file, path), start=1):
             try:
                 text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode()
@@ -128,6 +132,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                 ) from None
             offset += len(line)
             yield number, text.rstrip("\r\n")
+
+
+def _readable(path: Path) -> AbstractContextManager[None]:
+    return refused(f"data source {path}: it cannot be read", "make it readable, or correct data.sources")
 
 
 def _sound(file: BinaryIO, path: Path) -> Iterator[bytes]:
@@ -212,7 +220,8 @@ def _open_parquet(path: Path, field: str) -> Any:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        with _readable(path):
+            file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
         raise UserError(f"{path}: not a parquet file ({error}); correct data.sources") from None
     if field not in file.schema_arrow.names:

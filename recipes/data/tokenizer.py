@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ..config import DataConfig, SpecialToken, TokenizerConfig, TokenizerKind
 from ..recipe import Recipe, Report
 from .cache import cache_folder, open_or_build
@@ -113,21 +113,25 @@ class RunTokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json; `folder` comes into being whole or not at all."""
         folder = Path(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        partial.chmod(0o755)  # others may read a run, which mkdtemp forbids
-        try:
-            (partial / _TOKENIZER_FILE).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
-            names = {f"{name}_token": token for name, token in self.specials.items()}
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-            (partial / _SPECIALS_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-            if folder.exists():
-                for path in partial.iterdir():
-                    path.replace(folder / path.name)
-            else:
-                partial.rename(folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+        with refused(f"cannot write {folder}", "free space there, or make it writable"):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+            try:
+                self._write(partial)
+                if folder.exists():
+                    for path in partial.iterdir():
+                        path.replace(folder / path.name)
+                else:
+                    partial.rename(folder)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _write(self, folder: Path) -> None:
+        folder.chmod(0o755)  # others may read a run, which mkdtemp forbids
+        (folder / _TOKENIZER_FILE).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+        names = {f"{name}_token": token for name, token in self.specials.items()}
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+        (folder / _SPECIALS_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def build_tokenizer(recipe: Recipe, config: TokenizerConfig, data: DataConfig, report: Report) -> RunTokenizer:
@@ -191,8 +195,10 @@ def load_tokenizer(path: str | Path, *, lowercase: bool = True) -> RunTokenizer:
 def _read_settings(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    with refused(f"tokenizer.path: {path} cannot be read", "correct its permissions"):
+        content = path.read_bytes()
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(content)
     except ValueError as error:
         raise UserError(f"tokenizer.path: {path} is not JSON ({error}); correct or remove it") from None
     if not isinstance(settings, dict):
@@ -229,7 +235,8 @@ def _kind(tokenizer: Tokenizer) -> str:
 
 def _from_vocabulary(path: Path, *, lowercase: bool) -> Tokenizer:
     try:
-        tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        with refused(f"tokenizer.path: {path} cannot be read", "correct its permissions"):
+            tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"tokenizer.path={path}: byte {error.start:,} is not UTF-8; convert the file") from None
     if _UNKNOWN not in tokens:

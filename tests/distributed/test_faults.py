@@ -81,6 +81,25 @@ def test_a_signal_to_one_process_ends_the_preparation_of_data_on_another(config)
     assert "stopped before the first step; nothing was trained" in pair.texts()[0]
 
 
+def test_a_signal_to_one_process_just_after_another_prepared_the_data_ends_both(config):
+    with Pair(config, "told") as pair:
+        assert [process.wait(timeout=60) for process in pair.processes] == [75, 75], pair.texts()
+    assert "stopped before the first step; nothing was trained" in pair.texts()[0]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_defect_in_one_process_ends_both_with_one_traceback(rank, tmp_path):
+    with Pair(write_config(tmp_path), f"defect{rank}") as pair:
+        assert [process.wait(timeout=60) for process in pair.processes] == [1, 1], pair.texts()
+    own, other = pair.texts()[rank], pair.texts()[1 - rank]
+    assert own.count("ValueError: not the user's mistake") == 1 and "in defective" in own
+    note = "this is a fault of xformer-train; please report it with the traceback above"
+    assert own.splitlines()[-1] == f"error (rank {rank}): {note}"
+    assert "Traceback" not in other and "error" not in other
+    assert pair.log(rank).count("Traceback") == 1
+    assert "Traceback" not in pair.log(1 - rank)
+
+
 def test_a_slow_process_is_named_and_a_signal_to_it_stops_both_after_one_save(config):
     with Pair(config, "slow") as pair:
         pair.wait_until(lambda: "rank 1 on" in pair.texts()[0])
@@ -142,5 +161,5 @@ def test_a_killed_process_is_named_at_once(config):
         assert pair.processes[0].wait(timeout=60) == 1
     text = pair.texts()[0]
     assert f"rank 1 on {os.uname().nodename} (pid {pair.processes[1].pid}) was killed or stopped from outside" in text
-    assert "LostProcessError" in text
+    assert "error (rank 0): rank 1 on" in text and "Traceback" not in text
     assert [row for row in metrics(pair.run) if row["step"] == 1], "all the runs are one"

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import UserError
 from ..dropout import drop_threshold, keep_scale
 from ..dropout_triton import SEED
 
@@ -314,7 +315,7 @@ def sequence_grid(qkv: Tensor, cu_seqlens: Tensor | None, max_length: int | None
         assert max_length is not None, "the host does not know how long the longest sequence of a packed batch is"
         num_sequences, length = cu_seqlens.numel() - 1, max_length
     if num_sequences > _LARGEST_BATCH:
-        raise ValueError(
+        raise UserError(
             f"B={num_sequences} sequences are over {_LARGEST_BATCH}, the most that the GPU kernels of attention take in one "
             f"call; split the batch, or use kernels='reference'"
         )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...errors import UserError
 from ...parallel.collectives import (
     Group,
     check_divisible,
@@ -86,7 +87,7 @@ class _Vocabulary:
     def __post_init__(self) -> None:
         full = self.rows * group_size(self.group)
         if not 0 < self.size <= full:
-            raise ValueError(f"vocabulary_size={self.size} is not in 1 .. {full}, the rows of all shards together")
+            raise UserError(f"vocabulary_size={self.size} is not in 1 .. {full}, the rows of all shards together")
 
     @property
     def size(self) -> int:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...errors import UserError
 from ..choices import Kernels
 
 Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
@@ -45,7 +46,7 @@ class Saved(NamedTuple):
 def make_options(eps: float, p: float, seed: Tensor | None, site: int, inverted: bool, kernels: Kernels) -> Options:
     """Raises ValueError for a p that is no probability."""
     if not 0 <= p < 1:
-        raise ValueError(f"p={p} is not a dropout probability; it must be in [0, 1)")
+        raise UserError(f"p={p} is not a dropout probability; it must be in [0, 1)")
     return Options(eps, 0.0 if seed is None else p, site, inverted, kernels)
 
 

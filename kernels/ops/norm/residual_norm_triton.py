@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...errors import UserError
 from ...fp8.cast_triton import magnitude_bits, raise_amax
 from ..dropout import drop_threshold, keep_scale
 from ..dropout_triton import SEED, keep_rows
@@ -283,7 +284,7 @@ def sum_partials(partial: Tensor, like: list[Tensor]) -> list[Tensor]:
 def _tile(H: int) -> dict[str, int]:
     """Tile shape and warps for rows of H elements."""
     if H > _LARGEST_H:
-        raise ValueError(f"H={H} is over {_LARGEST_H}, the widest row of the GPU kernels; use kernels='reference'")
+        raise UserError(f"H={H} is over {_LARGEST_H}, the widest row of the GPU kernels; use kernels='reference'")
     columns = max(8, triton.next_power_of_2(H))
     rows = max(1, _TILE_ELEMENTS // columns)
     return {"H": H, "ROWS": rows, "COLUMNS": columns, "num_warps": max(8, min(32, columns // 256))}

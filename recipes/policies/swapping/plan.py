@@ -240,7 +240,7 @@ class _Planner:
                 pre_layer_norm=description.pre_layer_norm,
                 layer_norm_eps=description.layer_norm_eps,
             )
-        except ValueError as error:
+        except UserError as error:
             self._problem(name, str(error))
             return None
 

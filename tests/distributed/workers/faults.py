@@ -1,7 +1,8 @@
 """One process of a run in which something may be wrong: `faults_worker.py CONFIG FAULT`, with a launcher's variables set.
 
 FAULT: none; slow: the data of process 1 take 0.2 s longer; prepare: preparing data takes a minute; hang: process 1 never
-comes back from the sixth setting of a learning rate; save: process 1 is stopped from outside as it begins to save.
+comes back from the sixth setting of a learning rate; save: process 1 is stopped from outside as it begins to save; defect0
+and defect1: preparing data meets a defect in that process; told: process 1 gets SIGTERM once process 0 has prepared the data.
 """
 
 import os
@@ -9,6 +10,7 @@ import signal
 import sys
 import time
 
+from xformer_train.launcher.commands.errors import reported_errors, reported_faults
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.rank_status import recorded
 from xformer_train.launcher.processes.topology import quiet
@@ -46,6 +48,23 @@ def main() -> int:
         os.kill(os.getpid(), signal.SIGSTOP)
         return save(*args)
 
+    def defective(*args, **kwargs):
+        if fault == f"defect{rank}":
+            raise ValueError("not the user's mistake")
+        return prepare_data(*args, **kwargs)
+
+    agreed = setup.agreed
+
+    def then_told(topology, task):
+        result = agreed(topology, task)
+        if task is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    if fault.startswith("defect"):
+        setup.prepare_data = defective
+    if fault == "told" and rank == 1:
+        setup.agreed = then_told
     if fault == "save" and rank == 1:
         loop._save = stopped
     if fault == "hang" and rank == 1:
@@ -59,5 +78,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    with recorded():
+    with recorded(), reported_faults(), reported_errors(debug=False):
         sys.exit(main())

@@ -10,12 +10,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from xformer_train.kernels.errors import RefusedError, UserError
 from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.commands import train as train_cli
 from xformer_train.launcher.config.flags import FLAGS
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.processes.rank_status import REQUEUE
+from xformer_train.launcher.processes.rank_status import REQUEUE, Exit
 
+FAULT = "this is a fault of xformer-train; please report it with the traceback above"
 MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
 
 
@@ -39,6 +41,14 @@ def runs(monkeypatch, tmp_path):
 
 def invoke(*arguments):
     return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "200"})
+
+
+def leaving(monkeypatch, capsys, *arguments):
+    """The exit status and stderr of the console script."""
+    monkeypatch.setattr(sys, "argv", ["xformer-train", *arguments])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return left.value.code, capsys.readouterr().err
 
 
 def failing_run(error):
@@ -148,7 +158,7 @@ def test_only_the_first_process_prints_config_problems(runs, monkeypatch):
         assert bool(result.output) is printed
 
 
-@pytest.mark.parametrize("error", [ValueError("the corpus is empty"), OSError("no space left on device")])
+@pytest.mark.parametrize("error", [UserError("the corpus is empty"), RefusedError("no space left on device")])
 def test_an_error_of_the_run_is_one_line_with_status_1(runs, monkeypatch, error):
     sys.modules["xformer_train.launcher.training.train"].run = failing_run(error)
     result = invoke("--config", "run.yaml")
@@ -162,9 +172,35 @@ def test_an_error_of_the_run_is_one_line_with_status_1(runs, monkeypatch, error)
     assert invoke("--config", "run.yaml").stderr == f"error (rank 3): {error}\n"
 
 
-def test_an_error_that_is_not_meant_for_users_passes(runs):
-    sys.modules["xformer_train.launcher.training.train"].run = failing_run(RuntimeError("a defect"))
-    assert isinstance(invoke("--config", "run.yaml").exception, RuntimeError)
+@pytest.mark.parametrize("error", [ValueError("a defect"), OSError("a defect"), KeyError("a defect")])
+@pytest.mark.parametrize("debug", [[], ["--debug"]])
+def test_any_other_error_of_the_run_is_a_fault_of_ours_and_shows_its_traceback(runs, error, debug, monkeypatch, capsys):
+    sys.modules["xformer_train.launcher.training.train"].run = failing_run(error)
+    status, text = leaving(monkeypatch, capsys, "--config", "run.yaml", *debug)
+    assert status == 1
+    assert text.startswith("Traceback") and text.count("Traceback") == 1
+    assert text.splitlines()[-2] == f"{type(error).__name__}: {error}"
+    assert text.splitlines()[-1] == f"error: {FAULT}"
+
+
+def test_a_fault_in_a_check_of_a_run_config_is_not_told_as_the_users_mistake(runs, monkeypatch, capsys):
+    def broken(*args):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr("xformer_train.launcher.config.batch.solve_batch", broken)
+    status, text = leaving(monkeypatch, capsys, "config", "check", "--config", "run.yaml")
+    assert status == 1
+    assert "Traceback" in text and "in broken" in text
+    assert text.splitlines()[-1] == f"error: {FAULT}"
+
+
+def test_the_exit_carries_the_message_that_was_printed(runs, monkeypatch, capsys):
+    sys.modules["xformer_train.launcher.training.train"].run = failing_run(UserError("the corpus is empty"))
+    monkeypatch.setattr(sys, "argv", ["xformer-train", "--config", "run.yaml"])
+    with pytest.raises(Exit) as left:
+        cli.main()
+    assert (left.value.code, left.value.message) == (1, "error: the corpus is empty")
+    assert capsys.readouterr().err == "error: the corpus is empty\n"
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Whole runs in one process: exact resume, phases, evaluation, what is refused and what is left behind."""
 
 import json
+import sys
 
 import pytest
 import torch
 from helpers.runs import BERT, GPT, losses, merged, metrics, weights, write_config
 
+from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet
 from xformer_train.recipes import RECIPES
@@ -14,7 +16,8 @@ from xformer_train.recipes.data.tokenizer import load_tokenizer
 
 quiet(debug=False)
 
-from xformer_train.launcher.training.train import run  # noqa: E402 - DeepSpeed is quiet only when told before
+from xformer_train.launcher.training import loop  # noqa: E402 - DeepSpeed is quiet only when told before
+from xformer_train.launcher.training.train import run  # noqa: E402
 
 
 def start(path, *sets, resume=False):
@@ -221,3 +224,23 @@ def test_activation_checkpointing_changes_no_bit_of_a_run(base, tmp_path):
     for choice in ("selective", "full"):
         start(path, f"name={choice}", f"training.activation_checkpointing={choice}")
         assert_same_run(tmp_path, "none", choice, 3)
+
+
+def test_a_fault_deep_in_the_loop_shows_its_traceback_once_on_the_console_and_once_in_the_log(
+    tmp_path, monkeypatch, capsys
+):
+    def broken(*args):
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(loop, "mean_losses", broken)
+    monkeypatch.setattr(sys, "argv", ["xformer-train", "--config", str(write_config(tmp_path))])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 1
+    text = capsys.readouterr().err
+    assert text.count("ValueError: a defect") == 1 and "in broken" in text
+    assert text.splitlines()[-1] == (
+        "error: this is a fault of xformer-train; please report it with the traceback above"
+    )
+    log = (tmp_path / "runs" / "run" / "log" / "rank0.log").read_text()
+    assert log.count("ValueError: a defect") == 1 and "in broken" in log
