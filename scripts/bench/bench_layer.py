@@ -3,9 +3,11 @@
 Rows take turns, round by round, so that a busy or hot machine slows all of them alike; figures are medians over the rounds.
 Every row of a shape has the same sequences and dropout. Before anything is timed, each of our rows is compared without
 dropout with the written-out layer in higher precision; a wrong one is not timed, and the exit status is then 1. A row that
-cannot be run is listed with the reason. Rows called emulated round as FP8 does and gain nothing.
+cannot be run is listed with the reason. Rows called emulated round as FP8 does and gain nothing. On a GPU the rows of torch
+have the fastest of torch's attentions, which is named. A first interrupt (SIGINT, as of `timeout -s INT`) makes no more rows,
+and measures those that are there.
 
---out gets JSON lines, the machine first, then the rows of each shape as soon as they are measured. Last comes the table:
+The table of a shape is printed as soon as it is measured, and --out gets JSON lines, the machine first:
   fwd, bwd, both   ms, medians
   peak MiB         what a step takes from a GPU's memory besides parameters and input
   saved MiB        what forward keeps for backward, without parameters and output
@@ -25,14 +27,14 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_device import Ceilings, default_device, machine_line, measure_ceilings
-from bench_rows import BASELINE, OURS, PLAIN, layer_rows, plain, plain_layer
+from bench_rows import BASELINE, EMULATED, OURS, PLAIN, layer_rows, plain, plain_layer
 from bench_steps import (
     GPU_INPUT_SETS,
     Inputs,
@@ -46,19 +48,26 @@ from bench_steps import (
 )
 from bench_task import CPU_SHAPES, GPU_SHAPES, SHAPES, Row, Shape, Task, UnavailableError, make_task
 from bench_te_rows import TE, te_rows
+from sdpa import AttentionShape, by_speed, preferring
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 WARMUP_ROUNDS = 2  # the first compiles, the second finds everything in place
+INTERRUPTED = "interrupted before it was ready"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What holds for all shapes of one call."""
+    """What holds for all shapes of one call. rows: names of the only ones that are measured, None for all."""
 
     device: torch.device
     dtype: torch.dtype
     dropout: float
     rounds: int
+    rows: Sequence[str] | None = None
+
+    def wants(self, row: str) -> bool:
+        """Return whether a row is measured; on a CPU the name of an FP8 row says besides that it is emulated."""
+        return self.rows is None or row.removesuffix(EMULATED) in self.rows
 
 
 @dataclass(frozen=True)
@@ -165,11 +174,18 @@ class Absent:
     failed: bool
 
 
-def contenders(task: Task) -> Iterator[tuple[str, Contender | Absent]]:
+def contenders(task: Task, settings: Settings) -> Iterator[tuple[str, Contender | Absent]]:
     """Every row by name, ready to be timed or not."""
     reference = Reference(task)
     inputs = draw_inputs(task, GPU_INPUT_SETS if task.device.type == "cuda" else 1)
+    stopped = False
     for name, make_row in rows_of(task).items():
+        if not settings.wants(name):
+            continue
+        if stopped:
+            yield name, Absent(INTERRUPTED, failed=True)
+            continue
+        started_s = time.monotonic()
         try:
             error = reference.check(name) if is_ours(name) else None
             row = make_row()
@@ -179,31 +195,61 @@ def contenders(task: Task) -> Iterator[tuple[str, Contender | Absent]]:
             yield name, Contender(row, own, step, error)
         except UnavailableError as reason:
             yield name, Absent(str(reason), failed=False)
+        except KeyboardInterrupt:
+            stopped = True
+            yield name, Absent(INTERRUPTED, failed=True)
         except Exception as failure:  # of whatever kind: the other rows go on
-            traceback.print_exc()
-            yield name, Absent(" ".join(f"{type(failure).__name__}: {failure}".split())[:200], failed=True)
+            yield name, absent_after(failure)
+        print(f"{name}: made in {time.monotonic() - started_s:.1f} s", file=sys.stderr)
+
+
+def absent_after(failure: Exception) -> Absent:
+    """What is left of a row that failed; the traceback goes to stderr."""
+    traceback.print_exception(failure)
+    if isinstance(failure, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    return Absent(" ".join(f"{type(failure).__name__}: {failure}".split())[:200], failed=True)
 
 
 def measure(name: str, settings: Settings, ceilings: Ceilings) -> list[dict[str, Any]]:
     """One record per row of the shape."""
     shape = SHAPES[name]
-    found = dict(contenders(make_task(shape, settings.dtype, settings.device, settings.dropout)))
-    timed = {row: one for row, one in found.items() if isinstance(one, Contender)}
-    times: dict[str, list[tuple[float, float]]] = {row: [] for row in timed}
-    for turn in range(WARMUP_ROUNDS + settings.rounds):
-        for row, one in timed.items():
-            pairs = time_steps(one.step, one.inputs)
-            if turn >= WARMUP_ROUNDS:
-                times[row] += pairs
+    task = make_task(shape, settings.dtype, settings.device, settings.dropout)
+    heads = shape.num_attention_heads
+    attention = AttentionShape(
+        shape.batch, shape.length, heads, shape.hidden_size // heads, shape.causal, settings.dropout
+    )
+    backends = by_speed(attention, settings.device, settings.dtype, task.additive_mask())
+    with preferring(list(backends)):
+        found = dict(contenders(task, settings))
+        times = timed(found, settings.rounds)
     records: list[dict[str, Any]] = []
     for row, result in found.items():
+        record: dict[str, Any] = {"shape": name, "row": row, "torchs_attention_s": backends}
         if isinstance(result, Absent):
-            records.append({"shape": name, "row": row, "not_run": result.reason, "failed": result.failed})
+            record |= {"not_run": result.reason, "failed": result.failed}
         else:
-            work = work_of(shape, settings.dtype, result.row.packed)
-            records.append({"shape": name, "row": row, **_figures(result, times[row], work, ceilings)})
+            record |= _figures(result, times[row], work_of(shape, settings.dtype, result.row.packed), ceilings)
+        records.append(record)
     _add_ratios(records)
     return records
+
+
+def timed(found: dict[str, Contender | Absent], rounds: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of forward and backward of every step of every row, in turns; a row that fails becomes absent."""
+    times: dict[str, list[tuple[float, float]]] = {row: [] for row in found}
+    for turn in range(WARMUP_ROUNDS + rounds):
+        for row, one in found.items():
+            if isinstance(one, Absent):
+                continue
+            try:
+                pairs = time_steps(one.step, one.inputs)
+            except Exception as failure:  # as one that runs out of memory beside the others
+                found[row] = absent_after(failure)
+                continue
+            if turn >= WARMUP_ROUNDS:
+                times[row] += pairs
+    return times
 
 
 def _figures(one: Contender, times: list[tuple[float, float]], work: Work, ceilings: Ceilings) -> dict[str, Any]:
@@ -262,6 +308,9 @@ def table(records: list[dict[str, Any]]) -> str:
         )
         lines.append(f"{record['shape']:23} {record['row']:{width}}" + "".join(f"{cell:>11}" for cell in cells))
     lines += [f"not run: {what} ({', '.join(shapes)})" for what, shapes in absent.items()]
+    for shape, backends in {record["shape"]: record["torchs_attention_s"] for record in records}.items():
+        speeds = ", ".join(f"{name} {1e3 * seconds:.3f} ms" for name, seconds in backends.items())
+        lines.append(f"torch's attention at {shape}: {speeds or 'its own choice'}")
     return "\n".join(lines)
 
 
@@ -275,13 +324,17 @@ def main() -> None:
     )
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rows", nargs="+", help="only these, as the table calls them")
     parser.add_argument("--out", type=Path, help="JSON lines go here; the file is written anew")
     arguments = parser.parse_args()
-    settings = Settings(device, getattr(torch, arguments.dtype), arguments.dropout, arguments.rounds)
+    dtype = getattr(torch, arguments.dtype)
+    settings = Settings(device, dtype, arguments.dropout, arguments.rounds, arguments.rows)
     machine, ceilings = machine_line(), measure_ceilings(device, settings.dtype)
     head = {"machine": machine, "dtype": arguments.dtype, "dropout": settings.dropout, "rounds": settings.rounds}
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(head | asdict(ceilings)) + "\n")
+    print(f"{machine}; {arguments.dtype}, dropout {settings.dropout}, medians of {settings.rounds} rounds")
+    print(f"roofline: {ceilings}", flush=True)
     records: list[dict[str, Any]] = []
     for name in arguments.shapes:
         started_s = time.monotonic()
@@ -290,15 +343,14 @@ def main() -> None:
         if arguments.out is not None:
             with arguments.out.open("a") as file:
                 file.writelines(json.dumps(record) + "\n" for record in measured)
+        print(f"\n{table(measured)}", flush=True)
         print(f"{name}: {time.monotonic() - started_s:.0f} s", file=sys.stderr)
+        if any(record.get("not_run") == INTERRUPTED for record in measured):
+            sys.exit("interrupted")
         _forget_shape()
-    print(f"{machine}; {arguments.dtype}, dropout {settings.dropout}, medians of {settings.rounds} rounds")
-    copy = ceilings.copy_bytes_per_s
-    print(
-        f"roofline: {ceilings.matmul_flop_per_s / 1e12:.2f} TFLOP/s in a matrix product"
-        + (f", {copy / 1e12:.2f} TB/s in a copy" if copy else "")
-    )
-    print(table(records))
+    unknown = set(arguments.rows or ()) - {record["row"].removesuffix(EMULATED) for record in records}
+    if unknown:
+        sys.exit(f"no shape has a row called {', '.join(sorted(unknown))}")
     if any(record.get("failed") and is_ours(record["row"]) for record in records):
         sys.exit("one of our rows failed or is wrong")
 

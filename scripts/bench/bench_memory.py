@@ -1,9 +1,14 @@
-"""What training keeps in memory, and which memory flags BERT-Large needs for it.
+"""What training keeps in memory, and which memory flags BERT-Large needs for it, in five tables:
 
-Counts what one layer keeps for backward under every choice of flags, beside the formula
-(kernels/layers/saved_activations.py), and
-what a step of DeepSpeed with LAMB holds, beside the estimate below (on a CPU for a BERT-Large of two layers; on a GPU the
-peaks of the whole model). Prints last the flags that every micro-batch needs on GPUs of several sizes; writes JSON.
+  peaks   the peak of a step of DeepSpeed with LAMB, beside the estimate below, at the largest micro-batch that should fit
+  layers  what one layer keeps for backward under every choice of flags, beside the formula of
+          kernels/layers/saved_activations.py
+  steps   what the parts of a step hold, for a BERT-Large of two layers on a CPU
+  limits  the largest micro-batch of each choice of flags on GPUs of several sizes, estimated
+  cards   the flags that every micro-batch needs on them, estimated
+
+Without --tables, all but `peaks` on a CPU and all but `steps` on a GPU. A line is printed as soon as it is there, and --out
+gets it as JSON with the name of its table. A step that runs out of memory loses its line alone.
 """
 
 import argparse
@@ -13,7 +18,7 @@ import gc
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +63,13 @@ MICRO_BATCHES = {  # the tutorial's 12 to 128, and what larger cards ask for
 # Assumed, not measured: CUDA's context with the workspaces of its libraries, and the share of the rest that is lost because
 # the allocator's free blocks have the wrong sizes.
 CONTEXT_BYTES, FRAGMENTATION = 10**9, 0.05
+TITLES = {
+    "peaks": "A training step of BERT-Large, bytes at its peak",
+    "layers": "One layer of BERT-Large, 512 tokens, bytes kept for backward",
+    "steps": "A training step, bytes",
+    "limits": "Largest micro-batch of BERT-Large, estimated",
+    "cards": "Memory flags that a micro-batch of BERT-Large needs, estimated",
+}
 
 
 @dataclass(frozen=True)
@@ -151,13 +163,12 @@ def largest_batch(run: Training, card_gb: float) -> int:
     return bisect.bisect_right(range(1, 100_000), card_gb * 1e9, key=lambda batch: needed_bytes(run, batch))
 
 
-def layer_records(length: int, device: torch.device) -> list[dict[str, Any]]:
+def layer_records(length: int, device: torch.device) -> Iterator[dict[str, Any]]:
     """What one layer of BERT-Large keeps of 512 tokens under every choice of flags, and with activation checkpointing without
     flags and with all: counted here, and by the formula.
 
     On a GPU also by how much the peak of a forward and backward pass grows with every layer.
     """
-    records = []
     choices = [("none", values) for values in itertools.product([False, True], repeat=len(FLAGS))]
     choices += itertools.product(("selective", "full"), ([False] * len(FLAGS), [True] * len(FLAGS)))
     for pre_layer_norm, (checkpointing, values) in itertools.product([True, False], choices):
@@ -174,19 +185,16 @@ def layer_records(length: int, device: torch.device) -> list[dict[str, Any]]:
             saved_activations, config, batch, length, DTYPE, activation_checkpointing=checkpointing
         )
         layer = stack_of(1)
-        records.append(
-            {
-                "length": length,
-                "placement": "pre-LN" if pre_layer_norm else "post-LN",
-                "checkpointing": checkpointing,
-                **flags,
-                "counted": count_saved_bytes(functools.partial(layer, x, AttentionMask()), layer.parameters()),
-                "formula_here": sum(formula(triton_attention=on_gpu).values()),
-                "formula_triton": sum(formula(triton_attention=True).values()),
-                "peak_growth": (peak_of_stack(stack_of(6), x) - peak_of_stack(stack_of(2), x)) // 4 if on_gpu else None,
-            }
-        )
-    return records
+        yield {
+            "length": length,
+            "placement": "pre-LN" if pre_layer_norm else "post-LN",
+            "checkpointing": checkpointing,
+            **flags,
+            "counted": count_saved_bytes(functools.partial(layer, x, AttentionMask()), layer.parameters()),
+            "formula_here": sum(formula(triton_attention=on_gpu).values()),
+            "formula_triton": sum(formula(triton_attention=True).values()),
+            "peak_growth": (peak_of_stack(stack_of(6), x) - peak_of_stack(stack_of(2), x)) // 4 if on_gpu else None,
+        }
 
 
 def peak_of_stack(stack: LayerStack, x: Tensor) -> int:
@@ -278,53 +286,72 @@ def step_records(topology: Topology) -> list[dict[str, Any]]:
     return [*records, {"part": "activations, full", "estimated": estimated_full, "counted": activations_full}]
 
 
-def peak_records(topology: Topology) -> list[dict[str, Any]]:
-    """The peak of BERT-Large's step on this GPU at the largest micro-batch that should fit, with no flag, both and full."""
-    records = []
-    card_gb = torch.cuda.get_device_properties(topology.device).total_memory / 1e9
-    for length, name in itertools.product(CONFIGS, ("none", "both", "full")):
-        run = training(length, CHOICES[name])
-        batch = largest_batch(run, card_gb)
-        step = Step(run, batch, topology)
-        for micro_batch in range(4):
-            if micro_batch == 2:  # the first step makes the moments and compiles the kernels
-                torch.cuda.reset_peak_memory_stats()
-            step.micro_batch()
-        peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-        records.append(
-            {"length": length, "flags": name, "batch": batch, "estimated": step_bytes(run, batch)["peak"], **peaks}
-        )
-        del step
+def peak_records(
+    topology: Topology, lengths: list[int], num_layers: int, batch: int | None
+) -> Iterator[dict[str, Any]]:
+    """The peak of BERT-Large's step with no flag, both and full; batch: None for the largest that should fit this GPU."""
+    on_gpu = topology.device.type == "cuda"
+    card_gb = torch.cuda.get_device_properties(topology.device).total_memory / 1e9 if on_gpu else 0
+    for length, name in itertools.product(lengths, ("none", "both", "full")):
+        run = training(length, CHOICES[name], num_layers)
+        size = batch or largest_batch(run, card_gb)
+        record = {"length": length, "flags": name, "batch": size}
+        record["estimated"] = step_bytes(run, size, triton_attention=on_gpu)["peak"]
+        try:
+            record |= peaks_of_step(run, size, topology)
+        except torch.OutOfMemoryError:
+            record |= {"allocated": "out of memory", "reserved": None}
+        yield record
         gc.collect()
-        torch.cuda.empty_cache()
-    return records
+        if on_gpu:
+            torch.cuda.empty_cache()
 
 
-def table_records(length: int) -> list[dict[str, Any]]:
+def peaks_of_step(run: Training, batch: int, topology: Topology) -> dict[str, int | None]:
+    """Most bytes allocated and reserved during the second of two steps; the first makes the moments and compiles kernels."""
+
+    def step_once() -> None:
+        for _ in range(2):
+            step.micro_batch()
+
+    if topology.device.type == "cpu":
+        step, held, _ = allocations(lambda: Step(run, batch, topology))
+        _, left, _ = allocations(step_once)
+        return {"allocated": held + left + allocations(step_once)[2], "reserved": None}
+    step = Step(run, batch, topology)
+    step_once()
+    torch.cuda.reset_peak_memory_stats()
+    step_once()
+    return {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+
+
+def card_records(length: int) -> Iterator[dict[str, Any]]:
     """The tutorial's table at one sequence length: the flags that each micro-batch needs on each card."""
-    return [
-        {"length": length, "batch": batch, **{f"{card} GB": cheapest_choice(length, batch, card) for card in CARDS_GB}}
-        for batch in MICRO_BATCHES[length]
-    ]
+    for batch in MICRO_BATCHES[length]:
+        needed = {f"{card} GB": cheapest_choice(length, batch, card) for card in CARDS_GB}
+        yield {"length": length, "batch": batch, **needed}
 
 
-def limit_records(length: int) -> list[dict[str, Any]]:
+def limit_records(length: int) -> Iterator[dict[str, Any]]:
     """The largest micro-batch of each of CHOICES on each card."""
-    return [
-        {"length": length, "flags": name}
-        | {f"{card} GB": largest_batch(training(length, flags), card) for card in CARDS_GB}
-        for name, flags in CHOICES.items()
-    ]
+    for name, flags in CHOICES.items():
+        largest = {f"{card} GB": largest_batch(training(length, flags), card) for card in CARDS_GB}
+        yield {"length": length, "flags": name, **largest}
 
 
-def print_table(title: str, records: list[dict[str, Any]]) -> None:
-    """The records as a table with their keys on top."""
-    rows = [list(records[0]), *(list(record.values()) for record in records)]
-    cells = [[_cell(value) for value in row] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    print(f"\n{title}")
-    for row in cells:
-        print("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)))
+def write_table(name: str, records: Iterator[dict[str, Any]], out: Path | None) -> None:
+    """Prints each record as soon as it is there, and appends it to `out` as JSON."""
+    print(f"\n{TITLES[name]}")
+    widths: list[int] = []
+    for record in records:
+        if not widths:
+            widths = [max(len(key), 20 if isinstance(value, str) else 15) for key, value in record.items()]
+            print("  ".join(key.rjust(width) for key, width in zip(record, widths, strict=True)))
+        cells = zip(map(_cell, record.values()), widths, strict=True)
+        print("  ".join(cell.rjust(width) for cell, width in cells), flush=True)
+        if out is not None:
+            with out.open("a") as file:
+                file.write(json.dumps({"table": name, **record}) + "\n")
 
 
 def _cell(value: Any) -> str:
@@ -337,25 +364,29 @@ def _cell(value: Any) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    parser.add_argument("--tables", nargs="+", choices=TITLES, help="only these, in this order")
+    parser.add_argument("--lengths", nargs="+", type=int, choices=CONFIGS, default=list(CONFIGS), help="of sequences")
+    parser.add_argument("--layers", type=int, default=24, help="of the model of `peaks`")
+    parser.add_argument("--micro-batch-size", type=int, help="of `peaks`; default: the largest that should fit")
+    parser.add_argument("--out", type=Path, help="JSON lines go here; the file is written anew")
     arguments = parser.parse_args()
     quiet(debug=False)
     topology = start_processes(hang_timeout_s=60)
-    device, lengths = topology.device, list(CONFIGS)
+    device, lengths, chain = topology.device, arguments.lengths, itertools.chain.from_iterable
     tables = {
-        "layers": [record for length in lengths for record in layer_records(length, device)],
-        "steps": step_records(topology) if device.type == "cpu" else peak_records(topology),
-        "limits": [record for length in lengths for record in limit_records(length)],
-        "table": [record for length in lengths for record in table_records(length)],
+        "peaks": lambda: peak_records(topology, lengths, arguments.layers, arguments.micro_batch_size),
+        "layers": lambda: chain(layer_records(length, device) for length in lengths),
+        "steps": lambda: iter(step_records(topology)),
+        "limits": lambda: chain(map(limit_records, lengths)),
+        "cards": lambda: chain(map(card_records, lengths)),
     }
-    stop_processes()
+    print(f"{machine_line()}; {DTYPE}, dropout 0.1", flush=True)
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps({"machine": machine_line(), **tables}, indent=2) + "\n")
-    print(f"{machine_line()}; {DTYPE}, dropout 0.1")
-    print_table("One layer of BERT-Large, 512 tokens, bytes kept for backward", tables["layers"])
-    print_table("A training step, bytes", tables["steps"])
-    print_table("Largest micro-batch of BERT-Large, estimated", tables["limits"])
-    print_table("Memory flags that a micro-batch of BERT-Large needs, estimated", tables["table"])
+        arguments.out.write_text(json.dumps({"machine": machine_line()}) + "\n")
+    other = "peaks" if device.type == "cpu" else "steps"
+    for name in arguments.tables or [name for name in tables if name != other]:
+        write_table(name, tables[name](), arguments.out)
+    stop_processes()
 
 
 if __name__ == "__main__":

@@ -17,12 +17,18 @@ from bench_task import Row, Task, UnavailableError
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, TransformerLayer
+from xformer_train.kernels.fp8.linear import fp8_path
 from xformer_train.kernels.layers.layer import invertible_norms
 
 PLAIN = "torch, written out"
 BASELINE = "torch.compile of it"
 OURS = "ours"
+CAPTURED = f"{OURS}, CUDA graph"
+CAPTURED_BASELINE = "torch.compile, CUDA graph"
 ENGINE = "Transformer Engine, pre-LN"
+EMULATED = " (emulated)"  # what FP8 rows are called besides where the device has no FP8 products
+# of output and input gradient, relative: the noise of E4M3 and E5M2 in a sum with a residual that has none
+FP8_ERROR = 0.1
 
 
 def layer_rows(task: Task) -> dict[str, Callable[[], Row]]:
@@ -34,11 +40,12 @@ def layer_rows(task: Task) -> dict[str, Callable[[], Row]]:
             task, normalize_invertible=True, gelu_checkpoint=True, attn_dropout_checkpoint=True
         ),
         f"{OURS}, unpadded": lambda: _ours_unpadded(task),
-        f"{OURS}, CUDA graph": lambda: _ours_captured(task),
+        CAPTURED: lambda: ours_captured(task),
         f"{OURS}, stack's CUDA graph": lambda: _ours_in_a_stack(task),
+        f"{OURS}, FP8{emulated(task)}": lambda: ours_in_fp8(task),
         PLAIN: lambda: plain(task),
         BASELINE: lambda: compiled_plain(task),
-        "torch.compile, CUDA graph": lambda: _captured_plain(task),
+        CAPTURED_BASELINE: lambda: captured_plain(task),
         f"transformers {'GPT2Block' if task.shape.causal else 'BertLayer'}": lambda: stock(task),
         "nn.TransformerEncoderLayer": lambda: _encoder_layer(task),
         "torch, Liger's LayerNorm": lambda: _liger(task),
@@ -63,7 +70,8 @@ def _ours_unpadded(task: Task) -> Row:
     return Row(layer, lambda x: layer(x, mask), packed=True)
 
 
-def _ours_captured(task: Task) -> Row:
+def ours_captured(task: Task) -> Row:
+    """Our layer on the padded batch, its step captured by the benchmark."""
     _need_cuda(task)
     return replace(ours(task), captured=True, counts_memory=False)
 
@@ -75,6 +83,19 @@ def _ours_in_a_stack(task: Task) -> Row:
     stack[0].load_state_dict(task.weights)
     mask = AttentionMask(causal=task.shape.causal, key_mask=task.key_mask if task.padded else None)
     return Row(stack, lambda x: stack(x, mask), counts_memory=False)
+
+
+def ours_in_fp8(task: Task) -> Row:
+    """Our layer with FP8 products on the padded batch."""
+    stack = LayerStack(task.config, 1, fp8=True).to(task.device, task.dtype)
+    stack[0].load_state_dict(task.weights)
+    mask = AttentionMask(causal=task.shape.causal, key_mask=task.key_mask if task.padded else None)
+    return Row(stack, lambda x: stack(x, mask), allowed_error=FP8_ERROR)
+
+
+def emulated(task: Task) -> str:
+    """Return EMULATED or nothing."""
+    return EMULATED if "emulated" in fp8_path(task.device) else ""
 
 
 def _our_layer(config: LayerConfig, task: Task) -> TransformerLayer:
@@ -148,7 +169,8 @@ def compiled_plain(task: Task, mode: str | None = None) -> Row:
     return Row(layer, lambda x: compiled(x, bias))
 
 
-def _captured_plain(task: Task) -> Row:
+def captured_plain(task: Task) -> Row:
+    """The written-out layer, compiled and captured by the compiler."""
     _need_cuda(task)
     row = compiled_plain(task, mode="reduce-overhead")
 

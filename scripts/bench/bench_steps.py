@@ -100,9 +100,10 @@ class CapturedStep:
         self, x: Tensor, dy: Tensor
     ) -> tuple[torch.cuda.CUDAGraph, Tensor, torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        with torch.cuda.graph(forward):
+        # thread_local: threads of others, such as the allocator's and the compiler's, may call what a capture may not
+        with torch.cuda.graph(forward, capture_error_mode="thread_local"):
             y = self._row.call(x)
-        with torch.cuda.graph(backward, pool=forward.pool()):
+        with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
             gradients = self._gradients(y, x, dy)
         return forward, y.detach(), backward, gradients
 

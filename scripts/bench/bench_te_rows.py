@@ -9,11 +9,18 @@ import torch
 import torch.nn.functional as F
 from bench_rows import (
     BASELINE,
+    CAPTURED,
+    CAPTURED_BASELINE,
     ENGINE,
+    FP8_ERROR,
     OURS,
     PLAIN,
+    captured_plain,
     compiled_plain,
+    emulated,
     ours,
+    ours_captured,
+    ours_in_fp8,
     plain,
     plain_layer,
     self_attention,
@@ -22,12 +29,9 @@ from bench_rows import (
 from bench_task import Row, Task
 from torch import Tensor, nn
 
-from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, te
-from xformer_train.kernels.fp8.linear import fp8_path
+from xformer_train.kernels import LayerConfig, te
 
 TE = "te."  # how the names of rows made of te modules begin
-# of output and input gradient, relative: the noise of E4M3 and E5M2 in a sum with a residual that has none
-_FP8_ERROR = 0.1
 
 _FUSED_NAMES = {
     "attention_norm.": "norm_qkv.layer_norm_",
@@ -50,17 +54,19 @@ _WHOLE_NAMES = {
 def te_rows(task: Task) -> dict[str, Callable[[], Row]]:
     """How to make each row, by name, in the order of the tutorial; then the layer of this project."""
     delayed = te.DelayedScaling(fp8_format=te.Format.HYBRID, amax_history_len=16, amax_compute_algo="max")
-    emulated = " (emulated)" if "emulated" in fp8_path(task.device) else ""
+    ending = emulated(task)
     return {
         PLAIN: lambda: plain(task),
         BASELINE: lambda: compiled_plain(task),
         f"{TE}Linear, {TE}LayerNorm": lambda: _swapped(task),
         f"{TE}LayerNormLinear, {TE}LayerNormMLP": lambda: _fused(task),
         f"{TE}TransformerLayer": lambda: _whole(task),
-        f"{TE}TransformerLayer, FP8 delayed{emulated}": lambda: _in_fp8(_whole(task), task, delayed),
-        f"{TE}TransformerLayer, FP8 current{emulated}": lambda: _in_fp8(_whole(task), task, te.Float8CurrentScaling()),
+        f"{TE}TransformerLayer, FP8 delayed{ending}": lambda: _in_fp8(_whole(task), task, delayed),
+        f"{TE}TransformerLayer, FP8 current{ending}": lambda: _in_fp8(_whole(task), task, te.Float8CurrentScaling()),
         OURS: lambda: ours(task),
-        f"{OURS}, FP8{emulated}": lambda: _ours_in_fp8(task),
+        f"{OURS}, FP8{ending}": lambda: ours_in_fp8(task),
+        CAPTURED: lambda: ours_captured(task),
+        CAPTURED_BASELINE: lambda: captured_plain(task),
         ENGINE: lambda: transformer_engine(task),
     }
 
@@ -125,13 +131,7 @@ def _in_fp8(row: Row, task: Task, recipe: te.DelayedScaling | te.Float8CurrentSc
     x = torch.randn(*task.key_mask.shape, task.shape.hidden_size, device=task.device, dtype=task.dtype)
     call(x).backward(torch.randn_like(x))
     row.module.zero_grad()
-    return Row(row.module, call, allowed_error=_FP8_ERROR)
-
-
-def _ours_in_fp8(task: Task) -> Row:
-    stack = LayerStack(task.config, 1, fp8=True).to(task.device, task.dtype)
-    stack[0].load_state_dict(task.weights)
-    return Row(stack, lambda x: stack(x, AttentionMask(causal=True)), allowed_error=_FP8_ERROR)
+    return Row(row.module, call, allowed_error=FP8_ERROR)
 
 
 def _renamed(weights: dict[str, Tensor], names: dict[str, str]) -> dict[str, Tensor]:

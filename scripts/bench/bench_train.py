@@ -5,17 +5,19 @@ On a CPU, three ways to train the same BERT on the same batches, in turns within
   bare          forward, backward, clipping and optimizer step of the same model, nothing around it
   transformers  BertForPreTraining as it comes, with the labels of every position, and the same optimizer
 
-On a GPU, models in engines alike (the precision, optimizer and clipping of the run config), in turns within one process,
-at each config's micro-batch without accumulation, on random tokens of full length:
+On a GPU, and with --engines on a CPU too, models in engines alike (the precision, optimizer and clipping of the run config), in
+turns within one process, at each config's micro-batch without accumulation, on random tokens of full length:
   xformer-train  the model and step of a run
   CUDA graph     the same with layer.cuda_graph
   transformers   BertForPreTraining as it comes, without a mask, with the labels of every position
 
-Prints a table and writes JSON. Figures are medians over the steps of all turns but each turn's first two; on a GPU, over the
-turns.
+Prints a table of each config as soon as it is measured, and writes JSON. Figures are medians over the steps of all turns but
+each turn's first two; of engines, over the turns. An engine that fails or runs out of memory loses its row alone.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import math
 import statistics
@@ -23,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,7 @@ CPU_CONFIGS = ["configs/bert_base.yaml"]
 GPU_CONFIGS = ["configs/bert_large_seq128.yaml", "configs/bert_large_seq512.yaml"]
 VOCAB_SIZE = 30528  # BERT's 30,522 and the rows that a run adds to them
 WARMUP_STEPS = 2
-GPU_ROWS = ("xformer-train", "CUDA graph", "transformers")
+ENGINES = ("xformer-train", "CUDA graph", "transformers")
 Tensors = dict[str, Tensor]
 
 
@@ -64,16 +66,18 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=22 if on_gpu else 6, help="of one turn, the first two not counted")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--engines", action="store_true", help="measure as on a GPU")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     arguments = parser.parse_args()
     quiet(debug=False)
     results = []
+    engines = on_gpu or arguments.engines
     for config in arguments.config:
-        results.append(measure_on_gpu(arguments, config) if on_gpu else measure_on_cpu(arguments, config))
+        results.append(measure_engines(arguments, config) if engines else measure_on_cpu(arguments, config))
         if arguments.out is not None:  # after each, so that a call cut short leaves what it measured
             arguments.out.write_text(json.dumps(results, indent=2) + "\n")
-    print("\n".join(table(result) for result in results))
-    if on_gpu and any(len(result["step_time_s"]) < len(GPU_ROWS) for result in results):
+        print(table(results[-1]), flush=True)
+    if engines and any(len(result["step_time_s"]) < len(ENGINES) for result in results):
         sys.exit("a row failed")
 
 
@@ -236,38 +240,38 @@ def stock_inputs(batch: Tensors) -> Tensors:
     }
 
 
-def measure_on_gpu(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
-    """Median step times in seconds, sequences per second and shares of the peak, in the number format of a run here."""
-    config = gpu_config(arguments, path)
+def measure_engines(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
+    """Median step times in seconds, sequences per second and shares of the peak, in the dtype of a run here."""
+    config = engine_config(arguments, path)
     size, model = config.training.micro_batch_size, config.model
     assert size is not None
     topology = start_processes(config.reliability.hang_timeout_s)
     try:
-        number_format, _ = precision(config.training.precision, topology.device)
-        medians = engine_times(config, topology, number_format, arguments.steps, arguments.turns)
+        dtype, _ = precision(config.training.precision, topology.device)
+        medians = engine_times(config, topology, dtype, arguments.steps, arguments.turns)
     finally:
         stop_processes()
     flop = RECIPES["bert"].flops_per_sample(model, VOCAB_SIZE, config.data.max_seq_length, predictions(config))
-    peak = peak_flops(device_name(topology.device), number_format)
+    peak = peak_flops(device_name(topology.device), dtype)
     return {
         "machine": machine_line(),
-        "shape": f"{shape_line(config, size)}, {number_format}",
+        "shape": f"{shape_line(config, size)}, {dtype}",
         "step_time_s": medians,
         "sequences_per_s": {row: size / value for row, value in medians.items()},
         "mfu": {row: size * flop / value / peak if peak else None for row, value in medians.items()},
-        "notes": gpu_notes(medians),
+        "notes": engine_notes(medians),
     }
 
 
-def gpu_notes(medians: dict[str, float]) -> list[str]:
+def engine_notes(medians: dict[str, float]) -> list[str]:
     """The ratios, and what is missing."""
     stock = medians.get("transformers")
-    ours = [(row, medians[row]) for row in GPU_ROWS[:2] if row in medians]
+    ours = [(row, medians[row]) for row in ENGINES[:2] if row in medians]
     ratios = [f"{row} against transformers: {stock / value:.2f}x" for row, value in ours if stock]
-    return [*ratios, *(f"{row}: failed" for row in GPU_ROWS if row not in medians)]
+    return [*ratios, *(f"{row}: failed" for row in ENGINES if row not in medians)]
 
 
-def gpu_config(arguments: argparse.Namespace, path: str) -> RunConfig:
+def engine_config(arguments: argparse.Namespace, path: str) -> RunConfig:
     """The given run config with one micro-batch per step."""
     size = arguments.micro_batch_size or load_config(path).config.training.micro_batch_size
     sets = [
@@ -282,50 +286,67 @@ def gpu_config(arguments: argparse.Namespace, path: str) -> RunConfig:
     return load_config(path, sets).config
 
 
-def engine_times(
-    config: RunConfig, topology: Topology, number_format: Precision, steps: int, turns: int
-) -> dict[str, float]:
+def engine_times(config: RunConfig, topology: Topology, dtype: Precision, steps: int, turns: int) -> dict[str, float]:
     """Median seconds per step of each model, over all steps of a turn but the first two; a row that fails is left out."""
-    ds_config = deepspeed_config(config, solve_batch(config.training, topology.num_replicas), number_format)
-    graph = config.model_copy(update={"layer": config.layer.model_copy(update={"cuda_graph": True})})
-    with topology.device:  # where drawing the first weights takes no time
-        models = our_model(config), our_model(graph), stock_model(config)
-    ours, captured, theirs = (
-        build_engine(model, build_optimizer(model, config.optimizer), ds_config, topology) for model in models
-    )
     data = [random_step(config, seed) for seed in range(min(4, steps))]
+    makers = dict(zip(ENGINES, (_ours, functools.partial(_ours, cuda_graph=True), _theirs), strict=True))
+    takes: dict[str, Callable[[int], object]] = {}
+    times: dict[str, list[float]] = {row: [] for row in makers}
+    for row, make in makers.items():
+        with _losing(row, takes, times):
+            takes[row] = make(config, topology, dtype, data)
+            takes[row](0)
+    for _ in range(turns):
+        for row in list(times):
+            with _losing(row, takes, times):
+                for step in range(steps):
+                    if step == WARMUP_STEPS:
+                        synchronize(topology.device)
+                        started_s = time.perf_counter()
+                    takes[row](step % len(data))
+                synchronize(topology.device)
+                times[row].append((time.perf_counter() - started_s) / (steps - WARMUP_STEPS))
+    return {row: statistics.median(values) for row, values in times.items()}
+
+
+@contextlib.contextmanager
+def _losing(row: str, *rows: dict[str, Any]) -> Iterator[None]:
+    """Takes a row out of all dicts if the block fails, in whatever way: the other rows go on, and its memory is theirs."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
+        for given in rows:
+            given.pop(row, None)
+
+
+def _engine(config: RunConfig, topology: Topology, dtype: Precision, make: Callable[..., nn.Module]) -> Any:
+    ds_config = deepspeed_config(config, solve_batch(config.training, topology.num_replicas), dtype)
+    with topology.device:  # where drawing the first weights takes no time
+        model = make(config)
+    return build_engine(model, build_optimizer(model, config.optimizer), ds_config, topology)
+
+
+def _ours(
+    config: RunConfig, topology: Topology, dtype: Precision, data: list[StepData], cuda_graph: bool = False
+) -> Callable[[int], object]:
+    layer = config.layer.model_copy(update={"cuda_graph": cuda_graph})
+    engine = _engine(config.model_copy(update={"layer": layer}), topology, dtype, our_model)
+    return lambda index: train_step(engine, data[index], topology)
+
+
+def _theirs(config: RunConfig, topology: Topology, dtype: Precision, data: list[StepData]) -> Callable[[int], object]:
+    engine = _engine(config, topology, dtype, stock_model)
     inputs = [
         {name: tensor.to(topology.device) for name, tensor in stock_inputs(dict(one.micro_batches[0])).items()}
         for one in data
     ]
 
-    def take_theirs(index: int) -> None:
-        theirs.backward(theirs(**inputs[index]).loss)
-        theirs.step()
+    def take(index: int) -> None:
+        engine.backward(engine(**inputs[index]).loss)
+        engine.step()
 
-    takes: tuple[Callable[[int], object], ...] = (
-        lambda index: train_step(ours, data[index], topology),
-        lambda index: train_step(captured, data[index], topology),
-        take_theirs,
-    )
-    rows = dict(zip(GPU_ROWS, takes, strict=True))
-    times: dict[str, list[float]] = {}
-    for row, take in rows.items():
-        try:
-            take(0)
-            times[row] = []
-        except Exception:  # of whatever kind: the other rows go on
-            traceback.print_exc()
-    for _ in range(turns):
-        for row, seconds in times.items():
-            for step in range(steps):
-                if step == WARMUP_STEPS:
-                    synchronize(topology.device)
-                    started_s = time.perf_counter()
-                rows[row](step % len(data))
-            synchronize(topology.device)
-            seconds.append((time.perf_counter() - started_s) / (steps - WARMUP_STEPS))
-    return {row: statistics.median(values) for row, values in times.items()}
+    return take
 
 
 def predictions(config: RunConfig) -> int:
