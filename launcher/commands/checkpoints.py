@@ -3,7 +3,6 @@
 Exit codes: 0; 1 for a damaged checkpoint, one that is not there, or a refusal of the system; 2 for wrong usage.
 """
 
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,15 +11,13 @@ import typer
 
 from ...kernels.errors import UserError, refused
 from ..checkpoint import store
+from ..processes.words import size, table
 from .errors import leave, reported_errors
+from .options import RUN_HELP, DebugOption, IdOption
 
 checkpoints_app = typer.Typer(help="List, describe, verify or remove the checkpoints of a run.", no_args_is_help=True)
 
-RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run directory, its checkpoints folder, or one checkpoint.")
-]
-IdOption = Annotated[str | None, typer.Option("--id", help="An id, or a prefix that fits one; default latest.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Tracebacks.")]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=RUN_HELP)]
 
 
 @checkpoints_app.command("ls")
@@ -42,12 +39,12 @@ def list_checkpoints(run: RunArgument, debug: DebugOption = False) -> None:
                     entry.id,
                     f"{entry.state['step']:,}",
                     "" if samples is None else f"{samples:,}",
-                    _size(_bytes(entry.state)),
+                    size(_bytes(entry.state)),
                     _time(entry.state),
                     note,
                 )
             )
-        typer.echo(_table(rows))
+        typer.echo(table(rows, header=True))
 
 
 @checkpoints_app.command("inspect")
@@ -82,7 +79,7 @@ def verify(
                 typer.echo(f"{checkpoint.name}: damaged: {problem}")
             if not problems:
                 state = store.read_state(checkpoint)
-                typer.echo(f"{checkpoint.name}: whole, {len(state['files']) + 1} files, {_size(_bytes(state))}")
+                typer.echo(f"{checkpoint.name}: whole, {len(state['files']) + 1} files, {size(_bytes(state))}")
         if damaged:
             leave(f"error: {damaged} of {len(checkpoints)} damaged in {checkpoints[0].parent}", status=1)
 
@@ -108,7 +105,7 @@ def prune(
                     store.remove(folder, name)
             typer.echo(f"{'would remove' if dry_run else 'removed'} {name}")
         stay = len(store.entries(folder)) - (len(names) if dry_run else 0)
-        typer.echo(f"{stay} left, {_size(freed)} {'would be freed' if dry_run else 'freed'}")
+        typer.echo(f"{stay} left, {size(freed)} {'would be freed' if dry_run else 'freed'}")
 
 
 def _folder(run: Path) -> Path:
@@ -142,36 +139,16 @@ def _description(checkpoint: Path, state: dict[str, Any]) -> str:
         ("processes", f"{replicas} replica{'s' * (replicas > 1)} x parallel.tensor {tensor}"),
         ("partitions", f"{len(state['partitions'])} parameters divided" if tensor > 1 else ""),
         ("tokenizer", ", ".join(tokenizer)),
-        ("size", f"{_size(_bytes(state))} in {len(state['files'])} files"),
+        ("size", f"{size(_bytes(state))} in {len(state['files'])} files"),
     ]
-    files = [(f"  {name}", _size(entry["bytes"])) for name, entry in state["files"].items()]
-    return f"{_table([(label, text) for label, text in lines if text])}\n{_table(files)}"
+    files = [(f"  {name}", size(entry["bytes"])) for name, entry in state["files"].items()]
+    return f"{table([(label, text) for label, text in lines if text])}\n{table(files)}"
 
 
 def _bytes(state: dict[str, Any]) -> int:
     return sum(int(entry["bytes"]) for entry in state["files"].values())
 
 
-def _size(num_bytes: float) -> str:
-    """`1.3 GiB`, `12 B`."""
-    if num_bytes < 1024:
-        return f"{num_bytes:.0f} B"
-    units = iter(("KiB", "MiB", "GiB", "TiB"))
-    unit = next(units)
-    num_bytes /= 1024
-    while num_bytes >= 1024 and unit != "TiB":
-        num_bytes, unit = num_bytes / 1024, next(units)
-    return f"{num_bytes:,.1f} {unit}"
-
-
 def _time(state: dict[str, Any]) -> str:
     """When the checkpoint was saved, in the time of this machine."""
     return datetime.fromisoformat(state["saved_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> str:
-    """Rows in aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )

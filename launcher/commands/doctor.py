@@ -1,14 +1,15 @@
 """`xformer-train doctor`: say whether a run can start."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ..processes.rank_status import USAGE_ERROR
+from ..processes.words import table
 from .errors import reported_errors
 from .options import (
     AddressOption,
+    ConfigOption,
     ExcludeOption,
     HostfileOption,
     IncludeOption,
@@ -18,14 +19,11 @@ from .options import (
     ProcessesOption,
 )
 
-_WHAT_WIDTH = 24  # room for `node12 open files`; findings are printed before the longest is known
+_WIDTHS = (4, 24)  # room for `FAIL` and `node12 open files`; findings are printed before the longest is known
 
 
 def doctor(  # noqa: PLR0913, PLR0917  each parameter is an option of the command line
-    config: Annotated[
-        Path | None,
-        typer.Option("--config", "--config-file", "--cf", metavar="FILE", help="The run config, if there is one."),
-    ] = None,
+    config: ConfigOption = None,
     hostfile: HostfileOption = None,
     include: IncludeOption = "",
     exclude: ExcludeOption = "",
@@ -41,12 +39,12 @@ def doctor(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     A line for each finding: ok, warn or FAIL, what, and the remedy. The exit status is 1 if there was a FAIL.
     """
     with reported_errors(debug=False, status=USAGE_ERROR):
-        from ..machines.doctor import Examination, examine, line
+        from ..machines.doctor import Examination, examine
         from ..machines.launch import LaunchOptions
 
         options = LaunchOptions(hostfile, include, exclude, num_nodes, num_gpus, launcher, master_addr, master_port)
         failed = False
         for finding in examine(Examination(options, config, quick)):
-            typer.echo(line(finding, _WHAT_WIDTH))
+            typer.echo(table([finding.row], widths=_WIDTHS))
             failed |= finding.level == "FAIL"
     raise typer.Exit(int(failed))

@@ -1,6 +1,5 @@
-"""The commands around a run on several machines: `xformer-train launch` and `xformer-train doctor`."""
+"""`xformer-train launch`: train on the GPUs of this machine, or on several machines."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,6 +8,7 @@ from ..processes.rank_status import USAGE_ERROR
 from .errors import reported_errors, requeued_by_signals
 from .options import (
     AddressOption,
+    DebugOption,
     ExcludeOption,
     HostfileOption,
     IncludeOption,
@@ -16,17 +16,13 @@ from .options import (
     NumNodesOption,
     PortOption,
     ProcessesOption,
+    RequiredConfigOption,
 )
 from .train import training_options
 
-ConfigOption = Annotated[
-    Path, typer.Option("--config", "--config-file", "--cf", metavar="FILE", help="The run config.")
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Tracebacks.")]
-
 
 def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the command line
-    config_file: ConfigOption,
+    config_file: RequiredConfigOption,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="-- [OPTIONS]", help="Options of training, such as -- --max_steps 10.")
     ] = None,

@@ -5,39 +5,60 @@ from typing import Annotated
 
 import typer
 
+RUN_HELP = "A run directory, its checkpoints folder, or one checkpoint."
+_CONFIG = typer.Option(
+    *("--config", "--config-file", "--cf"),
+    metavar="FILE",
+    help="The run config, YAML or JSON; also --config-file, --cf.",
+)
+
+ConfigOption = Annotated[Path | None, _CONFIG]
+
+RequiredConfigOption = Annotated[Path, _CONFIG]
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as training.max_steps=100; may be repeated."),
+]
+
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks, and all that DeepSpeed has to say.")]
+
+IdOption = Annotated[
+    str | None, typer.Option("--id", help="A checkpoint id, or a prefix that fits one; default latest.")
+]
+
+ModelOption = Annotated[
+    Path,
+    typer.Option("--run", metavar="RUN|DIR", help="A run directory, a checkpoint, or an exported folder."),
+]
+
 HostfileOption = Annotated[
     Path | None,
     typer.Option("--hostfile", "-H", metavar="FILE", help="Hosts, `NAME slots=N` on each line; default this machine."),
 ]
 
-
 IncludeOption = Annotated[str, typer.Option(metavar="HOST[:SLOT,...]@...", help="Only these hosts and slots.")]
-
 
 ExcludeOption = Annotated[str, typer.Option(metavar="HOST[:SLOT,...]@...", help="All but these hosts and slots.")]
 
-
 NumNodesOption = Annotated[int | None, typer.Option(min=1, help="Only the first hosts of the hostfile.")]
-
 
 ProcessesOption = Annotated[
     int | None,
     typer.Option(
+        "--processes",
         "--num-gpus",
         "--num-accelerators",
-        "--processes",
         min=1,
-        help="Processes on each machine, one per GPU; default its slots, or all GPUs of this machine, or 1 on a CPU.",
+        help="Processes on each machine, one per GPU; default its slots, or all GPUs of this machine, or 1 on a CPU; also "
+        "--num-gpus, --num-accelerators.",
     ),
 ]
-
 
 LauncherOption = Annotated[
     str, typer.Option(help="How to reach hosts: ssh, or DeepSpeed's pdsh, openmpi, mpich, impi or slurm.")
 ]
 
-
 AddressOption = Annotated[str | None, typer.Option(help="Address of the first host, for all the others.")]
-
 
 PortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="Port of that host where all processes meet.")]

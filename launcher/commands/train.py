@@ -1,4 +1,4 @@
-"""`xformer-train --config run.yaml`, the command that trains, and its options; `cli.py` adds the other commands to `app`.
+"""`xformer-train --config run.yaml`, the command that trains, and its options; `app.py` adds the other commands to `app`.
 
 Torch, DeepSpeed and pydantic are imported only once a command needs them, so that `--help` is quick.
 """
@@ -17,6 +17,7 @@ import typer
 from ...kernels.errors import UserError
 from ..config.flags import FLAGS, values_by_key
 from .errors import leave, reported_errors, requeued_by_signals
+from .options import ConfigOption, DebugOption, SetOption
 
 if TYPE_CHECKING:
     from ..config.loading import LoadedConfig
@@ -25,16 +26,6 @@ TUTORIAL_PANEL = "Flags of DeepSpeed's BERT recipe (with underscores or hyphens)
 SPELLING = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(name="xformer-train", add_completion=False, pretty_exceptions_enable=False, context_settings=SPELLING)
-
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "--config-file", "--cf", metavar="FILE", help="The run config, YAML or JSON."),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a key, such as training.max_steps=100; may be repeated."),
-]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Tracebacks, and all that DeepSpeed has to say.")]
 
 
 def _with_flags(command: Callable[..., None]) -> Callable[..., None]:

@@ -15,9 +15,10 @@ from pathlib import Path
 from ...kernels.errors import UserError
 from ..config.loading import ConfigError, load_config
 from ..config.schema import RunConfig
+from ..processes.words import size
 from . import doctor_facts
 from .doctor_hosts import examine_hosts
-from .doctor_machine import Finding, devices, folders, kernels, port, questions, size, software, system
+from .doctor_machine import Finding, devices, folders, kernels, port, questions, software, system
 from .hostfile import Slots
 from .launch import (
     DEFAULT_PORT,
@@ -68,12 +69,6 @@ def examine(examination: Examination) -> Iterator[Finding]:
             yield from _checked("all-reduce", lambda: bandwidth(options, slots, config))
         else:
             yield Finding("warn", "all-reduce", "not tried, because of the failures above")
-
-
-def line(finding: Finding, width: int) -> str:
-    """`level  what  detail  -> remedy`, `what` in a column of this width."""
-    remedy = f"  -> {finding.remedy}" if finding.remedy else ""
-    return f"{finding.level:<4}  {finding.what:<{width}}  {finding.detail}{remedy}"
 
 
 def _checked(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:

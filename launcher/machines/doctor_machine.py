@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ...recipes.data.cache import cache_folder
 from ..config.schema import RunConfig
+from ..processes.words import size
 from .doctor_facts import Questions
 from .launch import DEFAULT_PORT, LaunchOptions
 
@@ -28,6 +29,11 @@ class Finding:
     what: str
     detail: str
     remedy: str = ""
+
+    @property
+    def row(self) -> tuple[str, str, str]:
+        """The finding as a row of a table."""
+        return self.level, self.what, f"{self.detail}  -> {self.remedy}" if self.remedy else self.detail
 
 
 def questions(
@@ -170,8 +176,3 @@ def port(machine: dict[str, Any], options: LaunchOptions) -> Iterator[Finding]:
         )
     else:
         yield Finding("FAIL", "port", f"{wanted} is taken", "choose another --master-port")
-
-
-def size(number: int) -> str:
-    """Bytes in words."""
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"

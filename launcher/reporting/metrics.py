@@ -15,9 +15,9 @@ from tqdm import tqdm
 
 from ...kernels.errors import UserError, refused
 from ..processes import console
+from ..processes.words import duration, number
 from .record import StepRecord, rates_of, ratio
 from .tensorboard import Boards
-from .words import duration, number
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())

@@ -7,7 +7,7 @@ from ..config.optimizers import OptimizerConfig
 from ..config.schema import ScheduleConfig
 from ..optim.optimizer import OPTIMIZERS
 from ..optim.schedule import warmup_length
-from .words import duration, number
+from ..processes.words import duration, number
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,46 @@
 """What a trained model says: text that goes on from a prompt (GPT), words for masks (BERT). On the CPU, in fp32."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...kernels.errors import UserError
+from ...recipes import RECIPES
 from ...recipes.bert.model import BertForPretraining
 from ...recipes.data.tokenizer import RunTokenizer
 from ...recipes.gpt.model import GptForPretraining
+from .pretrained import open_pretrained
 
 MASK = "[MASK]"
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model that a command uses; title: a line that says which model it is."""
+
+    title: str
+    module: nn.Module
+    tokenizer: RunTokenizer
+
+
+def open_model(run: Path, checkpoint_id: str | None, command: str) -> OpenedModel:
+    """Return the model that `--run` and `--id` name.
+
+    Raises UserError if another command than this one is for its type, or it has no tokenizer.
+    """
+    trained, place = open_pretrained(run, checkpoint_id)
+    model = trained.model
+    own = RECIPES[model.type].command
+    if own != command:
+        wanted = " or ".join(name for name, recipe in RECIPES.items() if recipe.command == command)
+        raise UserError(f"{place} is a {model.type}, and this command needs a {wanted}; use xformer-train {own}")
+    if trained.tokenizer is None:
+        raise UserError(f"{run} has no tokenizer.json or vocab.txt; save its tokenizer there")
+    title = f"{place}: {model.type}, {model.num_hidden_layers} layers, hidden size {model.hidden_size:,}"
+    return OpenedModel(title, trained.build(), trained.tokenizer)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -7,7 +8,9 @@ import types
 from pathlib import Path
 
 import pytest
+import typer
 import yaml
+from helpers.checkpoints import bare_checkpoint
 from typer.testing import CliRunner
 
 from xformer_train.kernels.errors import RefusedError, UserError
@@ -269,17 +272,56 @@ def test_help_lists_the_tutorials_flags_with_the_keys_they_set():
     assert own < tutorial < text.index("--max_seq_length")
 
 
-def test_help_imports_no_heavy_module():
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["launch", "--help"],
+        ["config", "show", "--config", "run.yaml"],
+        ["config", "check", "--config", "run.yaml"],
+        ["config", "schema"],
+        ["checkpoints", "ls", "run"],
+    ],
+    ids=" ".join,
+)
+def test_what_answers_at_once_imports_no_heavy_module(tmp_path, arguments):
+    (tmp_path / "run.yaml").write_text(MINIMAL)
+    bare_checkpoint(tmp_path / "run" / "checkpoints", "step1", 1, {"weights.pt": "w"})
     code = (
-        "import sys; sys.argv = ['xformer-train', '--help']\n"
+        "import sys\n"
         "from xformer_train.launcher.commands.app import main\n"
         "try: main()\n"
         "except SystemExit as end: assert not end.code, end.code\n"
-        "print([m for m in ('torch', 'deepspeed', 'pydantic', 'datasets', 'numpy', 'tokenizers') if m in sys.modules])"
+        "print(*sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--config" in done.stdout
-    assert done.stdout.splitlines()[-1] == "[]"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.count("\n") > 1
+    heavy = {
+        "torch",
+        "deepspeed",
+        "datasets",
+        "tokenizers",
+        "numpy",
+        *(["pydantic"] if arguments == ["--help"] else []),
+    }
+    assert heavy.isdisjoint(done.stdout.splitlines()[-1].split())
+
+
+def commands(command, path=()):
+    """All commands with the words that call them."""
+    yield path, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*path, name))
+
+
+def test_no_help_cuts_an_option_at_80_columns():
+    for path, command in commands(typer.main.get_command(cli.app)):
+        text = CliRunner().invoke(cli.app, [*path, "--help"], env={"COLUMNS": "80"}).output
+        words = set(re.findall(r"--[\w-]+(?!…|[\w-])", text))
+        for parameter in command.params:
+            options = {name for name in parameter.opts if name.startswith("--")}
+            assert options <= words, f"{path}: {options - words} is cut"
 
 
 def test_the_module_is_the_console_script(tmp_path):

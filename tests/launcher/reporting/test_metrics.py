@@ -8,10 +8,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from xformer_train.launcher.processes.words import duration, number
 from xformer_train.launcher.reporting.metrics import RunLog
 from xformer_train.launcher.reporting.peak_flops import peak_flops
 from xformer_train.launcher.reporting.record import StepRecord
-from xformer_train.launcher.reporting.words import duration, number
 
 RECORD = StepRecord(
     step=1200,
