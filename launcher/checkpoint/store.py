@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...kernels.errors import UserError
-from ..processes.durable_files import FileRecord, flush_folder, read_record, write_text
+from ..processes.durable_files import FileRecord, flush_folder, read_record, replace_text
 
 if TYPE_CHECKING:
     from ..processes.topology import Topology  # imports torch
@@ -178,11 +178,8 @@ def latest_id(folder: Path) -> str:
 
 
 def set_latest(folder: Path, checkpoint_id: str) -> None:
-    """Lets `latest` name that checkpoint, in one motion."""
-    pointer = folder / f".{LATEST}.tmp"
-    write_text(pointer, checkpoint_id + "\n")
-    pointer.replace(folder / LATEST)
-    flush_folder(folder)
+    """Let `latest` name that checkpoint, in one step."""
+    replace_text(folder / LATEST, checkpoint_id + "\n")
 
 
 def check_id(folder: Path, checkpoint_id: str) -> None:

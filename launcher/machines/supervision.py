@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..processes.rank_status import FOLDER_VARIABLE, REQUEUE, USAGE_ERROR, RankStatus, first_failure, read_statuses
+from ..processes.words import rank_list
 from . import host_process
 
 SSH = (
@@ -200,7 +201,7 @@ def _outcome(
     lines = [f"{host}: the launcher ended with {_described(code)}" for host, code in failed.items()]
     if silent:
         why = f"after {received[0].name}" if received else "killed from outside (for memory?), or the host is lost"
-        lines.append(f"{_ranks(silent)} ended without a word: {why}")
+        lines.append(f"{rank_list(silent)} ended without a word: {why}")
     if first is None:
         code = next(iter(failed.values()), 1)
         if received:  # it may have come before the processes were there to answer it
@@ -208,13 +209,9 @@ def _outcome(
         return Outcome(code, "\n".join(lines))
     later = [rank for rank, status in statuses.items() if status.exit_code and rank != first.rank]
     if later:
-        lines.append(f"{_ranks(later)} failed after rank {first.rank}")
+        lines.append(f"{rank_list(later)} failed after rank {first.rank}")
     lines.append(f"rank {first.rank} on {first.host} ended with {_described(first.exit_code)}")
     return Outcome(first.exit_code, "\n".join([*lines, *first.text.rstrip().splitlines()]))
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
 
 
 def _shell_code(code: int) -> int:

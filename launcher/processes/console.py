@@ -1,6 +1,7 @@
 """The console of a run. It may go before the run does: a pipe that nobody reads any more, a closed terminal, a lost ssh."""
 
 import errno
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -10,25 +11,34 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+Say = Callable[[str], None]
 _GONE = (errno.EPIPE, errno.EIO)  # a pipe, a terminal
 
 
 def say(text: str) -> None:
-    """A line on stdout, in one write, so that lines of several processes do not interleave."""
+    """Write a line on stdout, in one write, so that lines of several processes do not interleave."""
     with surviving(sys.stdout):
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
 
 
-def warn(text: str) -> None:
-    """A line on stderr, past a progress bar if there is one."""
+def warn(text: str, log: logging.Logger | None = None) -> None:
+    """Write a line on stderr, past a progress bar if there is one, and into the log file if a logger is given."""
+    if log is not None:
+        log.warning(text)
     with surviving(sys.stderr):
         tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
+def write_now(text: str) -> None:
+    """Write a text on stderr past Python's buffers, for signal handlers and threads, which may have interrupted a print."""
+    with suppress(OSError):  # nobody may read the console any more
+        os.write(sys.stderr.fileno(), text.encode())
+
+
 @contextmanager
 def surviving(stream: TextIO) -> Iterator[None]:
-    """Inside, what the stream does not take is lost, and the run goes on; its log file has what matters."""
+    """Lose what the stream does not take inside, and go on; the log file of the run has what matters."""
     try:
         yield
     except OSError as error:
@@ -36,6 +46,3 @@ def surviving(stream: TextIO) -> Iterator[None]:
             # For all that writes there later, and for Python's own flush at the end, which would change the exit status.
             with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())
-
-
-Say = Callable[[str], None]

@@ -51,8 +51,20 @@ class DurableFile:
 def write_text(path: Path, text: str) -> FileRecord:
     """`text` in a new file."""
     with DurableFile(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))  # what was read of a damaged file goes back as it was
     return file.record
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Put `text` in the place of a file in one step: a crash or a full disk leaves the old one. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        write_text(temporary, text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    flush_folder(path.parent)
 
 
 def copy_into(source: Path | str, folder: Path, name: str) -> dict[str, FileRecord]:

@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .durable_files import replace_text
+
 FOLDER_VARIABLE = "XFORMER_TRAIN_STATUS_DIR"
 """Environment variable with the folder of these files; set by `launch` and by no one else."""
 
@@ -74,9 +76,7 @@ def write_status(exit_code: int, text: str) -> None:
         return
     status = RankStatus(int(rank), platform.node(), exit_code, time.time(), text)
     with suppress(OSError):
-        temporary = Path(folder) / f".rank{status.rank}.tmp"
-        temporary.write_text(json.dumps(asdict(status)), encoding="utf-8")
-        temporary.replace(Path(folder) / f"rank{status.rank}.json")
+        replace_text(Path(folder) / f"rank{status.rank}.json", json.dumps(asdict(status)))
 
 
 def read_statuses(folder: Path) -> dict[int, RankStatus]:

@@ -2,15 +2,15 @@
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from . import console
 from .rank_status import REQUEUE
 from .topology import Topology
 
@@ -122,9 +122,7 @@ class StopRequest:
         if not self._topology.is_main:
             return
         what = "stopping" if self._raises else "finishing this step, then saving a checkpoint"
-        # One write, past Python's buffers: the signal may have interrupted a print. What ends a run may have ended its console.
-        with suppress(OSError):
-            os.write(sys.stderr.fileno(), f"\n{why}: {what}; Ctrl-C again leaves at once\n".encode())
+        console.write_now(f"\n{why}: {what}; Ctrl-C again leaves at once\n")
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

@@ -25,10 +25,12 @@ from types import FrameType, TracebackType
 import torch.distributed as dist
 
 from ...kernels.errors import RefusedError, refused
+from . import console
 from .agreement import agreed
 from .rank_status import write_status
 from .signals import StopRequest
 from .topology import Topology
+from .words import rank_list
 
 _LOG = logging.getLogger(__name__)
 _LOG.addHandler(logging.NullHandler())
@@ -168,7 +170,7 @@ class Watchdog:
             elif self._topology.is_main and not self._ended.is_set():
                 for text in self._slow.news({0: self._own(), **self._others()}):
                     _LOG.warning(text)
-                    _print(f"warning: {text}\n")
+                    console.write_now(f"warning: {text}\n")
 
     def _reason_to_give_up(self) -> str:
         """What is wrong, empty if nothing is."""
@@ -209,7 +211,7 @@ class Watchdog:
             self._log.write(text.encode())
         living = [rank for rank, beat in beats.items() if self._lives(rank, beat)]
         if self._topology.rank < min(living, default=self._topology.world_size):
-            _print(text)
+            console.write_now(text)
         write_status(EXIT_STATUS, text)
         os._exit(EXIT_STATUS)  # the main thread waits in a collective, and would for ever
 
@@ -228,7 +230,7 @@ class Watchdog:
         if lost:
             lines.append(_lost_text(sorted(lost), beats))
         elif busy and len(busy) < len(beats):
-            lines.append(f"the others wait for {_ranks(busy)}")
+            lines.append(f"the others wait for {rank_list(busy)}")
         lines.append(f"the stacks of all threads are in {self._folder}/rank*.log")
         return "\n".join(lines) + "\n"
 
@@ -377,12 +379,3 @@ def _lost_text(ranks: list[int], beats: Mapping[int, Heartbeat]) -> str:
             f"rank {rank} on {beat.host} (pid {beat.pid}) {end}: last heard of at step {beat.step:,} ({beat.phase})"
         )
     return "; ".join(texts)
-
-
-def _ranks(ranks: list[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
-
-
-def _print(text: str) -> None:
-    with suppress(OSError):  # nobody may read the console any more
-        os.write(sys.stderr.fileno(), text.encode())

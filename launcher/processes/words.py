@@ -9,7 +9,7 @@ _ENDLESS = 10_000  # columns of an output that is no terminal
 
 
 def duration(seconds: float) -> str:
-    """A time of at most two units: 48s, 3m20s, 5h12m, 2d04h."""
+    """Return a time of at most two units: 48s, 3m20s, 5h12m, 2d04h."""
     if not math.isfinite(seconds):
         return "n/a"
     minutes, rest_s = divmod(round(seconds), 60)
@@ -23,7 +23,7 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float) -> str:
-    """A count or rate with thousands separators, and a digit after the point only below 100."""
+    """Return a count or rate with thousands separators, and a digit after the point only below 100."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:,.1f}"
 
 
@@ -34,6 +34,11 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.1f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:,.1f} TiB"
+
+
+def rank_list(ranks: Sequence[int]) -> str:
+    """Return `rank 3`, or `ranks 0, 2`."""
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks))}"
 
 
 def table(rows: Sequence[tuple[str, ...]], widths: Sequence[int] = (), header: bool = False) -> str:

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from ...kernels.errors import UserError, refused
 from ..processes import console
+from ..processes.durable_files import replace_text
 from ..processes.words import duration, number
 from .record import StepRecord, rates_of, ratio
 from .tensorboard import Boards
@@ -25,7 +25,7 @@ _ETA_RECORDS = 20  # records that the remaining time is judged by
 
 
 class RunLog:
-    """Writer of metrics.jsonl, tb/ and the console for one process, rank 0; a context manager.
+    """Write metrics.jsonl, tb/ and the console for the main process; a context manager.
 
     run_dir: the run directory, which exists.
     max_steps: the step at which the run ends, for progress and remaining time.
@@ -33,7 +33,7 @@ class RunLog:
     start_step, start_samples: where the run continues; rows and points of later steps, which a resumed run writes again,
     leave metrics.jsonl and the view of TensorBoard.
     The console is a bar on stderr where that is a terminal, else one line per record on stdout.
-    A disk that takes nothing is told, and training goes on: rows wait until it does, TensorBoard ends with this writer.
+    A full disk gives a warning, and training goes on: rows wait until there is space, TensorBoard gets no more points.
     Raises UserError if metrics.jsonl holds a line that is not JSON, other than a last one cut short.
     """
 
@@ -74,7 +74,7 @@ class RunLog:
         self.close()
 
     def log_step(self, record: StepRecord) -> None:
-        """Nothing; one row, one point per series, one line."""
+        """Write one row, one point per series and one line."""
         rates = rates_of(record, self._peak_flops)
         row = {
             "step": record.step,
@@ -109,7 +109,7 @@ class RunLog:
                 self._bar.set_description_str(" | ".join([position, *first, *fields.values()]))
 
     def log_evaluation(self, step: int, samples: int, losses: Mapping[str, float]) -> None:
-        """Nothing; one row, one point per series, one line for held-out losses: "loss", and its parts by name."""
+        """Write one row, one point per series and one line for validation losses: "loss", and its parts by name."""
         self._write_row({"step": step, "samples": samples} | {f"val_{name}": value for name, value in losses.items()})
         self._draw(lambda boards: boards.add_evaluation(step, losses))
         parts = {name: value for name, value in losses.items() if name != "loss"}
@@ -121,7 +121,7 @@ class RunLog:
                 self._bar.write(line, file=sys.stderr)
 
     def close(self) -> None:
-        """Nothing; everything is on disk and the bar, if there is one, stays as it is."""
+        """Bring everything to the disk. The bar, if there is one, stays as it is."""
         self._write_rows()
         self._file.close()
         self._draw(Boards.close)
@@ -130,9 +130,8 @@ class RunLog:
                 self._bar.close()
 
     def _write_row(self, row: dict[str, Any]) -> None:
-        finite = {
-            k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()
-        }  # JSON has no NaN
+        # JSON has no NaN.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._unwritten += json.dumps(finite).encode() + b"\n"
         self._write_rows()
 
@@ -143,9 +142,8 @@ class RunLog:
             self._told_of_rows = False
         except OSError as error:
             if not self._told_of_rows:
-                _tell(
-                    f"{self._file.name} takes no more rows: {error.strerror}; free space there, and they are written later"
-                )
+                why = f"{error.strerror}; free space there, and they are written later"
+                console.warn(f"{self._file.name} takes no more rows: {why}", _LOG)
             self._told_of_rows = True
 
     def _draw(self, draw: Callable[["Boards"], None]) -> None:
@@ -155,11 +153,11 @@ class RunLog:
             draw(self._boards)
         except OSError as error:  # which ends the thread that writes, so this writer is of no more use
             self._boards = None
-            _tell(f"TensorBoard gets no more points until the run is started again: {error.strerror}")
+            console.warn(f"TensorBoard gets no more points until the run is started again: {error.strerror}", _LOG)
 
 
 def _console_fields(record: StepRecord, rates: Mapping[str, float | None]) -> dict[str, str]:
-    """What the console says of a record, in order, without step and remaining time."""
+    """Return what the console says of a record, in order, without step and remaining time."""
     mfu = rates["mfu"]
     fields = {
         "epoch": f"epoch {record.epoch}",
@@ -181,35 +179,24 @@ def _console_fields(record: StepRecord, rates: Mapping[str, float | None]) -> di
 
 
 def _loss_text(loss: float, parts: Mapping[str, float]) -> str:
-    """`loss 1.842 (mlm 1.80 nsp 0.04)`."""
-    return f"loss {loss:.3f}" + (
-        f" ({' '.join(f'{name} {value:.2f}' for name, value in parts.items())})" if parts else ""
-    )
-
-
-def _tell(text: str) -> None:
-    _LOG.warning(text)
-    console.warn(text)
+    """Return `loss 1.842 (mlm 1.80 nsp 0.04)`."""
+    shown = " ".join(f"{name} {value:.2f}" for name, value in parts.items())
+    return f"loss {loss:.3f}" + (f" ({shown})" if parts else "")
 
 
 def _drop_rows_after(path: Path, step: int) -> None:
-    """Nothing; rows of later steps, and a last row cut short, leave the file, which is replaced in one move."""
+    """Replace the file in one move by one without rows of later steps and without a last row that is cut short."""
     if not path.exists():
         return
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()  # the process was killed while writing it
     kept = [line for number_, line in enumerate(lines, 1) if _step_of(line, f"{path}:{number_}") <= step]
-    replacement = path.with_suffix(".jsonl.tmp")
-    with replacement.open("w", encoding="utf-8", errors="surrogateescape") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    replacement.replace(path)
+    replace_text(path, "".join(kept))
 
 
 def _step_of(line: str, where: str) -> int:
-    """The step of a row. Raises UserError if the line is not one."""
+    """Return the step of a row. Raises UserError if the line is not one."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError) as error:

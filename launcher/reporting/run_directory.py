@@ -4,12 +4,14 @@
 (versions, machine, command), tokenizer/, metrics.jsonl, tb/, log/rank{N}.log and checkpoints/.
 """
 
+import fcntl
 import json
 import logging
 import os
 import platform
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,18 +22,13 @@ import yaml
 from ...kernels.errors import UserError, refused
 from ..config.loading import dump_config
 from ..config.schema import RunConfig
-from .run_lock import only_run
+from ..processes import console
+from ..processes.durable_files import replace_text
 
-_RECORDED_PACKAGES = [
-    "xformer-train",
-    "torch",
-    "deepspeed",
-    "triton",
-    "datasets",
-    "tokenizers",
-    "numpy",
-    "transformers",
-]
+_RECORDED_PACKAGES = (
+    *("xformer-train", "torch", "deepspeed", "triton"),
+    *("datasets", "tokenizers", "numpy", "transformers"),
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +37,11 @@ class RunDirectory:
 
     root: Path
     changed_keys: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(config: RunConfig) -> "RunDirectory":
+        """Return the directory of the run with this config, which may not be there."""
+        return RunDirectory(Path(config.output_dir) / config.name)
 
     @property
     def holds_run(self) -> bool:
@@ -66,16 +68,21 @@ class RunDirectory:
     def config(self) -> Path:
         return self.root / "config.resolved.yaml"
 
+    @property
+    def lock(self) -> Path:
+        """The file that a run holds locked; it is there from the first start on."""
+        return self.root / ".lock"
+
 
 def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
-    """The directory of this run, which may not be there yet.
+    """Return the directory of this run, which may not be there yet.
 
     Raises UserError if it holds another run and `resume` is not given, or if its path is a file.
     """
-    root = Path(config.output_dir) / config.name
+    directory = RunDirectory.of(config)
+    root = directory.root
     if root.exists() and not root.is_dir():
         raise UserError(f"output folder {root} is a file; choose another --output_dir or --job_name")
-    directory = RunDirectory(root)
     if directory.holds_run and not resume:
         raise UserError(
             f"output folder {root} already holds a run; continue it with --resume auto, or start another with "
@@ -85,10 +92,9 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
 
 
 def open_run_directory(config: RunConfig, held: ExitStack, *, resume: bool) -> RunDirectory:
-    """As `check_run_directory`, and the directory is made if it is not there.
+    """Return the directory of this run as `check_run_directory` does, made if it is not there, and locked until `held` closes.
 
-    Called by one process for all. held: until it is closed, no other run can open the directory. Raises UserError also if
-    another run has it open, and RefusedError if it cannot be made.
+    Called by one process for all. Raises UserError also if another run holds the lock, and RefusedError if it cannot be made.
     """
     directory = check_run_directory(config, resume=resume)
     root = directory.root
@@ -98,19 +104,49 @@ def open_run_directory(config: RunConfig, held: ExitStack, *, resume: bool) -> R
             previous = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
     with refused(f"cannot make {root}", "choose another --output_dir"):
         root.mkdir(parents=True, exist_ok=True)
-    held.enter_context(only_run(root))
+    held.enter_context(only_run(directory.lock))
     if previous is None:
         return directory
     return RunDirectory(root, tuple(_differences(previous, yaml.safe_load(dump_config(config)))))
 
 
+@contextmanager
+def only_run(lock: Path) -> Iterator[None]:
+    """Keep other processes out of the directory of the file `lock`, on any machine whose file system shares locks.
+
+    Two runs in one directory would write the same checkpoints and lose each other's metrics. The system frees the lock when
+    this process ends, however it ends. Without locks there is a warning. Raises UserError if another process holds the lock,
+    and RefusedError if the directory cannot be written.
+    """
+    with refused(f"cannot write {lock}", "choose another --output_dir"):
+        opened = lock.open("a+", encoding="utf-8")
+    with opened as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose lock children inherit and may keep
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"output folder {lock.parent} is in use by another run, {file.read()}; wait for its end, or start this one "
+                f"with another --job_name (if that process is gone with its machine, remove {lock})"
+            ) from None
+        except OSError as error:
+            console.warn(
+                f"{lock} cannot be locked ({error.strerror}), so nothing keeps another run out of this directory"
+            )
+        with refused(f"cannot write {lock}", "free space or choose another --output_dir"):
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}")
+            file.flush()
+        yield
+
+
 def record_config(directory: RunDirectory, config: RunConfig) -> None:
-    """Writes config.resolved.yaml, once the run is sure to begin: a start that is refused leaves that of the run before."""
+    """Write config.resolved.yaml, once the run is sure to begin: a start that is refused leaves that of the run before."""
     _write(directory.config, dump_config(config))
 
 
 def record_environment(directory: RunDirectory, ds_config: dict[str, Any], devices: list[str]) -> None:
-    """Writes ds_config.json and env.json."""
+    """Write ds_config.json and env.json."""
     versions: dict[str, str | None] = {}
     for package in _RECORDED_PACKAGES:
         try:
@@ -135,7 +171,7 @@ def record_environment(directory: RunDirectory, ds_config: dict[str, Any], devic
 
 
 def log_to_file(directory: RunDirectory, rank: int) -> None:
-    """Sends this process's log records, those of Python's warnings and of libraries included, to log/rank{N}.log."""
+    """Send this process's log records, with those of libraries and Python's warnings, to log/rank{N}.log."""
     path = directory.log / f"rank{rank}.log"
     with refused(f"cannot write {path}", "free space or choose another --output_dir"):
         directory.log.mkdir(parents=True, exist_ok=True)
@@ -156,19 +192,12 @@ class _LogFile(logging.FileHandler):
 
 
 def _write(path: Path, text: str) -> None:
-    """Replaces the file in one step, so that a crash or a full disk leaves the old one."""
-    temporary = path.with_name(f".{path.name}.tmp")
     with refused(f"cannot write {path}", "free space or choose another --output_dir"):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            temporary.replace(path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        replace_text(path, text)
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Dotted keys whose values differ, as `key: old -> new`."""
+    """Return the dotted keys whose values differ, as `key: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
         found = []
         for key in dict.fromkeys([*old, *new]):

@@ -20,7 +20,6 @@ from ..processes.agreement import agreed, by_main
 from ..processes.console import Say
 from ..processes.signals import StopRequest
 from ..processes.topology import Topology
-from ..reporting import run_lock
 from ..reporting.run_directory import RunDirectory
 from ..trained_models import init_from
 from ..trained_models.pretrained import Pretrained
@@ -57,7 +56,7 @@ def check_is_shared(directory: RunDirectory, topology: Topology) -> None:
     """Raises ValueError, and SystemExit on the other processes, where one does not see what the main process has written."""
 
     def look() -> None:
-        if not (directory.root / run_lock.NAME).exists():  # the main process has made it
+        if not directory.lock.exists():  # the main process has made it
             raise UserError(
                 f"output folder {directory.root} is not seen by {platform.node()}; choose an --output_dir on a disk that all "
                 "machines share"

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from xformer_train.launcher.processes import console
+
 
 def test_a_run_whose_console_is_gone_goes_on_and_keeps_its_exit_status():
     """As behind `| head`, or when ssh has ended. Python's own flush at the end would make it 120."""
@@ -36,3 +38,11 @@ def test_a_console_on_a_full_disk_keeps_what_is_written_when_there_is_room():
             check=False,
         )
     assert (done.returncode, done.stderr) == (3, b"")
+
+
+def test_a_console_that_nobody_reads_any_more_keeps_no_process_from_its_end(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stderr", stream)
+        console.write_now("the run hangs\n")

@@ -1,6 +1,5 @@
 """What the heartbeats of a run tell: who is slow, who is gone, who keeps the others waiting."""
 
-import os
 import threading
 
 import pytest
@@ -60,14 +59,6 @@ def test_alone_it_starts_no_thread(tmp_path):
         watching.at("data", 1)
         assert "watchdog" not in {thread.name for thread in threading.enumerate()}
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_console_that_nobody_reads_any_more_keeps_no_process_from_its_end(monkeypatch):
-    reading, writing = os.pipe()
-    os.close(reading)
-    with os.fdopen(writing, "w") as console:
-        monkeypatch.setattr(watchdog.sys, "stderr", console)
-        watchdog._print("the run hangs\n")
 
 
 def test_the_place_of_a_thread_is_its_collective_or_its_line():

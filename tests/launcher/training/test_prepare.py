@@ -6,7 +6,6 @@ from types import SimpleNamespace
 import pytest
 
 from xformer_train.launcher.config.batch import BatchPlan
-from xformer_train.launcher.reporting import run_lock
 from xformer_train.launcher.reporting.run_directory import RunDirectory
 from xformer_train.launcher.training.prepare import check_is_shared, last_step
 from xformer_train.launcher.training.start import Progress, starting_progress
@@ -49,7 +48,7 @@ def test_a_checkpoint_of_an_earlier_version_lacks_what_it_did_not_know():
 def test_a_machine_that_does_not_see_the_run_directory_says_so_and_the_others_leave(tmp_path):
     shared, missing = RunDirectory(tmp_path / "shared"), RunDirectory(tmp_path / "missing")
     shared.root.mkdir()
-    (shared.root / run_lock.NAME).touch()
+    shared.lock.touch()
 
     def two(rank, of_the_other):
         def gather(value):

@@ -11,14 +11,14 @@ import pytest
 from helpers.runs import metrics, write_config
 
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.reporting.run_lock import only_run
+from xformer_train.launcher.reporting.run_directory import only_run
 from xformer_train.launcher.training.train import run
 
 HOLDER = """
 import sys
 from pathlib import Path
-from xformer_train.launcher.reporting.run_lock import only_run
-with only_run(Path(sys.argv[1])):
+from xformer_train.launcher.reporting.run_directory import only_run
+with only_run(Path(sys.argv[1]) / ".lock"):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -55,11 +55,11 @@ def test_a_run_that_another_one_writes_is_refused_untouched_and_named(holder, tm
 
 def test_a_killed_process_and_one_that_left_keep_nobody_out(holder, tmp_path):
     process = holder(tmp_path)
-    with pytest.raises(ValueError, match="in use"), only_run(tmp_path):
+    with pytest.raises(ValueError, match="in use"), only_run(tmp_path / ".lock"):
         pass
     process.send_signal(signal.SIGKILL)
     process.wait()
-    with only_run(tmp_path):
+    with only_run(tmp_path / ".lock"):
         pass
     assert holder(tmp_path).poll() is None
 
@@ -69,6 +69,6 @@ def test_a_file_system_without_locks_is_told_and_keeps_nobody_out(tmp_path, monk
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "lockf", refuse)
-    with only_run(tmp_path):
+    with only_run(tmp_path / ".lock"):
         pass
     assert f"{tmp_path}/.lock cannot be locked (No locks available), so nothing keeps" in capsys.readouterr().err
