@@ -3,66 +3,44 @@
 import textwrap
 from dataclasses import dataclass
 
+from ...recipes.data.stream import PreparedData
+from ...recipes.data.tokenizer import RunTokenizer
+from ..config.batch import BatchPlan
 from ..config.optimizers import OptimizerConfig
-from ..config.schema import ScheduleConfig
+from ..config.schema import RunConfig, ScheduleConfig
 from ..optim.optimizer import OPTIMIZERS
 from ..optim.schedule import warmup_length
 from ..processes.words import duration, number
+from .run_directory import RunDirectory
 
 
 @dataclass(frozen=True)
 class StartupFacts:
-    """Everything the start-up report tells; counts are over the whole run and all processes unless said otherwise."""
+    """What the start-up report says; counts are over all processes."""
 
-    name: str
-    run_dir: str
-    model_type: str
-    num_layers: int
-    hidden_size: int
+    config: RunConfig
+    batch: BatchPlan
+    data: PreparedData
+    tokenizer: RunTokenizer
     num_parameters: int
     num_parameters_without_embeddings: int
-    train_batch_size: int
-    micro_batch_size: int
-    """Sequences per replica and micro-batch."""
-    num_replicas: int
-    """Copies of the model, which train on different samples."""
-    tensor_parallel: int
-    """Processes that share one replica."""
-    sequence_parallel: bool
-    gradient_accumulation_steps: int
-    max_seq_length: int
     precision: str
-    precision_reason: str
-    """Completes "bf16: ...", such as "the GPU supports it"."""
+    """The precision and why it was chosen, such as "bf16: the GPU has it"."""
     kernels: str
     """Which path computes the layers, such as "Triton (CUDA device)"."""
     devices: str
-    """Such as "2 x NVIDIA H200 on 1 host" or "CPU, 2 processes of 1 thread"."""
-    num_documents: int | None
-    """None where the source is streamed and its size unknown; likewise tokens and samples."""
-    num_tokens: int | None
-    num_samples: int | None
-    """Training samples of one epoch."""
-    num_held_out_samples: int
-    tokenizer_kind: str
-    vocab_size: int
+    """Such as "2 x NVIDIA H200" or "CPU, 2 threads"."""
     start_step: int
     max_steps: int
     schedule_steps: int
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
     resumed_from: str | None
     """Where weights came from and what was taken, such as "runs/a/checkpoints/step00000100 (everything)"; None: nowhere."""
 
 
 @dataclass(frozen=True)
 class ClosingFacts:
-    """Everything the closing summary tells."""
+    """What the closing summary says beside the run config."""
 
-    name: str
-    run_dir: str
-    ending: str
-    """Completes "run NAME ...": "finished", or why it stopped, such as "stopped by SIGTERM"."""
     step: int
     max_steps: int
     steps_now: int
@@ -73,53 +51,57 @@ class ClosingFacts:
     """Time spent in steps."""
     wall_time_s: float
     """Time since the start of the process, evaluation and checkpoints included."""
-    best_val_loss: float | None
-    best_val_step: int | None
-    checkpoint_id: str | None
-    """The last complete checkpoint; None if there is none."""
+    best: tuple[float, int] | None
+    """The lowest validation loss and its step; None if there was no evaluation."""
+    checkpoint_id: str
+    """The last complete checkpoint; empty if there is none."""
     resume_command: str
 
 
 def startup_report(facts: StartupFacts) -> str:
-    """The start-up report: a title and aligned lines, without a newline at the end."""
-    replica, replicas = ("process", "processes") if facts.tensor_parallel == 1 else ("replica", "replicas")
-    batch = (
-        f"{facts.train_batch_size:,} sequences = {facts.micro_batch_size:,} per {replica}"
-        f" x {_counted(facts.num_replicas, replica, replicas)}"
-        f" x {_counted(facts.gradient_accumulation_steps, 'micro-batch', 'micro-batches')}"
-    )
+    """Return the start-up report: a title and aligned lines, without a newline at the end."""
+    config, model = facts.config, facts.config.model
     lines = [
         (
             "model",
-            f"{facts.model_type}: {_counted(facts.num_layers, 'layer')}, hidden size {facts.hidden_size:,}, "
+            f"{model.type}: {_counted(model.num_hidden_layers, 'layer')}, hidden size {model.hidden_size:,}, "
             f"{_millions(facts.num_parameters)} parameters "
             f"({_millions(facts.num_parameters_without_embeddings)} without embeddings)",
         ),
-        ("batch", f"{batch}, each up to {facts.max_seq_length:,} tokens"),
-        ("precision", f"{facts.precision}: {facts.precision_reason}"),
+        ("batch", f"{_batch_text(facts)}, each up to {config.data.max_seq_length:,} tokens"),
+        ("precision", facts.precision),
         ("kernels", facts.kernels),
         ("devices", facts.devices),
-        *_parallel_line(facts),
-        ("data", _data_text(facts)),
-        ("tokenizer", f"{facts.tokenizer_kind}, {facts.vocab_size:,} symbols"),
+        *_parallel_line(config),
+        ("data", _data_text(facts.data)),
+        ("tokenizer", f"{facts.tokenizer.kind}, {facts.tokenizer.vocab_size:,} symbols"),
         ("steps", _steps_text(facts)),
-        ("optimizer", _optimizer_text(facts.optimizer)),
-        ("schedule", _schedule_text(facts.schedule, facts.schedule_steps)),
+        ("optimizer", _optimizer_text(config.optimizer)),
+        ("schedule", _schedule_text(config.schedule, facts.schedule_steps)),
         ("start", "from new weights" if facts.resumed_from is None else f"from {facts.resumed_from}"),
-        ("output", facts.run_dir),
+        ("output", str(RunDirectory.of(config).root)),
     ]
-    return _aligned(f"run {facts.name}", lines, text_width=88)
+    return _aligned(f"run {config.name}", lines, text_width=88)
 
 
-def _parallel_line(facts: StartupFacts) -> list[tuple[str, str]]:
-    if facts.tensor_parallel == 1:
+def _batch_text(facts: StartupFacts) -> str:
+    replica, replicas = ("process", "processes") if facts.config.parallel.tensor == 1 else ("replica", "replicas")
+    return (
+        f"{facts.batch.train_batch_size:,} sequences = {facts.batch.micro_batch_size:,} per {replica}"
+        f" x {_counted(facts.batch.num_replicas, replica, replicas)}"
+        f" x {_counted(facts.batch.gradient_accumulation_steps, 'micro-batch', 'micro-batches')}"
+    )
+
+
+def _parallel_line(config: RunConfig) -> list[tuple[str, str]]:
+    if config.parallel.tensor == 1:
         return []
-    shared = "layers, embedding, head and tokens" if facts.sequence_parallel else "layers, embedding and head"
-    return [("parallel", f"{facts.tensor_parallel} processes share the {shared} of a replica")]
+    shared = "layers, embedding, head and tokens" if config.parallel.sequence else "layers, embedding and head"
+    return [("parallel", f"{config.parallel.tensor} processes share the {shared} of a replica")]
 
 
-def closing_summary(facts: ClosingFacts) -> str:
-    """The closing summary: a title and aligned lines, without a newline at the end."""
+def closing_summary(config: RunConfig, facts: ClosingFacts) -> str:
+    """Return the closing summary: a title and aligned lines, without a newline at the end."""
     speed = number(facts.samples_now / facts.training_time_s) if facts.training_time_s > 0 else "n/a"
     since_start = f" ({facts.steps_now:,} since this start)" if facts.steps_now != facts.step else ""
     lines = [
@@ -127,36 +109,28 @@ def closing_summary(facts: ClosingFacts) -> str:
         ("samples", f"{facts.samples:,}"),
         ("time", f"{duration(facts.wall_time_s)}, {duration(facts.training_time_s)} of it in steps"),
         ("speed", f"{speed} sequences/s on average"),
-    ]
-    if facts.best_val_loss is not None:
-        lines.append(("held-out", f"best loss {facts.best_val_loss:.4f} at step {facts.best_val_step:,}"))
-    lines += [
+        *([("held-out", "best loss {:.4f} at step {:,}".format(*facts.best))] if facts.best else []),
         ("checkpoint", facts.checkpoint_id or "none"),
-        ("output", facts.run_dir),
+        ("output", str(RunDirectory.of(config).root)),
+        *([("to resume", facts.resume_command)] if facts.checkpoint_id else []),
     ]
-    if facts.checkpoint_id is not None:
-        lines.append(("to resume", facts.resume_command))
-    return _aligned(f"run {facts.name} {facts.ending}", lines)
+    ending = "finished" if facts.step == facts.max_steps else "stopped as asked"
+    return _aligned(f"run {config.name} {ending}", lines)
 
 
-def _data_text(facts: StartupFacts) -> str:
-    sizes = [
-        (facts.num_documents, "documents"),
-        (facts.num_tokens, "tokens"),
-        (facts.num_samples, "samples per epoch"),
-    ]
-    known = [f"{size:,} {what}" for size, what in sizes if size is not None] or ["streamed, size unknown"]
-    held_out = f"{facts.num_held_out_samples:,} samples held out" if facts.num_held_out_samples else "none held out"
-    return ", ".join([*known, held_out])
+def _data_text(data: PreparedData) -> str:
+    held_out = "none" if data.validation is None else f"{data.validation.num_samples:,} samples"
+    return (
+        f"{data.sizes.documents:,} documents, {data.sizes.tokens:,} tokens, {data.train.num_samples:,} samples per epoch, "
+        f"{held_out} held out"
+    )
 
 
 def _steps_text(facts: StartupFacts) -> str:
-    text = f"{facts.max_steps:,}" + (f", {facts.start_step:,} of them done" if facts.start_step else "")
-    if not facts.num_samples:
-        return text
+    done = f", {facts.start_step:,} of them done" if facts.start_step else ""
     # The steps that are done may have been on other data, so epochs are those of the steps to come.
-    epochs = (facts.max_steps - facts.start_step) * facts.train_batch_size / facts.num_samples
-    return f"{text}; {epochs:,.2f} epochs to go"
+    samples_to_go = (facts.max_steps - facts.start_step) * facts.batch.train_batch_size
+    return f"{facts.max_steps:,}{done}; {samples_to_go / facts.data.train.num_samples:,.2f} epochs to go"
 
 
 def _optimizer_text(optimizer: OptimizerConfig) -> str:

@@ -64,9 +64,6 @@ def train(
                 watchdog.at("start")
                 tally.progress = _gone_back(setup, tally.progress, why, say)
     return ClosingFacts(
-        name=setup.config.name,
-        run_dir=str(setup.directory.root),
-        ending="finished" if tally.progress.step == setup.total_steps else "stopped as asked",
         step=tally.progress.step,
         max_steps=setup.total_steps,
         steps_now=tally.steps,
@@ -74,8 +71,7 @@ def train(
         samples_now=tally.samples,
         training_time_s=tally.watch.training_time_s,
         wall_time_s=time.monotonic() - started_s,
-        best_val_loss=None if tally.best is None else tally.best[0],
-        best_val_step=None if tally.best is None else tally.best[1],
+        best=tally.best,
         checkpoint_id=tally.saved_id,
         resume_command=_resume_command(setup.topology),
     )

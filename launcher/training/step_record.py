@@ -115,44 +115,25 @@ def startup_facts(
     setup: Setup, progress: Progress, precision_reason: str, devices: list[str], loaded: str | None
 ) -> StartupFacts:
     """What the start-up report says. loaded: from which checkpoint, or None."""
-    config, data, model = setup.config, setup.data, setup.engine.module
-    sharers = setup.topology.tensor_parallel
+    config, model, sharers = setup.config, setup.engine.module, setup.topology.tensor_parallel
     parameters = {  # ZeRO stage 3 empties p
         id(p): getattr(p, "ds_numel", p.numel()) * (sharers if is_sharded(p) else 1) for p in model.parameters()
     }
     in_embeddings = {
         id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
-    validation = data.validation
     return StartupFacts(
-        name=config.name,
-        run_dir=str(setup.directory.root),
-        model_type=config.model.type,
-        num_layers=config.model.num_hidden_layers,
-        hidden_size=config.model.hidden_size,
+        config=config,
+        batch=setup.batch,
+        data=setup.data,
+        tokenizer=setup.tokenizer,
         num_parameters=sum(parameters.values()),
         num_parameters_without_embeddings=sum(n for key, n in parameters.items() if key not in in_embeddings),
-        train_batch_size=setup.batch.train_batch_size,
-        micro_batch_size=setup.batch.micro_batch_size,
-        num_replicas=setup.topology.num_replicas,
-        tensor_parallel=sharers,
-        sequence_parallel=config.parallel.sequence,
-        gradient_accumulation_steps=setup.batch.gradient_accumulation_steps,
-        max_seq_length=config.data.max_seq_length,
-        precision=setup.precision,
-        precision_reason=precision_reason,
+        precision=f"{setup.precision}: {precision_reason}",
         kernels=kernels_text(config.model, config.layer, setup.runtime, setup.topology.device),
         devices=", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
-        num_documents=data.sizes.documents,
-        num_tokens=data.sizes.tokens,
-        num_samples=data.train.num_samples,
-        num_held_out_samples=0 if validation is None else validation.num_samples,
-        tokenizer_kind=setup.tokenizer.kind,
-        vocab_size=setup.tokenizer.vocab_size,
         start_step=progress.step,
         max_steps=setup.total_steps,
         schedule_steps=setup.schedule_steps,
-        optimizer=config.optimizer,
-        schedule=config.schedule,
         resumed_from=loaded,
     )

@@ -96,7 +96,7 @@ def _train(
         say("stopped before the first step; nothing was trained")
         return stop.exit_status
     facts = train(setup, stop, watchdog, progress, say, started_s)
-    say(closing_summary(facts))
+    say(closing_summary(loaded.config, facts))
     return 0 if facts.step == setup.total_steps else stop.exit_status
 
 
