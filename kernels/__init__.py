@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .deepspeed.config import DeepSpeedTransformerConfig
     from .deepspeed.layer import DeepSpeedTransformerLayer
-    from .layers.layer import LayerConfig, TransformerLayer
+    from .layers.config import LayerConfig
+    from .layers.layer import TransformerLayer
     from .layers.layer_stack import LayerStack
     from .ops.attention.attention import AttentionMask
 
@@ -29,7 +30,7 @@ _MODULES = {
     "AttentionMask": ".ops.attention.attention",
     "DeepSpeedTransformerConfig": ".deepspeed.config",
     "DeepSpeedTransformerLayer": ".deepspeed.layer",
-    "LayerConfig": ".layers.layer",
+    "LayerConfig": ".layers.config",
     "LayerStack": ".layers.layer_stack",
     "TransformerLayer": ".layers.layer",
 }

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self
 
-from ..layers.layer import LayerConfig
+from ..layers.config import LayerConfig
 
 
 class _IntermediateSize:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.layer import TransformerLayer
+from ..layers.products import Products
 from ..ops.attention.attention import AttentionMask
 from ..ops.dropout import draw_seed
 from .config import DeepSpeedTransformerConfig
@@ -147,6 +148,9 @@ class DeepSpeedTransformerLayer(TransformerLayer):
         if first is self.config.pre_layer_norm:
             return _LayerNorm(self.norm_w, self.norm_b, self.config.layer_norm_eps)
         return _LayerNorm(self.attn_nw, self.attn_nb, self.config.layer_norm_eps)
+
+    def _products(self) -> Products:
+        return Products()  # never in FP8, which DeepSpeed's API does not know
 
     def _draw_seed(self, device: torch.device) -> Tensor:
         drawn = draw_seed(device)

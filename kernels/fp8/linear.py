@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.linear import linear, weight_gradient
 from ..ops.main_grad import add_to_main_grad, into_main_grad
+from ..ops.region import active_region
 from .layout import Fp8Tensor
 from .products import check_fp8_features, dgrad, fp8_path, fprop, largest_magnitude, quantize, wgrad
 from .scaling import (
@@ -23,7 +24,6 @@ from .scaling import (
     Fp8State,
     Recipe,
     Use,
-    active_region,
     backward_dtype,
     forward_dtype,
     fp8_autocast,

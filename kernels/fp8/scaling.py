@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .replay import at_end_of_backward, remembered, will_have_gradients
+from ..ops.region import active_region, in_regions, open_regions
+from ..ops.replay import at_end_of_backward, remembered, will_have_gradients
 
 _SLOTS = ("input", "weight", "grad_output")
 
@@ -118,20 +119,18 @@ class Region:
     step: "_Step"
 
 
-_REGIONS: list[Region] = []  # that are open, innermost last
-
-
 @contextmanager
 def fp8_autocast(
     enabled: bool = True, calibrating: bool = False, fp8_recipe: Recipe | None = None, fp8_group: Any = None
 ) -> Iterator[None]:
-    """FP8 products in the forward passes inside, and in their backward passes, which run after it.
+    """Give the forward passes of this thread inside FP8 products, and their backward passes, which may run after it.
 
     enabled: False gives high precision, also inside an enabled region: the innermost one decides.
     calibrating: with enabled=False, forward passes record the amaxes of a DelayedScaling recipe and run in high precision.
     fp8_recipe: None is Float8CurrentScaling(). fp8_group: the process group over which amaxes are reduced; None is all.
     The scales of delayed scaling change when the outermost region ends: not after an exception, nor under torch.no_grad(),
     so that an evaluation leaves them alone. Those of gradients change when the backward pass ends.
+    Other threads are outside, as with torch.autocast.
     """
     if not isinstance(calibrating, bool):
         raise ValueError(
@@ -140,35 +139,12 @@ def fp8_autocast(
     recipe = Float8CurrentScaling() if fp8_recipe is None else fp8_recipe
     if not isinstance(recipe, Float8CurrentScaling | DelayedScaling):
         raise ValueError(f"fp8_recipe is {recipe!r}; it must be a DelayedScaling or a Float8CurrentScaling")
-    step = _REGIONS[0].step if _REGIONS else _Step()
-    _REGIONS.append(Region(enabled, calibrating, recipe, fp8_group, step))
-    try:
-        yield
-    finally:
-        _REGIONS.pop()
-    if not _REGIONS:
-        step.finish_forward()
-
-
-def active_region() -> Region | None:
-    """The innermost open region, None outside of any."""
-    return _REGIONS[-1] if _REGIONS else None
-
-
-def open_regions() -> tuple[Region, ...]:
-    """All regions that are open, innermost last; for `in_regions`."""
-    return tuple(_REGIONS)
-
-
-@contextmanager
-def in_regions(regions: tuple[Region, ...]) -> Iterator[None]:
-    """As inside of these regions and of no other. Their end is not here: no scale changes."""
     outside = open_regions()
-    _REGIONS[:] = regions
-    try:
+    step = outside[0].step if outside else _Step()
+    with in_regions((*outside, Region(enabled, calibrating, recipe, fp8_group, step))):
         yield
-    finally:
-        _REGIONS[:] = outside
+    if not outside:
+        step.finish_forward()
 
 
 def is_fp8_enabled() -> bool:

@@ -10,72 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..fp8.linear import Fp8State
-from ..fp8.norm import norm_before, residual_norm_before
 from ..ops.attention.attention import AttentionMask, Recompute, attention
-from ..ops.choices import Activation, Kernels
 from ..ops.dropout import draw_seed
-from ..ops.mlp.mlp import mlp
-from ..ops.norm.residual_norm import are_invertible, residual_add
+from ..ops.norm.residual_norm import are_invertible, residual_add, residual_norm
+from ..ops.region import active_region
+from ..ops.replay import remembered
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
 from ..parallel.sharding import Partition, shard_parameters
-from .projection import ParallelMode, Projection, project, project_mlp, runs_fp8
+from .config import LayerConfig
+from .products import Products
+from .projection import Projection
 
 # The dropouts of one layer draw from one seed; the site keeps their masks apart, and those of processes where they must differ.
-_ATTENTION_SITE, ATTENTION_OUTPUT_SITE, _OUTPUT_SITE, _SITES = 1, 2, 3, 8
-
-
-@dataclass(frozen=True)
-class LayerConfig:
-    """Geometry and flags of a `TransformerLayer`; raises ValueError for a combination no layer can have.
-
-    num_hidden_layers: depth of the model the layer is part of, for adjust_init_range.
-    adjust_init_range: start the two projections that write to the residual stream at
-        initializer_range / sqrt(2 * num_hidden_layers), so that its variance does not grow with depth (GPT-2, DeepSpeed).
-    kernels: `auto` runs Triton kernels on CUDA tensors where this version has them and PyTorch elsewhere; `reference` runs
-        PyTorch everywhere.
-    normalize_invertible: keep the output of a LayerNorm instead of its input. The output is kept in any case, as the input
-        of the projection behind it, so the input's (B, S, H) is saved, twice per layer. A LayerNorm with a weight so small
-        that its gradient would be off by more than a percent keeps its input; a warning says so once.
-    gelu_checkpoint: drop GELU's output (B, S, F), compute it again in backward.
-    attn_dropout_checkpoint: drop the attention probabilities after dropout (B, N, S, S), compute them again in backward.
-        Without dropout, and on the Triton path, they are never kept.
-    stochastic_mode: results may differ from run to run where that is faster. It changes one thing: the Triton backward of
-        attention adds the queries' gradient atomically, for sequences over 128 tokens in half precision. Off, the same
-        seed gives the same bits.
-    """
-
-    hidden_size: int
-    num_attention_heads: int
-    intermediate_size: int
-    hidden_act: Activation = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    pre_layer_norm: bool = True
-    layer_norm_eps: float = 1e-12
-    initializer_range: float = 0.02
-    num_hidden_layers: int = 1
-    adjust_init_range: bool = True
-    kernels: Kernels = "auto"
-    normalize_invertible: bool = False
-    gelu_checkpoint: bool = False
-    attn_dropout_checkpoint: bool = False
-    stochastic_mode: bool = False
-
-    def __post_init__(self) -> None:
-        for field in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"):
-            if getattr(self, field) <= 0:
-                raise UserError(f"{field}={getattr(self, field)} is not positive; give the layer's real size")
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"hidden_size={self.hidden_size} is not divisible by num_attention_heads={self.num_attention_heads}; "
-                f"choose a head count that divides it"
-            )
-        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-            if not 0 <= getattr(self, field) < 1:
-                raise UserError(f"{field}={getattr(self, field)} is not a dropout probability; it must be in [0, 1)")
-        if self.hidden_act not in ("gelu", "gelu_tanh"):
-            raise UserError(f"hidden_act={self.hidden_act!r} is unknown; use 'gelu' or 'gelu_tanh'")
+_ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE, _SITES = 1, 2, 3, 8
+_PLAIN = Products()
 
 
 class _Affine(NamedTuple):
@@ -99,7 +47,7 @@ class Pass:
     """What one forward pass has besides its hidden states.
 
     seed: None where nothing is dropped. invertible: (attention_norm, mlp_norm). token_shape: (B, S) or (T,), of all processes.
-    recompute: of attention.
+    recompute: of attention. products: how this pass multiplies.
     """
 
     mask: AttentionMask
@@ -108,16 +56,7 @@ class Pass:
     token_shape: torch.Size
     recompute: Recompute
     replicated: _Replicated
-
-
-@dataclass(frozen=True)
-class Join:
-    """Where a half meets the residual stream: bias of the projection that ends it, and the LayerNorm behind."""
-
-    bias: Tensor
-    after: _Affine
-    site: int
-    invertible: bool
+    products: Products
 
 
 class TransformerLayer(nn.Module):
@@ -134,8 +73,8 @@ class TransformerLayer(nn.Module):
         marked as parallel/sharding.py has it, with the start values of one process if torch is seeded alike on all. With
         `sequence` hidden states are this process's part of the rows of tokens, as a LayerStack gives them.
 
-    Inside an fp8_autocast region the four projections have FP8 products. normalize_invertible and gelu_checkpoint save nothing
-    there: what a projection keeps of its input is one byte per number.
+    Inside fp8_autocast the four projections have FP8 products. normalize_invertible and gelu_checkpoint save nothing there,
+    since a projection keeps one byte per number of its input.
     """
 
     parallel = ONE_PROCESS  # of subclasses with parameters of their own
@@ -233,41 +172,19 @@ class TransformerLayer(nn.Module):
         recompute: Recompute = "dropout" if config.attn_dropout_checkpoint else "nothing"
         if recompute_attention:
             recompute = "core"
-        now = Pass(mask, seed, invertible, token_shape, recompute, self._replicated())
+        now = Pass(mask, seed, invertible, token_shape, recompute, self._replicated(), self._products())
+        return self._run(hidden_states, now)
+
+    def _run(self, x: Tensor, now: Pass) -> Tensor:
+        """Return the layer's output: both halves, each with what adds it to the residual stream."""
+        config, norm = self.config, now.replicated.attention_norm
+        normalized = x
         if config.pre_layer_norm:
-            return self._pre_layer_norm(hidden_states, now)
-        return self._post_layer_norm(hidden_states, now)
-
-    def _pre_layer_norm(self, hidden_states: Tensor, now: Pass) -> Tensor:
-        config, ours = self.config, now.replicated
-        normalized, amax = norm_before(
-            _fp8_state(self.qkv),
-            hidden_states,
-            *ours.attention_norm,
-            eps=config.layer_norm_eps,
-            invertible=now.invertible[0],
-            kernels=config.kernels,
-        )
-        context = self._attend(normalized, amax, now)
-        join = Join(ours.attention_output_bias, ours.mlp_norm, ATTENTION_OUTPUT_SITE, now.invertible[1])
-        residual, normalized, amax = self._join(context, hidden_states, join, now, _fp8_state(self.intermediate))
-        return residual_add(
-            self._mlp(normalized, amax),
-            ours.output_bias,
-            residual,
-            p=config.hidden_dropout_prob,
-            seed=now.seed,
-            site=self._site(_OUTPUT_SITE, self.parallel.divides_tokens),
-            kernels=config.kernels,
-        )
-
-    def _post_layer_norm(self, hidden_states: Tensor, now: Pass) -> Tensor:
-        ours = now.replicated
-        context = self._attend(hidden_states, None, now)
-        join = Join(ours.attention_output_bias, ours.attention_norm, ATTENTION_OUTPUT_SITE, now.invertible[0])
-        _, residual, amax = self._join(context, hidden_states, join, now, _fp8_state(self.intermediate))
-        join = Join(ours.output_bias, ours.mlp_norm, _OUTPUT_SITE, now.invertible[1])
-        return self._join(self._mlp(residual, amax), residual, join, now, None)[1]
+            eps, invertible = config.layer_norm_eps, now.invertible[0]
+            normalized = now.products.norm(x, *norm, eps=eps, invertible=invertible, kernels=config.kernels)
+        residual, normalized = self._join_attention(self._attend(normalized, now), x, now)
+        out = now.products.mlp(normalized, self.intermediate, self.output, config, self.parallel)
+        return self._join_mlp(out, residual if config.pre_layer_norm else normalized, now)
 
     @property
     def drops(self) -> bool:
@@ -291,39 +208,50 @@ class TransformerLayer(nn.Module):
             vectors = copy_to_group(torch.cat(vectors), self.parallel.group).chunk(len(vectors))
         return _Replicated(_Affine(*vectors[:2]), _Affine(*vectors[2:4]), *vectors[4:])
 
-    def _join(
-        self, x: Tensor, residual: Tensor, join: Join, now: Pass, behind: Fp8State | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(residual + dropout(x + bias), its LayerNorm, the amax of that if the product of `behind` makes use of it)."""
-        return residual_norm_before(
-            behind,
-            x,
-            join.bias,
-            residual,
-            *join.after,
-            eps=self.config.layer_norm_eps,
-            p=self.config.hidden_dropout_prob,
-            seed=now.seed,
-            site=self._site(join.site, self.parallel.divides_tokens),
-            invertible=join.invertible,
-            kernels=self.config.kernels,
-        )
+    def _products(self) -> Products:
+        """Return how this pass multiplies: with FP8 inside fp8_autocast, and in a recomputation as in the first pass."""
+        if remembered(self, self._is_plain):
+            return _PLAIN
+        from .fp8_products import Fp8Products
 
-    def _project(self, x: Tensor, projection: Any, mode: ParallelMode, amax: Tensor | None = None) -> Tensor:
-        """x through a projection; the bias of a row-parallel one is left to `residual_norm` and `residual_add`."""
-        bias = projection.bias if mode == "column" else None
-        return project(x, projection.weight, bias, _fp8_state(projection), mode, self.parallel, amax=amax)
+        return Fp8Products(self.qkv, self.intermediate)
 
-    def _attend(self, x: Tensor, amax: Tensor | None, now: Pass) -> Tensor:
-        """The attention half up to its projection, without the projection's bias. amax: of x, if it is known."""
-        config = self.config
+    def _is_plain(self) -> bool:
+        return active_region() is None and self.qkv.fp8 is None  # a state of FP8 knows a recomputation that torch runs
+
+    def _join_attention(self, out: Tensor, residual: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
+        """Return (residual + dropout(out + bias), its LayerNorm): the attention half added, and what the MLP reads."""
+        ours, pre = now.replicated, self.config.pre_layer_norm
+        norm = ours.mlp_norm if pre else ours.attention_norm
+        options = self._joining(_ATTENTION_OUTPUT_SITE, now)
+        invertible, eps = now.invertible[1 if pre else 0], self.config.layer_norm_eps
+        bias = ours.attention_output_bias
+        return now.products.residual_norm(out, bias, residual, *norm, eps=eps, invertible=invertible, **options)
+
+    def _join_mlp(self, out: Tensor, residual: Tensor, now: Pass) -> Tensor:
+        """Return residual + dropout(out + bias), in post-LN its LayerNorm: the layer's output."""
+        ours, options = now.replicated, self._joining(_OUTPUT_SITE, now)
+        if self.config.pre_layer_norm:
+            return residual_add(out, ours.output_bias, residual, **options)
+        invertible, eps = now.invertible[1], self.config.layer_norm_eps
+        norm = ours.mlp_norm
+        return residual_norm(out, ours.output_bias, residual, *norm, eps=eps, invertible=invertible, **options)[1]
+
+    def _joining(self, site: int, now: Pass) -> dict[str, Any]:
+        """Return the options of an op that adds a half to the residual stream."""
+        site = self._site(site, self.parallel.divides_tokens)
+        return {"p": self.config.hidden_dropout_prob, "seed": now.seed, "site": site, "kernels": self.config.kernels}
+
+    def _attend(self, x: Tensor, now: Pass) -> Tensor:
+        """Return the attention half up to its projection, without the projection's bias."""
+        config, products = self.config, now.products
         heads = config.num_attention_heads // self.parallel.size
         width = config.hidden_size // config.num_attention_heads
-        qkv = self._project(x, self.qkv, "column", amax)
+        qkv = products.project(x, self.qkv, "column", self.parallel)
         context = self._contexts(qkv.view(*now.token_shape, 3, heads, width), now)
         if self.parallel.divides_tokens:
             context = context.flatten(0, -2)
-        return self._project(context, self.attention_output, "row")
+        return products.project(context, self.attention_output, "row", self.parallel)
 
     def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
         """What the heads of this process attend to, (..., H/t) of qkv (..., 3, N/t, D)."""
@@ -338,27 +266,6 @@ class TransformerLayer(nn.Module):
             stochastic=config.stochastic_mode,
             kernels=config.kernels,
         )
-
-    def _mlp(self, x: Tensor, amax: Tensor | None) -> Tensor:
-        """The feed-forward half, without the bias of its second projection. amax: of x, if it is known."""
-        config = self.config
-        parameters = self.intermediate.weight, self.intermediate.bias, self.output.weight
-        first, second = _fp8_state(self.intermediate), _fp8_state(self.output)
-        if first is not None and second is not None and runs_fp8(first, x.device):
-            return project_mlp(x, *parameters, config.hidden_act, (first, second), self.parallel, amax=amax)
-        return mlp(
-            x,
-            *parameters,
-            config.hidden_act,
-            gelu_checkpoint=config.gelu_checkpoint,
-            kernels=config.kernels,
-            parallel=self.parallel,
-        )
-
-
-def _fp8_state(projection: Any) -> Fp8State | None:
-    """None for those of DeepSpeed's layer, whose API knows no FP8."""
-    return getattr(projection, "fp8", None)
 
 
 def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, bool]]:

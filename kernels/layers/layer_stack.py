@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, get_args
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..errors import UserError
-from ..fp8.linear import Float8CurrentScaling, check_fp8_features, fp8_autocast, is_fp8_enabled
 from ..ops.attention.attention import AttentionMask
 from ..ops.choices import ActivationCheckpointing
 from ..ops.dropout import draw_seed
+from ..ops.region import active_region
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, gather_from_group, scatter_to_group
-from .layer import LayerConfig, TransformerLayer, invertible_norms
+from .config import LayerConfig
+from .layer import TransformerLayer, invertible_norms
 from .recomputation import recompute_in_backward
 
 _WARM_UPS = 3  # compile the kernels and let the matrix libraries choose theirs, which a capture forbids
@@ -66,7 +67,9 @@ class LayerStack(nn.ModuleList):
             )
         super().__init__(TransformerLayer(config, parallel) for _ in range(depth))
         if fp8:
-            _check_fp8(config, parallel)
+            from .fp8_products import check_fp8
+
+            check_fp8(config, parallel)
         self.cuda_graph, self.fp8, self.parallel = cuda_graph, fp8, parallel
         self.activation_checkpointing = activation_checkpointing
         self._graphs: dict[Any, _Graph] = {}
@@ -81,9 +84,10 @@ class LayerStack(nn.ModuleList):
         invertible = invertible_norms(layers)
         drops = any(layer.drops for layer in layers)
         seeds = draw_seed(hidden_states.device, (len(layers),)) if drops else None
-        if self.cuda_graph and is_fp8_enabled() and not self.fp8:
+        region = active_region()
+        if self.cuda_graph and not self.fp8 and region is not None and region.enabled:
             raise UserError("cuda_graph=True takes no fp8_autocast region around the stack; build it with fp8=True")
-        with fp8_autocast(fp8_recipe=Float8CurrentScaling()) if self.fp8 else nullcontext():
+        with self._region():
             if self.cuda_graph and hidden_states.is_cuda and self.training and torch.is_grad_enabled():
                 return self._replay(layers, invertible, hidden_states, seeds, mask)
             if not self.parallel.divides_tokens:
@@ -91,6 +95,14 @@ class LayerStack(nn.ModuleList):
             rows = scatter_to_group(self._rows(hidden_states), self.parallel.group, 0)
             rows = self._run(layers, invertible, rows, seeds, mask, hidden_states.shape[:-1])
             return gather_from_group(rows, self.parallel.group, 0).view(hidden_states.shape)
+
+    def _region(self) -> AbstractContextManager[None]:
+        """Return what encloses the layers."""
+        if not self.fp8:
+            return nullcontext()
+        from ..fp8.scaling import Float8CurrentScaling, fp8_autocast
+
+        return fp8_autocast(fp8_recipe=Float8CurrentScaling())
 
     def __getitem__(self, index: Any) -> Any:
         """A layer; of a slice an nn.ModuleList of those layers, without what the stack does around them."""
@@ -172,17 +184,6 @@ def _run_layer(
 def _run_layer_with_own_mask(layer: TransformerLayer, mask: AttentionMask, *rest: Any) -> Any:
     # torch.compile lets a recomputed function change nothing from outside, and a mask keeps what it makes
     return _run_layer(layer, dataclasses.replace(mask, _made={}), *rest)
-
-
-def _check_fp8(config: LayerConfig, parallel: TensorParallel) -> None:
-    """Raises ValueError for a layer whose products take no FP8 operands, or whose flags would do nothing with them."""
-    for flag in ("normalize_invertible", "gelu_checkpoint"):
-        if getattr(config, flag):
-            raise UserError(
-                f"{flag}=True saves nothing with fp8=True, which keeps inputs of products in one byte a number; turn one off"
-            )
-    for width in (config.hidden_size, config.intermediate_size):
-        check_fp8_features(config.hidden_size, width // parallel.size)
 
 
 class _Graph:

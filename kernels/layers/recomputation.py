@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..fp8.replay import Replay
-from ..fp8.scaling import in_regions, open_regions
+from ..ops.region import in_regions, open_regions
+from ..ops.replay import Replay
 
 
 class Recomputed:

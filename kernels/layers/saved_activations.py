@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..ops.choices import ActivationCheckpointing
-from .layer import LayerConfig
+from .config import LayerConfig
 
 _SEED_BYTES = 8
 

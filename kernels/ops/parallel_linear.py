@@ -1,6 +1,6 @@
 """Linear layers whose weight is divided over the processes of a group, by columns or by rows."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,10 @@ from ..parallel.collectives import (
     start_reduce_scatter,
 )
 from .linear import linear, product, weight_gradient
+
+ParallelMode = Literal[
+    "column", "row"
+]  # which features of the weight are divided: those of the output, or of the input
 
 
 def column_parallel_linear(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from ..fp8.replay import nested_backward
 from ..layers.recomputation import Recomputed
+from ..ops.replay import nested_backward
 from ..parallel.collectives import start_all_gather
 from .module import ProjectionModule
 

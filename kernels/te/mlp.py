@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from ..fp8.linear import Fp8State
-from ..layers.projection import ParallelMode, project_mlp, runs_fp8
+from ..fp8.project import project_mlp, runs_fp8
 from ..ops.choices import Activation as FusedActivation
 from ..ops.mlp.mlp import mlp
+from ..ops.parallel_linear import ParallelMode
 from .module import DEFAULT_INIT, Initializer, Shard, SharedOptions, cast_like, check_dtype, check_positive
 from .normalization import Normalization, NormalizedModule
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..fp8.linear import Fp8State
-from ..layers.projection import ParallelMode, project, runs_fp8
+from ..fp8.project import project, runs_fp8
 from ..ops.main_grad import into_main_grad, main_grad_of
+from ..ops.parallel_linear import ParallelMode
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
 from ..parallel.sharding import initialize_sharded
 

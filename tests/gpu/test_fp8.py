@@ -16,7 +16,7 @@ from xformer_train.kernels.fp8.linear import (
 )
 from xformer_train.kernels.fp8.mlp import fp8_mlp
 from xformer_train.kernels.fp8.norm import norm_before, residual_norm_before
-from xformer_train.kernels.layers.layer import LayerConfig
+from xformer_train.kernels.layers.config import LayerConfig
 from xformer_train.kernels.ops.mlp.mlp import gelu
 
 pytestmark = [

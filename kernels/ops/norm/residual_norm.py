@@ -7,7 +7,7 @@ dbias = sum_T dx;  dweight = sum_T dy * x_hat;  dnorm_bias = sum_T dy.
 Source of the norm: Ba et al., Layer Normalization, arXiv 1607.06450.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple
 from typing import Any
 
@@ -50,7 +50,7 @@ def residual_norm(  # noqa: PLR0913 - the tensors of two ops
     """
     check_shapes(x, bias, residual, weight, norm_bias)
     options = make_options(eps, p, seed, site, invertible, kernels)
-    return ResidualNormFunction.apply(  # type: ignore[no-any-return, no-untyped-call]
+    return _ResidualNorm.apply(  # type: ignore[no-any-return, no-untyped-call]
         x, bias, residual, weight, norm_bias, seed if options.p > 0 else None, options
     )
 
@@ -61,7 +61,7 @@ def norm(
     """LayerNorm(z) * weight + norm_bias, with the shape and dtype of z: `residual_norm` without anything to add."""
     check_shapes(None, None, z, weight, norm_bias)
     options = make_options(eps, 0.0, None, 0, invertible, kernels)
-    return NormFunction.apply(z, weight, norm_bias, options)  # type: ignore[no-any-return, no-untyped-call]
+    return _ResidualNorm.apply(None, None, z, weight, norm_bias, None, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def residual_add(
@@ -129,19 +129,12 @@ def residual_norm_forward_reference(
     norm_bias: Tensor,
     seed: Tensor | None,
     options: Options,
-    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """z and y (T, H), mean and rstd (T,), from x and residual (T, H); without x, z is residual.
-
-    amax: (), fp32, zero; becomes max |y|.
-    """
+    """Return z and y (T, H), mean and rstd (T,), from x and residual (T, H); without x, z is residual."""
     z = residual if x is None else residual_add_forward_reference(x, bias, residual, seed, options)
     wide = torch.promote_types(z.dtype, torch.float32)
     y, mean, rstd = torch.native_layer_norm(z.to(wide), weight.shape, weight.to(wide), norm_bias.to(wide), options.eps)
-    y = y.to(z.dtype)
-    if amax is not None and y.numel():
-        amax.copy_(y.abs().amax())
-    return z, y, mean.flatten(), rstd.flatten()
+    return z, y.to(z.dtype), mean.flatten(), rstd.flatten()
 
 
 def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved, options: Options) -> Gradients:
@@ -172,36 +165,33 @@ def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved
     return dx_out, dbias, dresidual_out, dweight.to(weight.dtype), dnorm_bias.to(norm_bias.dtype)
 
 
-_OPTIONS = "float eps, float p, int site, bool inverted, str kernels, bool amax=False"
+OPTIONS_SCHEMA = "float eps, float p, int site, bool inverted, str kernels"
+FORWARD_SCHEMA = (
+    "(Tensor? x, Tensor? bias, Tensor residual, Tensor weight, Tensor norm_bias, Tensor? seed, "
+    + OPTIONS_SCHEMA
+    + ") -> "
+)
 
 
-def _fake_norm_forward(x: Tensor | None, _: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def fake_norm_forward(x: Tensor | None, _: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    """Return z, y, mean and rstd without values."""
     wide = torch.promote_types(residual.dtype, torch.float32)
     z = residual.new_empty(0 if x is None else residual.shape)
     mean, rstd = (residual.new_empty(residual.shape[0], dtype=wide) for _ in range(2))
-    amax = residual.new_empty(() if Options(*rest[3:]).amax else 0, dtype=torch.float32)
-    return z, residual.new_empty(residual.shape), mean, rstd, amax
+    return z, residual.new_empty(residual.shape), mean, rstd
 
 
-@operator(
-    "residual_norm_forward(Tensor? x, Tensor? bias, Tensor residual, Tensor weight, Tensor norm_bias, Tensor? seed, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _fake_norm_forward,
-)
+@operator(f"residual_norm_forward{FORWARD_SCHEMA}(Tensor, Tensor, Tensor, Tensor)", fake_norm_forward)
 def _norm_forward(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """z, y (T, H), mean, rstd (T,) and max |y| () on the path that the options and the device choose.
-
-    Without x, z is empty, and without options.amax max |y|.
-    """
+    """z, y (T, H), mean and rstd (T,) on the path that the options and the device choose. Without x, z is empty."""
     weight, norm_bias, seed, *values = rest
     options = Options(*values)
     if uses_triton(residual, options.kernels):
         from .residual_norm_triton import residual_norm_forward as forward
     else:
         forward = residual_norm_forward_reference
-    amax = residual.new_zeros(() if options.amax else 0, dtype=torch.float32)
-    results = forward(x, bias, residual, weight, norm_bias, seed, options, amax if options.amax else None)
-    return residual.new_empty(0) if x is None else results[0], *results[1:], amax
+    z, *others = forward(x, bias, residual, weight, norm_bias, seed, options)
+    return residual.new_empty(0) if x is None else z, *others
 
 
 def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -215,7 +205,7 @@ def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tens
 
 @operator(
     "residual_norm_backward(Tensor? dz, Tensor dy, Tensor kept, Tensor? mean, Tensor rstd, Tensor weight, "
-    f"Tensor norm_bias, Tensor? bias, Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor norm_bias, Tensor? bias, Tensor? seed, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_norm_backward,
 )
 def _norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -231,7 +221,7 @@ def _norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, .
 
 
 @operator(
-    "residual_add_forward(Tensor x, Tensor? bias, Tensor residual, Tensor? seed, " + _OPTIONS + ") -> Tensor",
+    "residual_add_forward(Tensor x, Tensor? bias, Tensor residual, Tensor? seed, " + OPTIONS_SCHEMA + ") -> Tensor",
     lambda x, *_: x.new_empty(x.shape),
 )
 def _add_forward(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, *values: Any) -> Tensor:
@@ -250,7 +240,8 @@ def _fake_add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *_:
 
 
 @operator(
-    f"residual_add_backward(Tensor dz, Tensor? bias, Tensor? seed, {_OPTIONS}) -> (Tensor, Tensor)", _fake_add_backward
+    f"residual_add_backward(Tensor dz, Tensor? bias, Tensor? seed, {OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
+    _fake_add_backward,
 )
 def _add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *values: Any) -> tuple[Tensor, Tensor]:
     """dx and dbias; dx is empty where it equals dz, dbias where there is no bias."""
@@ -263,61 +254,51 @@ def _add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *values:
     return dz.new_empty(0) if dx is dz else dx, dz.new_empty(0) if dbias is None else dbias
 
 
-class ResidualNormFunction(torch.autograd.Function):
+class _ResidualNorm(torch.autograd.Function):
+    """`residual_norm`; without x `norm`, which gives y alone."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-        weight, norm_bias, seed, options = rest
-        rows = residual.reshape(-1, residual.shape[-1])
-        x_rows = x.reshape(rows.shape)
-        z, y, mean, rstd, amax = _norm_forward(x_rows, bias, rows, weight, norm_bias, seed, *astuple(options))
-        kept = y if options.inverted else z
-        ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        if not options.amax:
-            return z.view(residual.shape), y.view(residual.shape)
-        ctx.mark_non_differentiable(amax)
-        return z.view(residual.shape), y.view(residual.shape), amax
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        return forward_and_save(ctx, _norm_forward, *arguments)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor | None, dy: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
-        given = dy if dz is None else dz
-        if given is None:
-            return (None,) * 7
-        saved = Saved(*ctx.saved_tensors)
-        dz_rows = None if dz is None else dz.reshape(saved.kept.shape)
-        dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(saved.kept.shape)
-        dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(dz_rows, dy_rows, *saved, *astuple(ctx.options))
-        dresidual = dresidual.view(given.shape)
-        # without dropout one object for both, so that autograd sees that it is shared
-        dx_out = dresidual if saved.seed is None else dx.view(given.shape)
-        return dx_out, None if saved.bias is None else dbias, dresidual, dweight, dnorm_bias, None, None
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        return norm_gradients(ctx, *gradients)
 
 
-class NormFunction(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, weight: Tensor, norm_bias: Tensor, options: Options) -> Any:
-        rows = z.reshape(-1, z.shape[-1])
-        _, y, mean, rstd, amax = _norm_forward(None, None, rows, weight, norm_bias, None, *astuple(options))
-        kept = y if options.inverted else rows
-        ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, None, None))
-        ctx.options = options
-        ctx.set_materialize_grads(False)
-        if not options.amax:
-            return y.view(z.shape)
-        ctx.mark_non_differentiable(amax)
-        return y.view(z.shape), amax
+def forward_and_save(ctx: Any, compute: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> Any:
+    """Return what a norm's autograd function returns: z, without x none, then y, then what `compute` gives besides.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, _: None = None) -> tuple[Tensor | None, ...]:
-        if dy is None:
-            return (None,) * 4
-        saved = Saved(*ctx.saved_tensors)
-        dy_rows = dy.reshape(saved.kept.shape)
-        dz, dweight, dnorm_bias = _norm_backward(None, dy_rows, *saved, *astuple(ctx.options))[2:]
-        return dz.view(dy.shape), dweight, dnorm_bias, None
+    compute: an operator that gives z, y, mean and rstd. arguments: x, bias, residual, weight, norm_bias, seed, options.
+    """
+    x, bias, residual, weight, norm_bias, seed, options = arguments
+    rows = residual.reshape(-1, residual.shape[-1])
+    x_rows = None if x is None else x.reshape(rows.shape)
+    z, y, mean, rstd, *more = compute(x_rows, bias, rows, weight, norm_bias, seed, *astuple(options))
+    kept = y if options.inverted else rows if x is None else z
+    ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
+    ctx.options, ctx.adds = options, x is not None
+    ctx.set_materialize_grads(False)
+    outputs = [y] if x is None else [z, y]
+    outputs = [output.view(residual.shape) for output in outputs] + more
+    return tuple(outputs) if len(outputs) > 1 else y.view(residual.shape)
+
+
+def norm_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the arguments of `forward_and_save`. gradients: of z, without x none, and of y."""
+    dz, dy = gradients if ctx.adds else (None, *gradients)
+    given = dy if dz is None else dz
+    if given is None:
+        return (None,) * 7
+    saved = Saved(*ctx.saved_tensors)
+    dz_rows = None if dz is None else dz.reshape(saved.kept.shape)
+    dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(saved.kept.shape)
+    dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(dz_rows, dy_rows, *saved, *astuple(ctx.options))
+    dresidual = dresidual.view(given.shape)
+    # without dropout one object for both, so that autograd sees that it is shared
+    dx_out = (dresidual if saved.seed is None else dx.view(given.shape)) if ctx.adds else None
+    return dx_out, None if saved.bias is None else dbias, dresidual, dweight, dnorm_bias, None, None
 
 
 class _ResidualAdd(torch.autograd.Function):

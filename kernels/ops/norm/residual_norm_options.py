@@ -16,7 +16,6 @@ class Options:
     """What the ops are asked for besides tensors.
 
     p: 0 means no dropout, and then seed is None. inverted: the backward pass gets y instead of z and mean.
-    amax: the forward pass of a norm gives max |y| too, see kernels/fp8/norm.py.
     """
 
     eps: float
@@ -24,7 +23,6 @@ class Options:
     site: int
     inverted: bool
     kernels: Kernels
-    amax: bool = False
 
 
 class Saved(NamedTuple):

@@ -5,13 +5,14 @@ summed over T in registers by a number of programs that does not depend on the G
 order by a second kernel: every run gives the same bits.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...errors import UserError
-from ...fp8.cast_triton import magnitude_bits, raise_amax
 from ..dropout import drop_threshold, keep_scale
 from ..dropout_triton import SEED, keep_rows
 from .residual_norm_options import Gradients, Options, Saved
@@ -21,7 +22,7 @@ _TILE_ELEMENTS = 2048  # 8 warps of 8 elements a thread: one 128-bit load of a 1
 _FORWARD_TILES = 4  # tiles per program: the parameters' loads are shared by them
 _BACKWARD_PROGRAMS = 264  # two per SM of an H100 or H200
 _SUM_COLUMNS = 32
-_NUMBERS = ["num_rows", "tiles", "site", "threshold"]
+NUMBERS = ["num_rows", "tiles", "site", "threshold"]
 
 
 @triton.jit
@@ -36,7 +37,50 @@ def _dropped_sum(
     return residual + x
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=SEED)
+@triton.jit
+def load_vectors(
+    bias_ptr, weight_ptr, norm_bias_ptr, H: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr
+):  # fmt: skip
+    """Bias, zero without HAS_BIAS, weight and bias of the norm, (1, COLUMNS) fp32."""
+    columns = tl.arange(0, COLUMNS)
+    inside = columns < H
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    norm_bias = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    bias = tl.zeros((1, COLUMNS), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return bias, weight, norm_bias
+
+
+@triton.jit
+def norm_tile(
+    x_ptr, bias, residual_ptr, weight, norm_bias, z_ptr, y_ptr, mean_ptr, rstd_ptr, seed,
+    tile, num_rows, eps, site, threshold, scale,
+    H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_X: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """Stores z, y, mean and rstd of a tile. Gives y as it is stored, and which of its elements are stored."""
+    inside = tl.arange(0, COLUMNS) < H
+    rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    valid = (rows < num_rows)[:, None] & inside[None, :]
+    offsets = rows[:, None] * H + tl.arange(0, COLUMNS)[None, :]
+    z = tl.load(residual_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+    if HAS_X:
+        z = _dropped_sum(x_ptr, z, offsets, valid, bias, seed, site, rows, threshold, scale, ROWS, COLUMNS, DROPS)
+        rounded = z.to(z_ptr.dtype.element_ty)
+        tl.store(z_ptr + offsets, rounded, mask=valid)
+        z = rounded.to(tl.float32)  # the statistics are those of what backward will read
+    z = tl.where(inside[None, :], z, 0.0)
+    mean = tl.sum(z, 1) / H
+    centred = tl.where(inside[None, :], z - mean[:, None], 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, 1) / H + eps)
+    y = (centred * rstd[:, None] * weight + norm_bias).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, y, mask=valid)
+    tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+    return y, valid
+
+
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=SEED)
 def _norm_forward_kernel(
     x_ptr,  # (T, H); unused without HAS_X
     bias_ptr,  # (H,); unused without HAS_BIAS
@@ -48,7 +92,6 @@ def _norm_forward_kernel(
     mean_ptr,  # (T,) fp32 out
     rstd_ptr,  # (T,) fp32 out
     seed_ptr,  # () int64; unused without DROPS
-    amax_ptr,  # () fp32 out, and zero before; unused without WITH_AMAX
     num_rows,
     tiles,  # tiles per program
     eps,
@@ -61,43 +104,18 @@ def _norm_forward_kernel(
     HAS_X: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     DROPS: tl.constexpr,
-    WITH_AMAX: tl.constexpr,
 ):
-    columns = tl.arange(0, COLUMNS)
-    inside = columns < H
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    norm_bias = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    bias = tl.zeros((1, COLUMNS), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    bias, weight, norm_bias = load_vectors(bias_ptr, weight_ptr, norm_bias_ptr, H, COLUMNS, HAS_BIAS)
     seed = tl.load(seed_ptr) if DROPS else 0
-    largest = tl.zeros((ROWS, COLUMNS), tl.int32)
     first = tl.program_id(0) * tiles
     for tile in range(first, first + tiles):
-        rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        valid = (rows < num_rows)[:, None] & inside[None, :]
-        offsets = rows[:, None] * H + columns[None, :]
-        z = tl.load(residual_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-        if HAS_X:
-            z = _dropped_sum(x_ptr, z, offsets, valid, bias, seed, site, rows, threshold, scale, ROWS, COLUMNS, DROPS)
-            rounded = z.to(z_ptr.dtype.element_ty)
-            tl.store(z_ptr + offsets, rounded, mask=valid)
-            z = rounded.to(tl.float32)  # the statistics are those of what backward will read
-        z = tl.where(inside[None, :], z, 0.0)
-        mean = tl.sum(z, 1) / H
-        centred = tl.where(inside[None, :], z - mean[:, None], 0.0)
-        rstd = tl.rsqrt(tl.sum(centred * centred, 1) / H + eps)
-        y = (centred * rstd[:, None] * weight + norm_bias).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + offsets, y, mask=valid)
-        if WITH_AMAX:
-            largest = tl.maximum(largest, magnitude_bits(tl.where(valid, y.to(tl.float32), 0.0)))
-        tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
-        tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
-    if WITH_AMAX:
-        raise_amax(amax_ptr, tl.max(largest))
+        norm_tile(
+            x_ptr, bias, residual_ptr, weight, norm_bias, z_ptr, y_ptr, mean_ptr, rstd_ptr, seed,
+            tile, num_rows, eps, site, threshold, scale, H, ROWS, COLUMNS, HAS_X, DROPS,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=SEED)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=SEED)
 def _norm_backward_kernel(
     dz_ptr,  # (T, H); unused without HAS_DZ
     dy_ptr,  # (T, H)
@@ -167,7 +185,7 @@ def _norm_backward_kernel(
         tl.store(partial_ptr + 2 * H, tl.sum(dbias, 0), mask=inside)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=SEED)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=SEED)
 def _add_forward_kernel(
     x_ptr,  # (T, H)
     bias_ptr,  # (H,); unused without HAS_BIAS
@@ -203,7 +221,7 @@ def _add_forward_kernel(
         tl.store(z_ptr + offsets, z.to(z_ptr.dtype.element_ty), mask=valid)
 
 
-@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=SEED)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=SEED)
 def _add_backward_kernel(
     dz_ptr,  # (T, H)
     seed_ptr,  # () int64; unused without DROPS
@@ -300,7 +318,13 @@ def _dropout_arguments(options: Options) -> tuple[int, int, float]:
     return options.site, drop_threshold(options.p), keep_scale(options.p)
 
 
-def residual_norm_forward(
+def residual_norm_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `residual_norm_forward_reference`."""
+    return launch_norm_forward(_norm_forward_kernel, *arguments)
+
+
+def launch_norm_forward(
+    kernel: Any,
     x: Tensor | None,
     bias: Tensor | None,
     residual: Tensor,
@@ -308,9 +332,9 @@ def residual_norm_forward(
     norm_bias: Tensor,
     seed: Tensor | None,
     options: Options,
-    amax: Tensor | None = None,
+    **more: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `residual_norm_forward_reference`."""
+    """Run a kernel with the parameters of `_norm_forward_kernel`, and more by name; see `residual_norm_forward_reference`."""
     num_rows, H = residual.shape
     tile = _tile(H)
     residual = residual.contiguous()
@@ -318,7 +342,7 @@ def residual_norm_forward(
     y = torch.empty_like(residual)
     mean = torch.empty(num_rows, dtype=torch.float32, device=residual.device)
     rstd = torch.empty_like(mean)
-    _norm_forward_kernel[(triton.cdiv(num_rows, tile["ROWS"] * _FORWARD_TILES),)](
+    kernel[(triton.cdiv(num_rows, tile["ROWS"] * _FORWARD_TILES),)](
         residual if x is None else x.contiguous(),
         weight if bias is None else bias,
         residual,
@@ -329,7 +353,6 @@ def residual_norm_forward(
         mean,
         rstd,
         seed,
-        amax,
         num_rows,
         _FORWARD_TILES,
         options.eps,
@@ -337,8 +360,8 @@ def residual_norm_forward(
         HAS_X=x is not None,
         HAS_BIAS=bias is not None,
         DROPS=seed is not None,
-        WITH_AMAX=amax is not None,
         **tile,
+        **more,
     )
     return z, y, mean, rstd
 

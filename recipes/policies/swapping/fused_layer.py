@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....kernels.errors import UserError
-from ....kernels.layers.layer import ATTENTION_OUTPUT_SITE, Join, LayerConfig, Pass, TransformerLayer
+from ....kernels.layers.config import LayerConfig
+from ....kernels.layers.layer import Pass, TransformerLayer
 from ....kernels.ops.attention.attention import AttentionMask
 from ....kernels.parallel.collectives import TensorParallel
 from ....kernels.parallel.sharding import Partition, is_sharded, mark_sharded, partitions_of
@@ -82,10 +83,9 @@ class FusedTransformerLayer(TransformerLayer):
         super().__init__(config, parallel)
         self.drops_attention_output = drops_attention_output
 
-    def _join(self, x: Tensor, residual: Tensor, join: Join, now: Pass, behind: Any) -> Any:
-        if join.site == ATTENTION_OUTPUT_SITE and not self.drops_attention_output:
-            now = dataclasses.replace(now, seed=None)
-        return super()._join(x, residual, join, now, behind)
+    def _join_attention(self, out: Tensor, residual: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
+        seed = now.seed if self.drops_attention_output else None
+        return super()._join_attention(out, residual, dataclasses.replace(now, seed=seed))
 
     def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
         mask = now.mask

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ....kernels.errors import UserError
-from ....kernels.layers.layer import LayerConfig
+from ....kernels.layers.config import LayerConfig
 from ....kernels.ops.attention.attention import AttentionMask
 from ....kernels.ops.choices import Activation
 from ....kernels.parallel.collectives import ONE_PROCESS, TensorParallel

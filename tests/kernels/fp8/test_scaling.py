@@ -19,7 +19,7 @@ from xformer_train.kernels.fp8.linear import (
     fp8_linear,
     is_fp8_enabled,
 )
-from xformer_train.kernels.fp8.scaling import active_region
+from xformer_train.kernels.ops.region import active_region
 
 K = N = 16
 NAMES = ("input", "weight", "grad_output")

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from xformer_train.kernels import te
-from xformer_train.kernels.fp8.scaling import active_region
 from xformer_train.kernels.layers.saved_activations import count_saved_bytes
+from xformer_train.kernels.ops.region import active_region
 from xformer_train.kernels.te.rng_tracker import RngStatesTracker
 
 DELAYED = te.DelayedScaling(amax_history_len=3, amax_compute_algo="max")

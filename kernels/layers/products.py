@@ -1,0 +1,45 @@
+"""The matrix products of a layer and the LayerNorms in front of them, which FP8 computes differently."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..ops.mlp.mlp import mlp
+from ..ops.norm.residual_norm import norm, residual_norm
+from ..ops.parallel_linear import ParallelMode, column_parallel_linear, row_parallel_linear
+from ..parallel.collectives import TensorParallel
+from .config import LayerConfig
+
+
+class Products:
+    """Compute the products of one pass of a layer, and the norms in front of them, in the dtype of the hidden states.
+
+    For a pass inside fp8_autocast `Fp8Products` of fp8_products.py takes its place.
+    """
+
+    def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor, **options: Any) -> Tensor:
+        """Return `norm` of the layer's input, which the QKV projection reads."""
+        return norm(z, weight, norm_bias, **options)
+
+    def residual_norm(self, x: Tensor, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Return `residual_norm` of the attention half's output, which the feed-forward half reads."""
+        return residual_norm(x, *tensors, **options)
+
+    def project(self, x: Tensor, projection: Any, mode: ParallelMode, parallel: TensorParallel) -> Tensor:
+        """Return x through a projection; the bias of a row-parallel one is left to `residual_norm` and `residual_add`."""
+        multiply = column_parallel_linear if mode == "column" else row_parallel_linear
+        bias = projection.bias if mode == "column" else None
+        return multiply(x, projection.weight, bias, parallel.group, sequence_parallel=parallel.sequence)
+
+    def mlp(self, x: Tensor, inward: Any, outward: Any, config: LayerConfig, parallel: TensorParallel) -> Tensor:
+        """Return the feed-forward half of two projections, without the bias of the second."""
+        return mlp(
+            x,
+            inward.weight,
+            inward.bias,
+            outward.weight,
+            config.hidden_act,
+            gelu_checkpoint=config.gelu_checkpoint,
+            kernels=config.kernels,
+            parallel=parallel,
+        )
