@@ -207,7 +207,8 @@ def test_evaluations_and_failed_passes_leave_the_scales_alone():
 def test_calibrating_records_in_high_precision():
     layer, x = Layer(), torch.randn(4, K)
     with fp8_autocast(enabled=False, calibrating=True, fp8_recipe=DelayedScaling()):
-        assert torch.equal(layer(x), x @ layer.weight.t())
+        # FP8 would be off by percents; `@` and `linear` may add in another order
+        torch.testing.assert_close(layer(x), x @ layer.weight.t())
     expected = [448 / x.abs().max().item(), 448 / layer.weight.abs().max().item(), 1]
     assert layer.fp8.state_dict()["scale"].tolist() == pytest.approx(expected)
 
