@@ -57,9 +57,6 @@ class BuildModel(Protocol):
 class Samples(Protocol):
     """The samples of one source, numbered from 0."""
 
-    @property
-    def store(self) -> "TokenStore": ...
-
     def __len__(self) -> int: ...
 
     def rows(self, index: np.ndarray, keys: np.ndarray) -> Rows:
@@ -69,18 +66,16 @@ class Samples(Protocol):
         """
 
 
-class OpenSamples(Protocol):
-    """See `SampleRules`."""
+@dataclass(frozen=True)
+class DataTask:
+    """What the samples of a run are made by. unpad: batches say where their tokens stand, as `layer.unpad` needs."""
 
-    def __call__(
-        self,
-        store: "TokenStore",
-        tokenizer: "RunTokenizer",
-        data: DataConfig,
-        objective: ObjectiveConfig,
-        cache: Path,
-        report: Report,
-    ) -> Samples: ...
+    tokenizer: "RunTokenizer"
+    data: DataConfig
+    objective: ObjectiveConfig
+    cache: Path
+    report: Report
+    unpad: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,15 +97,14 @@ class SampleRules:
 
     layout: what a token store keeps: `sentences` where they start, `stream` an end-of-document token after each document.
     settings(data, objective): the JSON values that decide the samples; they are part of the fingerprint of the data.
-    open(store, tokenizer, data, objective, cache, report): the samples of one source. Raises UserError if there are none.
-    collate(tokenizer, data, objective, unpad): what makes of rows and their keys the arrays that the model takes by these
-        names. unpad: they say where the tokens stand, as `layer.unpad` needs; it changes no sample.
+    open(store, task): the samples of one source. Raises UserError if there are none.
+    collate(task): what makes of rows and their keys the arrays that the model takes by these names.
     """
 
     layout: Layout
     settings: Callable[[DataConfig, ObjectiveConfig], list[Any]]
-    open: OpenSamples
-    collate: Callable[["RunTokenizer", DataConfig, ObjectiveConfig, bool], Collate]
+    open: Callable[["TokenStore", DataTask], Samples]
+    collate: Callable[[DataTask], Collate]
 
 
 @dataclass(frozen=True)

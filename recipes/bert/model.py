@@ -14,7 +14,7 @@ from ...kernels.ops.linear import linear
 from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
 from ...kernels.ops.mlp.mlp import gelu
 from ...kernels.ops.norm.residual_norm import dropout
-from ..config import LayerFlags, ModelConfig, SentenceTask
+from ..config import LayerFlags, ModelConfig, ObjectiveConfig
 from ..recipe import PLAIN_RUNTIME, Runtime
 from ..shared.model_parts import (
     build_layers,
@@ -33,7 +33,7 @@ _EMBEDDING_SITE = 1
 class BertForPretraining(nn.Module):
     """BERT with its heads.
 
-    sentence_task: nsp or sop adds the pooler and a two-way classifier over [CLS]; with none they do not exist.
+    objective.sentence_task: nsp or sop adds the pooler and a two-way classifier over [CLS]; with none they do not exist.
     The processes of runtime.parallel each hold V/t rows of the word embedding and of mlm_bias, and their parts of the layers;
     inputs, hidden states, logits and losses are replicated.
     """
@@ -42,12 +42,12 @@ class BertForPretraining(nn.Module):
         self,
         model: ModelConfig,
         layer: LayerFlags,
-        sentence_task: SentenceTask,
+        objective: ObjectiveConfig,
         vocab_size: int,
         runtime: Runtime = PLAIN_RUNTIME,
     ) -> None:
         super().__init__()
-        self.config, self.kernels, self.sentence_task = model, layer.kernels, sentence_task
+        self.config, self.kernels, self.sentence_task = model, layer.kernels, objective.sentence_task
         self.parallel = runtime.parallel
         size, eps = model.hidden_size, model.layer_norm_eps
         self.word_embeddings = nn.Embedding(vocab_size, size)
@@ -59,13 +59,9 @@ class BertForPretraining(nn.Module):
         self.mlm_transform = nn.Linear(size, size)
         self.mlm_norm = nn.LayerNorm(size, eps=eps)
         self.mlm_bias = nn.Parameter(torch.zeros(vocab_size))  # the projection itself is the word embedding
-        fresh: list[nn.Module] = [
-            self.word_embeddings,
-            self.position_embeddings,
-            self.token_type_embeddings,
-            self.mlm_transform,
-        ]
-        if sentence_task != "none":
+        fresh: list[nn.Module] = [self.word_embeddings, self.position_embeddings, self.token_type_embeddings]
+        fresh.append(self.mlm_transform)
+        if self.sentence_task != "none":
             self.pooler = nn.Linear(size, size)
             self.sentence_classifier = nn.Linear(size, 2)
             fresh += [self.pooler, self.sentence_classifier]

@@ -1,22 +1,12 @@
 """What a run needs to know of BERT."""
 
 from ...kernels.ops.choices import IGNORED
-from ..config import LayerFlags, ModelConfig, ObjectiveConfig
-from ..recipe import PLAIN_RUNTIME, Batch, Recipe, Runtime, SampleRules, TokenizerRules
+from ..config import ModelConfig, ObjectiveConfig
+from ..recipe import Batch, Recipe, SampleRules, TokenizerRules
 from ..shared.flops import head_flops, layer_flops
 from .model import BertForPretraining
 from .samples import collate, open_samples, sample_settings
 from .transformers_form import BERT_IN_TRANSFORMERS
-
-
-def _build(
-    model: ModelConfig,
-    layer: LayerFlags,
-    objective: ObjectiveConfig,
-    vocab_size: int,
-    runtime: Runtime = PLAIN_RUNTIME,
-) -> BertForPretraining:
-    return BertForPretraining(model, layer, objective.sentence_task, vocab_size, runtime)
 
 
 def _loss_counts(batch: Batch, objective: ObjectiveConfig) -> dict[str, int]:
@@ -26,10 +16,6 @@ def _loss_counts(batch: Batch, objective: ObjectiveConfig) -> dict[str, int]:
     return counts
 
 
-def _real_tokens(batch: Batch) -> int:
-    return int(batch["attention_mask"].sum())
-
-
 def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: float, predictions: float) -> float:
     transform = 6 * predictions * model.hidden_size**2
     return layer_flops(model, seq_length) + transform + head_flops(model, vocab_size, predictions)
@@ -37,9 +23,9 @@ def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: float, pr
 
 BERT = Recipe(
     name="bert",
-    build_model=_build,
+    build_model=BertForPretraining,
     loss_counts=_loss_counts,
-    real_tokens=_real_tokens,
+    real_tokens=lambda batch: int(batch["attention_mask"].sum()),
     flops_per_sample=_flops_per_sample,
     tokenizer=TokenizerRules(
         trained="wordpiece",

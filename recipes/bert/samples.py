@@ -19,7 +19,7 @@ from ..data.cache import open_or_build, read_array
 from ..data.counter_rng import below, uniform
 from ..data.token_store import TokenStore
 from ..data.tokenizer import RunTokenizer
-from ..recipe import Collate, Report, Rows
+from ..recipe import Collate, DataTask, Report, Rows
 from .masking import MaskingRule, mask_rows
 
 TABLE_VERSION = 1  # raise it when the same store would give another table
@@ -228,18 +228,11 @@ class BertSamples:
         return partner, documents[np.searchsorted(documents, partner, side="right")]
 
 
-def open_samples(
-    store: TokenStore,
-    tokenizer: RunTokenizer,
-    data: DataConfig,
-    objective: ObjectiveConfig,
-    cache: Path,
-    report: Report,
-) -> BertSamples:
+def open_samples(store: TokenStore, task: DataTask) -> BertSamples:
     """See `SampleRules`."""
-    task = objective.sentence_task
-    table = open_table(store, data.max_seq_length, data.short_seq_prob, task, cache, report)
-    return BertSamples(store, table, data.max_seq_length, task, tokenizer)
+    data, sentence_task = task.data, task.objective.sentence_task
+    table = open_table(store, data.max_seq_length, data.short_seq_prob, sentence_task, task.cache, task.report)
+    return BertSamples(store, table, data.max_seq_length, sentence_task, task.tokenizer)
 
 
 def sample_settings(data: DataConfig, objective: ObjectiveConfig) -> list[Any]:
@@ -259,20 +252,21 @@ def _max_predictions(data: DataConfig, objective: ObjectiveConfig) -> int:
     return given if given is not None else math.ceil(objective.mlm_probability * data.max_seq_length)
 
 
-def collate(tokenizer: RunTokenizer, data: DataConfig, objective: ObjectiveConfig, unpad: bool) -> Collate:
+def collate(task: DataTask) -> Collate:
     """Return what masks rows and makes a batch of them; see `SampleRules`.
 
     Of a batch: input_ids, token_type_ids (B, S) int64; attention_mask (B, S) bool, True = a token; masked_positions (M,)
     int64, flat indices into B * S, ascending; masked_labels (M,) int64; for nsp and sop sentence_labels (B,) int64, 1 =
-    random partner or swapped order; with unpad token_positions (T,) int64, where attention_mask is True, as flat indices,
+    random partner or swapped order; for unpad token_positions (T,) int64, where attention_mask is True, as flat indices,
     ascending, with the first of every row.
     """
+    tokenizer, objective = task.tokenizer, task.objective
     is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
     is_special[tokenizer.special_ids] = True
     rule = MaskingRule(
         unit=objective.masking,
         probability=objective.mlm_probability,
-        max_predictions=_max_predictions(data, objective),
+        max_predictions=_max_predictions(task.data, objective),
         mask_id=tokenizer.special_id("mask"),
         is_special=is_special,
         word_start=tokenizer.word_start,
@@ -291,7 +285,7 @@ def collate(tokenizer: RunTokenizer, data: DataConfig, objective: ObjectiveConfi
         }
         if objective.sentence_task != "none":
             batch["sentence_labels"] = labels
-        if unpad:  # found here, because finding them on a GPU would make the host wait
+        if task.unpad:  # found here, because finding them on a GPU would make the host wait
             batch["token_positions"] = np.flatnonzero(batch["attention_mask"])
         return batch
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from ..config import DataConfig, ObjectiveConfig, SourceConfig
-from ..recipe import Collate, Recipe, Report, Rows, Samples
+from ..recipe import Collate, DataTask, Recipe, Report, Rows, Samples
 from .cache import cache_folder
 from .counter_rng import hash64, permute
 from .sources import open_source
@@ -62,14 +62,14 @@ def prepare_data(
     """
     check_suits(recipe, tokenizer)
     cache, rules = cache_folder(data.cache_dir), recipe.samples
+    task = DataTask(tokenizer, data, objective, cache, report, unpad)
 
     def open_stores(sources: Sequence[SourceConfig], held_out: float) -> list[tuple[TokenStore, TokenStore]]:
         return [tokenise(open_source(one, cache), tokenizer, rules.layout, held_out, cache, report) for one in sources]
 
     def stream(stores: list[TokenStore], sources: Sequence[SourceConfig], stream_seed: int) -> "SampleStream":
-        parts = [rules.open(store, tokenizer, data, objective, cache, report) for store in stores]
-        collate = rules.collate(tokenizer, data, objective, unpad)
-        return SampleStream(parts, draws_per_epoch(list(map(len, parts)), sources), collate, stream_seed)
+        parts = [rules.open(store, task) for store in stores]
+        return SampleStream(parts, draws_per_epoch(list(map(len, parts)), sources), rules.collate(task), stream_seed)
 
     stores = open_stores(data.sources, data.validation_fraction)
     train = stream([first for first, _ in stores], data.sources, seed)

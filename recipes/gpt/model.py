@@ -11,7 +11,7 @@ from ...kernels.ops.attention.attention import AttentionMask
 from ...kernels.ops.dropout import draw_seed
 from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
 from ...kernels.ops.norm.residual_norm import dropout
-from ..config import LayerFlags, ModelConfig
+from ..config import LayerFlags, ModelConfig, ObjectiveConfig
 from ..recipe import PLAIN_RUNTIME, Runtime
 from ..shared.model_parts import (
     build_layers,
@@ -34,7 +34,12 @@ class GptForPretraining(nn.Module):
     """
 
     def __init__(
-        self, model: ModelConfig, layer: LayerFlags, vocab_size: int, runtime: Runtime = PLAIN_RUNTIME
+        self,
+        model: ModelConfig,
+        layer: LayerFlags,
+        objective: ObjectiveConfig,
+        vocab_size: int,
+        runtime: Runtime = PLAIN_RUNTIME,
     ) -> None:
         super().__init__()
         if not model.pre_layer_norm:

@@ -1,7 +1,6 @@
 """GPT samples: windows of the stream of all documents, each document followed by the end-of-document token."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,7 @@ from ...kernels.errors import UserError
 from ...kernels.ops.choices import IGNORED
 from ..config import DataConfig, ObjectiveConfig
 from ..data.token_store import TokenStore
-from ..data.tokenizer import RunTokenizer
-from ..recipe import Collate, Report, Rows
+from ..recipe import Collate, DataTask, Rows
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,9 @@ class GptSamples:
         return (np.take(self.store.tokens, source, mode="clip").astype(np.int64),)
 
 
-def open_samples(
-    store: TokenStore,
-    tokenizer: RunTokenizer,
-    data: DataConfig,
-    objective: ObjectiveConfig,
-    cache: Path,
-    report: Report,
-) -> GptSamples:
+def open_samples(store: TokenStore, task: DataTask) -> GptSamples:
     """See `SampleRules`."""
-    return GptSamples(store, data.max_seq_length)
+    return GptSamples(store, task.data.max_seq_length)
 
 
 def sample_settings(data: DataConfig, _: ObjectiveConfig) -> list[Any]:
@@ -60,9 +51,9 @@ def sample_settings(data: DataConfig, _: ObjectiveConfig) -> list[Any]:
     return [data.max_seq_length]
 
 
-def collate(tokenizer: RunTokenizer, _data: DataConfig, _objective: ObjectiveConfig, _unpad: bool) -> Collate:
+def collate(task: DataTask) -> Collate:
     """Return what makes a batch of windows; see `SampleRules`, and `with_document_borders` for the batch."""
-    eos_id = tokenizer.special_id("eos")
+    eos_id = task.tokenizer.special_id("eos")
     return lambda rows, _: with_document_borders(rows[0], eos_id)
 
 

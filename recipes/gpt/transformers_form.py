@@ -1,6 +1,5 @@
 """GPT in transformers: GPT-2."""
 
-from ..config import ModelConfig, ObjectiveConfig
 from ..shared.transformers_form import Architecture, TransformersForm
 
 _NOTE = """\
@@ -50,26 +49,14 @@ _GPT2 = Architecture(
 )
 
 
-def _written_as(_: ModelConfig) -> Architecture:
-    return _GPT2
-
-
-def _objective(_: ObjectiveConfig) -> str:
-    return "next token"
-
-
-def _notes(_model: ModelConfig, _objective: ObjectiveConfig) -> list[str]:
-    return [_NOTE]
-
-
 GPT_IN_TRANSFORMERS = TransformersForm(
     architectures=(_GPT2,),
-    written_as=_written_as,
+    written_as=lambda _: _GPT2,
     inputs=("input_ids", "attention_mask"),  # GPT-2 would add embeddings for token types
     generation={"bos_token_id": "eos", "eos_token_id": "eos", "pad_token_id": "eos"},
     post_processor=lambda _: None,
     pipeline_tag="text-generation",
     auto_class="AutoModelForCausalLM",
-    objective=_objective,
-    notes=_notes,
+    objective=lambda _: "next token",
+    notes=lambda *_: [_NOTE],
 )

@@ -23,23 +23,10 @@ from ..recipe import Runtime
 def build_layers(model: ModelConfig, flags: LayerFlags, runtime: Runtime) -> LayerStack:
     """num_hidden_layers fresh layers with the model's geometry and the run's flags."""
     config = LayerConfig(
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        intermediate_size=model.intermediate_size,
-        hidden_act=model.hidden_act,
-        hidden_dropout_prob=model.hidden_dropout_prob,
-        attention_probs_dropout_prob=model.attention_probs_dropout_prob,
-        pre_layer_norm=model.pre_layer_norm,
-        layer_norm_eps=model.layer_norm_eps,
-        initializer_range=model.initializer_range,
-        num_hidden_layers=model.num_hidden_layers,
+        **model.model_dump(exclude={"type", "max_position_embeddings", "vocab_size", "init_from"}),
+        **flags.model_dump(exclude={"unpad", "cuda_graph"}),
         # The original BERT is post-LN, whose LayerNorms rescale the residual stream themselves.
         adjust_init_range=model.pre_layer_norm,
-        kernels=flags.kernels,
-        normalize_invertible=flags.normalize_invertible,
-        gelu_checkpoint=flags.gelu_checkpoint,
-        attn_dropout_checkpoint=flags.attn_dropout_checkpoint,
-        stochastic_mode=flags.stochastic_mode,
     )
     return LayerStack(
         config,

@@ -106,13 +106,3 @@ class LlamaPolicy(ShippedPolicy):
     @classmethod
     def norms(cls) -> list[Layer]:
         return [Layer("input_layernorm.weight"), Layer("post_attention_layernorm.weight")]
-
-
-POLICIES: tuple[type[ShippedPolicy], ...] = (
-    GPT2Policy,
-    GPTNeoPolicy,
-    GPTJPolicy,
-    GPTNeoXPolicy,
-    OPTPolicy,
-    LlamaPolicy,
-)

@@ -82,16 +82,3 @@ class MarianEncoderPolicy(BartEncoderPolicy):
 
 class MarianDecoderPolicy(BartDecoderPolicy):
     layer_class = "marian.modeling_marian.MarianDecoderLayer"
-
-
-POLICIES: tuple[type[ShippedPolicy], ...] = (
-    T5Policy,
-    BartEncoderPolicy,
-    BartDecoderPolicy,
-    MBartEncoderPolicy,
-    MBartDecoderPolicy,
-    PegasusEncoderPolicy,
-    PegasusDecoderPolicy,
-    MarianEncoderPolicy,
-    MarianDecoderPolicy,
-)

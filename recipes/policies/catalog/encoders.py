@@ -123,17 +123,3 @@ class MobileBertPolicy(ShippedPolicy):
     optional = ("ffn",)
     arguments = sizes("attention.self", num_attention_heads="num_attention_heads", all_head_size="true_hidden_size")
     whole = ("bottleneck", "output.bottleneck")  # they feed normalizations, which need whole rows
-
-
-POLICIES: tuple[type[ShippedPolicy], ...] = (
-    BertPolicy,
-    RobertaPolicy,
-    XLMRobertaPolicy,
-    CamembertPolicy,
-    RobertaPreLayerNormPolicy,
-    ElectraPolicy,
-    DistilBertPolicy,
-    AlbertPolicy,
-    DebertaV2Policy,
-    MobileBertPolicy,
-)

@@ -50,5 +50,6 @@ def resolve_policies(model: nn.Module, policy: Policies) -> list[type[Policy]]:
 SHIPPED: dict[str, type[ShippedPolicy]] = {
     f"transformers.models.{policy.layer_class}": policy
     for module in (encoders, decoders, encoder_decoders, vision_speech)
-    for policy in module.POLICIES
+    for policy in vars(module).values()
+    if isinstance(policy, type) and issubclass(policy, ShippedPolicy) and policy is not ShippedPolicy
 }

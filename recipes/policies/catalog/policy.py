@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .layer import Description, Layer
+from .tp_plan import policy_of_plan
 
 
 class Policy(ABC):
@@ -93,10 +94,9 @@ class Policy(ABC):
 
     @staticmethod
     def from_tp_plan(config: Any) -> "type[Policy]":
-        """The policy that a transformers config carries as `base_model_tp_plan`.
+        """Return the policy that a transformers config carries as `base_model_tp_plan`.
 
-        Raises ValueError if it has none, or one with styles that no rule here expresses.
+        Raises UserError if it has none, or one with styles that no rule here expresses.
         """
-        from .tp_plan import policy_of_plan
-
-        return policy_of_plan(config)
+        policy: type[Policy] = policy_of_plan(Policy, config)
+        return policy

@@ -8,7 +8,6 @@ from torch import nn
 
 from ....kernels.errors import UserError
 from .layer import Layer
-from .policy import Policy
 
 _STYLES = {
     "colwise": "column",
@@ -19,13 +18,14 @@ _STYLES = {
 
 
 class _OfPlan(ABCMeta):
-    """The class of policies made here. They are pickled as the config, so that processes can be sent them."""
+    """The class of policies made here. They are pickled as base and config, so that processes can be sent them."""
 
+    base: type
     config: Any
 
 
-def policy_of_plan(config: Any) -> type[Policy]:
-    """See `Policy.from_tp_plan`."""
+def policy_of_plan(base: type, config: Any) -> Any:
+    """Return a subclass of `base`, which is `Policy`; see `Policy.from_tp_plan`."""
     name = type(config).__name__
     plan: dict[str, str] | None = getattr(config, "base_model_tp_plan", None)
     if not plan:
@@ -52,12 +52,11 @@ def policy_of_plan(config: Any) -> type[Policy]:
     methods: dict[str, Any] = {rule: staticmethod(lambda layers=layers: list(layers)) for rule, layers in rules.items()}
     methods["shared_by_heads"] = staticmethod(lambda: list(shared))
     methods["original_layer_class"] = staticmethod(lambda: _layer_class(config, *stacks))
-    policy: Any = _OfPlan(f"{name.removesuffix('Config')}PlanPolicy", (Policy,), methods | {"config": config})
-    return policy  # type: ignore[no-any-return]
+    return _OfPlan(f"{name.removesuffix('Config')}PlanPolicy", (base,), methods | {"base": base, "config": config})
 
 
-def _reduce(policy: Any) -> tuple[Any, tuple[Any]]:
-    return policy_of_plan, (policy.config,)
+def _reduce(policy: Any) -> tuple[Any, tuple[type, Any]]:
+    return policy_of_plan, (policy.base, policy.config)
 
 
 copyreg.pickle(_OfPlan, _reduce)

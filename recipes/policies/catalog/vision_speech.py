@@ -47,14 +47,3 @@ class HubertPolicy(Wav2Vec2Policy):
 
 class HubertStablePolicy(Wav2Vec2Policy):
     layer_class = "hubert.modeling_hubert.HubertEncoderLayerStableLayerNorm"
-
-
-POLICIES: tuple[type[ShippedPolicy], ...] = (
-    ViTPolicy,
-    DeiTPolicy,
-    CLIPPolicy,
-    Wav2Vec2Policy,
-    Wav2Vec2StablePolicy,
-    HubertPolicy,
-    HubertStablePolicy,
-)

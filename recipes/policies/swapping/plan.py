@@ -16,6 +16,7 @@ from ....kernels.ops.attention.attention import AttentionMask
 from ....kernels.ops.choices import Activation
 from ....kernels.parallel.collectives import ONE_PROCESS, TensorParallel
 from ....kernels.parallel.sharding import is_sharded
+from ...shared.transformers_form import ACTIVATIONS
 from ..catalog.layer import Description, Layer
 from ..catalog.lookup import SHIPPED
 from ..catalog.paths import closest, dotted, first_missing, get
@@ -25,14 +26,6 @@ from ..sharding.plan import config_of, is_conv1d, problem_list
 from .fused_layer import FusedLayer, FusedTransformerLayer, Origin, build_fused
 from .masks import IMPLEMENTATIONS, LayerMasks
 
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu",
-    "gelu_python": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_accurate": "gelu_tanh",
-}
 # Options of transformers' configs that change what a layer computes, and their only value that the fused layer can have.
 _OPTIONS = {
     "is_decoder": False,
@@ -151,9 +144,9 @@ class _Planner:
         implementation = getattr(config, "_attn_implementation", None) or "sdpa"
         if implementation not in IMPLEMENTATIONS:
             self._problem(name, f"attn_implementation is {implementation!r}; it must be {', '.join(IMPLEMENTATIONS)}")
-        activation = _ACTIVATIONS.get(description.activation)
+        activation = ACTIVATIONS.get(description.activation)
         if activation is None:
-            self._problem(name, f"the activation is {description.activation!r}; it must be {', '.join(_ACTIVATIONS)}")
+            self._problem(name, f"the activation is {description.activation!r}; it must be {', '.join(ACTIVATIONS)}")
         heads = getattr(config, "num_attention_heads", 0)
         if not heads:
             self._problem(name, "the config has no num_attention_heads")
