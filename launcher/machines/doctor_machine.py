@@ -105,7 +105,7 @@ def kernels(config: RunConfig, machine: dict[str, Any]) -> Iterator[Finding]:
     import torch
 
     from ...recipes.recipe import Runtime
-    from ...recipes.shared.model_parts import kernels_text
+    from ..processes.kernels import kernels_text
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")

@@ -1,8 +1,6 @@
 """A checkpoint as a folder that transformers loads: safetensors, config.json, tokenizer, model card."""
 
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor
 from ...kernels.errors import RefusedError, UserError
 from ...recipes import RECIPES
 from ...recipes.config import ModelConfig
+from ...recipes.data.cache import whole_folder
 from ...recipes.data.tokenizer import RunTokenizer
 from ...recipes.transformers_format.convert import config_json, to_huggingface
 from .model_card import model_card
@@ -47,21 +46,13 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
     config["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     card = model_card(checkpoint, config, state)
 
-    partial = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        _write(partial, trained, state, config)
-        (partial / CARD_FILE).write_text(card, encoding="utf-8")
-        folder.mkdir(exist_ok=True)
-        for path in partial.iterdir():
-            path.replace(folder / path.name)
+        with whole_folder(folder) as partial:
+            _write(partial, trained, state, config)
+            (partial / CARD_FILE).write_text(card, encoding="utf-8")
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RefusedError(f"cannot write --to={folder}: {reason}; free space, or name another folder") from error
-    finally:
-        if partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
     name: str = config["architectures"][0]
     return name
 
@@ -70,7 +61,6 @@ def _write(folder: Path, trained: Pretrained, state: dict[str, Tensor], config: 
     """All files but the card. state, config: of the model in transformers."""
     from safetensors.torch import save_file
 
-    folder.chmod(0o755)  # others may read a model, which mkdtemp forbids
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     (folder / WEIGHTS_FILE).chmod(0o644)
     _write_json(folder / CONFIG_FILE, config)

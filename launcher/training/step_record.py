@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from ...kernels.parallel.sharding import is_sharded
-from ...recipes.shared.model_parts import kernels_text
 from ..optim.engine import grad_norm, loss_scale, skipped_steps
 from ..optim.optimizer import OPTIMIZERS
+from ..processes.kernels import kernels_text
 from ..reporting.record import StepRecord
 from ..reporting.report import StartupFacts
 from .prepare import Setup

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +44,26 @@ def write_atomically(path: Path, text: str) -> None:
         partial.replace(path)
     except OSError as error:
         raise _unusable(path.parents[1], error) from error
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give an empty folder, whose files are those of `folder` when the block ends without an error; else nothing is left of it.
+
+    A new `folder` comes into being whole. In one that exists, files of the same names are replaced and others stay.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        partial.chmod(0o755)  # others may read it, which mkdtemp forbids
+        yield partial
+        if folder.exists():
+            for path in partial.iterdir():
+                path.replace(folder / path.name)
+        else:
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _unusable(cache: Path, error: OSError) -> RefusedError:

@@ -3,8 +3,6 @@
 import functools
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from ...kernels.errors import UserError, refused
 from ..config import DataConfig, SpecialToken, TokenizerConfig, TokenizerKind
 from ..recipe import Recipe, Report
-from .cache import cache_folder, open_or_build
+from .cache import cache_folder, open_or_build, whole_folder
 from .sources import Source, is_held_out, open_source
 
 TRAINING_BYTES = 200 * 2**20  # of text, shared equally among the sources: vocabularies hardly change beyond it
@@ -113,25 +111,13 @@ class RunTokenizer:
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json; `folder` comes into being whole or not at all."""
         folder = Path(folder)
-        with refused(f"cannot write {folder}", "free space there, or make it writable"):
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-            try:
-                self._write(partial)
-                if folder.exists():
-                    for path in partial.iterdir():
-                        path.replace(folder / path.name)
-                else:
-                    partial.rename(folder)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-
-    def _write(self, folder: Path) -> None:
-        folder.chmod(0o755)  # others may read a run, which mkdtemp forbids
-        (folder / _TOKENIZER_FILE).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
-        names = {f"{name}_token": token for name, token in self.specials.items()}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-        (folder / _SPECIALS_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
+        with (
+            refused(f"cannot write {folder}", "free space there, or make it writable"),
+            whole_folder(folder) as partial,
+        ):
+            (partial / _TOKENIZER_FILE).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
+            config = {"tokenizer_class": "PreTrainedTokenizerFast", **_settings(self.specials)}
+            (partial / _SPECIALS_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def build_tokenizer(recipe: Recipe, config: TokenizerConfig, data: DataConfig, report: Report) -> RunTokenizer:
@@ -287,11 +273,8 @@ def train_tokenizer(
             f"tokenizer.vocab_size={config.vocab_size}: a new {kind} tokenizer needs more than {smallest} symbols"
         )
     report(f"training a {kind} tokenizer of {config.vocab_size:,} symbols")
-    settings: dict[str, Any] = {
-        "vocab_size": config.vocab_size,
-        "special_tokens": list(specials.values()),
-        "show_progress": False,
-    }
+    symbols = list(specials.values())
+    settings: dict[str, Any] = {"vocab_size": config.vocab_size, "special_tokens": symbols, "show_progress": False}
     if kind == "wordpiece":
         tokenizer = _wordpiece(models.WordPiece(unk_token=_UNKNOWN), lowercase=config.do_lower_case)
         trainer: Any = trainers.WordPieceTrainer(**settings)
@@ -307,7 +290,7 @@ def train_tokenizer(
     return _prepared(tokenizer, _settings(specials))
 
 
-def _settings(specials: Mapping[SpecialToken, str]) -> dict[str, str]:
+def _settings(specials: Mapping[Any, str]) -> dict[str, str]:
     return {f"{name}_token": token for name, token in specials.items()}
 
 
@@ -335,15 +318,8 @@ def _trained_once(
         return train_tokenizer(kind, config, (), report, specials=specials)
     cache = cache_folder(data.cache_dir)
     sources = [open_source(source, cache) for source in data.sources]
-    facts: list[Any] = [
-        _TRAINING_VERSION,
-        kind,
-        recipe.name,
-        config.vocab_size,
-        config.do_lower_case,
-        data.validation_fraction,
-    ]
-    facts.append([source.identity for source in sources])
+    settings = [config.vocab_size, config.do_lower_case, data.validation_fraction]
+    facts = [_TRAINING_VERSION, kind, recipe.name, *settings, [source.identity for source in sources]]
     name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def build(partial: Path) -> dict[str, Any]:

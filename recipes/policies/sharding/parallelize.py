@@ -98,13 +98,8 @@ class Portable:
         tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
             model.named_buffers(remove_duplicate=False)
         )
-        return Portable(
-            None,
-            type(model),
-            model.config,
-            getattr(model, "generation_config", None),
-            tensors,  # type: ignore[arg-type]
-        )
+        generation: Any = getattr(model, "generation_config", None)
+        return Portable(None, type(model), model.config, generation, tensors)  # type: ignore[arg-type]
 
     def build(self) -> nn.Module:
         if self.model is not None:
