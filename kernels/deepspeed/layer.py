@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..layers.layer import TransformerLayer
 from ..layers.products import Products
 from ..ops.attention.attention import AttentionMask
+from ..ops.attention.hiding_bias import lowest_score
 from ..ops.dropout import draw_seed
 from .config import DeepSpeedTransformerConfig
 
@@ -227,5 +228,5 @@ def _key_bias(mask: Tensor, hidden_states: Tensor) -> Tensor:
             f"per query, as causal ones are, use TransformerLayer)"
         )
     wide = torch.promote_types(mask.dtype, hidden_states.dtype)
-    lowest = torch.finfo(hidden_states.dtype).min / 2  # half, because adding a score must not overflow
+    lowest = lowest_score(hidden_states.dtype)
     return mask.detach().to(wide).clamp(min=lowest).to(hidden_states.dtype).view(B, 1, 1, S)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..layers.recomputation import recompute_in_backward
 from ..ops.attention.attention import AttentionMask, attention
+from ..ops.attention.hiding_bias import hiding_bias
 from ..ops.dropout import keep_mask, keep_scale
 
 MaskType = Literal["no_mask", "padding", "causal", "padding_causal", "arbitrary"]
@@ -89,9 +90,7 @@ def cross_visibility(mask: Tensor | None, mask_type: str, sizes: tuple[int, int,
 
 
 def _by_bias(seen: Tensor, like: Tensor) -> Visibility:
-    lowest = torch.finfo(like.dtype).min / 2  # half of it, or a negative score would take fp16 to -inf
-    bias = torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, lowest)
-    return Visibility(AttentionMask(bias=bias), ~seen.any(-1)[:, 0])
+    return Visibility(AttentionMask(bias=hiding_bias(seen, like.dtype)), ~seen.any(-1)[:, 0])
 
 
 @dataclass(frozen=True)

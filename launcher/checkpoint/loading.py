@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.errors import UserError
-from ..config.deepspeed import Precision
+from ..config.schema import Precision
 from ..processes.topology import Topology
 from .files import file_access, read_file, restore_random_state
 from .resharding import load_resharded, own_part, whole_weights

@@ -7,12 +7,12 @@ value is fine, "auto" is filled in, and a different value is an error, so that n
 import copy
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any
 
 from .batch import BatchPlan
 from .file import ConfigError
 from .optimizers import OPTIMIZER_TERMS
-from .schema import RunConfig
+from .schema import Precision, RunConfig
 
 # Top-level keys that DeepSpeed 0.19 reads (deepspeed/runtime/config.py and the constants it imports). DeepSpeed itself
 # ignores any other key in silence.
@@ -45,7 +45,6 @@ REFUSED_KEYS = {
     "sequence_parallel_size": OUR_SPLITTING,
 }
 NEVER = 2**31
-Precision = Literal["fp32", "bf16", "fp16", "fp8"]  # fp8 is bf16 to DeepSpeed
 
 
 def deepspeed_config(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from ...kernels.ops.choices import ActivationCheckpointing
 from ...recipes.config import (
     DataConfig,
     Fraction,
@@ -19,6 +20,9 @@ from ...recipes.config import (
     TokenizerConfig,
 )
 from .optimizers import OptimizerConfig
+
+Precision = Literal["fp32", "bf16", "fp16", "fp8"]
+"""What training.precision comes to on a machine; fp8 is bf16 to DeepSpeed."""
 
 
 class ScheduleConfig(Section):
@@ -53,10 +57,10 @@ class TrainingConfig(Section):
     num_epochs."""
     num_epochs: PositiveInt | None = None
     """Length of the run in passes over the data."""
-    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    precision: Literal["auto", Precision] = "auto"
     """auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU. fp8 is bf16 with FP8 operands in the layers' matrix
     products: docs/fp8.md."""
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: ActivationCheckpointing = "none"
     """What backward computes again in place of keeping it: selective is the attention probabilities, where there are any; full
     is all of a layer but its input, for the time of a second forward pass. docs/memory.md has the bytes."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ...kernels.errors import RefusedError, UserError
-from ..config.deepspeed import Precision
+from ..config.schema import Precision
 
 # Launchers that give every process a rank under names of their own, not as RANK, LOCAL_RANK and WORLD_SIZE.
 _FOREIGN_RANKS = {
@@ -250,7 +250,7 @@ def stop_processes() -> None:
     deepspeed.comm.destroy_process_group()
 
 
-def precision(requested: Literal["auto", "fp32", "bf16", "fp16", "fp8"], device: torch.device) -> tuple[Precision, str]:
+def precision(requested: Literal["auto", Precision], device: torch.device) -> tuple[Precision, str]:
     """(fp32 | bf16 | fp16 | fp8, why): the number format that `training.precision` means on this device.
 
     Raises ValueError for a format that the device cannot train in.

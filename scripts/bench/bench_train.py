@@ -35,9 +35,9 @@ from bench_device import machine_line, synchronize
 from torch import Tensor, nn
 
 from xformer_train.launcher.config.batch import solve_batch
-from xformer_train.launcher.config.deepspeed import Precision, deepspeed_config
+from xformer_train.launcher.config.deepspeed import deepspeed_config
 from xformer_train.launcher.config.loading import LoadedConfig, load_config
-from xformer_train.launcher.config.schema import RunConfig
+from xformer_train.launcher.config.schema import Precision, RunConfig
 from xformer_train.launcher.optim.engine import build_engine
 from xformer_train.launcher.optim.optimizer import build_optimizer
 from xformer_train.launcher.processes.topology import Topology, precision, quiet, start_processes, stop_processes

@@ -23,6 +23,7 @@ from ..choices import uses_triton
 from ..dropout import keep_mask, keep_scale
 from ..norm.residual_norm import Kernels
 from ..operator import operator
+from .hiding_bias import hiding_bias
 
 LARGEST_TRITON_HEAD = 128
 Recompute = Literal["nothing", "dropout", "core"]
@@ -120,8 +121,7 @@ class AttentionMask:
             allowed = same if allowed is None else allowed & same
         if allowed is None:
             return None
-        lowest = torch.finfo(like.dtype).min / 2  # half of it, or a negative score would take fp16 to -inf
-        return torch.zeros(allowed.shape, dtype=like.dtype, device=like.device).masked_fill_(~allowed, lowest)
+        return hiding_bias(allowed, like.dtype)
 
 
 def _rows_when_padded(cu_seqlens: Tensor, max_length: int, num_tokens: int) -> Tensor:

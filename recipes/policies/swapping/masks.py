@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ....kernels.errors import UserError
 from ....kernels.ops.attention.attention import AttentionMask
+from ....kernels.ops.attention.hiding_bias import hiding_bias, lowest_score
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 
@@ -99,11 +100,10 @@ class LayerMasks:
         found = None if given.shape[1] != 1 or torch.compiler.is_compiling() else _pattern(given, batch, size)
         if found is not None:
             return found
-        lowest = torch.finfo(x.dtype).min / 2  # half, because adding a score must not overflow
         if given.dtype == torch.bool:
-            return AttentionMask(bias=torch.zeros_like(given, dtype=x.dtype).masked_fill_(~given, lowest))
+            return AttentionMask(bias=hiding_bias(given, x.dtype))
         wide = given.to(torch.promote_types(given.dtype, x.dtype))
-        return AttentionMask(bias=wide.clamp(min=lowest).to(x.dtype))
+        return AttentionMask(bias=wide.clamp(min=lowest_score(x.dtype)).to(x.dtype))
 
     def _check(self, given: Tensor, shape: tuple[int, int | None, int, int], implementation: str) -> None:
         """Raises ValueError for a mask that stock layers would not understand as this one."""
@@ -139,7 +139,7 @@ def _pattern(given: Tensor, batch: int, size: int) -> AttentionMask | None:
         sees, clear = given, given.new_ones(())
     else:
         sees = given == 0
-        clear = (sees | (given <= torch.finfo(given.dtype).min / 2)).all()
+        clear = (sees | (given <= lowest_score(given.dtype))).all()
     keys = sees[:, 0, -1]
     order = torch.ones(size, size, dtype=torch.bool, device=given.device).tril_()
     same = (sees == keys[:, None, None]).all()
