@@ -27,12 +27,13 @@ def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOptio
     with reported_errors(debug):
         from ..config.batch import solve_batch
         from ..config.checks import num_replicas
+        from ..config.file import printable
 
         loaded = load(config, sets, {}, world_size(None)).config
         batch = solve_batch(loaded.training, num_replicas(loaded, world_size(None)))
         typer.echo(
-            f"{config}: valid; {batch.train_batch_size} sequences per step = micro-batch {batch.micro_batch_size} x "
-            f"accumulation {batch.gradient_accumulation_steps} x replicas {batch.num_replicas}"
+            f"{printable(str(config))}: valid; {batch.train_batch_size} sequences per step = micro-batch "
+            f"{batch.micro_batch_size} x accumulation {batch.gradient_accumulation_steps} x replicas {batch.num_replicas}"
         )
 
 

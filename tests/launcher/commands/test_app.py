@@ -251,8 +251,10 @@ def test_config_check_says_how_the_batch_is_divided(runs, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     result = invoke("config", "check", "--config", "run.yaml")
     assert result.stdout == "run.yaml: valid; 8 sequences per step = micro-batch 2 x accumulation 1 x replicas 4\n"
+    Path("run.yaml").rename("a\nb.yaml")
+    assert invoke("config", "check", "--config", "a\nb.yaml").stdout.startswith("a\\nb.yaml: valid; 8 sequences")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert invoke("config", "check", "--config", "run.yaml").exit_code == 2
+    assert invoke("config", "check", "--config", "a\nb.yaml").exit_code == 2
 
 
 def test_config_schema_is_json_with_meanings():
