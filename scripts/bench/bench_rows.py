@@ -79,7 +79,8 @@ def ours_captured(task: Task) -> Row:
 def _ours_in_a_stack(task: Task) -> Row:
     """With the copies in and out that a whole stack makes once, and autograd's copy of every gradient."""
     _need_cuda(task)
-    stack = LayerStack(task.config, 1, cuda_graph=True).to(task.device, task.dtype)
+    with task.device:
+        stack = LayerStack(task.config, 1, cuda_graph=True).to(task.dtype)
     stack[0].load_state_dict(task.weights)
     mask = AttentionMask(causal=task.shape.causal, key_mask=task.key_mask if task.padded else None)
     return Row(stack, lambda x: stack(x, mask), counts_memory=False)
@@ -87,7 +88,8 @@ def _ours_in_a_stack(task: Task) -> Row:
 
 def ours_in_fp8(task: Task) -> Row:
     """Our layer with FP8 products on the padded batch."""
-    stack = LayerStack(task.config, 1, fp8=True).to(task.device, task.dtype)
+    with task.device:
+        stack = LayerStack(task.config, 1, fp8=True).to(task.dtype)
     stack[0].load_state_dict(task.weights)
     mask = AttentionMask(causal=task.shape.causal, key_mask=task.key_mask if task.padded else None)
     return Row(stack, lambda x: stack(x, mask), allowed_error=FP8_ERROR)
@@ -99,7 +101,8 @@ def emulated(task: Task) -> str:
 
 
 def _our_layer(config: LayerConfig, task: Task) -> TransformerLayer:
-    layer = TransformerLayer(config).to(task.device, task.dtype)
+    with task.device:
+        layer = TransformerLayer(config).to(task.dtype)
     layer.load_state_dict(task.weights)
     return layer
 
@@ -148,7 +151,8 @@ class PlainLayer(nn.Module):
 
 def plain_layer(task: Task, *modules: Callable[..., nn.Module]) -> PlainLayer:
     """The written-out layer with the weights of the task, whose names it shares; modules: its norm, its linear."""
-    layer = PlainLayer(task.config, task.shape.causal, *modules).to(task.device, task.dtype)
+    with task.device:
+        layer = PlainLayer(task.config, task.shape.causal, *modules).to(task.dtype)
     layer.load_state_dict(task.weights)
     return layer
 

@@ -103,7 +103,8 @@ def make_task(shape: Shape, dtype: torch.dtype, device: torch.device, p: float) 
         pre_layer_norm=shape.causal,
     )
     torch.manual_seed(0)
-    weights = TransformerLayer(config).to(device, dtype).state_dict()
+    with device:  # where drawing weights takes no time
+        weights = TransformerLayer(config).to(dtype).state_dict()
     for value in weights.values():
         if value.dim() == 1:  # a bias of 0 or a scale of 1 could be left out unseen
             value.add_(torch.randn_like(value), alpha=0.1)

@@ -95,7 +95,8 @@ class _FusedLayer(nn.Module):
 
 
 def _fused(task: Task) -> Row:
-    layer = _FusedLayer(task.config).to(task.device, task.dtype)
+    with task.device:
+        layer = _FusedLayer(task.config).to(task.dtype)
     layer.load_state_dict(_renamed(task.weights, _FUSED_NAMES))
     return Row(layer, layer)
 
@@ -112,7 +113,9 @@ def _whole(task: Task) -> Row:
         self_attn_mask_type="causal",
         fuse_qkv_params=True,
         attn_input_format="bshd",
-    ).to(task.device, task.dtype)
+        device=task.device,
+        params_dtype=task.dtype,
+    )
     weights = dict(task.weights)
     for name in ("qkv.weight", "qkv.bias"):  # from all queries, all keys, all values to head by head
         parts = weights[name].unflatten(0, (3, config.num_attention_heads, -1))
