@@ -11,9 +11,9 @@ from torch import Tensor
 
 
 class HostCopies:
-    """Makes copies of objects with tensors in them, into buffers that are used again for the next set of copies.
+    """Make copies of objects with tensors in them, into buffers that are used again for the next set of copies.
 
-    After the first set the memory is there, and pinned where it receives from a GPU, so that a copy takes as long as the bus.
+    The first set allocates the memory, which is pinned for tensors of a GPU. Later copies take only the time of the transfer.
     """
 
     def __init__(self) -> None:
@@ -21,12 +21,12 @@ class HostCopies:
         self._taken: Counter[tuple[int, bool]] = Counter()
 
     def begin(self) -> None:
-        """A new set begins: the copies of the last one are overwritten from now on."""
+        """Begin a new set, which overwrites the copies of the last one."""
         self._taken.clear()
 
     @torch.no_grad()
     def copy(self, value: Any) -> Any:
-        """`value` with every tensor in host memory; what shared memory there shares it here. All else is copied deeply.
+        """Return a deep copy of `value` with every tensor in host memory. Tensors that share memory do so in the copy too.
 
         value: anything that can be pickled. Raises OSError if there is not enough host memory.
         """
@@ -68,7 +68,7 @@ class HostCopies:
 
 
 class _Pickler(pickle.Pickler):
-    """Leaves tensors out, which are in `tensors` then."""
+    """Leave tensors out, and keep them in `tensors`."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -82,7 +82,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Puts tensors in the places of those that `_Pickler` left out."""
+    """Put tensors in the places of those that `_Pickler` left out."""
 
     def __init__(self, file: io.BytesIO, tensors: list[Tensor]) -> None:
         super().__init__(file)

@@ -1,4 +1,4 @@
-"""Checkpoints put together, and taken apart again for another ZeRO stage, number of replicas or tensor-parallel size.
+"""Put checkpoints together, and divide them anew for another ZeRO stage, number of replicas or tensor-parallel size.
 
 Each process writes the parts it holds: DeepSpeed's files have the numbers, layout_rank{r}.json says which part of which
 parameter lies where in them, and `partitions` in state.json how the processes of a replica cut a parameter.
@@ -22,12 +22,12 @@ _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def partitions_record(module: torch.nn.Module) -> dict[str, Any]:
-    """JSON values that `partitions_from` turns back into `partitions_of(module)`."""
+    """Return JSON values that `partitions_from` turns back into `partitions_of(module)`."""
     return {name: [partition.dim, partition.parts] for name, partition in partitions_of(module).items()}
 
 
 def partitions_from(state: Mapping[str, Any]) -> dict[str, Partition]:
-    """How each divided parameter of a checkpoint with this state.json is cut."""
+    """Return how each divided parameter of a checkpoint with this state.json is cut."""
     return {
         name: Partition(dim, None if parts is None else tuple(parts))
         for name, (dim, parts) in state["partitions"].items()
@@ -35,7 +35,7 @@ def partitions_from(state: Mapping[str, Any]) -> dict[str, Partition]:
 
 
 def layout_record(engine: Any) -> dict[str, Any]:
-    """JSON values: the shape of each parameter on this process, and for each tensor of the optimizer its segments.
+    """Return JSON values: the shape of each parameter on this process, and for each tensor of the optimizer its segments.
 
     A segment is [name, start in the tensor, offset in the parameter, numel], all flattened.
     """
@@ -49,12 +49,12 @@ def layout_record(engine: Any) -> dict[str, Any]:
 
 
 def own_part(full: Mapping[str, Tensor], module: torch.nn.Module, topology: Topology) -> dict[str, Tensor]:
-    """What this process holds of a full state dict of `module`."""
+    """Return what this process holds of a full state dict of `module`."""
     return shard_state_dict(full, partitions_of(module), topology.tensor_rank, topology.tensor_parallel)
 
 
 def whole_weights(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The module's parameters, whole, on the CPU, in fp32: in other precisions those that the optimizer steps.
+    """Return the module's parameters, whole, on the CPU, in fp32: in other precisions those that the optimizer steps.
 
     state: of the checkpoint.
     """
@@ -98,11 +98,11 @@ class Saved:
 
     @property
     def names(self) -> list[str]:
-        """Of all parameters."""
+        """Return the names of all parameters."""
         return list(self._shapes[0])
 
     def whole(self, name: str, key: str) -> Tensor:
-        """The fp32 weight ("weight") or a moment of a parameter, as one process would hold it."""
+        """Return the fp32 weight ("weight") or a moment of a parameter, as one process would hold it."""
         shards = [self._shard(tensor_rank, name, key) for tensor_rank in range(self.tensor_parallel)]
         return join_shards(shards, self.partitions[name], name) if name in self.partitions else shards[0]
 
@@ -116,7 +116,7 @@ class Saved:
         return state
 
     def model_file(self, tensor_rank: int) -> dict[str, Any]:
-        """DeepSpeed's file of the module and the counters."""
+        """Return DeepSpeed's file of the module and the counters."""
         name = f"mp_rank_{tensor_rank:02d}_model_states.pt"
         return self._read(name if self.stage < 3 else f"zero_pp_rank_0_{name}")
 
@@ -138,7 +138,7 @@ class Saved:
         return tensor
 
     def _optimizer(self, replica: int, tensor_rank: int) -> dict[str, Any]:
-        """`state` by index of the tensor, and `weights`, fp32 in the same order; None where they are the module's."""
+        """Return `state` by index of the tensor, and `weights`, fp32 in that order, or None where they are the module's."""
         if self.stage == 0:
             inner = self.model_file(tensor_rank)["optimizer"]
             if "fp32_groups" not in inner:
@@ -165,10 +165,10 @@ class Saved:
 
 @torch.no_grad()
 def load_resharded(engine: Any, checkpoint: Path, state: Mapping[str, Any], topology: Topology) -> None:
-    """Weights, moments, loss scale and counters of a checkpoint that other processes or another ZeRO stage wrote.
+    """Load weights, moments, loss scale and counters of a checkpoint that other processes or another ZeRO stage wrote.
 
-    state: of the checkpoint. Numbers are copied, not computed: fp32 weights and moments are equal bit for bit. For models
-    without buffers, as BERT and GPT are.
+    state: of the checkpoint. Numbers are copied, not computed: fp32 weights and moments are equal bit for bit. The model must
+    have no buffers, as BERT and GPT have none.
     """
     saved = Saved(checkpoint, state)
     partitions = partitions_of(engine.module)
@@ -176,7 +176,7 @@ def load_resharded(engine: Any, checkpoint: Path, state: Mapping[str, Any], topo
     names = list(parameters)
 
     def own(name: str, key: str) -> Tensor:
-        """This process's part of a parameter's weight or moment, flattened."""
+        """Return this process's part of a parameter's weight or moment, flattened."""
         whole = saved.whole(name, key)
         if name in partitions:
             whole = take_shard(whole, partitions[name], topology.tensor_rank, topology.tensor_parallel, name)
@@ -200,7 +200,7 @@ def load_resharded(engine: Any, checkpoint: Path, state: Mapping[str, Any], topo
 
 
 def loss_scaler_record(engine: Any) -> dict[str, float]:
-    """JSON values: the state of fp16's loss scale, empty in other precisions."""
+    """Return JSON values: the state of fp16's loss scale, empty in other precisions."""
     scaler = _loss_scaler(engine)
     return {name: getattr(scaler, name) for name in _LOSS_SCALER if hasattr(scaler, name)}
 
@@ -215,14 +215,14 @@ def _set_counters(engine: Any, file: Mapping[str, Any], state: Mapping[str, Any]
 
 
 def _loss_scaler(engine: Any) -> Any:
-    """What holds the loss scale: under ZeRO an object of its own, at stage 0 the wrapper's settings; None without fp16."""
+    """Return what holds the loss scale: under ZeRO an object of its own, at stage 0 the wrapper's settings, or None."""
     if not engine.fp16_enabled():
         return None
     return getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config
 
 
 def _set_weight(parameter: Any, weight: Tensor) -> None:
-    """Puts a flat weight into a parameter, at ZeRO stage 3 into this process's share of it."""
+    """Put a flat weight into a parameter, at ZeRO stage 3 into this process's share of it."""
     if not hasattr(parameter, "ds_tensor"):
         parameter.view(-1).copy_(weight)
         return

@@ -1,4 +1,4 @@
-"""Saves: the state is copied, then written by a thread beside training, read back, and only then given its id.
+"""Save checkpoints: copy the state, write it in a thread beside training, read it back, and only then give it its id.
 
 Every process writes its own files into `.ID.tmp`; after each phase all agree whether it failed anywhere. The main process
 writes state.json last, renames the folder and moves `latest`. A crash at any point leaves the checkpoints from before.
@@ -18,9 +18,10 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ...kernels.errors import RefusedError, UserError
+from ...kernels.errors import RefusedError
 from ..config.schema import CheckpointConfig
 from ..processes import console
+from ..processes.agreement import by_main
 from ..processes.durable_files import FileRecord, copy_into, flush_folder, flush_folders, read_record, write_text
 from ..processes.topology import Topology
 from ..processes.watchdog import LostProcessError
@@ -60,10 +61,10 @@ class _Save:
 
 
 class CheckpointSaver:
-    """Saves the checkpoints of a run, one at a time, and removes those that `checkpoint.keep_last` leaves no room for.
+    """Save the checkpoints of a run, one at a time, and remove those that `checkpoint.keep_last` leaves no room for.
 
-    Every process makes one and uses it alike, as a context. A save that fails is told on the console and in the log, and
-    training goes on: what was written of it is removed, and earlier checkpoints stay as they are. Leaving the context waits
+    Every process makes one and uses it alike, as a context. A save that fails gives a warning on the console and in the log,
+    and training goes on: what was written of it is removed, and earlier checkpoints stay as they are. Leaving the context waits
     for the save in progress, and raises OSError, on every process, if the last one failed.
     """
 
@@ -78,7 +79,7 @@ class CheckpointSaver:
         self._crash: Exception | None = None
 
     def save(self, checkpoint_id: str, state: Mapping[str, Any], extra_files: Mapping[str, Path | str]) -> None:
-        """Begins a save, after the one before has ended, and returns when training may go on.
+        """Begin a save, after the one before has ended, and return when training may go on.
 
         state: JSON values that describe the run at this point; must hold `step` (int) and `model` (the model's config).
         extra_files: name in the checkpoint -> file or folder to copy, or the text itself as a str.
@@ -91,17 +92,13 @@ class CheckpointSaver:
             self._tell(
                 f"step {state['step']:,} waited {waited_s:.1f} s for the save before it; raise checkpoint.save_every_steps"
             )
-        _check_id(self._folder, checkpoint_id, self._topology)
+        by_main(self._topology, lambda: store.check_id(self._folder, checkpoint_id))
         self._failure = None
-        copies = self._copies
-        if copies is None:
-            self._run(
-                _capture(self._engine, self._folder, checkpoint_id, state, extra_files, self._topology), started_s
-            )
+        job = _capture(self._engine, self._folder, checkpoint_id, state, extra_files, self._topology, self._copies)
+        if self._copies is None:
+            self._run(job, started_s)
             self._raise_crash()
             return
-        copies.begin()
-        job = _capture(self._engine, self._folder, checkpoint_id, state, extra_files, self._topology, copies.copy)
         _LOG.info(
             "checkpoint %s: the step waited %.3f s, %.3f s of it for the save before",
             checkpoint_id,
@@ -112,7 +109,7 @@ class CheckpointSaver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when no save is in progress; raises what a save met other than a refusal of the operating system."""
+        """Return when no save is in progress. Raise what a save met other than a refusal of the operating system."""
         self._join()
         self._raise_crash()
 
@@ -128,7 +125,7 @@ class CheckpointSaver:
             raise self._failure
 
     def _run(self, job: _Save, started_s: float) -> None:
-        """One save from the copy of the state to the removal of older ones. No error leaves it."""
+        """Carry out one save, from the copy of the state to the removal of older checkpoints. No error leaves it."""
         try:
             _write(job, self._gather)
             _LOG.info("saved checkpoint %s: written and verified in %.3f s", job.id, time.monotonic() - started_s)
@@ -191,18 +188,6 @@ def engine_facts(engine: Any) -> dict[str, Any]:
     }
 
 
-def _check_id(folder: Path, checkpoint_id: str, topology: Topology) -> None:
-    problem = None
-    try:
-        if topology.is_main:
-            store.check_id(folder, checkpoint_id)
-    except UserError as error:
-        problem = str(error)
-    problem = topology.broadcast(problem)
-    if problem is not None:
-        raise UserError(problem)
-
-
 def _capture(
     engine: Any,
     folder: Path,
@@ -210,16 +195,18 @@ def _capture(
     state: Mapping[str, Any],
     extra_files: Mapping[str, Path | str],
     topology: Topology,
-    copy: Callable[[Any], Any] = lambda state: state,
+    copies: HostCopies | None = None,
 ) -> _Save:
-    """What this process has to write. copy: applied to what DeepSpeed gives, which is the state of training itself."""
+    """Return what this process has to write. copies: where to copy the state of training to; None: write the state itself."""
     tensors: dict[str, Any] = {}
     problems: list[OSError] = []
+    if copies is not None:
+        copies.begin()
 
     def take(state_dict: Any, name: str) -> None:
         # Not raised at once: DeepSpeed ends with a barrier, where the others would wait for a process that left early.
         try:
-            tensors[name] = copy(state_dict)
+            tensors[name] = state_dict if copies is None else copies.copy(state_dict)
         except OSError as error:
             problems.append(error)
 
@@ -241,7 +228,7 @@ def _capture(
 
 
 def _write(job: _Save, gather: Gather) -> None:
-    """Makes the checkpoint; called by all processes. gather: every process's value, in order of rank, on every process.
+    """Make the checkpoint; called by all processes. gather: every process's value, in order of rank, on every process.
 
     Raises OSError on every process alike if the operating system refused something to one of them.
     """
@@ -297,7 +284,7 @@ def _write(job: _Save, gather: Gather) -> None:
 
 
 def _problem_anywhere(work: Callable[[], None], gather: Gather) -> str | None:
-    """Runs `work` on every process; what the operating system refused one of them, None if nothing.
+    """Run `work` on every process. Return what the operating system refused to one of them, None if nothing.
 
     Raises whatever else `work` raises, and LostProcessError on the other processes.
     """

@@ -49,8 +49,10 @@ def sealed(state: Mapping[str, Any]) -> str:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a save was told about the run (`step`, `model`, ...), and what it noted itself: `engine` (zero_stage, world_size,
-    tensor_parallel, precision), `partitions`, `files` (name -> bytes, sha256), `saved_at`.
+    """Return what state.json says: `step`, `model` and more that the run gave, and what the save noted itself.
+
+    That is `engine` (zero_stage, world_size, tensor_parallel, precision), `partitions`, `files` (name -> bytes, sha256) and
+    `saved_at`.
 
     Raises ValueError if `checkpoint` is not a complete checkpoint or its state.json was changed.
     """
@@ -221,14 +223,14 @@ def surplus(
 
 
 def remove(folder: Path, checkpoint_id: str) -> None:
-    """Removes a checkpoint. It loses its id first: a removal that is cut short must not leave half of one under its id."""
+    """Remove a checkpoint. It loses its id first: a removal that is cut short must not leave half of one under its id."""
     doomed = (folder / checkpoint_id).rename(folder / f".{checkpoint_id}.tmp")
     flush_folder(folder)
     _remove_folder(doomed)
 
 
 def remove_unfinished(folder: Path) -> list[str]:
-    """Names of the leftovers of interrupted saves and removals, which are removed. While no save is in progress."""
+    """Remove what interrupted saves and removals left, and return its names. Call it while no save is in progress."""
     leftovers = [
         path
         for path in sorted(folder.glob(".*.tmp"))
@@ -240,7 +242,7 @@ def remove_unfinished(folder: Path) -> list[str]:
 
 
 def set_aside(folder: Path, checkpoint_id: str) -> str:
-    """The new name of a damaged checkpoint, under which no run meets it again."""
+    """Rename a damaged checkpoint, so that no run meets it again, and return its new name."""
     names = (f"{checkpoint_id}{_DAMAGED}{number}" for number in itertools.count(1))
     name = next(name for name in names if not (folder / name).exists())
     (folder / checkpoint_id).rename(folder / name)

@@ -39,12 +39,12 @@ def doctor(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     A line for each finding: ok, warn or FAIL, what, and the remedy. The exit status is 1 if there was a FAIL.
     """
     with reported_errors(debug=False, status=USAGE_ERROR):
-        from ..machines.doctor import Examination, examine
+        from ..machines.doctor import examine
         from ..machines.launch import LaunchOptions
 
         options = LaunchOptions(hostfile, include, exclude, num_nodes, num_gpus, launcher, master_addr, master_port)
         failed = False
-        for finding in examine(Examination(options, config, quick)):
+        for finding in examine(options, config, quick=quick):
             typer.echo(table([finding.row], widths=_WIDTHS))
             failed |= finding.level == "FAIL"
     raise typer.Exit(int(failed))

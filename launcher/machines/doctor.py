@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from ...kernels.errors import UserError
@@ -34,22 +33,11 @@ from .launch import (
 _BANDWIDTH_LIMIT_S = 120.0
 
 
-@dataclass(frozen=True)
-class Examination:
-    """What is to be examined."""
-
-    options: LaunchOptions
-    config: Path | None = None
-    quick: bool = False
-    """Leave out the all-reduce."""
-
-
-def examine(examination: Examination) -> Iterator[Finding]:
-    """All findings, each as soon as it is there."""
-    options = examination.options
+def examine(options: LaunchOptions, config_file: Path | None = None, *, quick: bool = False) -> Iterator[Finding]:
+    """Yield all findings, each as soon as it is there. quick: leave out the all-reduce."""
     slots, processes, faults = _choose(options)
     yield from faults
-    config, findings = _examine_config(examination.config, processes)
+    config, findings = _examine_config(config_file, processes)
     yield from findings
     machine = doctor_facts.facts(questions(config, port=options.master_port or DEFAULT_PORT))
     yield from _checked("software", lambda: software(machine))
@@ -61,10 +49,10 @@ def examine(examination: Examination) -> Iterator[Finding]:
     if options.hostfile is None:
         yield from port(machine, options)
     elif slots is not None:
-        on_hosts = list(_checked("hosts", lambda: examine_hosts(options, slots, examination.config, config, machine)))
+        on_hosts = list(_checked("hosts", lambda: examine_hosts(options, slots, config_file, config, machine)))
         yield from on_hosts
         reachable = all(finding.level != "FAIL" for finding in on_hosts)
-    if not examination.quick:
+    if not quick:
         if reachable:
             yield from _checked("all-reduce", lambda: bandwidth(options, slots, config))
         else:

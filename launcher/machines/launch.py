@@ -78,8 +78,6 @@ class Launch:
     """A run that is ready to be started."""
 
     commands: tuple[HostCommand, ...]
-    slots: Slots | None
-    """None: one machine, this one, without a hostfile."""
     world_size: int
     variables: dict[str, str] = field(default_factory=dict)
     """For a launcher of DeepSpeed's own: what it passes on to the hosts, from a file that DS_ENV_FILE names."""
@@ -144,19 +142,17 @@ def plan_launch(options: LaunchOptions, slots: Slots | None, arguments: Sequence
     if slots is None:
         command = [*_deepspeed(), *_local_options(options, world_size), "--module", module, *arguments]
         return Launch(
-            (HostCommand(command, str(Path.cwd()), _defaults(), world_size, _HERE, remote=False),), None, world_size
+            (HostCommand(command, str(Path.cwd()), _defaults(), world_size, _HERE, remote=False),), world_size
         )
     master = [
         *("--master_addr", options.master_addr or _master_address(next(iter(slots)))),
         *("--master_port", str(options.master_port or DEFAULT_PORT)),
     ]
     if options.launcher == "ssh":
-        return Launch(
-            tuple(_ssh_commands(options, slots, [*master, "--module", module, *arguments])), slots, world_size
-        )
+        return Launch(tuple(_ssh_commands(options, slots, [*master, "--module", module, *arguments])), world_size)
     variables = _defaults() | forwarded_environment(os.environ) | {"MASTER_ADDR": master[1], "MASTER_PORT": master[3]}
     _check_words(options.launcher, [*arguments, *variables.values()])
-    return Launch((_multi_node_command(options, slots, master, module, arguments),), slots, world_size, variables)
+    return Launch((_multi_node_command(options, slots, master, module, arguments),), world_size, variables)
 
 
 def start(launch: Launch, folder: Path) -> Outcome:

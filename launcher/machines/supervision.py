@@ -76,7 +76,7 @@ class _Host:
     process: subprocess.Popen[bytes]
 
     def has_ended(self) -> bool:
-        """Also its guard, which after a kill ends what runs there, and holds the other end of the pipe so long."""
+        """Return whether the command and its guard have ended. After a kill the guard ends what runs there, then the pipe."""
         if self.process.poll() is None:
             return False
         assert self.process.stdin is not None, "started with a pipe"
@@ -94,7 +94,7 @@ class _Host:
 
 
 def run_hosts(commands: Sequence[HostCommand], status_folder: Path, world_size: int) -> Outcome:
-    """Runs the commands to their end, and says how the run of `world_size` processes ended.
+    """Run the commands to their end, and return how the run of `world_size` processes ended.
 
     Signals to this process are passed on to those of the run, and waited for. Once a machine has failed, the others are given
     time to end, then SIGTERM, then SIGKILL. status_folder: an empty folder that all machines see.
@@ -137,7 +137,7 @@ def _start(command: HostCommand, status_folder: Path) -> _Host:
 
 @contextmanager
 def _handled(hosts: list[_Host], received: list[signal.Signals]) -> Iterator[None]:
-    """Passes signals on while it lasts; what would kill the processes of the run becomes a request to end."""
+    """Pass signals on while inside; what would kill the processes of the run becomes a request to end."""
 
     def handle(number: int, frame: object) -> None:
         received.append(signal.Signals(number))
@@ -156,7 +156,7 @@ def _handled(hosts: list[_Host], received: list[signal.Signals]) -> Iterator[Non
 
 
 def _wait(hosts: list[_Host]) -> None:
-    """Returns when all have ended, which they must soon after one has failed."""
+    """Return when all have ended, which they must soon after one has failed."""
     last_words = [signal.SIGTERM, signal.SIGKILL]
     deadline = None
     while running := [host for host in hosts if not host.has_ended()]:

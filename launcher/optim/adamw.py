@@ -9,7 +9,7 @@ from .kind import OptimizerKind, parameter_groups
 
 
 def _build(model: torch.nn.Module, config: OptimizerConfig, tensor_group: ProcessGroup | None) -> torch.optim.AdamW:
-    """Raises UserError for a config without bias correction, which PyTorch's AdamW always has."""
+    """Raise UserError for a config without bias correction, which PyTorch's AdamW always has."""
     groups = parameter_groups(model, config.weight_decay)
     if not config.bias_correction:
         raise UserError(

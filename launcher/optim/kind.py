@@ -23,12 +23,12 @@ class OptimizerKind:
     """
 
     build: Build
-    """Returns the optimizer of a model at the base learning rate. The group are the processes that divide its sharded
-    parameters."""
+    """This function returns the optimizer of a model at the base learning rate. Its third argument is the group of processes
+    that divide the sharded parameters."""
     text: Callable[[OptimizerConfig], str] = lambda config: ""
-    """Returns what the start-up report says beside the keys that all optimizers have: a text that begins with a comma."""
+    """This function returns what the start-up report says beside the keys that all optimizers have, with a comma in front."""
     histograms: Callable[[Any], Mapping[str, Sequence[float]]] = lambda optimizer: {}
-    """Returns figures of the last step for TensorBoard, by name; waits for the device."""
+    """This function returns figures of the last step for TensorBoard, by name. It waits for the device."""
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ class DurableFile:
 
 
 def write_text(path: Path, text: str) -> FileRecord:
-    """`text` in a new file."""
+    """Write `text` into a new file and return its record."""
     with DurableFile(path) as file:
         file.write(text.encode(errors="surrogateescape"))  # what was read of a damaged file goes back as it was
     return file.record

@@ -20,20 +20,20 @@ _NOTHING, _INTERRUPT, _SCHEDULER = range(3)  # what processes tell each other; t
 
 
 class StopAsked(KeyboardInterrupt):
-    """A process was told to stop while there was nothing to save; no Exception, so that no library handles it."""
+    """Say that a signal came while there was nothing to save. It is no Exception, so that no library handles it."""
 
 
 class StopRequest:
     """A context in which the first SIGINT, SIGTERM or SIGUSR1 asks for a stop and a second SIGINT ends the process at once.
 
-    To be entered on the main thread of every process alike; afterwards the handlers are those from before, unless a scheduler
-    stopped the run: then the process is about to end, and later signals of a scheduler do not hasten that. Launchers send
-    SIGTERM to the processes that are left once one of them has ended.
+    Enter it on the main thread of every process alike. On leaving it the handlers from before come back. If a scheduler stopped
+    the run, SIGTERM and SIGUSR1 have no effect from then on: the process ends by itself, and launchers send SIGTERM to other
+    processes once one has ended.
     """
 
     def __init__(self, topology: Topology) -> None:
         self.received: signal.Signals | None = None
-        """What this process was told first; the others may not know yet."""
+        """The first signal that this process got. The other processes may not know yet."""
         self._topology = topology
         self._previous: dict[int, Any] = {}
         self._raises = False
@@ -60,7 +60,7 @@ class StopRequest:
         return REQUEUE if self._all_told == _SCHEDULER else 0
 
     def agreed(self) -> bool:
-        """True on every process alike, from some call on, if one of them was told to stop; all call it at the same points.
+        """Return True on every process alike, from some call on, if one of them got a signal; all call it at the same points.
 
         Launchers and schedulers signal processes one after another, or one only: without this they would stop at different
         steps and wait for ever. With several processes the answer is that to the call before, which has come meanwhile, so
@@ -85,13 +85,13 @@ class StopRequest:
         return told
 
     def agreed_now(self) -> bool:
-        """As `agreed`, but waits for the answers of all processes to this call."""
+        """Return the same as `agreed`, after waiting for the answers of all processes to this call."""
         self.agreed()
         return self.agreed()
 
     @contextmanager
     def raising(self) -> Iterator[None]:
-        """Inside, being told to stop raises StopAsked at once: for work that may take hours and saves nothing."""
+        """Raise StopAsked at a signal inside, without delay: for work that may take hours and saves nothing."""
         if self.received is not None:
             raise StopAsked
         self._raises = True
@@ -126,4 +126,4 @@ class StopRequest:
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """Handles a signal that changes nothing any more. Not SIG_IGN, which child processes would inherit."""
+    """Handle a signal that changes nothing any more. Not SIG_IGN, which child processes would inherit."""

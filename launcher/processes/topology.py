@@ -102,14 +102,6 @@ class Topology:
             dist.all_reduce(total, group=self.data_group)
         return total
 
-    def any(self, flag: bool) -> bool:
-        """True on every process if `flag` is true on at least one."""
-        if self.world_size == 1:
-            return flag
-        flags = torch.tensor([int(flag)], dtype=torch.int32, device=self.device)
-        dist.all_reduce(flags)
-        return bool(flags.item())
-
     def broadcast(self, value: Any) -> Any:
         """The main process's `value`, a small picklable object, on every process."""
         if self.world_size == 1:

@@ -55,13 +55,13 @@ class LostProcessError(RefusedError):
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a process says of itself."""
+    """What a process says of itself in its file."""
 
     rank: int
     host: str
     pid: int
     beat: int
-    """Counts up while the process lives."""
+    """A count that rises while the process lives."""
     state: str
     """running; stuck, by its watchdog; failed; left, because another process did; ended."""
     step: int
@@ -69,11 +69,12 @@ class Heartbeat:
     phase_s: float
     """For how long its main thread has been in that phase."""
     where: str
-    """Of a process that is stuck: the collective that it waits in, or its innermost line."""
+    """The collective that a stuck process waits in, or its innermost line."""
     signal: int
-    """That it was told to stop with, 0 for none."""
+    """The number of the signal that asked the process to stop; 0 if none did."""
     steps: int
-    """That it has trained since it started, in step_s; own_s of them without waiting for other processes."""
+    """The steps that the process has trained since it started. They took step_s, of which own_s was not spent waiting for
+    other processes."""
     step_s: float
     own_s: float
 
@@ -105,7 +106,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def at(self, phase: str, step: int | None = None) -> None:
-        """Says what the main thread does from now on, and, once per step, in which step."""
+        """Note what the main thread does from now on, and, once per step, in which step."""
         now = time.monotonic()
         self._times[self._phase] += now - self._since
         self._phase, self._since = phase, now
@@ -114,7 +115,7 @@ class Watchdog:
             self._step = step
 
     def start(self, folder: Path, *, forward_is_own: bool) -> None:
-        """Begins to watch; all processes come here.
+        """Begin to watch; all processes come here.
 
         folder: `log` of the run directory. forward_is_own: whether the forward pass waits for no other process, so that its
         time tells the slow from the quick.
@@ -145,7 +146,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        """Raises LostProcessError in place of the error that the end of another process caused."""
+        """Raise LostProcessError in place of the error that the end of another process caused."""
         if not self._thread.is_alive():
             return
         lost = self._lost() if error is not None and _is_peer_error(error) else ""
@@ -173,7 +174,7 @@ class Watchdog:
                     console.write_now(f"warning: {text}\n")
 
     def _reason_to_give_up(self) -> str:
-        """What is wrong, empty if nothing is."""
+        """Return what is wrong, empty if nothing is."""
         setting = f"(reliability.hang_timeout_s is {self._timeout_s:g})"
         waited_s = time.monotonic() - self._since
         if self._phase in _UNLIMITED:
@@ -195,7 +196,7 @@ class Watchdog:
             os.kill(os.getpid(), told)
 
     def _give_up(self, reason: str) -> None:
-        """Ends this process, with its stack in the log; the first that still can says how all stand."""
+        """End this process with its stack in the log. The first process that still lives prints where all of them are."""
         self._where = self._place()
         self._state = "stuck"
         self._write()
@@ -307,7 +308,7 @@ class Watchdog:
 
 
 class _SlowProcesses:
-    """Tells once of each process whose own part of a step takes much longer than that of the others."""
+    """Warn once of each process whose own part of a step takes much longer than that of the others."""
 
     def __init__(self) -> None:
         self._before: dict[int, Heartbeat] = {}

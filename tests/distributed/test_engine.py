@@ -162,7 +162,6 @@ def test_processes_agree_on_what_one_of_them_knows_and_do_not_wait_for_ever():
         assert known == {
             "agreed": (False, True, rank == 1),
             "sum": (3.0, rank + 1.0),
-            "any": (False, True),
             "broadcast": {"rank": 0},
             "gather": [0, 1],
             "timeout": PATIENCE_S,

@@ -115,7 +115,6 @@ def agreement_worker() -> dict[str, Any]:
     known = {
         "agreed": (agreed_before, agreed_after, stop.received is not None),
         "sum": (topology.sum(mine).item(), mine.item()),
-        "any": (topology.any(False), topology.any(topology.rank == 1)),
         "broadcast": topology.broadcast({"rank": topology.rank}),
         "gather": topology.gather(topology.rank),
     }

@@ -83,7 +83,7 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch, tmp_
         yield
 
     monkeypatch.setattr(doctor, "devices", broken)
-    found = list(doctor.examine(doctor.Examination(LaunchOptions(), quick=True)))
+    found = list(doctor.examine(LaunchOptions(), quick=True))
     assert ("devices", "FAIL") in told(found)
     assert next(finding.detail for finding in found if finding.what == "devices") == "RuntimeError: no such thing"
     assert told(found)[-1][0] == "port"
