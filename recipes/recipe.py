@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels.ops.choices import ActivationCheckpointing
 from ..kernels.parallel.collectives import ONE_PROCESS, TensorParallel
-from .config import DataConfig, LayerFlags, ModelConfig, ObjectiveConfig, SpecialToken
+from .config import DataConfig, ModelConfig, ObjectiveConfig, SpecialToken
 
 if TYPE_CHECKING:
     from .data.token_store import TokenStore
@@ -39,19 +39,6 @@ class Runtime:
 
 
 PLAIN_RUNTIME = Runtime()
-
-
-class BuildModel(Protocol):
-    """See `Recipe`."""
-
-    def __call__(
-        self,
-        model: ModelConfig,
-        layer: LayerFlags,
-        objective: ObjectiveConfig,
-        vocab_size: int,
-        runtime: Runtime = PLAIN_RUNTIME,
-    ) -> nn.Module: ...
 
 
 class Samples(Protocol):
@@ -112,10 +99,10 @@ class Recipe:
     """One kind of model with its objective: all in which it differs from another kind.
 
     name: `model.type`.
-    build_model(model, layer, objective, vocab_size, runtime): the model; called with a batch's tensors as keyword arguments it
-        returns the *sum* of each part of the loss as fp32 scalars, such as {"mlm": ..., "nsp": ...}. The training loss is
-        the sum over parts of sum / count, with the counts of the whole step, so that it does not depend on how the step is
-        cut into micro-batches and processes.
+    build_model(model, layer, objective, vocab_size, runtime=PLAIN_RUNTIME): the model; called with a batch's tensors as keyword
+        arguments it returns the *sum* of each part of the loss as fp32 scalars, such as {"mlm": ..., "nsp": ...}. The training
+        loss is the sum over parts of sum / count, with the counts of the whole step, so that it does not depend on how the
+        step is cut into micro-batches and processes.
     loss_counts(batch, objective): how many terms each of those sums has. The first part is the one over the vocabulary.
     real_tokens(batch): tokens that are not padding.
     flops_per_sample(model, vocab_size, seq_length, predictions): matrix-product FLOPs of forward and backward of one
@@ -126,7 +113,7 @@ class Recipe:
     """
 
     name: str
-    build_model: BuildModel
+    build_model: Callable[..., nn.Module]
     loss_counts: Callable[[Batch, ObjectiveConfig], dict[str, int]]
     real_tokens: Callable[[Batch], int]
     flops_per_sample: Callable[[ModelConfig, int, float, float], float]

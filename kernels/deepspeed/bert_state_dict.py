@@ -5,20 +5,21 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..layers.bert_names import BERT_LAYER
+
+_PREFIXES = {
+    "attn_qkv": "qkv",
+    "attn_o": "attention_output",
+    "attn_n": "attention_norm",
+    "inter_": "intermediate",
+    "output_": "output",
+    "norm_": "mlp_norm",
+}
 # Each of DeepSpeed's parameters, and what Hugging Face's post-LN BertLayer calls the parts it is made of along dim 0.
 _BERT_NAMES = {
-    "attn_qkvw": ("attention.self.query.weight", "attention.self.key.weight", "attention.self.value.weight"),
-    "attn_qkvb": ("attention.self.query.bias", "attention.self.key.bias", "attention.self.value.bias"),
-    "attn_ow": ("attention.output.dense.weight",),
-    "attn_ob": ("attention.output.dense.bias",),
-    "attn_nw": ("attention.output.LayerNorm.weight",),
-    "attn_nb": ("attention.output.LayerNorm.bias",),
-    "inter_w": ("intermediate.dense.weight",),
-    "inter_b": ("intermediate.dense.bias",),
-    "output_w": ("output.dense.weight",),
-    "output_b": ("output.dense.bias",),
-    "norm_w": ("output.LayerNorm.weight",),
-    "norm_b": ("output.LayerNorm.bias",),
+    f"{prefix}{kind[0]}": tuple(f"{part}.{kind}" for part in BERT_LAYER[ours])
+    for prefix, ours in _PREFIXES.items()
+    for kind in ("weight", "bias")
 }
 
 

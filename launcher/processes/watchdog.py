@@ -251,7 +251,7 @@ class Watchdog:
     def _place(self) -> str:
         """The collective that some thread waits in, or the innermost line of the main thread."""
         frames = sys._current_frames()
-        skipped = {thread.ident for thread in threading.enumerate() if thread.name in _OWN_THREADS}
+        skipped = {thread.ident for thread in threading.enumerate() if thread.name.startswith(_OWN_THREADS)}
         order = [self._main_thread, *(ident for ident in frames if ident not in {self._main_thread, *skipped})]
         for ident in order:
             place = _collective(frames.get(ident))

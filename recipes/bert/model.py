@@ -126,11 +126,8 @@ class BertForPretraining(nn.Module):
         features = self._mlm_features(hidden)
         return vocabulary_logits(features, self.word_embeddings.weight, self.mlm_bias, self.parallel.group)
 
-    def sentence_logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the two sentence labels, (B, 2), from the first token of hidden states (B, S, H)."""
-        return self._sentence_logits(hidden[:, 0])
-
-    def _sentence_logits(self, first: Tensor) -> Tensor:
+    def sentence_logits(self, first: Tensor) -> Tensor:
+        """Return the scores of the two sentence labels, (B, 2), from the hidden states of first tokens, (B, H)."""
         scores: Tensor = self.sentence_classifier(torch.tanh(self.pooler(first)))
         return scores
 
@@ -166,6 +163,6 @@ class BertForPretraining(nn.Module):
         sums = {"mlm": loss}
         if self.sentence_task != "none":
             assert sentence_labels is not None, "a batch without sentence labels for a model with a sentence task"
-            scores = self._sentence_logits(first).float()
+            scores = self.sentence_logits(first).float()
             sums[self.sentence_task] = F.cross_entropy(scores, sentence_labels, reduction="sum")
         return sums

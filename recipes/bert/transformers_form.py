@@ -1,12 +1,14 @@
 """BERT in transformers: BERT itself if it is post-LN, RoBERTa with LayerNorms moved if it is pre-LN, and their relatives."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from tokenizers import processors
 
 from ...kernels.errors import UserError
-from ..config import ModelConfig, ObjectiveConfig, SpecialToken
+from ...kernels.layers.bert_names import BERT_LAYER
+from ..config import ModelConfig, ObjectiveConfig
 from ..shared.transformers_form import Architecture, TransformersForm
 from .model import NUM_TOKEN_TYPES
 
@@ -29,20 +31,7 @@ _BODY = {
     "token_type_embeddings": "embeddings.token_type_embeddings",
     "embedding_norm": "embeddings.LayerNorm",
 }
-_PROJECTIONS = {
-    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
-    "attention_output": ("attention.output.dense",),
-    "intermediate": ("intermediate.dense",),
-    "output": ("output.dense",),
-}
-_POST_LN_LAYER = _PROJECTIONS | {
-    "attention_norm": ("attention.output.LayerNorm",),
-    "mlp_norm": ("output.LayerNorm",),
-}
-_PRE_LN_LAYER = _PROJECTIONS | {
-    "attention_norm": ("attention.LayerNorm",),
-    "mlp_norm": ("intermediate.LayerNorm",),
-}
+_PRE_LN_LAYER = BERT_LAYER | {"attention_norm": ("attention.LayerNorm",), "mlp_norm": ("intermediate.LayerNorm",)}
 _DEFAULTS = {
     "hidden_size": 768,
     "num_hidden_layers": 12,
@@ -55,14 +44,6 @@ _DEFAULTS = {
     "attention_probs_dropout_prob": 0.1,
     "initializer_range": 0.02,
 }
-_KEYS: dict[str, tuple[str, Any]] = {key: (key, default) for key, default in _DEFAULTS.items()}
-_FEATURES = {
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "tie_word_embeddings": True,
-}
-_SYMBOLS: dict[str, SpecialToken] = {"pad_token_id": "pad"}
 _POST_LN = Architecture(
     model_type="bert",
     recipe="bert",
@@ -70,7 +51,7 @@ _POST_LN = Architecture(
     base="bert",
     layers="encoder.layer",
     body=_BODY,
-    layer=_POST_LN_LAYER,
+    layer=BERT_LAYER,
     heads={
         "mlm_transform": "cls.predictions.transform.dense",
         "mlm_norm": "cls.predictions.transform.LayerNorm",
@@ -78,9 +59,14 @@ _POST_LN = Architecture(
         "sentence_classifier": "cls.seq_relationship",
     },
     bias=("cls.predictions.bias",),
-    keys=_KEYS,
-    features=_FEATURES,
-    symbols=_SYMBOLS,
+    keys={key: (key, default) for key, default in _DEFAULTS.items()},
+    features={
+        "position_embedding_type": "absolute",
+        "is_decoder": False,
+        "add_cross_attention": False,
+        "tie_word_embeddings": True,
+    },
+    symbols={"pad_token_id": "pad"},
     ignored=("bert.embeddings.position_ids", "cls.predictions.decoder.weight", "cls.predictions.decoder.bias"),
     classes=("BertForMaskedLM", "BertForPreTraining"),
     sentence_task="nsp",
@@ -89,12 +75,11 @@ _POST_LN = Architecture(
 
 
 def _roberta(model_type: str, base: str, layer: Mapping[str, tuple[str, ...]], *, pre_layer_norm: bool) -> Architecture:
-    return Architecture(
+    return replace(
+        _POST_LN,
         model_type=model_type,
-        recipe="bert",
         pre_layer_norm=pre_layer_norm,
         base=base,
-        layers="encoder.layer",
         body=_BODY | ({"final_norm": "LayerNorm"} if pre_layer_norm else {}),
         layer=layer,
         # Its classes for pretraining have no sentence task; that for classification has pooler and classifier in its head.
@@ -106,13 +91,11 @@ def _roberta(model_type: str, base: str, layer: Mapping[str, tuple[str, ...]], *
         },
         # transformers 4 loads the first and then puts the second over it
         bias=("lm_head.bias", "lm_head.decoder.bias"),
-        keys=_KEYS,
-        features=_FEATURES,
         # Their defaults for the last two belong to another vocabulary.
-        symbols=_SYMBOLS | {"bos_token_id": "cls", "eos_token_id": "sep"},
+        symbols=_POST_LN.symbols | {"bos_token_id": "cls", "eos_token_id": "sep"},
         ignored=(f"{base}.embeddings.position_ids", "lm_head.decoder.weight", "lm_head.decoder.bias"),
         classes=("RobertaPreLayerNormForMaskedLM",) if pre_layer_norm else (),
-        token_types=NUM_TOKEN_TYPES,
+        sentence_task="none",
         positions_after_pad=True,
     )
 
@@ -158,7 +141,7 @@ BERT_IN_TRANSFORMERS = TransformersForm(
     architectures=(
         _POST_LN,
         *(
-            _roberta(name, "roberta", _POST_LN_LAYER, pre_layer_norm=False)
+            _roberta(name, "roberta", BERT_LAYER, pre_layer_norm=False)
             for name in ("roberta", "xlm-roberta", "camembert")
         ),
         _PRE_LN,

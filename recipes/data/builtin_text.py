@@ -30,18 +30,14 @@ def builtin_identity() -> str:
     return f"builtin {VERSION} {sys.version}"
 
 
-def builtin_documents() -> Iterator[str]:
-    """English documents, in an order that is always the same: pydoc's topics, then one document per library module.
+@functools.cache
+def builtin_documents() -> tuple[str, ...]:
+    """Return English documents, in an order that is always the same: pydoc's topics, then one document per library module.
 
     A document is a module's docstrings in the order of the source, paragraphs parted by blank lines, lines joined.
     Paragraphs of code and tables are left out, and so is every paragraph that an earlier document has. Raises ValueError if
     the interpreter has no library sources.
     """
-    yield from _builtin_documents()
-
-
-@functools.cache
-def _builtin_documents() -> tuple[str, ...]:
     root = Path(sysconfig.get_path("stdlib"))
     modules = _source_files(root)
     if not modules:

@@ -51,7 +51,7 @@ def open_source(source: SourceConfig, cache: Path) -> Source:
     """
     name = f"{source.kind} {source.path}" if source.path else source.kind
     if source.kind == "builtin":
-        return Source(name, builtin_documents, builtin_identity())
+        return Source(name, lambda: iter(builtin_documents()), builtin_identity())
     if source.kind == "hf":
         return _open_dataset(source, name)
     paths = _find_files(source, name)
@@ -64,7 +64,11 @@ def open_source(source: SourceConfig, cache: Path) -> Source:
         return Source(name, lambda: _each(paths, lambda path: _parquet_documents(path, field)), identity, total)
     if source.kind == "jsonl":
         return Source(name, lambda: _each(paths, lambda path: _jsonl_documents(path, field)), identity)
-    read = {"auto": _text_documents, "line": _text_lines, "file": _whole_text}[source.documents]
+    read = {
+        "auto": _text_documents,
+        "line": lambda path: (document for _, line in _lines(path) for document in _joined([line])),
+        "file": lambda path: _joined([line for _, line in _lines(path)]),
+    }[source.documents]
     return Source(name, lambda: _each(paths, read), identity)
 
 
@@ -118,10 +122,7 @@ def _content_hash(path: Path, memory: Path) -> str:
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     """Line numbers from 1 and lines without their end, of a UTF-8 file, gzip-compressed if its name ends so."""
     offset = 0
-    with (
-        _readable(path),
-        cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb") as file,
-    ):
+    with _readable(path), cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb") as file:
         for number, line in enumerate(_sound(file, path), start=1):
             try:
                 text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode()
@@ -158,15 +159,6 @@ def _text_documents(path: Path) -> Iterator[str]:
         titled = titled or is_title
         document.append(line)
     yield from _joined(document)
-
-
-def _text_lines(path: Path) -> Iterator[str]:
-    for _, line in _lines(path):
-        yield from _joined([line])
-
-
-def _whole_text(path: Path) -> Iterator[str]:
-    yield from _joined([line for _, line in _lines(path)])
 
 
 def _joined(lines: list[str]) -> Iterator[str]:

@@ -85,12 +85,10 @@ def prepare_data(
         samples=sum(len(part) for part in train.parts),
     )
     digests = [first.digest for first, _ in stores]
-    facts = [recipe.name, digests, train.draws, rules.settings(data, objective), _symbols(tokenizer), seed]
-    return PreparedData(train, validation, _fingerprint(facts), sizes)
-
-
-def _fingerprint(facts: list[Any]) -> str:
-    return hashlib.blake2b(json.dumps([ORDER_VERSION, *facts]).encode(), digest_size=16).hexdigest()
+    settings = rules.settings(data, objective)
+    facts = [ORDER_VERSION, recipe.name, digests, train.draws, settings, _symbols(tokenizer), seed]
+    fingerprint = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
+    return PreparedData(train, validation, fingerprint, sizes)
 
 
 def _symbols(tokenizer: RunTokenizer) -> list[Any]:

@@ -90,11 +90,6 @@ class GptForPretraining(nn.Module):
         """
         hidden = self.encode(input_ids, position_ids, segment_ids)
         loss = vocabulary_loss(
-            hidden.flatten(0, 1),
-            self.word_embeddings.weight,
-            None,
-            labels.flatten(),
-            self.kernels,
-            self.parallel.group,
+            hidden.flatten(0, 1), self.word_embeddings.weight, None, labels.flatten(), self.kernels, self.parallel.group
         )
         return {"clm": loss}

@@ -57,7 +57,7 @@ class Architecture:
     bias: tuple[str, ...]
     keys: Mapping[str, tuple[str, Any]]
     features: Mapping[str, Any]
-    symbols: Mapping[str, SpecialToken]
+    symbols: dict[str, SpecialToken]
     ignored: tuple[str, ...]
     copies: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from ....kernels.layers.bert_names import BERT_LAYER
 from .layer import Description
 from .shipped_policy import ShippedPolicy, below, sizes
 
@@ -10,18 +11,15 @@ from .shipped_policy import ShippedPolicy, below, sizes
 class BertPolicy(ShippedPolicy):
     layer_class = "bert.modeling_bert.BertLayer"
     optional = ("crossattention",)
-    qkv = (
-        *below("attention.self", "query", "key", "value"),
-        *below("crossattention.self", "query", "key", "value"),
-    )
-    out = ("attention.output.dense", "crossattention.output.dense")
-    wide = ("intermediate.dense",)
-    narrow = ("output.dense",)
+    qkv = (*BERT_LAYER["qkv"], *below("crossattention.self", "query", "key", "value"))
+    out = (*BERT_LAYER["attention_output"], "crossattention.output.dense")
+    wide = BERT_LAYER["intermediate"]
+    narrow = BERT_LAYER["output"]
     arguments = (
         *sizes("attention.self", num_attention_heads="num_attention_heads", all_head_size="hidden_size"),
         *sizes("crossattention.self", num_attention_heads="num_attention_heads", all_head_size="hidden_size"),
     )
-    norm_paths = ("attention.output.LayerNorm", "output.LayerNorm")
+    norm_paths = (*BERT_LAYER["attention_norm"], *BERT_LAYER["mlp_norm"])
     embedding_paths = ("embeddings.word_embeddings",)
     head_paths = ("predictions.decoder",)
 

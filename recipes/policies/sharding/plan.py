@@ -262,9 +262,8 @@ class _Planner:
     def _vocabulary(self, policy: type[Policy]) -> Iterator[Projection]:
         for rule, kind in _VOCABULARY_RULES.items():
             for layer in getattr(policy, rule)():
-                found = [
-                    name for names in self.names.values() for name in names if _ends_with(name, layer.weight or "")
-                ]
+                end = f".{dotted(layer.weight or '')}"
+                found = [name for names in self.names.values() for name in names if f".{name}".endswith(end)]
                 if not found and not layer.ignore_checker:
                     self._problem(policy.__name__, f"{rule}: the model has no parameter that ends in {layer.weight}")
                 for name in found:
@@ -279,7 +278,8 @@ class _Planner:
 
     def _replaced_modules(self, policy: type[Policy]) -> Iterator[tuple[nn.Module, Any]]:
         for name, replacement in policy.replace_modules().items():
-            found = [module for module in self.model.modules() if name in _names_of(type(module))]
+            classes = ((module, type(module)) for module in self.model.modules())
+            found = [one for one, cls in classes if name in (cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}")]
             if not found:
                 self._problem(policy.__name__, f"replace_modules: the model has no module of class {name}")
             yield from ((module, replacement) for module in found)
@@ -329,14 +329,6 @@ def problem_list(problems: Mapping[str, list[str]], model: nn.Module) -> str:
 
 def _join(name: str, path: str) -> str:
     return f"{name}.{path}" if name else path
-
-
-def _ends_with(name: str, path: str) -> bool:
-    return f".{name}".endswith(f".{dotted(path)}")
-
-
-def _names_of(cls: type) -> tuple[str, str]:
-    return cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}"
 
 
 def config_of(model: nn.Module, name: str) -> Any:

@@ -45,29 +45,26 @@ def divide_sequence(model: nn.Module, plan: Plan, parallel: TensorParallel, rand
     """Adds the collectives to a model whose projections are sharded."""
     model.register_forward_pre_hook(_refuse_hidden_states, with_kwargs=True)
     stacks: dict[str, list[nn.Module]] = {}
+
+    def gather_tokens(x: Tensor) -> Tensor:
+        """Return (B, S, H) of everyone's (B, S/t, H)."""
+        return gather_from_sequence(x.transpose(0, 1), parallel.group).transpose(0, 1).contiguous()
+
     for place in plan.places:
         stacks.setdefault(place.name.rpartition(".")[0], []).append(place.module)
         for parameter in place.module.parameters():
             if not is_sharded(parameter):
                 sum_gradient_over(parameter, parallel.group)
         for holder in place.holders:
-            holder.register_forward_pre_hook(_on_input(lambda x: _gather_tokens(x, parallel.group)), with_kwargs=True)
+            holder.register_forward_pre_hook(_on_input(gather_tokens), with_kwargs=True)
         # All dropout of a layer is of this process's tokens or heads.
-        place.module.register_forward_pre_hook(lambda layer, _: _enter(layer, random))
+        place.module.register_forward_pre_hook(
+            lambda layer, _: random.enter(next(layer.parameters()).device) if layer.training else None
+        )
     for layers in stacks.values():
         scatter = _on_input(lambda x: scatter_to_group(x, parallel.group, dim=1))
         layers[0].register_forward_pre_hook(scatter, with_kwargs=True)
         layers[-1].register_forward_hook(lambda module, _, output: _gather_output(output, parallel.group))
-
-
-def _enter(layer: nn.Module, random: RankRandom) -> None:
-    if layer.training:
-        random.enter(next(layer.parameters()).device)
-
-
-def _gather_tokens(x: Tensor, group: Group) -> Tensor:
-    """(B, S, H) of everyone's (B, S/t, H)."""
-    return gather_from_sequence(x.transpose(0, 1), group).transpose(0, 1).contiguous()
 
 
 def _gather_output(output: Any, group: Group) -> Any:

@@ -117,19 +117,16 @@ def _cut(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
             parameter = model.get_parameter(name)
             if is_sharded(parameter):
                 continue  # tied to one that is cut already
-            padded = _pad_vocabulary(parameter, parallel.size) if projection.block == "vocabulary" else parameter
-            own = take_shard(padded, partition, parallel.rank, parallel.size, name)
+            whole: Tensor = parameter
+            if projection.block == "vocabulary":  # zeros behind its rows, up to a multiple of the number of processes
+                whole = F.pad(parameter, (0, 0) * (parameter.dim() - 1) + (0, -len(parameter) % parallel.size))
+            own = take_shard(whole, partition, parallel.rank, parallel.size, name)
             shard = nn.Parameter(own, parameter.requires_grad)
             mark_sharded(shard, partition)
             if projection.block == "vocabulary":
                 shard.vocabulary_size = len(parameter)  # type: ignore[attr-defined]
             for owner, own_name in owners[id(parameter)]:
                 setattr(owner, own_name, shard)
-
-
-def _pad_vocabulary(x: Tensor, size: int) -> Tensor:
-    """x with zeros behind its rows, up to a multiple of `size`."""
-    return F.pad(x, (0, 0) * (x.dim() - 1) + (0, -len(x) % size))
 
 
 def _replace(projection: Projection, parallel: TensorParallel, random: RankRandom) -> None:

@@ -36,12 +36,7 @@ _OPTIONS = {
     "scale_attn_by_inverse_layer_idx": False,
     "reorder_and_upcast_attn": False,
 }
-_RULES = {
-    "qkv": "attn_qkv",
-    "attention_output": "attn_out",
-    "intermediate": "mlp_in",
-    "output": "mlp_out",
-}
+_RULES = {"qkv": "attn_qkv", "attention_output": "attn_out", "intermediate": "mlp_in", "output": "mlp_out"}
 _LARGEST_DIFFERENCE = 1e-9  # of outputs in fp64, relative; another eps or the other GELU makes one of 1e-6 or more
 
 

@@ -12,7 +12,7 @@ def test_builtin_documents_are_many_english_and_always_the_same():
     assert sum(map(len, documents)) > 1_000_000
     text = " ".join(documents).split()
     assert text.count("the") / len(text) > 0.03
-    corpus._builtin_documents.cache_clear()
+    corpus.builtin_documents.cache_clear()
     assert list(builtin_documents()) == documents
 
 
@@ -28,7 +28,7 @@ def test_docstrings_are_read_without_importing_the_module(tmp_path, monkeypatch)
         'def g():\n    """\n    >>> this_is_code(and_it_is_left_out) of the corpus here\n    """\n'
     )
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert list(corpus._builtin_documents.__wrapped__()) == [
+    assert list(corpus.builtin_documents.__wrapped__()) == [
         "A class that keeps what it is given.\n\nReturn the thing that it was given before."
     ]
     assert "antigravity_like" not in sys.modules
@@ -37,4 +37,4 @@ def test_docstrings_are_read_without_importing_the_module(tmp_path, monkeypatch)
 def test_an_interpreter_without_sources_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ValueError, match="kind builtin: this Python has no library sources"):
-        corpus._builtin_documents.__wrapped__()
+        corpus.builtin_documents.__wrapped__()

@@ -6,11 +6,12 @@ from xformer_train.recipes.data.prefetch import prefetch
 
 
 def loaders():
-    return [thread for thread in threading.enumerate() if thread.name == "loader"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
 def test_items_come_in_order():
     with prefetch(lambda index: index * index, 3, 10) as items:
+        assert len(loaders()) == 1
         assert list(items) == [index * index for index in range(3, 10)]
     assert not loaders()
 
