@@ -1,4 +1,4 @@
-"""GPU kernels of fp8_products.py: a tensor cast to FP8, its transpose and its amax, from one read of the tensor."""
+"""GPU kernels of products.py: a tensor cast to FP8, its transpose and its amax, from one read of the tensor."""
 
 import torch
 import triton
@@ -87,7 +87,7 @@ def _quantize_kernel(
 def quantize(
     x: Tensor, scale: Tensor | None, amax: Tensor | None, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As quantize_reference in fp8_products.py; without scale and amax, a pass of torch's reads the amax first."""
+    """As quantize_reference in products.py; without scale and amax, a pass of torch's reads the amax first."""
     x = x.contiguous()
     rows_q, columns_q, own_amax, scale_inv = empty_cast(x, dtype, rows, columns)
     if scale is not None or not x.numel():

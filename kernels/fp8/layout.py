@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_ALIGNMENT = 16  # elements: cuBLAS reads FP8 rows in pieces of 16 bytes
+from .alignment import FP8_MULTIPLE
 
 
 class Fp8Tensor(NamedTuple):
@@ -21,12 +21,12 @@ class Fp8Tensor(NamedTuple):
 
 
 def padded(size: int) -> int:
-    """The next multiple of 16."""
-    return (size + _ALIGNMENT - 1) // _ALIGNMENT * _ALIGNMENT
+    """Return the next multiple of 16."""
+    return (size + FP8_MULTIPLE - 1) // FP8_MULTIPLE * FP8_MULTIPLE
 
 
 def empty_cast(x: Tensor, dtype: torch.dtype, rows: bool, columns: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Results as of a cast of x (R, C), without values: rows, columns, amax, 1 / scale."""
+    """Return the results of a cast of x (R, C) without values: rows, columns, amax, 1 / scale."""
     return (
         x.new_empty(x.shape if rows else (0,), dtype=dtype),
         x.new_empty((x.shape[1], padded(x.shape[0])) if columns else (0,), dtype=dtype),

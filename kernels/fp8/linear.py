@@ -244,13 +244,7 @@ def check_operands(x: Tensor, weight: Tensor) -> None:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        x_q: Fp8Tensor,
-        weight_q: Fp8Tensor,
-        call: LinearCall,
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, x_q: Fp8Tensor, weight_q: Fp8Tensor, call: LinearCall
     ) -> Tensor:
         wide_x = x if call.wide_wgrad else None
         ctx.save_for_backward(x_q.columns, x_q.scale_inv, weight_q.columns, weight_q.scale_inv, wide_x)

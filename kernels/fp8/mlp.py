@@ -157,13 +157,7 @@ def gelu_quantize_reference(
 
 
 def gelu_backward_quantize_reference(
-    da: Tensor,
-    f: Tensor,
-    scale: Tensor | None,
-    activation: Activation,
-    dtype: torch.dtype,
-    rows: bool,
-    columns: bool,
+    da: Tensor, f: Tensor, scale: Tensor | None, activation: Activation, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """df = da * GELU'(f) in FP8, as `quantize`, and db1 (F,) in the dtype of f. da, f: (T, F), contiguous; da is not kept."""
     df, db1, _ = gelu_backward_reference(da, f, activation, False)
@@ -194,13 +188,7 @@ def _gelu_quantize(
     ),
 )
 def _gelu_backward_(
-    da: Tensor,
-    f: Tensor,
-    scale: Tensor | None,
-    activation: Activation,
-    dtype: torch.dtype,
-    rows: bool,
-    columns: bool,
+    da: Tensor, f: Tensor, scale: Tensor | None, activation: Activation, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if has_scaled_mm(f.device):
         from .mlp_triton import gelu_backward_quantize as backward

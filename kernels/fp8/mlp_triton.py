@@ -1,4 +1,4 @@
-"""GPU kernels of fp8_mlp.py: GELU, and its gradient with that of the bias before it, cast to FP8 on their way to memory."""
+"""GPU kernels of mlp.py: GELU, and its gradient with that of the bias before it, cast to FP8 on their way to memory."""
 
 import torch
 import triton

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..ops.operator import operator
-from .layout import _ALIGNMENT, Fp8Tensor, empty_cast, padded
+from .alignment import FP8_MULTIPLE
+from .layout import Fp8Tensor, empty_cast, padded
 from .scaling import divided
 
 
@@ -46,9 +47,9 @@ def wgrad(dy: Fp8Tensor, x: Fp8Tensor, out_dtype: torch.dtype) -> Tensor:
 def check_fp8_features(in_features: int, out_features: int) -> None:
     """Raises ValueError unless FP8 products take a weight of (out_features, in_features), the sizes on one device."""
     for name, size in (("in_features", in_features), ("out_features", out_features)):
-        if size % _ALIGNMENT:
+        if size % FP8_MULTIPLE:
             raise UserError(
-                f"{name} is {size}; FP8 products need multiples of {_ALIGNMENT} on each device, so pad it to "
+                f"{name} is {size}; FP8 products need multiples of {FP8_MULTIPLE} on each device, so pad it to "
                 f"{padded(size)} or run this layer under fp8_autocast(enabled=False)"
             )
 

@@ -82,15 +82,7 @@ def project_mlp(  # noqa: PLR0913 - as fp8_mlp
     """
     x, amax = _all_tokens(x, amax, parallel)
     out = fp8_mlp(
-        x,
-        w1,
-        b1,
-        w2,
-        activation,
-        *fp8,
-        is_first_microbatch=is_first_microbatch,
-        main_grads=main_grads,
-        amax=amax,
+        x, w1, b1, w2, activation, *fp8, is_first_microbatch=is_first_microbatch, main_grads=main_grads, amax=amax
     )
     return _summed(out, parallel)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from ..ops.attention.attention import AttentionMask, Recompute, attention
+from ..ops.autocast import autocast_dtype
 from ..ops.dropout import draw_seed
 from ..ops.norm.residual_norm import are_invertible, residual_add, residual_norm
 from ..ops.region import active_region
@@ -155,13 +156,11 @@ class TransformerLayer(nn.Module):
             raise ValueError(
                 f"hidden_states has last dim {hidden_states.shape[-1]}, the layer has hidden_size={config.hidden_size}"
             )
-        device = hidden_states.device.type
-        autocasts = device != "meta" and torch.is_autocast_enabled(device)  # which knows no meta device
-        if autocasts and torch.get_autocast_dtype(device) != hidden_states.dtype:
+        dtype = autocast_dtype(hidden_states.device)
+        if dtype not in (None, hidden_states.dtype):
             raise UserError(
-                f"torch.autocast would cast some products of the layer from {hidden_states.dtype} to "
-                f"{torch.get_autocast_dtype(device)} and none of its other kernels; convert layer and input by .to(dtype), or "
-                f"use te.TransformerLayer, which follows torch.autocast"
+                f"torch.autocast would cast some products of the layer from {hidden_states.dtype} to {dtype} and none of its "
+                f"other kernels; convert layer and input by .to(dtype), or use te.TransformerLayer, which follows it"
             )
         if not self.drops:
             seed = None

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from ..fp8.linear import Fp8State
 from ..fp8.project import project, runs_fp8
+from ..ops.autocast import autocast_dtype
 from ..ops.main_grad import into_main_grad, main_grad_of
 from ..ops.parallel_linear import ParallelMode
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
@@ -184,9 +185,7 @@ class ProjectionModule(nn.Module):
         """The input as the module computes with it; raises ValueError where its last dim is not `size`."""
         if inp.shape[-1] != size:
             raise ValueError(f"the input is {tuple(inp.shape)}; its last dim must be {size_name}={size}")
-        if torch.is_autocast_enabled(inp.device.type):
-            return inp.to(torch.get_autocast_dtype(inp.device.type))
-        return inp
+        return autocast(inp)
 
     def _group(self) -> ProcessGroup | None:
         """The ranks that share this module; raises ValueError where they are still to be given."""
@@ -260,6 +259,12 @@ class ProjectionModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def autocast(inp: Tensor) -> Tensor:
+    """Return the input in the dtype of torch.autocast, or as it is."""
+    dtype = autocast_dtype(inp.device)
+    return inp if dtype is None else inp.to(dtype)
+
+
 def cast_like(inp: Tensor, parameter: Tensor) -> Tensor:
     """A parameter in the dtype of the input it works on; raises ValueError where they differ outside torch.autocast."""
     check_dtype(inp, parameter)
@@ -268,7 +273,7 @@ def cast_like(inp: Tensor, parameter: Tensor) -> Tensor:
 
 def check_dtype(inp: Tensor, parameter: Tensor) -> None:
     """Raises ValueError where the dtypes differ outside torch.autocast."""
-    if parameter.dtype != inp.dtype and not torch.is_autocast_enabled(inp.device.type):
+    if parameter.dtype != inp.dtype and autocast_dtype(inp.device) is None:
         raise ValueError(
             f"the input is {inp.dtype}, the parameters are {parameter.dtype}; convert one of them, or use torch.autocast"
         )

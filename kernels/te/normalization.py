@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..fp8.linear import Fp8State
 from ..fp8.norm import norm_before
-from .module import Initializer, ProjectionModule, check_dtype, check_positive
+from .module import Initializer, ProjectionModule, autocast, check_dtype, check_positive
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 
@@ -93,8 +93,7 @@ class LayerNorm(nn.Module):
             raise ValueError(
                 f"the input is {tuple(inp.shape)}; its last dim must be hidden_size={self.weight.shape[0]}"
             )
-        if torch.is_autocast_enabled(inp.device.type):
-            inp = inp.to(torch.get_autocast_dtype(inp.device.type))
+        inp = autocast(inp)
         check_dtype(inp, self.weight)
         return normalize(inp, effective_weight(self.weight, self.zero_centered_gamma), self.bias, self.eps)
 

@@ -9,6 +9,7 @@ import string
 from collections.abc import Iterator
 
 from ...kernels.errors import UserError
+from ...kernels.fp8.alignment import FP8_MULTIPLE
 from ...recipes import CONFIG_CHECKS
 from ...recipes.config import Fault, SourceConfig
 from .batch import divisors, solve_batch
@@ -28,7 +29,6 @@ OWNERS = {
     "optimizer": ("optimizer",),
     "zero_optimization": ("optimizer.type",),
 }
-FP8_MULTIPLE = 16  # of kernels/fp8/products.py, which imports torch
 FILE_NAME_RULE = "a plain name: no slash, no white space at its ends, no dot at its start"
 
 

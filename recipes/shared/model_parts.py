@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from ...kernels import LayerConfig, LayerStack
 from ...kernels.errors import UserError
+from ...kernels.ops.choices import Kernels
 from ...kernels.ops.loss.cross_entropy import linear_cross_entropy
 from ...kernels.ops.loss.vocab_parallel import vocab_parallel_linear_cross_entropy
-from ...kernels.ops.norm.residual_norm import Kernels, norm
+from ...kernels.ops.norm.residual_norm import norm
 from ...kernels.ops.parallel_linear import column_parallel_linear
 from ...kernels.parallel.collectives import Group, gather_from_group, group_size
 from ...kernels.parallel.sharding import Partition, shard_parameters

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..choices import uses_triton
+from ..choices import Kernels, uses_triton
 from ..dropout import keep_mask, keep_scale
-from ..norm.residual_norm import Kernels
 from ..operator import operator
 from .hiding_bias import hiding_bias
 

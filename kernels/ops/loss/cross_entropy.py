@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..choices import IGNORED, uses_triton
+from ..choices import IGNORED, Kernels, uses_triton
 from ..linear import product, weight_gradient
-from ..norm.residual_norm import Kernels
 from ..operator import operator
 
 SoftmaxLoss = Callable[[Tensor, Tensor], Tensor]

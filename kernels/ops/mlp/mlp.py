@@ -22,9 +22,8 @@ from ...parallel.collectives import (
     start_all_reduce_,
     start_reduce_scatter,
 )
-from ..choices import Activation, uses_triton
+from ..choices import Activation, Kernels, uses_triton
 from ..linear import product, weight_gradient
-from ..norm.residual_norm import Kernels
 from ..operator import operator
 
 _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ....kernels.ops.autocast import autocast_dtype
 from ....kernels.ops.linear import linear
 from ....kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
 from ....kernels.ops.parallel_linear import column_parallel_linear, row_parallel_linear
@@ -134,7 +135,7 @@ def class_before(module: nn.Module) -> type[nn.Module]:
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands as torch.autocast would cast them for a linear layer; it does not look into autograd Functions."""
-    if not torch.is_autocast_enabled(x.device.type):
+    dtype = autocast_dtype(x.device)
+    if dtype is None:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(x.device.type)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

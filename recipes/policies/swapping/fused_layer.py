@@ -15,6 +15,7 @@ from ....kernels.errors import UserError
 from ....kernels.layers.config import LayerConfig
 from ....kernels.layers.layer import Pass, TransformerLayer
 from ....kernels.ops.attention.attention import AttentionMask
+from ....kernels.ops.autocast import autocast_dtype
 from ....kernels.parallel.collectives import TensorParallel
 from ....kernels.parallel.sharding import Partition, is_sharded, mark_sharded, partitions_of
 from ..sharding.rank_random import RankRandom
@@ -145,12 +146,11 @@ class FusedLayer(nn.Module):
                     f"{name} was given to a fused {type(self).__name__}, which cannot honour it; leave it out, or call "
                     f"revert(model) first"
                 )
-        device = hidden_states.device.type
-        if not torch.is_autocast_enabled(device):
+        dtype = autocast_dtype(hidden_states.device)
+        if dtype is None:
             return self.fused(hidden_states, self._mask(mask, cache, hidden_states, given))  # type: ignore[no-any-return]
-        dtype = torch.get_autocast_dtype(device)
         x = hidden_states.to(dtype)
-        with torch.autocast(device, enabled=False):  # it does not look into autograd Functions
+        with torch.autocast(x.device.type, enabled=False):  # it does not look into autograd Functions
             weights = {name: parameter.to(dtype) for name, parameter in self.fused.named_parameters()}
             y = torch.func.functional_call(self.fused, weights, (x, self._mask(mask, cache, x, given)))
         return y.to(hidden_states.dtype)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""The casts of fp8_triton.py and fp8_mlp_triton.py, and the amax of residual_norm_triton.py, against their references.
+"""The kernels of fp8/cast_triton.py, mlp_triton.py and norm_triton.py against their references.
 
 Triton's interpreter rounds to FP8 wrongly, so every number that is cast here is one that FP8 holds; GELU of other numbers is
 cast to fp32, which the kernels take for an FP8 type. On a GPU, rounding is tested too.
