@@ -1,11 +1,8 @@
 """The parameters of `te.TransformerLayer`, checked."""
 
-from collections.abc import Callable
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
-
-import torch
-from torch.distributed import ProcessGroup
 
 from .core_attention import MaskType, check_mask_type
 from .module import Initializer, SharedOptions, check_positive
@@ -16,8 +13,8 @@ LayerType = Literal["encoder", "decoder"]
 
 
 @dataclass(frozen=True)
-class LayerOptions:
-    """Geometry and flags of a `TransformerLayer`; raises ValueError for what no layer can have.
+class LayerOptions(SharedOptions):
+    """Hold the geometry and flags of a `TransformerLayer`; raises ValueError for what no layer can have.
 
     hidden_size, ffn_hidden_size, num_attention_heads: H, F, N.
     layernorm_epsilon: added to the variance in every norm. (BERT has 1e-12.)
@@ -67,12 +64,6 @@ class LayerOptions:
     num_gqa_groups: int | None = None
     self_attn_mask_type: MaskType = "causal"
     set_parallel_mode: bool = False
-    sequence_parallel: bool = False
-    tp_group: ProcessGroup | None = None
-    tp_size: int = 1
-    get_rng_state_tracker: Callable[[], Any] | None = None
-    fuse_wgrad_accumulation: bool = False
-    params_dtype: torch.dtype = torch.float32
     seq_length: int | None = None
     micro_batch_size: int | None = None
     drop_path_rate: float = 0.0
@@ -82,7 +73,6 @@ class LayerOptions:
     zero_centered_gamma: bool = False
     activation: str = "gelu"
     attn_input_format: InputFormat = "sbhd"
-    device: torch.device | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden_size", "ffn_hidden_size", "num_attention_heads", "kv_channels", "num_gqa_groups"):
@@ -118,6 +108,7 @@ class LayerOptions:
             )
         if self.fuse_wgrad_accumulation and not self.fuse_qkv_params:
             raise ValueError("fuse_wgrad_accumulation=True needs fuse_qkv_params=True: one weight with one main_grad")
+        super().__post_init__()
 
     @property
     def groups(self) -> int:
@@ -132,15 +123,7 @@ class LayerOptions:
     @property
     def shared(self) -> SharedOptions:
         """What the modules inside are given as well."""
-        return SharedOptions(
-            self.sequence_parallel,
-            self.tp_group,
-            self.tp_size,
-            self.get_rng_state_tracker,
-            self.fuse_wgrad_accumulation,
-            self.params_dtype,
-            self.device,
-        )
+        return SharedOptions(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(SharedOptions)})
 
     @property
     def norm(self) -> dict[str, Any]:
@@ -150,6 +133,3 @@ class LayerOptions:
             "normalization": self.normalization,
             "zero_centered_gamma": self.zero_centered_gamma,
         }
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerOptions":
-        return self  # see SharedOptions

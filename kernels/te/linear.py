@@ -2,20 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ..fp8.linear import Fp8State
-from .module import (
-    DEFAULT_INIT,
-    Initializer,
-    ProjectionModule,
-    Shard,
-    SharedOptions,
-    check_positive,
-    parallel_mode_of,
-)
+from .module import DEFAULT_INIT, Initializer, ProjectionModule, Shard, SharedOptions, check_positive, parallel_mode_of
 from .normalization import Normalization, NormalizedModule
 
 
@@ -37,35 +27,19 @@ class Linear(ProjectionModule):
     weight: Tensor | None
     bias: Tensor | None
 
-    def __init__(  # noqa: PLR0913 - Transformer Engine's parameters
+    def __init__(
         self,
         in_features: int,
         out_features: int,
         bias: bool = True,
         *,
-        sequence_parallel: bool = False,
-        tp_group: ProcessGroup | None = None,
-        tp_size: int = 1,
-        get_rng_state_tracker: Any = None,
         init_method: Initializer | None = None,
         parallel_mode: str | None = None,
         skip_weight_param_allocation: bool = False,
-        fuse_wgrad_accumulation: bool = False,
         return_bias: bool = False,
-        params_dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            SharedOptions(
-                sequence_parallel,
-                tp_group,
-                tp_size,
-                get_rng_state_tracker,
-                fuse_wgrad_accumulation,
-                params_dtype,
-                device,
-            )
-        )
+        super().__init__(SharedOptions(**shared))
         check_positive(in_features=in_features, out_features=out_features)
         self.in_features, self.out_features = in_features, out_features
         self.use_bias, self.return_bias = bias, return_bias

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from ..fp8.linear import Fp8State
 from ..fp8.project import project_mlp, runs_fp8
@@ -75,27 +74,11 @@ class LayerNormMLP(NormalizedModule):
         return_layernorm_output: bool = False,
         return_bias: bool = False,
         set_parallel_mode: bool = False,
-        sequence_parallel: bool = False,
-        tp_group: ProcessGroup | None = None,
-        tp_size: int = 1,
-        get_rng_state_tracker: Any = None,
-        fuse_wgrad_accumulation: bool = False,
-        params_dtype: torch.dtype = torch.float32,
         seq_length: int | None = None,
         micro_batch_size: int | None = None,
-        device: torch.device | str | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            SharedOptions(
-                sequence_parallel,
-                tp_group,
-                tp_size,
-                get_rng_state_tracker,
-                fuse_wgrad_accumulation,
-                params_dtype,
-                device,
-            )
-        )
+        super().__init__(SharedOptions(**shared))
         check_positive(hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size)
         if activation not in _FUNCTIONS and activation not in _GATES:
             raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join([*_FUNCTIONS, *_GATES])}")

@@ -22,9 +22,9 @@ Initializer = Callable[[Tensor], Any]
 DEFAULT_INIT: Initializer = functools.partial(nn.init.normal_, mean=0.0, std=0.023)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SharedOptions:
-    """The parameters that every module with matrix products takes.
+    """Hold the parameters that every module with matrix products takes.
 
     sequence_parallel: between a row-parallel product and the next column-parallel one, activations are this rank's part of
         the sequence, which is dim 0. Needs tensor parallelism.
