@@ -24,7 +24,7 @@ _BERT_NAMES = {
 
 
 def to_bert_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the parameters of every post-LN DeepSpeed layer in it under Hugging Face BERT's names, same values.
+    """Return `state` with the parameters of every post-LN DeepSpeed layer in it under Hugging Face BERT's names, same values.
 
     state: of one layer or of a whole model; names in front of a layer's parameters (`bert.encoder.layer.0.`) stay, and
     so does everything that belongs to no layer. Only for post-LN layers (pre_layer_norm=False), which a state dict does
@@ -44,7 +44,7 @@ def to_bert_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_bert_state_dict(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`state` with the parameters of every Hugging Face BertLayer in it under DeepSpeed's names; undoes the other way.
+    """Return `state` with the parameters of every Hugging Face BertLayer in it under DeepSpeed's names; undoes the other way.
 
     state: of one layer or of a whole model, for post-LN layers; see `to_bert_state_dict`. Raises ValueError alike.
     """

@@ -89,7 +89,7 @@ class DeepSpeedTransformerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """A config with the given values and defaults elsewhere; raises ValueError for a key that is no parameter."""
+        """Return a config with the given values and defaults elsewhere; raises ValueError for a key that is no parameter."""
         for name, value in values.items():
             if name not in cls.__dataclass_fields__:
                 raise ValueError(_unknown(name, value))
@@ -97,14 +97,14 @@ class DeepSpeedTransformerConfig:
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> Self:
-        """The config in a UTF-8 JSON file that holds one object; raises ValueError as `from_dict` does."""
+        """Return the config in a UTF-8 JSON file that holds one object; raises ValueError as `from_dict` does."""
         values = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds a JSON {type(values).__name__}; it must hold one object of parameters")
         return cls.from_dict(values)
 
     def layer_config(self) -> LayerConfig:
-        """What `TransformerLayer` calls this; raises ValueError for a value that is missing, of a wrong type or impossible."""
+        """Return the `LayerConfig` of these values; raises ValueError for one that is missing, mistyped or impossible."""
         self._check_types()
         self._check_values()
         return LayerConfig(

@@ -84,7 +84,7 @@ class DeepSpeedTransformerLayer(TransformerLayer):
     ) -> None: ...
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
-        """A layer from `(config)` or, as in DeepSpeed's tutorial, `(layer_id, config)`.
+        """Build a layer from `(config)` or, as in DeepSpeed's tutorial, `(layer_id, config)`.
 
         initial_weights: values of Wq, Wk, Wv, attn_ow, attn_nw, inter_w, output_w, norm_w in this order, the first three
         (H, H); initial_biases: those of bq, bk, bv, attn_ob, attn_nb, inter_b, output_b, norm_b. They are copied. What is
@@ -169,7 +169,7 @@ class DeepSpeedTransformerLayer(TransformerLayer):
         output_attentions: bool = False,
         grads: None = None,
     ) -> Tensor | tuple[Tensor]:
-        """The layer's output, (B, S, H) in the dtype of hidden_states; in a 1-tuple with return_tuple.
+        """Return the layer's output, (B, S, H) in the dtype of hidden_states; in a 1-tuple with return_tuple.
 
         hidden_states: (B, S, H), contiguous or not, any S. attention_mask: what to add to the scores of each key before
         the softmax, (B, 1, 1, S) or (B, S), any float dtype, usually 0 for tokens and -10000 for padding; None for no

@@ -12,7 +12,7 @@ TILE_ROWS, TILE_COLUMNS = 64, 128  # of a cast with a transpose
 
 @triton.jit
 def current_scale(amax_ptr, LARGEST: tl.constexpr):
-    """The largest FP8 number / amax; 1 where that serves nobody."""
+    """Return the largest FP8 number / amax, or 1 where that is zero, infinite or NaN."""
     amax = tl.load(amax_ptr)
     usable = (amax > 0.0) & (amax < float("inf"))
     scale = tl.where(usable, tl.div_rn(LARGEST, tl.where(usable, amax, 1.0)), 1.0)
@@ -21,13 +21,13 @@ def current_scale(amax_ptr, LARGEST: tl.constexpr):
 
 @triton.jit
 def magnitude_bits(x):
-    """The bits of |x|, x fp32, as int32: they compare as magnitudes do, with NaN above infinity."""
+    """Return the bits of |x|, x fp32, as int32: they compare as magnitudes do, with NaN above infinity."""
     return tl.abs(x).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def raise_amax(amax_ptr, bits):
-    """amax = max(amax, the number of these bits)."""
+    """Set amax to max(amax, the number of these bits)."""
     tl.atomic_max(amax_ptr.to(tl.pointer_type(tl.int32)), bits, sem="relaxed")
 
 
@@ -37,7 +37,7 @@ def store_cast(
     LARGEST: tl.constexpr, WITH_ROWS: tl.constexpr, WITH_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Stores a tile of x (R, C), fp32, in FP8 and transposed; row_tile: int64. Rows from num_rows to R' must be 0 in x."""
+    """Store a tile of x (R, C), fp32, in FP8 and transposed; row_tile: int64. Rows from num_rows to R' must be 0 in x."""
     scaled = tl.clamp(x * scale, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     q = scaled.to(rows_ptr.dtype.element_ty)
     if WITH_ROWS:
@@ -87,7 +87,7 @@ def _quantize_kernel(
 def quantize(
     x: Tensor, scale: Tensor | None, amax: Tensor | None, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As quantize_reference in products.py; without scale and amax, a pass of torch's reads the amax first."""
+    """Compute what quantize_reference in products.py does; without scale and amax, a pass of torch's reads the amax first."""
     x = x.contiguous()
     rows_q, columns_q, own_amax, scale_inv = empty_cast(x, dtype, rows, columns)
     if scale is not None or not x.numel():

@@ -9,7 +9,7 @@ from .alignment import FP8_MULTIPLE
 
 
 class Fp8Tensor(NamedTuple):
-    """An (R, C) tensor in FP8, in the layouts that were asked for; data / scale is what it stands for.
+    """An (R, C) tensor in FP8, in the layouts that were asked for. It stands for the FP8 numbers / scale.
 
     rows: (R, C), empty if not asked for. columns: (C, R'), its transpose, with zeros up to the next multiple of 16 of R.
     scale_inv: (), fp32, 1 / scale.

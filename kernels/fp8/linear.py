@@ -56,7 +56,7 @@ def fp8_linear(
     main_grad: Tensor | None = None,
     amax: Tensor | None = None,
 ) -> Tensor:
-    """x @ weight.T + bias, (..., N) in the dtype of x, with FP8 products where fp8_autocast says so.
+    """Return x @ weight.T + bias, (..., N) in the dtype of x, with FP8 products where fp8_autocast says so.
 
     x: (..., K); weight: (N, K); bias: (N,) or None; each fp32, bf16 or fp16, not necessarily the same. Any number of tokens;
     K and N must be multiples of 16. Outside of FP8 regions it is kernels/ops/linear.py's linear in the dtype of x.
@@ -78,13 +78,13 @@ def fp8_linear(
 
 
 def takes_amax(state: Fp8State, device: torch.device) -> bool:
-    """Whether a call that starts now makes use of the amax of its input, as current scaling does, which needs it first."""
+    """Return whether a call that starts now makes use of the amax of its input: current scaling needs it before the cast."""
     call = LinearCall.begin(state, device)
     return call.enabled and isinstance(call.recipe, Float8CurrentScaling)
 
 
 def breaks_graph() -> bool:
-    """Whether a trace must not see a call that starts now: the scales of delayed scaling change outside of the graph."""
+    """Return whether a trace must not see a call that starts now: scales of delayed scaling change outside of the graph."""
     region = active_region() if torch.compiler.is_compiling() else None
     return region is not None and region.enabled and isinstance(region.recipe, DelayedScaling)
 
@@ -111,7 +111,7 @@ class LinearCall:
         is_first_microbatch: bool | None = None,
         main_grad: Tensor | None = None,
     ) -> "LinearCall":
-        """The call that starts now; arguments as in `fp8_linear`."""
+        """Return the call that starts now; arguments as in `fp8_linear`."""
         options = is_first_microbatch, main_grad
         tracing = torch.compiler.is_compiling()
         use = None if tracing else state.begin(device)
@@ -122,12 +122,12 @@ class LinearCall:
 
     @property
     def calibrates(self) -> bool:
-        """Whether it computes in high precision and takes down amaxes."""
+        """Return whether it computes in high precision and records amaxes."""
         return not self.enabled and self.use is not None and bool(self.use.slots)
 
     @property
     def wide_wgrad(self) -> bool:
-        """Whether the weight's gradient is computed in high precision."""
+        """Return whether the weight's gradient is computed in high precision."""
         return self.recipe.override_linear_precision[2]
 
     def scale(self, name: str) -> Tensor | None:
@@ -140,20 +140,20 @@ class LinearCall:
             self.use.record(name, amax)
 
     def quantize_input(self, x: Tensor, columns: bool, amax: Tensor | None) -> Fp8Tensor:
-        """x (T, K) for the forward product, with columns for the weight's gradient."""
+        """Return x (T, K) in FP8 for the forward product, with columns for the weight's gradient."""
         x_q, amax = quantize(x, self.scale("input"), forward_dtype(self.recipe), rows=True, columns=columns, amax=amax)
         self.record("input", amax)
         return x_q
 
     def quantize_gradient(self, dy: Tensor, *, rows: bool, columns: bool) -> Fp8Tensor:
-        """dy (T, N): rows for the input's gradient, columns for the weight's."""
+        """Return dy (T, N) in FP8: rows for the input's gradient, columns for the weight's."""
         dtype = backward_dtype(self.recipe)
         dy_q, amax = quantize(dy, self.scale("grad_output"), dtype, rows=rows, columns=columns)
         self.record("grad_output", amax)
         return dy_q
 
     def quantize_weight(self, weight: Tensor, columns: bool) -> Fp8Tensor:
-        """The weight, perhaps the kept one; rows always, columns at least if asked for."""
+        """Return the weight in FP8, cast now or kept from before; rows always, columns at least if asked for."""
         first, use = self.is_first_microbatch, self.use
         cached, scale = self._cached(weight), self.scale("weight")
         recomputed = use is not None and use.region.step.closed
@@ -174,7 +174,7 @@ class LinearCall:
         return quantized
 
     def _cached(self, weight: Tensor) -> "_CachedWeight | None":
-        """The kept copy of the weight as it is now, for a call that says of which micro-batch it is."""
+        """Return the kept copy if it is of the weight as it is now, for a call that says of which micro-batch it is."""
         cached: _CachedWeight | None = None if self.state is None else self.state.weight_cache
         if cached is None or self.is_first_microbatch is None:
             return None
@@ -183,7 +183,7 @@ class LinearCall:
     def weight_gradient(
         self, dy: Fp8Tensor, x: Fp8Tensor, wide: tuple[Tensor, Tensor] | None, dtype: torch.dtype
     ) -> Tensor | None:
-        """dweight (N, K) in a dtype, None where main_grad takes it. wide: dy (T, N) and x (T, K), for wide_wgrad."""
+        """Return dweight (N, K) in a dtype, or None where main_grad takes it. wide: dy (T, N) and x (T, K), for wide_wgrad."""
         dtype = dtype if self.main_grad is None else self.main_grad.dtype
         dweight = wgrad(dy, x, dtype) if wide is None else weight_gradient(*wide).to(dtype)
         if self.main_grad is None:
@@ -192,7 +192,7 @@ class LinearCall:
         return None
 
     def trained(self, weight: Tensor) -> Tensor:
-        """The weight for a product in high precision, its gradient sent to main_grad where there is one."""
+        """Return the weight for a product in high precision, its gradient sent to main_grad where there is one."""
         if self.main_grad is None:
             return weight
         return into_main_grad(weight, self.main_grad, overwrite=self.is_first_microbatch is True)
@@ -234,7 +234,7 @@ def _linear(
 
 
 def check_operands(x: Tensor, weight: Tensor) -> None:
-    """Raises ValueError where FP8 products do not take the sizes of the weight or a dtype."""
+    """Raise ValueError where FP8 products do not take the sizes of the weight or a dtype."""
     check_fp8_features(weight.shape[1], weight.shape[0])
     for name, tensor in (("x", x), ("weight", weight)):
         if tensor.dtype not in _WIDE_DTYPES:

@@ -3,7 +3,7 @@
   forward   x -> FP8;  f = x @ w1.T + b1;  GELU(f) -> FP8;  y = GELU(f) @ w2.T
   backward  dy -> FP8;  da = dy @ w2;  df = da * GELU'(f) -> FP8;  db1 = sum_T df;  dw2, dw1, dx
 f and da have the dtype of x. GELU(f) and df are rounded to it before they are cast, as if they had been in memory. On a GPU
-they are not, but for df under current scaling, which takes the place of da until its amax is known.
+they never are, with one exception: under current scaling df takes the place of da until its amax is known.
 """
 
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ def fp8_mlp(  # noqa: PLR0913 - the arguments of two linear layers
     main_grads: MainGrads = (None, None),
     amax: Tensor | None = None,
 ) -> Tensor:
-    """GELU(x @ w1.T + b1) @ w2.T, (..., H) in the dtype of x, with FP8 products where fp8_autocast says so.
+    """Return GELU(x @ w1.T + b1) @ w2.T, (..., H) in the dtype of x, with FP8 products where fp8_autocast says so.
 
     On a CPU bit for bit what fp8_linear, GELU and fp8_linear give one after the other. Over several processes it is one's part:
     x is replicated, w1 and w2 are shards along F, and the result is a part of a sum over the processes.
@@ -152,14 +152,17 @@ class _Fp8Mlp(torch.autograd.Function):
 def gelu_quantize_reference(
     f: Tensor, scale: Tensor | None, activation: Activation, dtype: torch.dtype, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """GELU(f) of f (T, F) in FP8: rows (T, F), columns (F, T'), amax () and 1 / scale (); as `quantize`."""
+    """Return GELU(f) of f (T, F) in FP8: rows (T, F), columns (F, T'), amax () and 1 / scale (); as `quantize`."""
     return quantize_reference(gelu_forward_reference(f, activation), scale, None, dtype, True, columns)
 
 
 def gelu_backward_quantize_reference(
     da: Tensor, f: Tensor, scale: Tensor | None, activation: Activation, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """df = da * GELU'(f) in FP8, as `quantize`, and db1 (F,) in the dtype of f. da, f: (T, F), contiguous; da is not kept."""
+    """Return df = da * GELU'(f) in FP8, as `quantize`, and db1 (F,) in the dtype of f.
+
+    da, f: (T, F), contiguous; da is overwritten.
+    """
     df, db1, _ = gelu_backward_reference(da, f, activation, False)
     return *quantize_reference(df, scale, None, dtype, rows, columns), db1
 

@@ -19,7 +19,7 @@ _ROW_PARTS = 64  # programs per strip of columns in backward, the same on every 
 
 @triton.jit
 def _rounded_gelu(f, TANH: tl.constexpr):
-    """GELU(f), fp32, rounded to the dtype of f."""
+    """Return GELU(f), fp32, rounded to the dtype of f."""
     return gelu(f.to(tl.float32), TANH).to(f.dtype).to(tl.float32)
 
 
@@ -130,7 +130,7 @@ def _gelu_backward_kernel(
 def gelu_quantize(
     f: Tensor, scale: Tensor | None, activation: Activation, dtype: torch.dtype, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As gelu_quantize_reference; without a scale a first pass over f reads the amax of GELU(f), which is not stored."""
+    """Compute what gelu_quantize_reference does; without a scale a first pass over f finds the amax of GELU(f)."""
     f = f.contiguous()
     rows_q, columns_q, amax, scale_inv = empty_cast(f, dtype, True, columns)
     amax.zero_()
@@ -171,7 +171,7 @@ def gelu_backward_quantize(
     rows: bool,
     columns: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As gelu_backward_quantize_reference; without a scale df goes to the place of da, and is cast from there.
+    """Compute what gelu_backward_quantize_reference does; without a scale df goes to the place of da, and is cast from there.
 
     A pass that computes df twice would read and write as many bytes.
     """

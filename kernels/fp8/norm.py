@@ -91,7 +91,7 @@ def norm_forward_with_amax_reference(
     ),
 )
 def _norm_forward_with_amax(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """z, y, mean, rstd and max |y|; without x, z is empty."""
+    """Return z, y, mean, rstd and max |y|; without x, z is empty."""
     weight, norm_bias, seed, *values = rest
     options = Options(*values)
     if uses_triton(residual, options.kernels):

@@ -52,6 +52,6 @@ def _norm_amax_kernel(
 
 
 def norm_forward_with_amax(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """As `norm_forward_with_amax_reference`."""
+    """Compute what `norm_forward_with_amax_reference` does."""
     amax = residual.new_zeros((), dtype=torch.float32)
     return *launch_norm_forward(_norm_amax_kernel, x, bias, residual, *rest, amax_ptr=amax), amax

@@ -19,7 +19,7 @@ from .scaling import divided
 def quantize(
     x: Tensor, scale: Tensor | None, dtype: torch.dtype, *, rows: bool, columns: bool, amax: Tensor | None = None
 ) -> tuple[Fp8Tensor, Tensor]:
-    """x (R, C) in an FP8 dtype, and its amax, (), fp32. scale: (), fp32, or None for the largest FP8 number / amax.
+    """Return x (R, C) cast to an FP8 dtype, and its amax, (), fp32. scale: (), fp32, or None for the largest FP8 number / amax.
 
     amax: max |x|, (), fp32, where it is known; without a scale that saves a pass over x, beside one it is not read.
     Numbers beyond the FP8 range become its ends; NaN stays NaN.
@@ -30,22 +30,22 @@ def quantize(
 
 
 def fprop(x: Fp8Tensor, weight: Fp8Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """x @ weight.T + bias, (T, N); from the rows of both."""
+    """Return x @ weight.T + bias, (T, N); from the rows of both."""
     return _product(x.rows, weight.rows, x.scale_inv, weight.scale_inv, bias, out_dtype, True)
 
 
 def dgrad(dy: Fp8Tensor, weight: Fp8Tensor, out_dtype: torch.dtype) -> Tensor:
-    """dy @ weight, (T, K); from dy's rows and the weight's columns."""
+    """Return dy @ weight, (T, K); from dy's rows and the weight's columns."""
     return _product(dy.rows, weight.columns, dy.scale_inv, weight.scale_inv, None, out_dtype, False)
 
 
 def wgrad(dy: Fp8Tensor, x: Fp8Tensor, out_dtype: torch.dtype) -> Tensor:
-    """dy.T @ x, (N, K); from the columns of both."""
+    """Return dy.T @ x, (N, K); from the columns of both."""
     return _product(dy.columns, x.columns, dy.scale_inv, x.scale_inv, None, out_dtype, False)
 
 
 def check_fp8_features(in_features: int, out_features: int) -> None:
-    """Raises ValueError unless FP8 products take a weight of (out_features, in_features), the sizes on one device."""
+    """Raise ValueError unless FP8 products take a weight of (out_features, in_features), the sizes on one device."""
     for name, size in (("in_features", in_features), ("out_features", out_features)):
         if size % FP8_MULTIPLE:
             raise UserError(
@@ -55,7 +55,7 @@ def check_fp8_features(in_features: int, out_features: int) -> None:
 
 
 def fp8_path(device: torch.device) -> str:
-    """What computes FP8 products on this device, for a start-up report."""
+    """Return a phrase for a start-up report: what computes FP8 products on this device."""
     if has_scaled_mm(device):
         return "FP8 products by torch._scaled_mm"
     return "FP8 emulated: same rounding, no speed"
@@ -63,19 +63,19 @@ def fp8_path(device: torch.device) -> str:
 
 @cache
 def has_scaled_mm(device: torch.device) -> bool:
-    """Whether the device multiplies FP8 numbers; if so Triton casts there."""
+    """Return whether the device multiplies FP8 numbers; if so Triton casts there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def largest_magnitude(x: Tensor) -> Tensor:
-    """max |x|, (), fp32; 0 of no numbers."""
+    """Return max |x|, (), fp32; 0 where x is empty."""
     return x.abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
 
 
 def quantize_reference(
     x: Tensor, scale: Tensor | None, amax: Tensor | None, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """rows (R, C), columns (C, R'), amax () and 1 / scale (); a layout that is not asked for is empty.
+    """Return rows (R, C), columns (C, R'), amax () and 1 / scale (); a layout that is not asked for is empty.
 
     amax: max |x|, if it is known and there is no scale; then the one that is returned is no number.
     """
@@ -115,7 +115,7 @@ def _quantize(
 def _product(
     a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, bias: Tensor | None, out_dtype: torch.dtype, fast: bool
 ) -> Tensor:
-    """a_inv b_inv (a @ b.T) + bias, (M, N); a: (M, K), b: (N, K), FP8; N and K multiples of 16.
+    """Return a_inv b_inv (a @ b.T) + bias, (M, N); a: (M, K), b: (N, K), FP8; N and K multiples of 16.
 
     fast: tensor cores may add in fewer bits than fp32's.
     """
@@ -140,7 +140,7 @@ def _product(
 def product_reference(
     a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
-    """What _product gives, from fp32 products of the same FP8 numbers."""
+    """Return what _product gives, from fp32 products of the same FP8 numbers."""
     with torch.autocast(a.device.type, enabled=False):
         y = a.float().mm(b.float().t()).mul_(a_inv).mul_(b_inv)
     return (y if bias is None else y.add_(bias)).to(out_dtype)

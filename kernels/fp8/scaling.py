@@ -99,12 +99,12 @@ def _check_products(fp8_format: Format, override: tuple[bool, bool, bool]) -> No
 
 
 def forward_dtype(recipe: Recipe) -> torch.dtype:
-    """The FP8 type of activations and weights."""
+    """Return the FP8 type of activations and weights."""
     return torch.float8_e4m3fn
 
 
 def backward_dtype(recipe: Recipe) -> torch.dtype:
-    """The FP8 type of gradients of outputs."""
+    """Return the FP8 type of gradients of outputs."""
     return torch.float8_e5m2 if recipe.fp8_format is Format.HYBRID else torch.float8_e4m3fn
 
 
@@ -148,7 +148,7 @@ def fp8_autocast(
 
 
 def is_fp8_enabled() -> bool:
-    """Whether a forward pass that starts here has FP8 products. In a recomputation layers know it from their first pass."""
+    """Return whether a forward pass that starts here has FP8 products. A recomputation has them if its first pass had."""
     region = active_region()
     return region is not None and region.enabled
 
@@ -162,7 +162,7 @@ class _Slot:
     updates: int
 
     def fit(self, length: int, device: torch.device) -> None:
-        """Moves to the device; another length keeps the newest amaxes, which stand at the end."""
+        """Move to the device, and to another length; the newest amaxes, which stand at the end, are kept."""
         if self.scale.device != device:
             self.scale, self.amax_history = self.scale.to(device), self.amax_history.to(device)
         old = len(self.amax_history)
@@ -191,13 +191,13 @@ class Use:
         return self.region.recipe
 
     def scale(self, name: str) -> Tensor | None:
-        """The scale of input or weight in this step, or of grad_output now; None with current scaling."""
+        """Return the scale of input or weight in this step, or of grad_output now; None with current scaling."""
         if name == "grad_output" and name in self.slots:
             return self.slots[name].scale
         return self.scales.get(name)
 
     def record(self, name: str, amax: Tensor) -> None:
-        """Takes down an amax, (), for the update at the end of the pass; a recomputation's amaxes were taken down before."""
+        """Record an amax, (), for the update at the end of the pass. A recomputation's amaxes were recorded before."""
         step = self.region.step
         if not self.slots or (step.closed and name != "grad_output"):
             return
@@ -220,7 +220,7 @@ class _Step:
         self._queued = False
 
     def finish_forward(self) -> None:
-        """Updates the scales of inputs and weights."""
+        """Update the scales of inputs and weights."""
         self.closed = True
         self.counted = will_have_gradients()
         if self.counted and self.uses:
@@ -229,7 +229,7 @@ class _Step:
             use.amaxes.clear()
 
     def finish_backward_later(self) -> None:
-        """Has the scales of gradients updated at the end of the backward pass that is running."""
+        """Have the scales of gradients updated at the end of the backward pass that is running."""
         if not self._queued:
             self._queued = True
             at_end_of_backward(self._finish_backward)
@@ -240,7 +240,7 @@ class _Step:
 
 
 def _update(uses: Iterable[Use], names: tuple[str, ...], fp8_dtype: Callable[[Recipe], torch.dtype]) -> None:
-    """Updates the slots with a recorded amax, all of one recipe, group and device together."""
+    """Update the slots with a recorded amax, all of one recipe, group and device together."""
     batches: dict[Any, tuple[Region, list[tuple[_Slot, Tensor]]]] = {}
     for use in uses:
         for name in names:
@@ -268,7 +268,7 @@ def _group_maximum(amaxes: Tensor, group: Any) -> Tensor:
 
 
 def _advance(slots: list[_Slot], amaxes: Tensor, recipe: DelayedScaling, fp8_max: float) -> None:
-    """One step of the formula above for slots whose amaxes (n,) are new."""
+    """Take one step of the formula above for slots whose amaxes (n,) are new."""
     history = torch.stack([slot.amax_history for slot in slots], dim=1)  # (L, n)
     history[0] = amaxes
     scales = _new_scales(history, torch.stack([slot.scale for slot in slots]), recipe, fp8_max)
@@ -293,7 +293,7 @@ def _new_scales(history: Tensor, old: Tensor, recipe: DelayedScaling, fp8_max: f
 
 
 def divided(number: float, by: Tensor) -> Tensor:
-    """number / by, rounded once; torch's own operator multiplies by the rounded reciprocal."""
+    """Return number / by, rounded once; torch's own operator multiplies by the rounded reciprocal."""
     return torch.full_like(by, number) / by
 
 
@@ -312,7 +312,7 @@ class Fp8State(nn.Module):
         self._last_use: Use | None = None
 
     def begin(self, device: torch.device) -> Use | None:
-        """What a forward pass that starts now must use, None for high precision."""
+        """Return the scales and histories for a forward pass that starts now, None where it computes in high precision."""
         return remembered(self, lambda: self._begin(device))
 
     def _begin(self, device: torch.device) -> Use | None:
@@ -369,5 +369,5 @@ class Fp8State(nn.Module):
             }
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies leave the last pass, with its process group, and the cached weight behind."""
+        """Leave the last pass, with its process group, and the cached weight out of copies."""
         return self.__dict__ | {"_last_use": None, "weight_cache": None}

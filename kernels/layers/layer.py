@@ -107,7 +107,7 @@ class TransformerLayer(nn.Module):
             projection.out_features, projection.in_features = projection.weight.shape
 
     def reset_parameters(self) -> None:
-        """Weights from N(0, initializer_range), biases 0, LayerNorms the identity; see LayerConfig.adjust_init_range.
+        """Draw weights from N(0, initializer_range), see LayerConfig.adjust_init_range; biases are 0, LayerNorms the identity.
 
         Raises ValueError where processes share the layer: they hold shards, and weights are drawn whole.
         """
@@ -138,7 +138,7 @@ class TransformerLayer(nn.Module):
         token_shape: torch.Size | None = None,
         recompute_attention: bool = False,
     ) -> Tensor:
-        """The layer's output, in shape and dtype of hidden_states.
+        """Return the layer's output, in shape and dtype of hidden_states.
 
         hidden_states: (B, S, H), or (T, H) where the mask has cu_seqlens; with parallel.sequence this process's part of their
         rows, (B * S / t, H) or (T / t, H). mask: which tokens see which, one object for all layers; None: all see all.
@@ -187,19 +187,19 @@ class TransformerLayer(nn.Module):
 
     @property
     def drops(self) -> bool:
-        """Whether a forward pass drops anything now."""
+        """Return whether a forward pass drops anything now."""
         return self.training and (self.config.hidden_dropout_prob > 0 or self.config.attention_probs_dropout_prob > 0)
 
     def _draw_seed(self, device: torch.device) -> Tensor:
-        """The seed of this pass's dropouts, int64 of shape ()."""
+        """Return the seed of this pass's dropouts, int64 of shape ()."""
         return draw_seed(device)
 
     def _site(self, site: int, differs: bool) -> int:
-        """The site of a dropout whose masks differ between the processes or not."""
+        """Return the site of a dropout whose masks differ between the processes or not."""
         return site + _SITES * self.parallel.rank if differs else site
 
     def _replicated(self) -> _Replicated:
-        """What every process holds whole, so that backward adds up the gradients of the processes' tokens, in one message."""
+        """Return what every process holds whole. Backward adds up its gradients over the processes' tokens, in one message."""
         first, second = self.attention_norm, self.mlp_norm
         vectors: tuple[Tensor, ...]
         vectors = (first.weight, first.bias, second.weight, second.bias, self.attention_output.bias, self.output.bias)
@@ -253,7 +253,7 @@ class TransformerLayer(nn.Module):
         return products.project(context, self.attention_output, "row", self.parallel)
 
     def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
-        """What the heads of this process attend to, (..., H/t) of qkv (..., 3, N/t, D)."""
+        """Return the output of this process's heads, (..., H/t), of qkv (..., 3, N/t, D)."""
         config = self.config
         return attention(
             qkv,
@@ -268,10 +268,10 @@ class TransformerLayer(nn.Module):
 
 
 def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, bool]]:
-    """For each layer whether backward may invert (attention_norm, mlp_norm): its flag is on and the weights allow it.
+    """Return for each layer whether backward may invert (attention_norm, mlp_norm), by its flag and its weights.
 
-    The layers share one dtype, but for their norms. The host waits for a GPU once, not at all where no flag is on or gradients
-    are off.
+    The layers share one dtype, except for their norms. The host waits for a GPU once, and not at all where no flag is on or
+    gradients are off.
     """
     asked = [layer for layer in layers if layer.config.normalize_invertible]
     if not asked or not torch.is_grad_enabled():

@@ -75,7 +75,7 @@ class LayerStack(nn.ModuleList):
         self._graphs: dict[Any, _Graph] = {}
 
     def forward(self, hidden_states: Tensor, mask: AttentionMask) -> Tensor:
-        """The last layer's output, in shape and dtype of hidden_states: (B, S, H), or (T, H) where the mask has cu_seqlens.
+        """Return the last layer's output, in shape and dtype of hidden_states: (B, S, H), or (T, H) if the mask has cu_seqlens.
 
         Raises ValueError for what a CUDA graph cannot take, in backward too, and with parallel.sequence for tokens that the
         processes cannot share equally.
@@ -105,7 +105,7 @@ class LayerStack(nn.ModuleList):
         return fp8_autocast(fp8_recipe=Float8CurrentScaling())
 
     def __getitem__(self, index: Any) -> Any:
-        """A layer; of a slice an nn.ModuleList of those layers, without what the stack does around them."""
+        """Return a layer, or for a slice an nn.ModuleList of layers, which does nothing of what the stack does around them."""
         return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class LayerStack(nn.ModuleList):
         return super()._apply(*args, **kwargs)
 
     def _rows(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states with one row for each token, (T, H); raises ValueError if the processes cannot share them equally."""
+        """Return the hidden states, a row a token, (T, H); raises ValueError if the processes cannot share them equally."""
         rows = hidden_states.flatten(0, -2)
         if len(rows) % self.parallel.size:
             *leading, _ = hidden_states.shape
@@ -135,7 +135,7 @@ class LayerStack(nn.ModuleList):
         seeds: Tensor | None,
         mask: AttentionMask,
     ) -> Tensor:
-        """The layers by the CUDA graph of this shape, captured when it comes first."""
+        """Return the layers' output by the CUDA graph of this shape, which is captured when the shape first comes."""
         if mask.cu_seqlens is not None or mask.bias is not None:
             raise UserError("cuda_graph=True needs masks of causal, key_mask and segment_ids alone; turn it off")
         given = {"seeds": seeds, "key_mask": mask.key_mask, "segment_ids": mask.segment_ids}

@@ -13,8 +13,8 @@ from ..ops.replay import Replay
 class Recomputed:
     """A function whose first call is the first pass and whose later calls, in backward, compute the same again.
 
-    They stand in the first one's fp8_autocast regions, and each FP8 product has its recipe and scales of then, whatever ran in
-    between; nothing enters a history of amaxes twice. Generators of random numbers and torch.autocast are up to the caller.
+    Later calls run in the fp8_autocast regions of the first, with the recipe and scales that each FP8 product had there,
+    whatever ran in between. No amax enters a history twice. The caller restores random generators and torch.autocast.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -39,7 +39,10 @@ class Recomputed:
 
 
 def recompute_in_backward(function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), of which args alone are kept. It draws no random numbers: dropout's seeds are among args."""
+    """Return function(*args), keeping args alone for backward.
+
+    The function draws no random numbers: dropout's seeds are among args.
+    """
     # a trace has no first pass: what it holds is values of the graph
     call = function if torch.compiler.is_compiling() else Recomputed(function)
     return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)

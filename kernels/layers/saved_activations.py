@@ -25,7 +25,7 @@ def saved_activations(
     tokens: int | None = None,
     activation_checkpointing: ActivationCheckpointing = "none",
 ) -> dict[str, int]:
-    """Bytes of each tensor that one layer keeps from forward to backward, by name; their sum is what the layer keeps.
+    """Return the bytes of each tensor that one layer keeps from forward to backward, by name; their sum is all it keeps.
 
     batch, length: B and S. tokens: rows of a packed batch, None for a padded one. dtype: of hidden states and parameters.
     triton_attention: whether attention runs in the Triton kernels, by the rule in `kernels.attention`; all else is kept
@@ -68,10 +68,10 @@ def saved_activations(
 
 
 def count_saved_bytes(forward: Callable[[], Tensor], apart_from: Iterable[Tensor]) -> int:
-    """Bytes that autograd keeps for the backward of one call of `forward`.
+    """Return the bytes that autograd keeps for the backward of one call of `forward`.
 
-    Each distinct storage counts once and whole, but for those of `apart_from` (parameters, masks) and of the output, which
-    whoever takes it as input counts. What an autograd function hides from autograd by its own attributes is not seen.
+    Each distinct storage counts once and whole, except those of `apart_from` (parameters, masks) and of the output, which
+    counts as the input of what takes it. What an autograd function hides from autograd by its own attributes is not seen.
     """
     saved: dict[int, torch.UntypedStorage] = {}  # held, so that no address is used twice
 

@@ -17,7 +17,7 @@ Kernels = Literal["auto", "reference"]
 
 
 def uses_triton(tensor: "Tensor", kernels: Kernels) -> bool:
-    """Whether Triton computes an op on this tensor: on CUDA, unless kernels is `reference`.
+    """Return whether Triton computes an op on this tensor: on CUDA, unless kernels is `reference`.
 
     Raises ValueError if it should and its dtype has no GPU kernel.
     """

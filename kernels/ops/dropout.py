@@ -13,7 +13,7 @@ _LEVELS = 65536  # 16 bits a decision, so that one 64-bit word decides on four e
 
 
 def _int64(value: int) -> int:
-    """The low 64 bits of value as torch's signed integer holds them."""
+    """Return the low 64 bits of value as torch's signed integer holds them."""
     return (value + 2**63) % 2**64 - 2**63
 
 
@@ -23,7 +23,7 @@ _SITE_STRIDE = 0xD1B54A32D192ED03  # far from every small multiple of the increm
 
 
 def draw_seed(device: torch.device, shape: tuple[int, ...] = ()) -> Tensor:
-    """Fresh dropout seeds, int64, from torch's default generator of `device`.
+    """Return fresh dropout seeds, int64, from torch's default generator of `device`.
 
     Taken from the default generator so that `torch.manual_seed`, a restored generator state and `torch.utils.checkpoint`
     reproduce the masks of a whole layer without knowing about them.
@@ -32,17 +32,17 @@ def draw_seed(device: torch.device, shape: tuple[int, ...] = ()) -> Tensor:
 
 
 def drop_threshold(p: float) -> int:
-    """The number of 65536 equally likely 16-bit values that drop an element at dropout probability p."""
+    """Return the number of 65536 equally likely 16-bit values that drop an element at dropout probability p."""
     return min(round(p * _LEVELS), _LEVELS - 1)
 
 
 def keep_scale(p: float) -> float:
-    """The factor of the kept elements at dropout probability p."""
+    """Return the factor of the kept elements at dropout probability p."""
     return _LEVELS / (_LEVELS - drop_threshold(p))
 
 
 def keep_mask(shape: torch.Size, p: float, seed: Tensor, site: int) -> Tensor:
-    """Which elements stay, int16 of 1 and 0 with the given shape on the device of `seed`.
+    """Return which elements stay, int16 of 1 and 0 with the given shape on the device of `seed`.
 
     seed: int64 scalar tensor; site: small int that tells the dropouts of one layer apart. Equal arguments give equal masks,
     on every device. Integers and not bool because multiplying by them is faster on a CPU.
@@ -57,7 +57,7 @@ def keep_mask(shape: torch.Size, p: float, seed: Tensor, site: int) -> Tensor:
 
 
 def _random_words(count: int, key: Tensor) -> Tensor:
-    """(count,) int64, a hash of key + i * increment for every i: SplitMix64 with torch's operators, on all threads.
+    """Return (count,) int64, a hash of key + i * increment for every i: SplitMix64 with torch's operators, on all threads.
 
     torch shifts keep the sign, so x ^ (x >> 30) loses the top bit, which the multiplication refills from below; the last
     step adds instead of xor, or every word's top bit would be 0.

@@ -14,7 +14,7 @@ SEED = ["seed_ptr"]
 
 @triton.jit
 def keep_rows(seed, site, rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr, threshold):
-    """Which elements of the given rows stay, bool (ROWS, COLUMNS).
+    """Return which elements of the given rows stay, bool (ROWS, COLUMNS).
 
     seed: int64, the Philox key; rows: (ROWS,) int64, row numbers in the whole tensor; COLUMNS: a multiple of 8.
     Counter: (column // 8, row's low word, row's high word, site). Column 8 g + 2 w + h takes half h (0 = low) of word w,

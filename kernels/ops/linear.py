@@ -20,7 +20,7 @@ from .operator import operator
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, (..., N) in the dtype of x; x: (..., K), weight: (N, K), bias: (N,) or None, one float dtype.
+    """Return x @ weight.T + bias, (..., N) in the dtype of x; x: (..., K), weight: (N, K), bias: (N,) or None, one float dtype.
 
     Kept for backward, besides the weight: x. Raises ValueError if the last dim of x is not K.
     """
@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a @ b.T + bias, (M, N), without autograd; a: (M, K), b: (N, K), either may be a transposed view; bias: (N,)."""
+    """Return a @ b.T + bias, (M, N), without autograd; a: (M, K), b: (N, K), either may be a transposed view; bias: (N,)."""
     if _takes_onednn(a) and a.numel() > 0:
         return _onednn_product(a, b, bias)
     return a.mm(b.t()) if bias is None else torch.addmm(bias, a, b.t())
@@ -49,7 +49,7 @@ def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """dy.T @ x, (N, K), without autograd; dy: (T, N), x: (T, K)."""
+    """Return dy.T @ x, (N, K), without autograd; dy: (T, N), x: (T, K)."""
     if _takes_onednn(x) and dy.numel() > x.numel() + dy.shape[1] * x.shape[1]:
         # oneDNN copies its first operand if that is transposed; here it is cheaper to copy x and to transpose the result
         return product(x.t(), dy.t()).t().contiguous()
@@ -57,7 +57,7 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 
 def cpu_library() -> str:
-    """The library that computes fp32 products on this machine's CPU."""
+    """Return the library that computes fp32 products on this machine's CPU."""
     if _PREFERS_ONEDNN:
         return "oneDNN"
     return "MKL" if torch.backends.mkl.is_available() else "torch's BLAS"

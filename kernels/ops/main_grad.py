@@ -8,7 +8,7 @@ from torch.autograd.function import once_differentiable
 
 
 def into_main_grad(weight: Tensor, main_grad: Tensor, *, overwrite: bool) -> Tensor:
-    """The weight itself; backward adds its gradient to main_grad, or puts it there if overwrite.
+    """Return the weight itself; backward adds its gradient to main_grad, or puts it there if overwrite.
 
     main_grad: of the weight's shape and any float dtype, usually fp32. Autograd hands the weight no gradient, so `.grad` stays
     None and hooks on the weight stay silent.
@@ -17,7 +17,7 @@ def into_main_grad(weight: Tensor, main_grad: Tensor, *, overwrite: bool) -> Ten
 
 
 def main_grad_of(weight: Tensor) -> Tensor | None:
-    """weight.main_grad; None where there is none, so that autograd hands the gradient to weight.grad.
+    """Return weight.main_grad; None where there is none, so that autograd hands the gradient to weight.grad.
 
     Raises ValueError for a shape other than the weight's, and where a hook waits for the gradient in `.grad`, as those of
     DeepSpeed's ZeRO stages 1 to 3 do: they would never run, and the weight would stay as it is.
@@ -39,7 +39,7 @@ def main_grad_of(weight: Tensor) -> Tensor | None:
 
 
 def add_to_main_grad(main_grad: Tensor, dweight: Tensor, *, overwrite: bool) -> None:
-    """main_grad += dweight, or = dweight if overwrite."""
+    """Add dweight to main_grad, or write it there if overwrite."""
     if overwrite:
         main_grad.copy_(dweight)
     else:

@@ -13,7 +13,7 @@ _LIBRARY = torch.library.Library("xformer_train", "FRAGMENT")
 
 
 def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Makes the decorated function torch.ops.xformer_train.<name>, which traces record in its place.
+    """Make the decorated function torch.ops.xformer_train.<name>, which traces record in its place.
 
     schema: `name(Tensor x, float p) -> Tensor`, in torch's operator language; no result may share memory with an argument.
     fake: takes the same arguments and gives empty results of the right shape, dtype and device.
@@ -50,7 +50,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]]
 
 
 def _other_device(args: Iterable[object]) -> torch.device | None:
-    """The GPU of the first tensor, if it is not the current one, on which Triton launches kernels."""
+    """Return the GPU of the first tensor, if it is not the current one, on which Triton launches kernels."""
     tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)
     if tensor is None or not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return None

@@ -26,7 +26,7 @@ ParallelMode = Literal[
 def column_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, *, sequence_parallel: bool = False
 ) -> Tensor:
-    """x @ weight.T + bias with this process's rows of the weight, (S, ..., N/t) in the dtype of x.
+    """Return x @ weight.T + bias with this process's rows of the weight, (S, ..., N/t) in the dtype of x.
 
     x: replicated (S, ..., K), under sequence_parallel this process's (S/t, ..., K); weight: (N/t, K); bias: (N/t,) or None;
     one float dtype. dx has the shape of x and is complete, and so are the gradients of the shards.
@@ -41,11 +41,11 @@ def column_parallel_linear(
 def row_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, *, sequence_parallel: bool = False
 ) -> Tensor:
-    """x @ weight.T summed over the group, plus bias: replicated (S, ..., N), under sequence_parallel this process's part
-    (S/t, ..., N), in the dtype of x.
+    """Return x @ weight.T summed over the group, plus bias, in the dtype of x: replicated (S, ..., N).
 
     x: (S, ..., K/t); weight: (N, K/t), this process's columns; bias: (N,) or None, replicated, added once; one float dtype.
-    Under sequence_parallel the gradient of the bias is that of this process's part: see `sum_gradient_over`.
+    Under sequence_parallel the result is this process's part (S/t, ..., N), and the gradient of the bias that of this part: see
+    `sum_gradient_over`.
     Kept for backward, besides the weight: x. Raises ValueError if the last dims of x and weight differ, and under
     sequence_parallel if t does not divide S.
     """

@@ -80,7 +80,7 @@ class MultiheadAttention(ProjectionModule):
         recompute: bool = False,
         cache: Cache | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(output without the projection's bias, that bias, what a residual connection adds), each of hidden_states' shape.
+        """Return (output without the projection's bias, that bias, what a residual connection adds).
 
         hidden_states, encoder_output: in the layer's input format. seen: of this half. recompute: see `self_attention`.
         cache: takes this half's keys and values, and has those that the queries see before their own.
@@ -109,14 +109,14 @@ class MultiheadAttention(ProjectionModule):
         return out, bias, residual
 
     def _joined(self, parts: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
-        """Weight and bias for a projection that has none of its own."""
+        """Return weight and bias for a projection that has none of its own."""
         if self.config.fuse_qkv_params:
             return None, None
         weights, biases = ([getattr(self, part + kind) for part in parts] for kind in ("", "_bias"))
         return torch.cat(weights), torch.cat(biases) if self.config.bias else None
 
     def _split_qkv(self, qkv: Tensor) -> Tensor:
-        """(..., 3, N, D) of a projection's (..., rows), a view where every head has its own key and value."""
+        """Return queries, keys and values (..., 3, N, D) of a projection's (..., rows), a view where heads share no keys."""
         heads, groups, dim = self.heads, self.groups, self.config.head_dim
         if heads == groups:
             if self.config.fuse_qkv_params:
@@ -133,7 +133,7 @@ class MultiheadAttention(ProjectionModule):
         return torch.stack([q, k, v], -3)
 
     def _split_kv(self, kv: Tensor) -> Tensor:
-        """(..., 2, N, D) of a projection's (..., rows)."""
+        """Return keys and values (..., 2, N, D) of a projection's (..., rows)."""
         heads, groups, dim = self.heads, self.groups, self.config.head_dim
         if self.config.fuse_qkv_params:
             kv = kv.unflatten(-1, (groups, 2, dim)).transpose(-3, -2)
@@ -142,17 +142,17 @@ class MultiheadAttention(ProjectionModule):
         return kv if heads == groups else kv.repeat_interleave(heads // groups, -2)
 
     def _batch_first(self, x: Tensor) -> Tensor:
-        """Between the input format and (B, S, ...), in which attention computes; its own inverse."""
+        """Convert between the input format and (B, S, ...), in which attention computes; this is its own inverse."""
         return x.transpose(0, 1) if self.config.attn_input_format == "sbhd" else x
 
     def _extended(self, cache: Cache, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values so far; the cache holds those of a group of heads once."""
+        """Return all keys and values so far; the cache holds those of a group of heads once."""
         share = self.heads // self.groups
         _, keys, values = qkv[:, :, :, ::share].unbind(2)
         return cache.extend(keys, values)
 
     def _rotated(self, qkv: Tensor, angles: tuple[Tensor, Tensor], seen: Visibility, start: int) -> Tensor:
-        """qkv (B, S, 3, N, D) or (T, 3, N, D) with queries and keys turned, each by its angles (S, 1, 1, columns).
+        """Return qkv (B, S, 3, N, D) or (T, 3, N, D) with queries and keys turned, each by its angles (S, 1, 1, columns).
 
         start: the position of the first row.
         """

@@ -31,7 +31,7 @@ def checkpoint(  # noqa: PLR0913 - Transformer Engine's parameters and torch's
     get_cuda_rng_tracker: Callable[[], Any] | None = None,
     **kwargs: Any,
 ) -> Any:
-    """function(*args, **kwargs), which backward computes again from its arguments in place of keeping what it needs.
+    """Return function(*args, **kwargs), which backward computes again from its arguments in place of keeping what it needs.
 
     Transformer Engine's first form, checkpoint(function, distribute_saved_activations, get_cuda_rng_tracker, tp_group, *args,
     **kwargs), is understood too, and deprecated there. A bool as second argument tells it from the other, so a function
@@ -129,7 +129,7 @@ def _one_name(get_rng_state_tracker: Any, get_cuda_rng_tracker: Any) -> Any:
 
 
 def _by_form(named: tuple[Any, Any, Any], args: tuple[Any, ...]) -> tuple[tuple[Any, Any, Any], tuple[Any, ...]]:
-    """(distribute_saved_activations, tracker, group) and the function's own arguments, by whichever form was used."""
+    """Return (distribute_saved_activations, tracker, group) and the function's own arguments, by whichever form was used."""
     if not args or not isinstance(args[0], bool):
         return named, args
     if len(args) < 3 or named != (False, None, None):
@@ -197,7 +197,7 @@ class _Call(Recomputed):
             self._states, self._active = tracker.get_states(), getattr(tracker, "active", None)
 
     def distribute(self, x: Any, group: ProcessGroup | None) -> Tensor:
-        """This rank's part of the first argument, to be kept in its place."""
+        """Return this rank's part of the first argument, to be kept in its place."""
         if group is None:
             raise ValueError("distribute_saved_activations=True but tp_group is None; give the ranks that share it")
         if not isinstance(x, Tensor):
@@ -230,7 +230,7 @@ class _Call(Recomputed):
 
     @contextmanager
     def _tracker_as_then(self) -> Iterator[None]:
-        """Torch's generators are as then already, and with them that of a fork that was under way."""
+        """Give the tracker its states of the first pass. Torch has restored its own generators, also that of a fork, before."""
         if self._tracker is None:
             yield
             return
@@ -248,7 +248,7 @@ class _Call(Recomputed):
 
 
 def _taking_names(function: Callable[..., Any], names: tuple[str, ...]) -> Callable[..., Any]:
-    """The function with its last positional arguments given to these names."""
+    """Return the function with its last positional arguments given to these names."""
 
     def call(*args: Any) -> Any:
         count = len(args) - len(names)

@@ -21,7 +21,7 @@ MaskType = Literal["no_mask", "padding", "causal", "padding_causal", "arbitrary"
 
 
 def check_mask_type(name: str, value: str) -> None:
-    """Raises ValueError for an unknown mask type; name: of the argument."""
+    """Raise ValueError for an unknown mask type; name: of the argument."""
     if value not in get_args(MaskType):
         raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(get_args(MaskType))}")
 
@@ -39,7 +39,7 @@ class Visibility:
 
 
 def check_attention_mask(mask: Tensor, mask_type: str, sizes: tuple[int, int, int]) -> None:
-    """Raises ValueError unless the mask is bool and (B or 1, 1, Sq or 1, Sk); sizes: B, Sq, Sk."""
+    """Raise ValueError unless the mask is bool and (B or 1, 1, Sq or 1, Sk); sizes: B, Sq, Sk."""
     batch, queries, keys = sizes
     if mask_type == "no_mask":
         raise ValueError("attention_mask is given but the mask type is 'no_mask'; use 'arbitrary' or 'padding'")
@@ -54,7 +54,7 @@ def check_attention_mask(mask: Tensor, mask_type: str, sizes: tuple[int, int, in
 
 
 def visibility(mask: Tensor | None, mask_type: str, sizes: tuple[int, int, int], like: Tensor) -> Visibility:
-    """What queries see of their own stream under a mask that is True where a key is hidden; sizes: B, Sq, Sk.
+    """Return what queries see of their own stream under a mask that is True where a key is hidden; sizes: B, Sq, Sk.
 
     The queries are the last Sq of Sk positions; where there are more, those before are in a cache. like: gives dtype and
     device. A mask and a causal order hold together. Raises ValueError for a mask that does not fit.
@@ -78,7 +78,7 @@ def visibility(mask: Tensor | None, mask_type: str, sizes: tuple[int, int, int],
 
 
 def cross_visibility(mask: Tensor | None, mask_type: str, sizes: tuple[int, int, int], like: Tensor) -> Visibility:
-    """What queries see of another stream; arguments and errors as in `visibility`, and ValueError for a causal order."""
+    """Return what queries see of another stream; arguments and errors as in `visibility`, and ValueError for a causal order."""
     if "causal" in mask_type:
         raise ValueError(
             f"enc_dec_attn_mask_type={mask_type!r} orders tokens of two streams; use 'padding' or 'arbitrary'"
@@ -103,7 +103,7 @@ class Dropping:
 
 
 def self_attention(qkv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool) -> Tensor:
-    """(B, S, N * D) of qkv (B, S, 3, N, D), of any strides, or (T, N * D) of (T, 3, N, D) for a packed batch.
+    """Return attention (B, S, N * D) of qkv (B, S, 3, N, D), of any strides, or (T, N * D) of (T, 3, N, D) for a packed batch.
 
     A query that sees no key gives zeros and passes no gradient. recompute: `core` of kernels/ops/attention/attention.py.
     """
@@ -114,7 +114,7 @@ def self_attention(qkv: Tensor, seen: Visibility, dropping: Dropping, *, recompu
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Visibility) -> Tensor:
-    """(B, Sq, N * D) of q (B, Sq, N, D) and keys and values (B, Sk, G, D), each for N / G consecutive heads; no dropout."""
+    """Return (B, Sq, N * D) of q (B, Sq, N, D) and keys and values (B, Sk, G, D), each for N / G heads in order; no dropout."""
     q, keys, values = (part.transpose(1, 2) for part in (q, keys, values))
     shared = q.shape[1] != keys.shape[1]
     context = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen.mask.bias, enable_gqa=shared)
@@ -122,7 +122,7 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Visibility) 
 
 
 def cross_attention(q: Tensor, kv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool) -> Tensor:
-    """(B, Sq, N * D) of q (B, Sq, N, D) and kv (B, Sk, 2, N, D); the rest as in `self_attention`."""
+    """Return (B, Sq, N * D) of q (B, Sq, N, D) and kv (B, Sk, 2, N, D); the rest as in `self_attention`."""
     call = functools.partial(_cross_attention, bias=seen.mask.bias, dropping=dropping)
     return _seeing(recompute_in_backward(call, q, kv) if recompute else call(q, kv), seen)
 

@@ -39,7 +39,7 @@ class InferenceParams:
         self.key_value_memory_dict: dict[int, tuple[Tensor, Tensor]] = {}
 
     def swap_key_value_dict(self, batch_indices: Sequence[int] | Tensor) -> None:
-        """Puts sequence batch_indices[i] in place i, as beam search does between two steps.
+        """Put sequence batch_indices[i] in place i, as beam search does between two steps.
 
         batch_indices: C numbers. Raises ValueError for another number of them.
         """
@@ -63,7 +63,7 @@ class Cache:
 
     @classmethod
     def open(cls, params: Any, layer_number: int | None, batch: int, length: int) -> "Cache":
-        """The part for `batch` sequences of `length` tokens; raises ValueError where the cache cannot take them."""
+        """Return the part for `batch` sequences of `length` tokens; raises ValueError where the cache cannot take them."""
         if layer_number is None:
             raise ValueError(
                 "inference_params is given but layer_number is None; build every layer with the layer_number of its own by "
@@ -89,7 +89,7 @@ class Cache:
         return cls(params, layer_number, start, slice(first, first + batch))
 
     def extend(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Adds keys and values (B, S, G, D) of the new tokens; gives those of all tokens so far, (B, start + S, G, D)."""
+        """Add keys and values (B, S, G, D) of the new tokens and return those of all tokens so far, (B, start + S, G, D)."""
         end = self.start + keys.shape[1]
         known = []
         for memory, new in zip(self._memory(keys), (keys, values), strict=True):

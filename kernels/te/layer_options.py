@@ -112,22 +112,22 @@ class LayerOptions(SharedOptions):
 
     @property
     def groups(self) -> int:
-        """Heads of keys and values."""
+        """Return the number of heads of keys and values."""
         return self.num_attention_heads if self.num_gqa_groups is None else self.num_gqa_groups
 
     @property
     def head_dim(self) -> int:
-        """Columns of a head."""
+        """Return the number of columns of a head."""
         return self.hidden_size // self.num_attention_heads if self.kv_channels is None else self.kv_channels
 
     @property
     def shared(self) -> SharedOptions:
-        """What the modules inside are given as well."""
+        """Return the options that the modules inside are given as well."""
         return SharedOptions(**{entry.name: getattr(self, entry.name) for entry in dataclasses.fields(SharedOptions)})
 
     @property
     def norm(self) -> dict[str, Any]:
-        """Of every norm of the layer, by the names of the modules."""
+        """Return the options of every norm of the layer, by the names that the modules have for them."""
         return {
             "eps": self.layernorm_epsilon,
             "normalization": self.normalization,

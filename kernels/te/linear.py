@@ -64,7 +64,7 @@ class Linear(ProjectionModule):
         bias: Tensor | None = None,
         is_first_microbatch: bool | None = None,
     ) -> Tensor | tuple[Tensor | None, ...]:
-        """(..., K) -> (..., N), with return_bias (output, bias).
+        """Return the output (..., N) of an input (..., K), with return_bias (output, bias).
 
         weight, bias: for skip_weight_param_allocation, and for nothing else.
         is_first_microbatch: whether this is the first of the micro-batches between two updates of the weights; with
@@ -84,13 +84,13 @@ class Linear(ProjectionModule):
         is_first_microbatch: bool | None,
         amax: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The product with the bias added or, for return_bias, beside it. amax: of inp."""
+        """Return the product with the bias added or, for return_bias, beside it. amax: of inp."""
         weight, bias = self._choose(weight, bias)
         added, returned = (None, self._returned(bias)) if self.return_bias else (bias, None)
         return self._project(inp, weight, added, self.fp8, self.parallel_mode, is_first_microbatch, amax), returned
 
     def _returned(self, bias: Tensor | None) -> Tensor | None:
-        """The bias for the caller, who adds it to this rank's output."""
+        """Return the bias for the caller, who adds it to this rank's output."""
         return self._replicated(bias) if self.parallel_mode == "row" else bias
 
     def _choose(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -155,7 +155,7 @@ class LayerNormLinear(NormalizedModule, Linear):
         bias: Tensor | None = None,
         is_first_microbatch: bool | None = None,
     ) -> Tensor | tuple[Tensor | None, ...]:
-        """(..., K) -> (..., N); a tuple (output, bias if return_bias, LayerNorm(inp) if return_layernorm_output).
+        """Return the output (..., N), or a tuple (output, bias if return_bias, LayerNorm(inp) if return_layernorm_output).
 
         Arguments and errors as in `Linear.forward`.
         """

@@ -105,7 +105,7 @@ class LayerNormMLP(NormalizedModule):
         normalized: Tensor | None = None,
         amax: Tensor | None = None,
     ) -> Tensor | tuple[Tensor | None, ...]:
-        """(..., H) -> (..., H); a tuple (output, fc2_bias if return_bias, LayerNorm(inp) if return_layernorm_output).
+        """Return the output (..., H), or a tuple (output, fc2_bias if return_bias, LayerNorm(inp) as in `LayerNormLinear`).
 
         is_first_microbatch: see `Linear.forward`. normalized: LayerNorm(inp), where an op before has computed it already;
         amax: of normalized, if it is known. Raises ValueError for a wrong last dim or dtype.
@@ -121,7 +121,7 @@ class LayerNormMLP(NormalizedModule):
         return (out, *extra) if extra else out
 
     def _transform(self, x: Tensor, amax: Tensor | None, is_first_microbatch: bool | None) -> Tensor:
-        """Both products and what is between them, without the second bias. amax: of x."""
+        """Return the result of both products and what is between them, without the second bias. amax: of x."""
         if self.activation in _FUSED and self.fc1_bias is not None:
             if runs_fp8(self.fc1_fp8, x.device):
                 return self._in_fp8(x, self.fc1_bias, amax, is_first_microbatch)

@@ -62,11 +62,11 @@ class SharedOptions:
 
     @property
     def ranks(self) -> int:
-        """How many ranks share the module."""
+        """Return how many ranks share the module."""
         return self.tp_size if self.tp_group is None else self.tp_group.size()
 
     def part(self, name: str, size: int) -> int:
-        """One rank's part of `size`; raises ValueError where it is not whole."""
+        """Return one rank's part of `size`; raises ValueError where it is not whole."""
         if size % self.ranks:
             legal = [n for n in range(1, size + 1) if size % n == 0]
             raise ValueError(
@@ -109,7 +109,7 @@ class ProjectionModule(nn.Module):
         self._start: dict[str, _Start] = {}
 
     def set_tensor_parallel_group(self, tp_group: ProcessGroup) -> None:
-        """The ranks that share this module and those inside it, for a module built with tp_size alone.
+        """Set the ranks that share this module and those inside it, for a module built with tp_size alone.
 
         Weights that were not loaded or changed since are drawn now. Raises ValueError where the group has another size.
         """
@@ -130,7 +130,7 @@ class ProjectionModule(nn.Module):
                 self._draw(name)
 
     def reset_parameters(self) -> None:
-        """Draws all parameters of this module and of those inside it again, in the order in which they were drawn first.
+        """Draw all parameters of this module and of those inside it again, in the order in which they were drawn first.
 
         That is what a module built on the device `meta` needs after `to_empty`.
         """
@@ -150,7 +150,7 @@ class ProjectionModule(nn.Module):
         *,
         shard: Shard | None = None,
     ) -> None:
-        """Registers parameter `name` with its start values, or None where shape is None: absent from the state dict.
+        """Register parameter `name` with its start values, or None where shape is None: absent from the state dict.
 
         shape: on this rank. shard: how the ranks divide the whole; None: each has it all.
         """
@@ -182,13 +182,13 @@ class ProjectionModule(nn.Module):
         start.version = parameter._version
 
     def _enter(self, inp: Tensor, size: int, size_name: str) -> Tensor:
-        """The input as the module computes with it; raises ValueError where its last dim is not `size`."""
+        """Return the input as the module computes with it; raises ValueError where its last dim is not `size`."""
         if inp.shape[-1] != size:
             raise ValueError(f"the input is {tuple(inp.shape)}; its last dim must be {size_name}={size}")
         return autocast(inp)
 
     def _group(self) -> ProcessGroup | None:
-        """The ranks that share this module; raises ValueError where they are still to be given."""
+        """Return the ranks that share this module; raises ValueError where they are still to be given."""
         if self.options.tp_group is None and self.options.tp_size > 1:
             raise ValueError(
                 f"tp_size={self.options.tp_size} but the module has no group; call set_tensor_parallel_group(tp_group) before "
@@ -197,7 +197,7 @@ class ProjectionModule(nn.Module):
         return self.options.tp_group
 
     def _replicated(self, parameter: Tensor | None) -> Tensor | None:
-        """A parameter that all ranks hold whole, as it acts on this rank's part of the sequence.
+        """Return a parameter that all ranks hold whole, as it acts on this rank's part of the sequence.
 
         Under sequence parallelism a rank's gradient of it is a part of a sum; backward adds up the ranks' parts.
         """
@@ -215,7 +215,7 @@ class ProjectionModule(nn.Module):
         is_first_microbatch: bool | None,
         amax: Tensor | None = None,
     ) -> Tensor:
-        """inp @ weight.T + bias: the one way in which a module multiplies. fp8: of this product. amax: of inp."""
+        """Return inp @ weight.T + bias: the one way in which a module multiplies. fp8: of this product. amax: of inp."""
         main_grad = None
         if runs_fp8(fp8, inp.device):
             check_dtype(inp, weight)
@@ -230,24 +230,24 @@ class ProjectionModule(nn.Module):
         )
 
     def _shared_by(self, shards: bool) -> TensorParallel:
-        """The ranks that share a product. shards: whether each has a part of its weight."""
+        """Return the ranks that share a product. shards: whether each has a part of its weight."""
         return TensorParallel(self._group(), self.options.sequence_parallel) if shards else ONE_PROCESS
 
     def _trained(self, weight: Tensor, is_first_microbatch: bool | None) -> Tensor:
-        """The weight, its gradient sent where fuse_wgrad_accumulation wants it."""
+        """Return the weight, its gradient sent where fuse_wgrad_accumulation wants it."""
         main_grad = self._main_grad(weight)
         if main_grad is None:
             return weight
         return into_main_grad(weight, main_grad, overwrite=is_first_microbatch is True)
 
     def _main_grad(self, weight: Tensor) -> Tensor | None:
-        """The buffer that takes the gradient of `weight`, None where autograd does."""
+        """Return the buffer that takes the gradient of `weight`, None where `.grad` does."""
         if not (self.options.fuse_wgrad_accumulation and weight.requires_grad and torch.is_grad_enabled()):
             return None
         return main_grad_of(weight)
 
     def _check_parallelism(self, parallel: bool, remedy: str) -> None:
-        """Raises ValueError where ranks share the module but divide nothing of it."""
+        """Raise ValueError where ranks share the module but divide nothing of it."""
         if self.options.ranks > 1 and not parallel:
             raise ValueError(
                 f"tp_size={self.options.ranks} ranks share the module, but it has no parallel mode; set {remedy}"
@@ -266,13 +266,13 @@ def autocast(inp: Tensor) -> Tensor:
 
 
 def cast_like(inp: Tensor, parameter: Tensor) -> Tensor:
-    """A parameter in the dtype of the input it works on; raises ValueError where they differ outside torch.autocast."""
+    """Return a parameter in the dtype of the input it works on; raises ValueError where they differ outside torch.autocast."""
     check_dtype(inp, parameter)
     return parameter.to(inp.dtype)
 
 
 def check_dtype(inp: Tensor, parameter: Tensor) -> None:
-    """Raises ValueError where the dtypes differ outside torch.autocast."""
+    """Raise ValueError where the dtypes differ outside torch.autocast."""
     if parameter.dtype != inp.dtype and autocast_dtype(inp.device) is None:
         raise ValueError(
             f"the input is {inp.dtype}, the parameters are {parameter.dtype}; convert one of them, or use torch.autocast"
@@ -280,14 +280,14 @@ def check_dtype(inp: Tensor, parameter: Tensor) -> None:
 
 
 def check_positive(**sizes: int) -> None:
-    """Raises ValueError for the first size that is not positive."""
+    """Raise ValueError for the first size that is not positive."""
     for name, size in sizes.items():
         if size <= 0:
             raise ValueError(f"{name}={size} is not positive; give the module's real size")
 
 
 def parallel_mode_of(name: str | None) -> ParallelMode | None:
-    """'column' and 'row' from Transformer Engine's two spellings; raises ValueError for anything else but None."""
+    """Return 'column' or 'row' for Transformer Engine's two spellings; raises ValueError for anything else but None."""
     modes: dict[str | None, ParallelMode | None] = {
         None: None,
         "column": "column",

@@ -14,13 +14,13 @@ Normalization = Literal["LayerNorm", "RMSNorm"]
 
 
 def check_normalization(normalization: str) -> None:
-    """Raises ValueError for an unknown name."""
+    """Raise ValueError for an unknown name."""
     if normalization not in get_args(Normalization):
         raise ValueError(f"normalization={normalization!r} is unknown; use 'LayerNorm' or 'RMSNorm'")
 
 
 def normalize(inp: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """LayerNorm(inp), or RMSNorm(inp) where there is no bias, in the dtype of inp, computed in fp32 or wider.
+    """Return LayerNorm(inp), or RMSNorm(inp) where there is no bias, in the dtype of inp, computed in fp32 or wider.
 
     inp: (..., H); weight, bias: (H,), as `effective_weight` gives it.
     LayerNorm: (inp - mean) / sqrt(var + eps) * weight + bias; RMSNorm: inp / sqrt(mean(inp^2) + eps) * weight.
@@ -31,7 +31,7 @@ def normalize(inp: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> T
 def normalize_before(
     fp8: Fp8State | None, inp: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    """What `normalize` gives, and of a LayerNorm its amax where the product behind, that of fp8, makes use of it."""
+    """Return what `normalize` gives, and of a LayerNorm the amax where the next product, that of fp8, makes use of it."""
     if bias is not None:
         return norm_before(fp8, inp, weight, bias, eps=eps)
     wide = torch.promote_types(inp.dtype, torch.float32)
@@ -39,7 +39,7 @@ def normalize_before(
 
 
 def effective_weight(weight: Tensor, zero_centered_gamma: bool) -> Tensor:
-    """The factor of a norm: its parameter, or 1 + it, in fp32 or wider so that a small deviation from 1 is not lost."""
+    """Return the factor of a norm: its parameter, or 1 + it, in fp32 or wider so that a small deviation from 1 is not lost."""
     return weight.to(torch.promote_types(weight.dtype, torch.float32)) + 1 if zero_centered_gamma else weight
 
 
@@ -79,13 +79,13 @@ class LayerNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The identity behind the normalization."""
+        """Start with the identity after the normalization."""
         nn.init.constant_(self.weight, 0.0 if self.zero_centered_gamma else 1.0)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def forward(self, inp: Tensor) -> Tensor:
-        """The normalized input, (..., H) in its dtype, or in that of torch.autocast.
+        """Return the normalized input, (..., H) in its dtype, or in that of torch.autocast.
 
         Raises ValueError where the last dim of inp is not hidden_size, or its dtype not that of the parameters.
         """
@@ -130,12 +130,12 @@ class NormalizedModule(ProjectionModule):
         self._allocate("layer_norm_bias", (size,) if normalization == "LayerNorm" else None)
 
     def norm_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the norm as `normalize` takes them."""
+        """Return weight and bias of the norm as `normalize` takes them."""
         weight = self._replicated(self.layer_norm_weight)
         assert weight is not None, "a norm has a weight"
         return effective_weight(weight, self.zero_centered_gamma), self._replicated(self.layer_norm_bias)
 
     def _normalize(self, inp: Tensor, fp8: Fp8State) -> tuple[Tensor, Tensor | None]:
-        """As `normalize_before`; fp8: of the module's first product."""
+        """Compute what `normalize_before` does; fp8: of the module's first product."""
         check_dtype(inp, self.layer_norm_weight)
         return normalize_before(fp8, inp, *self.norm_parameters(), self.eps)

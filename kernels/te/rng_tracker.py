@@ -36,29 +36,29 @@ class RngStatesTracker:
         self._states: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """Forgets all states."""
+        """Forget all states."""
         self._states = {}
 
     def add(self, name: str, seed: int) -> None:
-        """A new state that starts at `seed`. Raises ValueError if the name is taken."""
+        """Add a state that starts at `seed`. Raises ValueError if the name is taken."""
         if name in self._states:
             raise ValueError(f"rng state {name!r} is already added; call reset() first, or choose another name")
         self._states[name] = torch.Generator(self.device).manual_seed(seed).get_state()
 
     def get_states(self) -> dict[str, Tensor]:
-        """Copies of all states, (bytes,) uint8 on the CPU, by name; that of a fork under way as it is now."""
+        """Return copies of all states, (bytes,) uint8 on the CPU, by name; that of a fork under way as it is now."""
         states = {name: state.clone() for name, state in self._states.items()}
         if self.active is not None:
             states[self.active] = self._get()
         return states
 
     def set_states(self, states: Mapping[str, Tensor]) -> None:
-        """Replaces all states by copies of those that `get_states` gave."""
+        """Replace all states by copies of those that `get_states` gave."""
         self._states = {name: state.clone() for name, state in states.items()}
 
     @contextmanager
     def fork(self, name: str = MODEL_PARALLEL_RNG) -> Iterator[None]:
-        """Lets the device's default generator go on from the named state, and puts it back afterwards.
+        """Let the device's default generator go on from the named state, and put it back afterwards.
 
         A fork inside one of the same name changes nothing. Raises ValueError if no such state was added.
         """
@@ -92,7 +92,7 @@ class RngStatesTracker:
 
 
 def seed_tensor_parallel(seed: int, group: Group, tracker: RngStatesTracker) -> None:
-    """Seeds torch's default generators alike on all processes of the group, and the tracker's one state by rank.
+    """Seed torch's default generators alike on all processes of the group, and the tracker's one state by rank.
 
     Initialization wants one seed for all processes of a run. For data-parallel replicas that drop differently call it again
     after initialization with seed + 1024 * (data-parallel rank): no two streams share a seed below 354 processes a group.
@@ -112,7 +112,9 @@ class DropoutSeeds(NamedTuple):
 def draw_dropout_seeds(
     device: torch.device, tracker: RngStatesTracker | None, *, sequence_parallel: bool = False
 ) -> DropoutSeeds:
-    """Fresh seeds of a layer's hidden and attention dropout by the rule at the head of this file; tracker None: one process.
+    """Return fresh seeds of a layer's hidden and attention dropout by the rule at the head of this file.
+
+    tracker: None for one process.
 
     Raises ValueError if the tracker rules another device.
     """

@@ -18,14 +18,14 @@ class RotaryPositionEmbedding(nn.Module):
         self.dim, self.base = dim, base
 
     def forward(self, max_seq_len: int, device: torch.device | str | None = None) -> Tensor:
-        """(max_seq_len, 1, 1, dim) fp32: the angle of each position and column, the second half of the columns as the first."""
+        """Return the angle of each position and column, (max_seq_len, 1, 1, dim) fp32; both halves of the columns are equal."""
         frequencies = self.base ** (-torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
         angles = torch.arange(max_seq_len, device=device, dtype=torch.float32)[:, None] * frequencies
         return torch.cat([angles, angles], -1)[:, None, None]
 
 
 def check_rotary(angles: Tensor, length: int, head_dim: int) -> None:
-    """Raises ValueError unless the angles are (S or more, 1, 1, an even number of columns up to D)."""
+    """Raise ValueError unless the angles are (S or more, 1, 1, an even number of columns up to D)."""
     shape = tuple(angles.shape)
     fits = (
         len(shape) == 4 and shape[1:3] == (1, 1) and shape[0] >= length and shape[3] <= head_dim and shape[3] % 2 == 0
@@ -38,7 +38,7 @@ def check_rotary(angles: Tensor, length: int, head_dim: int) -> None:
 
 
 def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x with its first columns turned: column i with column i + half of them, by the angle of i.
+    """Return x with its first columns turned: column i with column i + half of them, by the angle of i.
 
     x: (..., N, D); angles: (..., 1, columns), broadcastable to x. Computed in fp32 or wider, in the dtype of x.
     """

@@ -95,7 +95,7 @@ class TransformerLayer(ProjectionModule):
         max_seqlen_q: int | None = None,
         max_seqlen_kv: int | None = None,
     ) -> Tensor:
-        """The layer's output, in the shape and dtype of hidden_states, or the dtype of torch.autocast.
+        """Return the layer's output, in the shape and dtype of hidden_states, or the dtype of torch.autocast.
 
         hidden_states: (S, B, H), (B, S, H) or (T, H) by attn_input_format; under sequence parallelism this rank's S.
         attention_mask: (B or 1, 1, S or 1, S) bool, True where a key is hidden, not where it is seen; None hides none. With a
@@ -155,7 +155,7 @@ class TransformerLayer(ProjectionModule):
         return half
 
     def _mlp_half(self, out: Tensor, bias: Tensor | None, residual: Tensor, now: _Pass, site: int) -> Tensor:
-        """The layer's output from that of the attention half before."""
+        """Return the layer's output from that of the attention half."""
         mlp, config = self.layernorm_mlp, self.config
         x, normalized, amax = self._join(out, bias, residual, now, site, mlp.norm_parameters(), mlp.fc1_fp8)
         out, bias, *_ = mlp(x, now.is_first_microbatch, normalized=normalized, amax=amax)
@@ -177,7 +177,7 @@ class TransformerLayer(ProjectionModule):
         norm: tuple[Tensor, Tensor | None] | None = None,
         behind: Fp8State | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """z = residual + droppath(dropout(out + bias)), its norm, z itself without one, and the norm's amax.
+        """Return z = residual + droppath(dropout(out + bias)), its norm, z itself without one, and the norm's amax.
 
         norm: of `normalize`. behind: of the product behind it, see `normalize_before`.
         """
@@ -199,7 +199,7 @@ class TransformerLayer(ProjectionModule):
         return (z, z, None) if norm is None else (z, *normalize_before(behind, z, *norm, eps))
 
     def _kept_samples(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-        """For drop_path, 0 for a dropped sample and 1 / (1 - rate) for a kept one, in a shape that multiplies x."""
+        """Return the factors of drop_path, 0 or 1 / (1 - rate) for a sample that stays, in a shape that multiplies x."""
         rate = self.config.drop_path_rate
         batch = self._batch_and_length(x)[0] if cu_seqlens is None else len(cu_seqlens) - 1
         kept = torch.rand(batch, device=x.device) >= rate
@@ -221,19 +221,19 @@ class TransformerLayer(ProjectionModule):
         return Dropping(self.config.attention_dropout, seed, self._site(site, True))
 
     def _site(self, site: int, differs: bool) -> int:
-        """The site of a dropout whose masks differ between the ranks or not; with a tracker their seeds differ already."""
+        """Return the site of a dropout whose masks differ between the ranks or not; with a tracker their seeds differ."""
         if not differs or self.options.get_rng_state_tracker is not None:
             return site
         return site + _SITES * group_rank(self._group())
 
     def _batch_and_length(self, x: Tensor) -> tuple[int, int]:
-        """B and S, of all ranks together, of an activation (S, B, H) or (B, S, H)."""
+        """Return B and S, of all ranks together, of an activation (S, B, H) or (B, S, H)."""
         if self.config.attn_input_format == "bshd":
             return x.shape[0], x.shape[1]
         return x.shape[1], x.shape[0] * (self.options.ranks if self.options.sequence_parallel else 1)
 
     def _open_cache(self, x: Tensor, inference_params: Any) -> Cache:
-        """Where the keys of x go; raises ValueError where there is no such place."""
+        """Return the part of the cache that takes the keys of x; raises ValueError where the layer can have no cache."""
         config = self.config
         if self.training or torch.is_grad_enabled():
             gradients = "on" if torch.is_grad_enabled() else "off"
@@ -311,10 +311,10 @@ class TransformerLayer(ProjectionModule):
 
 
 def _readable(borders: Tensor) -> bool:
-    """Whether the host knows the numbers; for those on a GPU it would have to wait."""
+    """Return whether the host knows the numbers; for those on a GPU it would have to wait."""
     return borders.is_cpu and not torch.compiler.is_compiling()
 
 
 def _differ(borders: Tensor, others: Tensor) -> bool:
-    """Whether two sets of borders are seen to differ."""
+    """Return whether two sets of borders are seen to differ."""
     return borders.shape != others.shape or (_readable(borders) and not torch.equal(borders, others))

@@ -32,7 +32,7 @@ _TANH_CUBIC = 0.044715 * _TANH_LINEAR
 
 
 def gelu(x: Tensor, activation: Activation) -> Tensor:
-    """GELU(x): x * Phi(x) for `gelu`, its tanh approximation for `gelu_tanh`. Source: arXiv 1606.08415."""
+    """Return GELU(x): x * Phi(x) for `gelu`, its tanh approximation for `gelu_tanh`. Source: arXiv 1606.08415."""
     return F.gelu(x, approximate=_APPROXIMATION[activation])
 
 
@@ -47,7 +47,7 @@ def mlp(
     kernels: Kernels = "auto",
     parallel: TensorParallel = ONE_PROCESS,
 ) -> Tensor:
-    """GELU(x @ w1.T + b1) @ w2.T, in the shape and dtype of x.
+    """Return GELU(x @ w1.T + b1) @ w2.T, in the shape and dtype of x.
 
     x: (..., H); w1: (F, H); b1: (F,); w2: (H, F); one float dtype. GELU is computed in fp32 or wider on a GPU.
     parallel: the t processes of which each holds F/t of F. x and the result are replicated, or with `sequence` this
@@ -73,7 +73,7 @@ class _Options:
 
 
 def gelu_forward_reference(f: Tensor, activation: Activation) -> Tensor:
-    """a = GELU(f), (T, F)."""
+    """Return a = GELU(f), (T, F)."""
     if activation == "gelu_tanh" and f.device.type == "cpu":
         return _tanh_gate(f).mul_(f).to(f.dtype)
     return gelu(f, activation)
@@ -82,7 +82,7 @@ def gelu_forward_reference(f: Tensor, activation: Activation) -> Tensor:
 def gelu_backward_reference(
     da: Tensor, f: Tensor, activation: Activation, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """df (T, F) in the place of da, db1 (F,), and GELU(f) if recompute; da, f: (T, F), contiguous."""
+    """Return df (T, F) in the place of da, db1 (F,), and GELU(f) if recompute; da, f: (T, F), contiguous."""
     if activation == "gelu_tanh" and f.device.type == "cpu":
         gate = _tanh_gate(f)
         inner = f.to(gate.dtype).square().mul_(3 * _TANH_CUBIC).add_(_TANH_LINEAR).mul_(f)
@@ -94,7 +94,7 @@ def gelu_backward_reference(
 
 
 def _tanh_gate(f: Tensor) -> Tensor:
-    """sigmoid(2 u) = (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (f + 0.044715 f**3), fp32 or wider.
+    """Return sigmoid(2 u) = (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (f + 0.044715 f**3), fp32 or wider.
 
     On a CPU torch's own tanh GELU takes three times as long as this.
     """
@@ -104,7 +104,7 @@ def _tanh_gate(f: Tensor) -> Tensor:
 
 @operator("gelu_forward(Tensor f, str activation, str kernels) -> Tensor", lambda f, *_: torch.empty_like(f))
 def _gelu_forward(f: Tensor, activation: Activation, kernels: Kernels) -> Tensor:
-    """GELU(f), (T, F)."""
+    """Return GELU(f), (T, F)."""
     if uses_triton(f, kernels):
         from .mlp_triton import gelu_forward
 
@@ -119,7 +119,7 @@ def _gelu_forward(f: Tensor, activation: Activation, kernels: Kernels) -> Tensor
 def _gelu_backward_(
     da: Tensor, f: Tensor, activation: Activation, recompute: bool, kernels: Kernels
 ) -> tuple[Tensor, Tensor]:
-    """db1 (F,), and GELU(f) (T, F), empty without recompute; da (T, F) becomes df."""
+    """Return db1 (F,), and GELU(f) (T, F), empty without recompute; da (T, F) becomes df."""
     if uses_triton(f, kernels):
         from .mlp_triton import gelu_backward as backward
     else:
@@ -155,11 +155,11 @@ class _Mlp(torch.autograd.Function):
 
 
 def _start_gather(rows: Tensor, options: _Options) -> Pending:
-    """The rows of all processes, where each has a part of them."""
+    """Return the rows of all processes, where each has a part of them."""
     return start_all_gather(rows, options.parallel.group) if options.parallel.sequence else Pending(rows)
 
 
 def _start_sum_(rows: Tensor, options: _Options) -> Pending:
-    """The sum over the processes, or where each has a part of the rows, its part of the sum."""
+    """Return the sum over the processes, or where each has a part of the rows, its part of the sum."""
     start = start_reduce_scatter if options.parallel.sequence else start_all_reduce_
     return start(rows, options.parallel.group)

@@ -20,7 +20,7 @@ def _normal_cdf(x):
 
 @triton.jit
 def _tanh_gelu_gate(x):
-    """sigmoid(2 u) = (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x**3)."""
+    """Return sigmoid(2 u) = (1 + tanh(u)) / 2 with u = sqrt(2 / pi) (x + 0.044715 x**3)."""
     return tl.sigmoid(x * (1.5957691216057308 + 0.07135481282553204 * x * x))
 
 
@@ -35,7 +35,7 @@ def gelu(x, TANH: tl.constexpr):
 
 @triton.jit
 def gelu_and_slope(x, TANH: tl.constexpr):
-    """GELU(x) and its derivative."""
+    """Return GELU(x) and its derivative."""
     if TANH:
         gate = _tanh_gelu_gate(x)
         slope = gate + x * gate * (1.0 - gate) * (1.5957691216057308 + 0.21406443847659614 * x * x)
@@ -93,7 +93,7 @@ def _gelu_backward_kernel(
 
 
 def gelu_forward(f: Tensor, activation: Activation) -> Tensor:
-    """As `gelu_forward_reference`."""
+    """Compute what `gelu_forward_reference` does."""
     f = f.contiguous()
     a = torch.empty_like(f)
     _gelu_forward_kernel[(triton.cdiv(f.numel(), _BLOCK),)](
@@ -105,7 +105,7 @@ def gelu_forward(f: Tensor, activation: Activation) -> Tensor:
 def gelu_backward(
     da: Tensor, f: Tensor, activation: Activation, recompute: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `gelu_backward_reference`."""
+    """Compute what `gelu_backward_reference` does."""
     num_rows, F = f.shape
     tiles = max(1, triton.cdiv(triton.cdiv(num_rows, _TILE_ROWS), _ROW_PARTS))
     parts = triton.cdiv(num_rows, _TILE_ROWS * tiles)

@@ -39,7 +39,7 @@ def residual_norm(  # noqa: PLR0913 - the tensors of two ops
     invertible: bool = False,
     kernels: Kernels = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """z = residual + dropout(x + bias) and y = LayerNorm(z) * weight + norm_bias, both with shape and dtype of residual.
+    """Return z = residual + dropout(x + bias) and y = LayerNorm(z) * weight + norm_bias, both with shape and dtype of residual.
 
     x, residual: (..., H), equal shapes and dtypes; bias: (H,) or None; weight, norm_bias: (H,).
     p, seed, site: dropout, see `kernels.dropout`; seed None means no dropout (evaluation).
@@ -58,7 +58,7 @@ def residual_norm(  # noqa: PLR0913 - the tensors of two ops
 def norm(
     z: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float, invertible: bool = False, kernels: Kernels = "auto"
 ) -> Tensor:
-    """LayerNorm(z) * weight + norm_bias, with the shape and dtype of z: `residual_norm` without anything to add."""
+    """Return LayerNorm(z) * weight + norm_bias, with the shape and dtype of z: `residual_norm` without anything to add."""
     check_shapes(None, None, z, weight, norm_bias)
     options = make_options(eps, 0.0, None, 0, invertible, kernels)
     return _ResidualNorm.apply(None, None, z, weight, norm_bias, None, options)  # type: ignore[no-any-return, no-untyped-call]
@@ -74,7 +74,10 @@ def residual_add(
     site: int,
     kernels: Kernels = "auto",
 ) -> Tensor:
-    """z = residual + dropout(x + bias), the end of a pre-LN layer; arguments as in `residual_norm`. Keeps no activation."""
+    """Return z = residual + dropout(x + bias), the end of a pre-LN layer; arguments as in `residual_norm`.
+
+    Keeps no activation.
+    """
     check_shapes(x, bias, residual, None, None)
     options = make_options(0.0, p, seed, site, False, kernels)
     return _ResidualAdd.apply(  # type: ignore[no-any-return, no-untyped-call]
@@ -83,14 +86,14 @@ def residual_add(
 
 
 def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int, kernels: Kernels = "auto") -> Tensor:
-    """dropout(x) of (..., H), with the mask drawn from (seed, site); x itself when seed is None or p = 0. Keeps no mask."""
+    """Return dropout(x) of (..., H), its mask drawn from (seed, site); x itself if seed is None or p = 0. Keeps no mask."""
     options = make_options(0.0, p, seed, site, False, kernels)
     return x if options.p == 0 else _Dropout.apply(x, seed, options)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @torch.no_grad()
 def are_invertible(weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> list[bool]:
-    """For each norm, whether its input can be recovered from an output of `dtype` to about one percent of the gradients.
+    """Return for each norm whether its input can be recovered from an output of `dtype` to about one percent of the gradients.
 
     weights, biases: (H,) each. All norms are looked up at once, because the answer makes the host wait for a GPU.
     """
@@ -103,7 +106,7 @@ def are_invertible(weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: t
 def residual_add_forward_reference(
     x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, options: Options
 ) -> Tensor:
-    """z (T, H) from x and residual (T, H)."""
+    """Return z (T, H) from x and residual (T, H)."""
     if seed is None:
         return residual + x if bias is None else (x + bias).add_(residual)
     mask = keep_mask(x.shape, options.p, seed, options.site)
@@ -114,7 +117,7 @@ def residual_add_forward_reference(
 def residual_add_backward_reference(
     dz: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """dx (T, H), which is dz itself without dropout, and dbias (H,), None if bias is None."""
+    """Return dx (T, H), which is dz itself without dropout, and dbias (H,), None if bias is None."""
     dx = dz
     if seed is not None:
         dx = (dz * keep_mask(dz.shape, options.p, seed, options.site)).mul_(keep_scale(options.p))
@@ -138,7 +141,7 @@ def residual_norm_forward_reference(
 
 
 def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved, options: Options) -> Gradients:
-    """dx (T, H), dbias (H,), dresidual (T, H), dweight (H,), dnorm_bias (H,); dbias None if there is no bias.
+    """Return dx (T, H), dbias (H,), dresidual (T, H), dweight (H,), dnorm_bias (H,); dbias None if there is no bias.
 
     dz: (T, H) or None for zero; dy: (T, H). Without dropout dx is the same tensor as dresidual.
     """
@@ -183,7 +186,7 @@ def fake_norm_forward(x: Tensor | None, _: Tensor | None, residual: Tensor, *res
 
 @operator(f"residual_norm_forward{FORWARD_SCHEMA}(Tensor, Tensor, Tensor, Tensor)", fake_norm_forward)
 def _norm_forward(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """z, y (T, H), mean and rstd (T,) on the path that the options and the device choose. Without x, z is empty."""
+    """Return z, y (T, H), mean and rstd (T,) on the path that the options and the device choose. Without x, z is empty."""
     weight, norm_bias, seed, *values = rest
     options = Options(*values)
     if uses_triton(residual, options.kernels):
@@ -209,7 +212,7 @@ def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tens
     _fake_norm_backward,
 )
 def _norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """dx, dbias, dresidual, dweight, dnorm_bias; dx is empty where it equals dresidual, dbias where there is no bias."""
+    """Return dx, dbias, dresidual, dweight, dnorm_bias; dx is empty where it equals dresidual, dbias where there is no bias."""
     saved, options = Saved(*rest[: len(Saved._fields)]), Options(*rest[len(Saved._fields) :])
     if uses_triton(saved.kept, options.kernels):
         from .residual_norm_triton import residual_norm_backward as backward
@@ -225,7 +228,7 @@ def _norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, .
     lambda x, *_: x.new_empty(x.shape),
 )
 def _add_forward(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, *values: Any) -> Tensor:
-    """z (T, H)."""
+    """Return z (T, H)."""
     options = Options(*values)
     if uses_triton(residual, options.kernels):
         from .residual_norm_triton import residual_add_forward as forward
@@ -244,7 +247,7 @@ def _fake_add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *_:
     _fake_add_backward,
 )
 def _add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *values: Any) -> tuple[Tensor, Tensor]:
-    """dx and dbias; dx is empty where it equals dz, dbias where there is no bias."""
+    """Return dx and dbias; dx is empty where it equals dz, dbias where there is no bias."""
     options = Options(*values)
     if uses_triton(dz, options.kernels):
         from .residual_norm_triton import residual_add_backward as backward

@@ -42,7 +42,7 @@ class Saved(NamedTuple):
 
 
 def make_options(eps: float, p: float, seed: Tensor | None, site: int, inverted: bool, kernels: Kernels) -> Options:
-    """Raises ValueError for a p that is no probability."""
+    """Raise ValueError for a p that is no probability."""
     if not 0 <= p < 1:
         raise UserError(f"p={p} is not a dropout probability; it must be in [0, 1)")
     return Options(eps, 0.0 if seed is None else p, site, inverted, kernels)
@@ -51,7 +51,7 @@ def make_options(eps: float, p: float, seed: Tensor | None, site: int, inverted:
 def check_shapes(
     x: Tensor | None, bias: Tensor | None, residual: Tensor, weight: Tensor | None, norm_bias: Tensor | None
 ) -> None:
-    """Raises ValueError where x or a vector does not fit residual (..., H)."""
+    """Raise ValueError where x or a vector does not fit residual (..., H)."""
     if x is not None and (x.shape != residual.shape or x.dtype != residual.dtype):
         raise ValueError(
             f"x is {tuple(x.shape)} {x.dtype}, residual is {tuple(residual.shape)} {residual.dtype}; they must be alike"

@@ -30,7 +30,7 @@ def _dropped_sum(
     x_ptr, residual, offsets, valid, bias, seed, site, rows, threshold, scale,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    """residual + dropout(x + bias) of a tile, fp32."""
+    """Return residual + dropout(x + bias) of a tile, fp32."""
     x = tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32) + bias
     if DROPS:
         x = tl.where(keep_rows(seed, site, rows, ROWS, COLUMNS, threshold), x * scale, 0.0)
@@ -41,7 +41,7 @@ def _dropped_sum(
 def load_vectors(
     bias_ptr, weight_ptr, norm_bias_ptr, H: tl.constexpr, COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr
 ):  # fmt: skip
-    """Bias, zero without HAS_BIAS, weight and bias of the norm, (1, COLUMNS) fp32."""
+    """Return the bias, zero without HAS_BIAS, and weight and bias of the norm, (1, COLUMNS) fp32."""
     columns = tl.arange(0, COLUMNS)
     inside = columns < H
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -58,7 +58,7 @@ def norm_tile(
     tile, num_rows, eps, site, threshold, scale,
     H: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HAS_X: tl.constexpr, DROPS: tl.constexpr,
 ):  # fmt: skip
-    """Stores z, y, mean and rstd of a tile. Gives y as it is stored, and which of its elements are stored."""
+    """Store z, y, mean and rstd of a tile. Return y as it is stored, and which of its elements are stored."""
     inside = tl.arange(0, COLUMNS) < H
     rows = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     valid = (rows < num_rows)[:, None] & inside[None, :]
@@ -286,7 +286,7 @@ def _sum_partials_kernel(
 
 
 def sum_partials(partial: Tensor, like: list[Tensor]) -> list[Tensor]:
-    """The sums over the first dim, each (width,), in an order that only the shape decides, with the dtypes of `like`.
+    """Return the sums over the first dim, each (width,), in an order that only the shape decides, with the dtypes of `like`.
 
     partial: (programs, len(like), width) fp32, contiguous; up to three sums. They do not share memory, as results of an
     operator must not.
@@ -300,7 +300,7 @@ def sum_partials(partial: Tensor, like: list[Tensor]) -> list[Tensor]:
 
 
 def _tile(H: int) -> dict[str, int]:
-    """Tile shape and warps for rows of H elements."""
+    """Return the tile's shape and the warps for rows of H elements."""
     if H > _LARGEST_H:
         raise UserError(f"H={H} is over {_LARGEST_H}, the widest row of the GPU kernels; use kernels='reference'")
     columns = max(8, triton.next_power_of_2(H))
@@ -309,7 +309,7 @@ def _tile(H: int) -> dict[str, int]:
 
 
 def _backward_grid(num_rows: int, rows: int) -> tuple[int, int]:
-    """Number of programs and of tiles for each."""
+    """Return the number of programs, and of tiles for each."""
     tiles = max(1, triton.cdiv(triton.cdiv(num_rows, rows), _BACKWARD_PROGRAMS))
     return triton.cdiv(num_rows, rows * tiles), tiles
 
@@ -319,7 +319,7 @@ def _dropout_arguments(options: Options) -> tuple[int, int, float]:
 
 
 def residual_norm_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `residual_norm_forward_reference`."""
+    """Compute what `residual_norm_forward_reference` does."""
     return launch_norm_forward(_norm_forward_kernel, *arguments)
 
 
@@ -367,7 +367,7 @@ def launch_norm_forward(
 
 
 def residual_norm_backward(dz: Tensor | None, dy: Tensor, saved: Saved, options: Options) -> Gradients:
-    """As `residual_norm_backward_reference`."""
+    """Compute what `residual_norm_backward_reference` does."""
     kept, mean, rstd, weight, norm_bias, bias, seed = saved
     kept = kept.contiguous()  # the input of `norm` is kept as it was given
     num_rows, H = kept.shape
@@ -404,7 +404,7 @@ def residual_norm_backward(dz: Tensor | None, dy: Tensor, saved: Saved, options:
 def residual_add_forward(
     x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, options: Options
 ) -> Tensor:
-    """As `residual_add_forward_reference`."""
+    """Compute what `residual_add_forward_reference` does."""
     num_rows, H = residual.shape
     tile = _tile(H)
     residual = residual.contiguous()
@@ -428,7 +428,7 @@ def residual_add_forward(
 def residual_add_backward(
     dz: Tensor, bias: Tensor | None, seed: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor | None]:
-    """As `residual_add_backward_reference`."""
+    """Compute what `residual_add_backward_reference` does."""
     if bias is None and seed is None:
         return dz, None
     num_rows, H = dz.shape
