@@ -189,16 +189,20 @@ def main() -> None:
     if arguments.out is not None:
         arguments.out.write_text(json.dumps({"machine": machine_line()}) + "\n")
     records: list[dict[str, Any]] = []
-    for name, shape in (GPU_SHAPES if device.type == "cuda" else CPU_SHAPES).items():
-        for record in lines(name, shape, device):
+    shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    interrupted = False
+    try:
+        for record in itertools.chain.from_iterable(lines(name, shape, device) for name, shape in shapes.items()):
             records.append(record)
             print(words(record), flush=True)
             if arguments.out is not None:
                 with arguments.out.open("a") as file:
                     file.write(json.dumps(record) + "\n")
+    except KeyboardInterrupt:  # as by a limit of time: the best of what was tried is known
+        interrupted = True
     print("\n".join(["best tiles:", *best_tiles(records)]))
-    if any("failed" in record for record in records if record.get("row") == "ours"):
-        sys.exit("our kernels failed")
+    if interrupted or any("failed" in record for record in records if record.get("row") == "ours"):
+        sys.exit("interrupted" if interrupted else "our kernels failed")
 
 
 if __name__ == "__main__":
