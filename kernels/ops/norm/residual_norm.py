@@ -8,7 +8,6 @@ Source of the norm: Ba et al., Layer Normalization, arXiv 1607.06450.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -278,7 +277,7 @@ def forward_and_save(ctx: Any, compute: Callable[..., tuple[Tensor, ...]], *argu
     x, bias, residual, weight, norm_bias, seed, options = arguments
     rows = residual.reshape(-1, residual.shape[-1])
     x_rows = None if x is None else x.reshape(rows.shape)
-    z, y, mean, rstd, *more = compute(x_rows, bias, rows, weight, norm_bias, seed, *astuple(options))
+    z, y, mean, rstd, *more = compute(x_rows, bias, rows, weight, norm_bias, seed, *options)
     kept = y if options.inverted else rows if x is None else z
     ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
     ctx.options, ctx.adds = options, x is not None
@@ -297,7 +296,7 @@ def norm_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, 
     saved = Saved(*ctx.saved_tensors)
     dz_rows = None if dz is None else dz.reshape(saved.kept.shape)
     dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(saved.kept.shape)
-    dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(dz_rows, dy_rows, *saved, *astuple(ctx.options))
+    dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(dz_rows, dy_rows, *saved, *ctx.options)
     dresidual = dresidual.view(given.shape)
     # without dropout one object for both, so that autograd sees that it is shared
     dx_out = (dresidual if saved.seed is None else dx.view(given.shape)) if ctx.adds else None
@@ -312,7 +311,7 @@ class _ResidualAdd(torch.autograd.Function):
         ctx.save_for_backward(bias, seed)
         ctx.options = options
         rows = residual.reshape(-1, residual.shape[-1])
-        return _add_forward(x.reshape(rows.shape), bias, rows, seed, *astuple(options)).view(residual.shape)
+        return _add_forward(x.reshape(rows.shape), bias, rows, seed, *options).view(residual.shape)
 
     @staticmethod
     @once_differentiable
@@ -320,7 +319,7 @@ class _ResidualAdd(torch.autograd.Function):
         bias, seed = ctx.saved_tensors
         if bias is None and seed is None:
             return dz, None, dz, None, None
-        dx, dbias = _add_backward(dz.reshape(-1, dz.shape[-1]), bias, seed, *astuple(ctx.options))
+        dx, dbias = _add_backward(dz.reshape(-1, dz.shape[-1]), bias, seed, *ctx.options)
         return dz if seed is None else dx.view(dz.shape), None if bias is None else dbias, dz, None, None
 
 
@@ -331,11 +330,11 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seed: Tensor, options: Options) -> Tensor:
         ctx.save_for_backward(seed)
         ctx.options = options
-        return _add_backward(x.reshape(-1, x.shape[-1]), None, seed, *astuple(options))[0].view(x.shape)
+        return _add_backward(x.reshape(-1, x.shape[-1]), None, seed, *options)[0].view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (seed,) = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
-        return _add_backward(rows, None, seed, *astuple(ctx.options))[0].view(dy.shape), None, None
+        return _add_backward(rows, None, seed, *ctx.options)[0].view(dy.shape), None, None

@@ -1,6 +1,5 @@
 """What the ops of residual_norm.py are asked for, and what their backward passes get from their forward passes."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -11,9 +10,8 @@ from ..choices import Kernels
 Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the ops are asked for besides tensors.
+class Options(NamedTuple):
+    """What the ops are asked for besides tensors, as a tuple: torch 2.11 cannot trace dataclasses.astuple on Python 3.11.
 
     p: 0 means no dropout, and then seed is None. inverted: the backward pass gets y instead of z and mean.
     """

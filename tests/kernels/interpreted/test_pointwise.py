@@ -168,7 +168,7 @@ def all_results(forward, backward, inputs, seed, options, with_dz):
 )
 def test_residual_norm_kernels_equal_the_reference(size, dtype, p, inverted, with_dz, monkeypatch):
     inputs = draw_inputs(*size, dtype)
-    options = dataclasses.replace(OPTIONS, p=p, inverted=inverted)
+    options = OPTIONS._replace(p=p, inverted=inverted)
     seed = torch.tensor(SEED) if p else None
     if p:
         mask = gpu_mask(*size, p)
@@ -190,7 +190,7 @@ def test_residual_norm_kernels_equal_the_reference(size, dtype, p, inverted, wit
 @pytest.mark.parametrize("inverted", [False, True])
 def test_the_norm_alone_equals_the_reference(inverted):
     inputs = draw_inputs(9, 100, torch.float32)
-    options = dataclasses.replace(OPTIONS, p=0.0, inverted=inverted)
+    options = OPTIONS._replace(p=0.0, inverted=inverted)
     z, y, mean, rstd = residual_norm_forward(
         None, None, inputs.residual, inputs.weight, inputs.norm_bias, None, options
     )
@@ -244,7 +244,7 @@ def test_the_norm_of_an_input_that_is_not_contiguous_has_the_right_gradients(str
 )
 def test_residual_add_kernels_equal_the_reference(size, p, with_bias, monkeypatch):
     inputs = draw_inputs(*size, torch.float32)
-    options, seed = dataclasses.replace(OPTIONS, p=p), torch.tensor(SEED) if p else None
+    options, seed = OPTIONS._replace(p=p), torch.tensor(SEED) if p else None
     bias = inputs.bias if with_bias else None
     mask = gpu_mask(*size, p)
     monkeypatch.setattr(contract, "keep_mask", lambda *_: mask)
