@@ -4,11 +4,12 @@ They stand here, and not with the other sections in `launcher/config/schema.py`,
 launcher. No torch import: reading a run config is quick.
 """
 
+import os.path
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..kernels.ops.choices import Activation, Kernels
 
@@ -19,7 +20,21 @@ SentenceTask = Literal["nsp", "sop", "none"]
 Masking = Literal["subword", "whole_word", "span"]
 TokenizerKind = Literal["wordpiece", "bpe", "bytes"]
 SpecialToken = Literal["pad", "unk", "cls", "sep", "mask", "eos"]
-one_or_list = BeforeValidator(lambda value: [value] if isinstance(value, dict) else value)
+
+
+def from_home(path: str) -> str:
+    """Return a path with its `~` replaced by the home folder. Raises ValueError if there is no such user."""
+    expanded = os.path.expanduser(path)  # noqa: PTH111 - Path would turn "./a" into "a", and a hub's id is no path
+    if expanded.startswith("~"):
+        user = path.partition("/")[0]
+        raise ValueError(
+            f"a path below the home folder of a user of this machine; write ./{path} for a folder named {user}"
+        )
+    return expanded
+
+
+PathText = Annotated[str, AfterValidator(from_home)]
+"""A path as text, where `~` stands for the home folder; a relative one starts at the current folder."""
 
 
 class Section(BaseModel):
@@ -34,23 +49,30 @@ class ModelConfig(Section):
     type: Literal["bert", "gpt"] = "bert"
     """Which recipe: a bidirectional encoder with masked-token objective, or a causal decoder."""
     hidden_size: PositiveInt = 768
+    """Width of the vector of a token between the layers."""
     num_hidden_layers: PositiveInt = 12
+    """Layers of the model, without the embedding and the head."""
     num_attention_heads: PositiveInt = 12
+    """Attention heads of each layer; they divide hidden_size equally."""
     intermediate_size: PositiveInt = 3072
     """Width of the feed-forward part of each layer; four times hidden_size in BERT and GPT-2."""
     hidden_act: Activation = "gelu"
     """GELU by the error function (BERT) or its tanh approximation (GPT-2)."""
     hidden_dropout_prob: DropoutProbability = 0.1
+    """Share of values dropped after the embedding and at the end of each half of a layer."""
     attention_probs_dropout_prob: DropoutProbability = 0.1
+    """Share of the attention probabilities dropped."""
     max_position_embeddings: PositiveInt = 512
+    """Longest sequence that the model can take, in tokens; data.max_seq_length is at most this."""
     pre_layer_norm: bool = True
     """LayerNorm before each half of the layer and once after the last layer; false is the original, post-LN BERT."""
     layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
+    """Added to the variance in LayerNorm. Transformers has 1e-12 for BERT and 1e-5 for GPT-2."""
     initializer_range: Annotated[float, Field(gt=0)] = 0.02
     """Standard deviation of the normal distribution that weights start from."""
     vocab_size: PositiveInt | Literal["auto"] = "auto"
     """Rows of the embedding; auto is the tokenizer's size, rounded up to a multiple of 64."""
-    init_from: str | None = None
+    init_from: PathText | None = None
     """A Hugging Face model to start a new run from, with its tokenizer: a folder, or an id of the hub. The keys above must
     describe it: docs/huggingface.md."""
 
@@ -76,7 +98,7 @@ class TokenizerConfig(Section):
     type: Literal["auto", TokenizerKind] = "auto"
     """Which tokenizer to train when `path` is not given; auto is wordpiece for BERT and bpe for GPT. bytes trains nothing:
     every byte is a token."""
-    path: str | None = None
+    path: PathText | None = None
     """A `tokenizer.json`, a folder that holds one, or a WordPiece `vocab.txt`."""
     vocab_size: PositiveInt = 8192
     """Size of the vocabulary to train; unused when `path` is given."""
@@ -88,7 +110,7 @@ class SourceConfig(Section):
     kind: Literal["builtin", "text", "jsonl", "parquet", "hf"]
     """builtin is the English documentation inside the Python interpreter; hf is a dataset of the Hugging Face hub or a local
     dataset folder."""
-    path: str | None = None
+    path: PathText | None = None
     """A file, folder or glob (text, jsonl, parquet), or a dataset name or folder (hf); not for builtin."""
     text_field: str = "text"
     """The column or JSON key that holds the text of one document."""
@@ -106,6 +128,12 @@ class SourceConfig(Section):
     from each in proportion to its size."""
 
 
+one_or_list = BeforeValidator(
+    lambda value: [value] if isinstance(value, dict) else value,
+    json_schema_input_type=SourceConfig | Annotated[list[SourceConfig], Field(min_length=1)],
+)
+
+
 class DataConfig(Section):
     sources: Annotated[list[SourceConfig], Field(min_length=1), one_or_list] = [SourceConfig(kind="builtin")]
     """The text to train on."""
@@ -117,7 +145,7 @@ class DataConfig(Section):
     """Tokens in one sample, special ones included."""
     short_seq_prob: Fraction = 0.1
     """BERT: share of the samples cut to a random shorter length."""
-    cache_dir: str | None = None
+    cache_dir: PathText | None = None
     """Where prepared data is kept; default $XDG_CACHE_HOME/xformer-train, else ~/.cache/xformer-train."""
 
 

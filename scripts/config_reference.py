@@ -21,7 +21,14 @@ numbers. `training.max_steps` given later in this order replaces `training.num_e
 nested at most 64 deep, and whole numbers of at most 64 bits.
 
 `xformer-train config show --config FILE` prints every key with what set it, `config check` says what is wrong with it, and
-`config schema` prints a JSON Schema for editors.
+`config schema` prints a JSON Schema. Editors that use the YAML language server complete keys and mark mistakes by it: write it
+to a file once, `xformer-train config schema > run.schema.json`, and begin a run config beside that file with the line
+
+    # yaml-language-server: $schema=run.schema.json
+
+In every path `~` is the home folder, and a relative path starts at the current folder, wherever the run config is. One file is
+looked for in a second place: `deepspeed` beside the run config, before the current folder where the run config names it, and
+after it where the command line does.
 """
 SOURCES = """\
 ## data.sources, data.validation
@@ -50,13 +57,13 @@ def render() -> str:
     top, sections = [], []
     for name, field in schema["properties"].items():
         if "$ref" in field:
-            sections.append((name, _definition(schema, field)))
+            sections.append((name, field["description"], _definition(schema, field)))
         else:
             top.append((name, field))
     source = schema["$defs"]["SourceConfig"]
     parts = [INTRODUCTION, "## Top level\n", _table(top, [])]
-    for name, section in sections:
-        parts += [f"## {name}\n", _table(section["properties"].items(), section.get("required", []))]
+    for name, meaning, section in sections:
+        parts += [f"## {name}\n\n{meaning}\n", _table(section["properties"].items(), section.get("required", []))]
         if name == "data":
             parts += [SOURCES, _table(source["properties"].items(), source["required"])]
     return "\n".join(parts)

@@ -11,7 +11,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from ...kernels.errors import UserError
+from ...recipes.config import from_home
 from .checks import faults
+from .deepspeed import KNOWN_KEYS, REMOVED_KEYS
 from .file import INT64, ConfigError, KeyPath, describe, dotted, is_leaf, parse_value, read_tree, to_yaml
 from .flags import FLAG_OF_KEY
 from .schema import RunConfig
@@ -24,6 +26,7 @@ EXCLUSIVE: tuple[tuple[KeyPath, KeyPath], ...] = (
     (("training", "max_steps"), ("training", "num_epochs")),
     (("schedule", "warmup_steps"), ("schedule", "warmup_proportion")),
 )
+DEEPSPEED_KEYS = KNOWN_KEYS | REMOVED_KEYS
 SOURCE_LISTS = (("data", "sources"), ("data", "validation"))
 KINDS = {
     "int_type": "a whole number",
@@ -85,6 +88,10 @@ class _Layers:
 
     def __init__(self, path: Path) -> None:
         tree = read_tree(path)
+        if tree.values.keys() <= DEEPSPEED_KEYS and not tree.values.keys() <= RunConfig.model_fields.keys():
+            raise ConfigError(
+                [f"{path}: is a DeepSpeed JSON; give it with --deepspeed_config {path}, and a run config with --config"]
+            )
         self.path = path
         self.values = tree.values
         self.origins = {key: f"{path}:{line}" for key, line in tree.lines.items()}
@@ -123,6 +130,9 @@ class _Layers:
             fits = isinstance(holder, list if isinstance(part, int) else dict)
             if not fits:
                 where = f"{dotted(path[:depth])} is {describe(holder)}, so there is nothing below it to set"
+                if isinstance(holder, list) and holder:
+                    first = dotted((*path[:depth], 0, *path[depth:]))
+                    where = f"{dotted(path[:depth])} is a list; write {first} for its first item"
                 self.problems.append(f"{origin}: {dotted(path)}: unknown key; {where}")
                 return
             if depth == len(path) - 1:
@@ -146,6 +156,10 @@ class _Layers:
         """
         given = self.values.get("deepspeed")
         if not isinstance(given, str):
+            return
+        try:
+            given = from_home(given)
+        except ValueError:  # validation reports it
             return
         origin = self.origins[("deepspeed",)]
         beside, current = self.path.parent / given, Path(given)
@@ -191,8 +205,9 @@ class _Layers:
         return self.origins.get(path)
 
     def _nearest(self, path: KeyPath) -> str:
-        """What set this key, or a key in it, or the closest section around it, or else the file."""
-        below = (origin for key, origin in self.origins.items() if key[: len(path)] == path)
+        """What set this key, or a key in it or in the same list, or the closest section around it, or else the file."""
+        tops = (path, _outside_lists(path))
+        below = (origin for top in tops for key, origin in self.origins.items() if key[: len(top)] == top)
         around = (self.origins[path[:length]] for length in range(len(path), 0, -1) if path[:length] in self.origins)
         return self.origins.get(path) or next(below, None) or next(around, str(self.path))
 
@@ -291,6 +306,8 @@ def _rule(error: ErrorDetails) -> str:
         return f'text; write "{error["input"]}"'
     if kind in ("int_type", "int_from_float") and isinstance(error["input"], float) and error["input"].is_integer():
         return f"a whole number; write {int(error['input'])}"
+    if kind == "value_error":
+        return str(context["error"])
     assert kind in KINDS, f"the schema has a rule without words for it: {error}"
     return KINDS[kind]
 

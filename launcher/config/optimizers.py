@@ -16,10 +16,13 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 class OptimizerConfig(Section):
     type: Literal["lamb", "adamw"] = "adamw"
+    """AdamW, or LAMB for large batches, which scales the step of each parameter: docs/optimizers.md."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Learning rate at the peak of the schedule, without lr_offset."""
     betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
+    """Decay per step of the mean of the gradient, and of the mean of its square."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the mean square, by which the step is divided."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
     max_coeff: Annotated[float, Field(gt=0)] | None = 10.0

@@ -15,6 +15,7 @@ from ...recipes.config import (
     LayerFlags,
     ModelConfig,
     ObjectiveConfig,
+    PathText,
     PositiveInt,
     Section,
     TokenizerConfig,
@@ -90,7 +91,7 @@ class CheckpointConfig(Section):
 
 
 class LoadConfig(Section):
-    path: str | None = None
+    path: PathText | None = None
     """A run directory, its `checkpoints` folder, or one checkpoint."""
     id: str = "latest"
     """A checkpoint id, a unique prefix of one, or latest."""
@@ -132,23 +133,38 @@ class ReliabilityConfig(Section):
 class RunConfig(Section):
     name: str = "run"
     """The run directory is output_dir/name."""
-    output_dir: str = "runs"
+    output_dir: PathText = "runs"
     """Folder of run directories."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """Decides the weights at the start, dropout, masks and the order of samples."""
     model: ModelConfig = ModelConfig()
+    """What is trained."""
     layer: LayerFlags = LayerFlags()
+    """How its layers are computed, and what they keep for backward."""
     tokenizer: TokenizerConfig = TokenizerConfig()
+    """How text becomes tokens."""
     data: DataConfig = DataConfig()
+    """The text, and how it is cut into samples."""
     objective: ObjectiveConfig = ObjectiveConfig()
+    """What the model learns to predict."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """How a gradient becomes a step."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate of each step."""
     training: TrainingConfig = TrainingConfig()
+    """Batch, length and precision of the run."""
     parallel: ParallelConfig = ParallelConfig()
+    """How the processes of the run divide the model."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When checkpoints are written, and which ones stay."""
     load: LoadConfig = LoadConfig()
+    """The checkpoint that the run starts from; without one it starts from new weights."""
     eval: EvalConfig = EvalConfig()
+    """When the loss on validation text is measured."""
     logging: LoggingConfig = LoggingConfig()
+    """What is written down while the run trains."""
     reliability: ReliabilityConfig = ReliabilityConfig()
-    deepspeed: str | dict[str, Any] | None = None
-    """A DeepSpeed JSON file, or its contents; our sections own batch, optimizer, clipping and precision."""
+    """What happens when a process hangs or a number is not finite."""
+    deepspeed: PathText | dict[str, Any] | None = None
+    """A DeepSpeed JSON file, looked up beside the run config first, or its contents; our sections own batch, optimizer,
+    clipping and precision."""

@@ -1,6 +1,5 @@
 """Documents of one `data.sources` entry, as strings, and what they depend on."""
 
-import glob
 import gzip
 import hashlib
 import json
@@ -16,14 +15,10 @@ from ...kernels.errors import UserError, refused
 from ..config import SourceConfig
 from .builtin_text import builtin_documents, builtin_identity
 from .cache import write_atomically
+from .files import find_files
 
 READER_VERSION = 1  # raise it when the same files would give other documents
 
-_SUFFIXES = {
-    "text": (".txt", ".text", ".txt.gz"),
-    "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
-    "parquet": (".parquet",),
-}
 _TITLE = re.compile(r"\s*= ?[^=\s](.*[^=\s])? ?=\s*")  # `= Title =`, not `== Section ==` or `= = Section = =`
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
@@ -54,7 +49,7 @@ def open_source(source: SourceConfig, cache: Path) -> Source:
         return Source(name, lambda: iter(builtin_documents()), builtin_identity())
     if source.kind == "hf":
         return _open_dataset(source, name)
-    paths = _find_files(source, name)
+    paths = find_files(source)
     hashes = [_content_hash(path, cache / "file_hashes") for path in paths]
     field = source.text_field
     cut_by = source.documents if source.kind == "text" else field
@@ -81,29 +76,6 @@ def is_held_out(document: str, fraction: float) -> bool:
 def _each(paths: list[Path], read: Callable[[Path], Iterator[str]]) -> Iterator[str]:
     for path in paths:
         yield from read(path)
-
-
-def _find_files(source: SourceConfig, name: str) -> list[Path]:
-    given = str(Path(cast(str, source.path)).expanduser())
-    suffixes = _SUFFIXES[source.kind]
-    path = Path(given)
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = sorted(inner for inner in path.rglob("*") if inner.name.endswith(suffixes) and inner.is_file())
-        if not found:
-            raise UserError(
-                f"data source {name}: the folder holds no {' or '.join(suffixes)} file; name another, or a glob"
-            )
-        return found
-    if glob.has_magic(given):
-        found = sorted(inner for inner in map(Path, glob.glob(given, recursive=True)) if inner.is_file())  # noqa: PTH207 - may be absolute
-        if not found:
-            raise UserError(
-                f"data source {name}: no file matches this pattern below {Path.cwd()}; correct data.sources"
-            )
-        return found
-    raise UserError(f"data source {name}: there is no such file or folder below {Path.cwd()}; correct data.sources")
 
 
 def _content_hash(path: Path, memory: Path) -> str:
@@ -236,7 +208,7 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
 def _open_dataset(source: SourceConfig, name: str) -> Source:
     import datasets
 
-    path = str(Path(cast(str, source.path)).expanduser())
+    path = str(source.path)
     saved = Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file()
     try:
         if saved:

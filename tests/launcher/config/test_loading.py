@@ -279,5 +279,65 @@ def test_what_set_and_flags_give_has_the_limits_of_a_file(problems):
     assert by_set.endswith("is not a YAML value: the value: got a number of 4,301 digits, must fit in 64 bits")
     [by_flag] = problems(MINIMAL, (), {"training.max_steps": 2**63})
     assert by_flag == "--max_steps: training.max_steps: got 9223372036854775808, must fit in 64 bits"
-    assert "unknown key" in problems(MINIMAL, ["data.sources." + "9" * 4301 + "=1"])[0]
+    assert "unknown key" in " ".join(problems(MINIMAL, ["data.sources." + "9" * 4301 + "=1"]))
     assert all(line.isprintable() for line in problems(MINIMAL, ["a\nb", "c\nd=1", "name=\x07"]))
+
+
+PATHS = ("output_dir", "load.path", "tokenizer.path", "data.cache_dir", "data.sources.0.path", "model.init_from")
+
+
+@pytest.mark.parametrize("key", PATHS)
+def test_a_tilde_is_the_home_folder_in_every_path(load, monkeypatch, key):
+    monkeypatch.setenv("HOME", "/home/me")
+    value = load(
+        MINIMAL, [f"{key}=~/a/b", *(["data.sources.0.kind=text"] if "sources" in key else [])]
+    ).config.model_dump()
+    for part in key.split("."):
+        value = value[int(part) if part.isdecimal() else part]
+    assert value == "/home/me/a/b"
+
+
+@pytest.mark.parametrize("key", [*PATHS, "deepspeed"])
+def test_a_tilde_of_nobody_is_refused_and_not_made_a_folder(problems, key):
+    [problem] = problems(
+        MINIMAL, [f"{key}=~no-such-user/a", *(["data.sources.0.kind=text"] if "sources" in key else [])]
+    )
+    assert problem.startswith(
+        f"--set: {key}: got '~no-such-user/a' (text), must be a path below the home folder of a user"
+    )
+    assert "write ./~no-such-user/a for a folder named ~no-such-user" in problem
+
+
+def test_a_deepspeed_file_may_stand_in_the_home_folder(load, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "ds.json").write_text('{"dump_state": true}')
+    assert load(MINIMAL + "deepspeed: ~/ds.json").config.deepspeed == {"dump_state": True}
+    assert load(MINIMAL, flags={"deepspeed": "~/ds.json"}).config.deepspeed == {"dump_state": True}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"train_batch_size": 8, "optimizer": {"type": "Adam"}}', '{"zero_optimization": {}}', '{"elasticity": {}}'],
+)
+def test_a_deepspeed_json_in_the_place_of_the_run_config_is_told_apart(problems, text):
+    [problem] = problems(text, name="ds.json")
+    assert (
+        problem
+        == "ds.json: is a DeepSpeed JSON; give it with --deepspeed_config ds.json, and a run config with --config"
+    )
+
+
+def test_a_run_config_with_a_key_of_deepspeed_at_the_top_is_still_one(problems):
+    assert (
+        "run.yaml:1: train_batch_size: unknown key; a run config has name"
+        in problems("{train_batch_size: 8, seed: 1}")[-1]
+    )
+
+
+def test_a_key_below_a_list_names_the_item(problems):
+    [problem] = problems(MINIMAL + "data: {sources: [{kind: builtin}]}", ["data.sources.path=x"])
+    expected = "data.sources.path: unknown key; data.sources is a list; write data.sources.0.path for its first item"
+    assert problem == f"--set: {expected}"
+    [problem] = problems(MINIMAL + "data: {max_seq_length: 64}", ["data.sources.path=x"])
+    assert problem.startswith("--set: data.sources.0.kind: is missing; must be 'builtin' or 'text'")

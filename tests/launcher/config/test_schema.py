@@ -29,6 +29,22 @@ def test_a_whole_number_is_a_float_and_nothing_else_is_converted():
             RunConfig.model_validate(tree)
 
 
+def test_the_schema_of_editors_accepts_each_documented_form_of_a_list_of_sources():
+    schema = RunConfig.model_json_schema()
+    for key, more in (("sources", []), ("validation", [{"type": "null"}])):
+        one, many, *others = schema["$defs"]["DataConfig"]["properties"][key]["anyOf"]
+        assert one == {"$ref": "#/$defs/SourceConfig"}
+        assert many == {"type": "array", "items": one, "minItems": 1}
+        assert others == more
+
+
+def test_every_key_of_the_schema_says_what_it_means():
+    schema = RunConfig.model_json_schema()
+    for name, section in {"run config": schema, **schema["$defs"]}.items():
+        for key, field in section["properties"].items():
+            assert field.get("description", "").endswith("."), f"{name}: {key}"
+
+
 def test_loading_imports_neither_torch_nor_deepspeed(tmp_path):
     (tmp_path / "run.yaml").write_text(MINIMAL)
     code = (
