@@ -1,7 +1,7 @@
 """Let all processes of a run fail, stop or go on together."""
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from .signals import StopAsked
 from .topology import Topology
@@ -11,11 +11,14 @@ T = TypeVar("T")
 
 def by_main(topology: Topology, task: Callable[[], T]) -> T:
     """Return on every process what `task` returned on the main process; see `agreed` for its errors."""
-    result = agreed(topology, task if topology.is_main else None)
-    shared: T = topology.broadcast(result)
+    shared: T = topology.broadcast(agreed(topology, task if topology.is_main else None))
     return shared
 
 
+@overload
+def agreed(topology: Topology, task: Callable[[], T]) -> T: ...
+@overload
+def agreed(topology: Topology, task: Callable[[], T] | None) -> T | None: ...
 def agreed(topology: Topology, task: Callable[[], T] | None) -> T | None:
     """Return the result of this process's task, None without one. All processes come here, and one failure ends them all.
 

@@ -242,6 +242,14 @@ def stop_processes() -> None:
     deepspeed.comm.destroy_process_group()
 
 
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU as its driver gives it, or `CPU, N threads`."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
+
+
 def precision(requested: Literal["auto", Precision], device: torch.device) -> tuple[Precision, str]:
     """(fp32 | bf16 | fp16 | fp8, why): the number format that `training.precision` means on this device.
 

@@ -33,8 +33,8 @@ class StartupFacts:
     start_step: int
     max_steps: int
     schedule_steps: int
-    resumed_from: str | None
-    """Where weights came from and what was taken, such as "runs/a/checkpoints/step00000100 (everything)"; None: nowhere."""
+    start: str
+    """Where the run starts and what it takes, such as "new weights" or "runs/a/checkpoints/step00000100 (weights only)"."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def startup_report(facts: StartupFacts) -> str:
         ("steps", _steps_text(facts)),
         ("optimizer", _optimizer_text(config.optimizer)),
         ("schedule", _schedule_text(config.schedule, facts.schedule_steps)),
-        ("start", "from new weights" if facts.resumed_from is None else f"from {facts.resumed_from}"),
+        ("start", f"from {facts.start}"),
         ("output", str(RunDirectory.of(config).root)),
     ]
     return _aligned(f"run {config.name}", lines, text_width=88)

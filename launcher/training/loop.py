@@ -8,22 +8,18 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ...recipes.data.prefetch import prefetch
-from ..checkpoint import loading, store
 from ..checkpoint.saving import CheckpointSaver
 from ..optim.engine import set_learning_rate
 from ..optim.schedule import learning_rate
-from ..processes.agreement import by_main
-from ..processes.console import Say
-from ..processes.signals import StopRequest
-from ..processes.topology import Topology
-from ..processes.watchdog import Watchdog
+from ..processes.agreement import agreed
+from ..processes.topology import Topology, device_name
 from ..reporting.metrics import RunLog
 from ..reporting.peak_flops import peak_flops
 from ..reporting.report import ClosingFacts
 from .non_finite import NotFiniteError, NumericsGuard, RollBack, not_finite_places
 from .prepare import Setup, model_facts
-from .start import Progress, checkpoint_to_load, starting_progress
-from .step_record import Watch, device_name, make_record
+from .start import Progress, continue_run, has_checkpoint
+from .step_record import Watch, make_record
 from .steps import StepData, evaluate, mean_losses, read_step, step_positions, train_step
 
 _LOG = logging.getLogger(__name__)
@@ -32,7 +28,7 @@ _LOG.addHandler(logging.NullHandler())
 
 @dataclass
 class _Tally:
-    """What the loop leaves behind, whether or not it went back in between."""
+    """What the loop leaves, whether or not it went back in between."""
 
     progress: Progress
     watch: Watch
@@ -42,27 +38,24 @@ class _Tally:
     samples: int = 0
 
 
-def train(
-    setup: Setup, stop: StopRequest, watchdog: Watchdog, progress: Progress, say: Say, started_s: float
-) -> ClosingFacts:
-    """The facts for the closing summary, after the last step or the first request to stop.
+def train(setup: Setup, progress: Progress, started_s: float) -> ClosingFacts:
+    """Train to the last step or the first request to stop, and return the facts for the closing summary.
 
     started_s: when the run started, by `time.monotonic`.
     Raises NotFiniteError if training cannot go on with its numbers.
     """
     tally = _Tally(progress, Watch())
-    guard = NumericsGuard(setup.config.reliability, say)
-    checkpoints, topology = setup.directory.checkpoints, setup.topology
-    with CheckpointSaver(setup.engine, checkpoints, topology, setup.config.checkpoint) as saver:
+    guard = NumericsGuard(setup.config.reliability, setup.say)
+    with CheckpointSaver(setup.engine, setup.directory.checkpoints, setup.topology, setup.config.checkpoint) as saver:
         while True:
             try:
-                _steps(setup, stop, watchdog, guard, saver, tally)
+                _steps(setup, guard, saver, tally)
                 break
             except RollBack as why:
-                watchdog.at("save")
+                setup.watchdog.at("save")
                 saver.wait()
-                watchdog.at("start")
-                tally.progress = _gone_back(setup, tally.progress, why, say)
+                setup.watchdog.at("start")
+                tally.progress = _gone_back(setup, tally.progress, why)
     return ClosingFacts(
         step=tally.progress.step,
         max_steps=setup.total_steps,
@@ -77,18 +70,16 @@ def train(
     )
 
 
-def _steps(
-    setup: Setup, stop: StopRequest, watchdog: Watchdog, guard: NumericsGuard, saver: CheckpointSaver, tally: _Tally
-) -> None:
-    """Steps from `tally.progress` to the end of the run or a stop. Raises RollBack where training must go back."""
+def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: _Tally) -> None:
+    """Train from `tally.progress` to the end of the run or a stop. Raises RollBack where training must go back."""
     config, topology, batch_size = setup.config, setup.topology, setup.batch.train_batch_size
-    start, watch = tally.progress, tally.watch
+    start, watch, watchdog = tally.progress, tally.watch, setup.watchdog
 
     def read(step: int) -> StepData:
         positions = step_positions(start.position + (step - start.step) * batch_size, setup.batch, topology.replica)
         return read_step(setup.data.train, positions, setup.loss_counts, setup.recipe.real_tokens)
 
-    log = _open_log(setup, start) if topology.is_main else None
+    log = agreed(topology, (lambda: _open_log(setup, start)) if topology.is_main else None)
     try:
         with prefetch(read, start.step, setup.total_steps) as steps:
             watchdog.at("data", start.step + 1)
@@ -103,14 +94,14 @@ def _steps(
                 guard.check_step(setup.engine, progress.step, samples, diagnose)
                 finished = progress.step == setup.total_steps
                 # A stop ends the run here, so this step counts as its last one.
-                stopped = stop.agreed()
+                stopped = setup.stop.agreed()
                 if stopped or finished or progress.step % config.logging.every_steps == 0:
                     record = make_record(setup, progress, lr, mean_losses(result, topology), watch)
                     if log is not None:
                         log.log_step(record)
                     guard.check_loss(progress.step, record.loss)
                 if setup.data.validation is not None and _is_due(config.eval.every_steps, progress.step, finished):
-                    stopped |= not _evaluated(setup, stop, watchdog, log, tally)
+                    stopped |= not _evaluated(setup, log, tally)
                 if _is_due(config.checkpoint.save_every_steps, progress.step, stopped or finished):
                     watchdog.at("save")
                     tally.saved_id = _save(setup, saver, progress)
@@ -143,24 +134,22 @@ def _after_step(tally: _Tally, batch_size: int) -> Progress:
     )
 
 
-def _gone_back(setup: Setup, progress: Progress, why: RollBack, say: Say) -> Progress:
-    """Where the run stands with the newest whole checkpoint loaded, behind the samples that it has taken since.
+def _gone_back(setup: Setup, progress: Progress, why: RollBack) -> Progress:
+    """Load the newest whole checkpoint, and return where the run goes on: after the samples that it has taken since.
 
-    Raises NotFiniteError if there is no loading, ValueError if all are damaged.
+    Raises NotFiniteError if there is no checkpoint, UserError if all are damaged.
     """
     config, topology, directory = setup.config, setup.topology, setup.directory
-    if not by_main(topology, lambda: bool(store.entries(directory.checkpoints))):
+    if not has_checkpoint(directory, topology):
         raise NotFiniteError(
-            f"{why}, and there is no checkpoint yet to roll back to; lower loading.save_every_steps or optimizer.lr"
+            f"{why}, and there is no checkpoint yet to roll back to; lower checkpoint.save_every_steps or optimizer.lr"
         )
-    source = checkpoint_to_load(config, topology, directory, say, resume=True)
-    assert source is not None, "there is one, and a damaged one raises"
-    loading.load(setup.engine, source, model_facts(config, setup.vocab_size), topology)
-    state = store.read_state(source)
-    saved = starting_progress(config, state, setup.data.fingerprint, continued=True)
-    text = f"{why}; rolled back to {source.name}, going on with sample {progress.position:,}"
+    start = continue_run(config, topology, directory, setup.say)
+    saved = start.progress(setup.data.fingerprint)
+    start.restore(setup.engine, model_facts(config, setup.vocab_size), saved, setup.batch)
+    text = f"{why}; rolled back to {start.checkpoint.name}, going on with sample {progress.position:,}"
     _LOG.warning(text)
-    say(f"warning: {text}")
+    setup.say(f"warning: {text}")
     return replace(saved, position=progress.position)
 
 
@@ -177,13 +166,15 @@ def _open_log(setup: Setup, start: Progress) -> RunLog:
     )
 
 
-def _evaluated(setup: Setup, stop: StopRequest, watchdog: Watchdog, log: RunLog | None, tally: _Tally) -> bool:
-    """Whether an evaluation came to its end, which a stop cuts short."""
-    assert setup.data.validation is not None, "asked for without held-out data"
+def _evaluated(setup: Setup, log: RunLog | None, tally: _Tally) -> bool:
+    """Evaluate, and return whether that came to its end, which a stop cuts short."""
+    assert setup.data.validation is not None, "asked for without validation data"
 
     def goes_on() -> bool:
-        watchdog.at("evaluate")  # before every micro-batch, as the whole may take longer than a hang is waited for
-        return not stop.agreed()
+        setup.watchdog.at(
+            "evaluate"
+        )  # before every micro-batch, as the whole may take longer than a hang is waited for
+        return not setup.stop.agreed()
 
     parts = evaluate(
         setup.engine,
@@ -208,7 +199,7 @@ def _is_due(every_steps: int | None, step: int, last: bool) -> bool:
 
 
 def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
-    """The id of a new checkpoint of the run as it stands, which may still be on its way to the disk."""
+    """Begin to save a checkpoint of the run as it stands, and return its id."""
     config, directory = setup.config, setup.directory
     epoch = progress.position // setup.data.train.num_samples
     checkpoint_id = config.checkpoint.id_format.format(step=progress.step, epoch=epoch)

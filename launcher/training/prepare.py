@@ -1,29 +1,42 @@
-"""What must be there before the first step: checkpoint, tokenizer, data, vocabulary, and where the run stands."""
+"""What must be there before the first step. `prepare` calls the steps below it in their order."""
 
+import logging
 import math
+import os
 import platform
+from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
+from torch import nn
 
 from ...kernels.errors import UserError
 from ...kernels.parallel.collectives import TensorParallel
+from ...kernels.parallel.sharding import is_sharded
 from ...recipes import RECIPES
 from ...recipes.data.stream import PreparedData, prepare_data
-from ...recipes.data.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
+from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
 from ...recipes.recipe import Batch, Recipe, Runtime
-from ..config.batch import BatchPlan
+from ..config.batch import BatchPlan, solve_batch
+from ..config.deepspeed import Precision, deepspeed_config
+from ..config.loading import LoadedConfig
 from ..config.schema import RunConfig
+from ..optim.engine import build_engine, zero_stage
+from ..optim.optimizer import build_optimizer
 from ..processes.agreement import agreed, by_main
 from ..processes.console import Say
+from ..processes.kernels import kernels_text
 from ..processes.signals import StopRequest
-from ..processes.topology import Topology
-from ..reporting.run_directory import RunDirectory
-from ..trained_models import init_from
-from ..trained_models.pretrained import Pretrained
-from .start import Progress
+from ..processes.topology import Topology, device_name, precision
+from ..processes.watchdog import Watchdog
+from ..reporting.report import StartupFacts, startup_report
+from ..reporting.run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
+from .start import Progress, Start, choose_start
+
+_LOG = logging.getLogger(__name__)
 
 _VOCAB_MULTIPLE = 64  # rows of the embedding are rounded up to it: odd sizes slow the head's GEMM down on GPUs
 
@@ -34,26 +47,100 @@ class Setup:
 
     config: RunConfig
     topology: Topology
-    runtime: Runtime
-    recipe: Recipe
+    stop: StopRequest
+    watchdog: Watchdog
+    say: Say
     batch: BatchPlan
     directory: RunDirectory
     data: PreparedData
-    tokenizer: RunTokenizer
     vocab_size: int
     engine: Any
     optimizer: torch.optim.Optimizer
-    precision: str
+    precision: Precision
     total_steps: int
     """The step at which the run ends."""
     schedule_steps: int
 
+    @property
+    def recipe(self) -> Recipe:
+        """What is said of the kind of the run's model."""
+        return RECIPES[self.config.model.type]
+
     def loss_counts(self, batch: Batch) -> dict[str, int]:
+        """Return the terms of each part of the loss of a batch."""
         return self.recipe.loss_counts(batch, self.config.objective)
 
 
+def prepare(
+    loaded: LoadedConfig,
+    topology: Topology,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    say: Say,
+    held: ExitStack,
+    *,
+    resume: bool,
+) -> tuple[Setup, Progress]:
+    """Return everything the loop needs, and where it begins; print the start-up report.
+
+    held: keeps the run directory until it is closed. Raises StopAsked on every process if one is told to stop while data
+    are prepared.
+    """
+    config = loaded.config
+    dtype, why = agreed(topology, lambda: precision(config.training.precision, topology.device))
+    batch = solve_batch(config.training, topology.num_replicas)
+    ds_config = deepspeed_config(config, batch, dtype, loaded.origins)
+    directory = _open_directory(config, topology, held, resume=resume)
+    watchdog.start(directory.log, forward_is_own=topology.tensor_parallel == 1 and zero_stage(ds_config) < 3)
+    devices = topology.gather(device_name(topology.device))
+    by_main(topology, lambda: record_environment(directory, ds_config, devices))
+
+    start = choose_start(config, topology, directory, say, resume=resume)
+    watchdog.at("prepare")
+    tokenizer = _open_tokenizer(start, directory, say, stop)
+    vocab_size = by_main(topology, lambda: vocabulary_size(config, tokenizer))
+    model = model_facts(config, vocab_size)
+    by_main(topology, lambda: start.check(model, dtype))
+    data = _open_data(config, topology, batch, tokenizer, say, stop)
+    watchdog.at("start")
+
+    progress = by_main(topology, lambda: start.progress(data.fingerprint))
+    engine, optimizer = _build(start, model, ds_config)
+    start.restore(engine, model, progress, batch)
+    end = last_step(config, progress, data, batch)
+    setup = Setup(
+        config=config,
+        topology=topology,
+        stop=stop,
+        watchdog=watchdog,
+        say=say,
+        batch=batch,
+        directory=directory,
+        data=data,
+        vocab_size=vocab_size,
+        engine=engine,
+        optimizer=optimizer,
+        precision=dtype,
+        total_steps=end,
+        schedule_steps=config.schedule.total_steps or end - progress.phase_start,
+    )
+    by_main(topology, lambda: record_config(directory, config))
+    say(startup_report(_startup_facts(setup, progress, tokenizer, why, devices, start.text)))
+    for change in directory.changed_keys:
+        say(f"changed since the last start of this run: {change}")
+    return setup, progress
+
+
+def _open_directory(config: RunConfig, topology: Topology, held: ExitStack, *, resume: bool) -> RunDirectory:
+    directory = by_main(topology, lambda: open_run_directory(config, held, resume=resume))
+    check_is_shared(directory, topology)
+    agreed(topology, lambda: log_to_file(directory, topology.rank))
+    _LOG.info("process %d of %d, pid %d", topology.rank, topology.world_size, os.getpid())
+    return directory
+
+
 def check_is_shared(directory: RunDirectory, topology: Topology) -> None:
-    """Raises ValueError, and SystemExit on the other processes, where one does not see what the main process has written."""
+    """Raise UserError on a process that does not see what the main process has written, and SystemExit on the others."""
 
     def look() -> None:
         if not directory.lock.exists():  # the main process has made it
@@ -65,48 +152,46 @@ def check_is_shared(directory: RunDirectory, topology: Topology) -> None:
     agreed(topology, look)
 
 
-def open_tokenizer(
-    config: RunConfig,
-    topology: Topology,
-    directory: RunDirectory,
-    weights_of: Path | Pretrained | None,
-    say: Say,
-    stop: StopRequest,
-) -> RunTokenizer:
-    """The run's tokenizer, saved in the run directory: that of the weights, else the given one, else a new one.
+def _open_tokenizer(start: Start, directory: RunDirectory, say: Say, stop: StopRequest) -> RunTokenizer:
+    """Return the run's tokenizer, which is saved in the run directory."""
 
-    weights_of: the checkpoint or the Hugging Face model that the run starts from. Such a run never trains a tokenizer: its
-    weights belong to the symbols they were trained with. Raises ValueError if tokenizer.path names another one.
-    """
-
-    def build() -> None:
-        if isinstance(weights_of, Pretrained):
-            tokenizer = init_from.initial_tokenizer(str(config.model.init_from), weights_of, config.tokenizer)
-            check_suits(RECIPES[config.model.type], tokenizer, str(config.model.init_from))
-        elif weights_of is not None:
-            tokenizer = load_tokenizer(weights_of / "tokenizer")
-            given = config.tokenizer.path
-            lowercase = config.tokenizer.do_lower_case
-            if given is not None and not tokenizer.equals(load_tokenizer(given, lowercase=lowercase)):
-                raise UserError(
-                    f"tokenizer.path={given} is another tokenizer than that of checkpoint {weights_of}; remove "
-                    f"the key to use the checkpoint's"
-                )
-        else:
-            with stop.raising():
-                tokenizer = build_tokenizer(RECIPES[config.model.type], config.tokenizer, config.data, say)
+    def save() -> None:
+        with stop.raising():
+            tokenizer = start.tokenizer(say)
         tokenizer.save(directory.tokenizer)
 
-    by_main(topology, build)
-    return load_tokenizer(directory.tokenizer)
+    by_main(start.topology, save)
+    return agreed(start.topology, lambda: load_tokenizer(directory.tokenizer))
 
 
-def open_data(
+def vocabulary_size(config: RunConfig, tokenizer: RunTokenizer) -> int:
+    """Return the rows of the word embedding, over all processes that share it.
+
+    Raises UserError if model.vocab_size is too small for the tokenizer.
+    """
+    wanted, symbols = config.model.vocab_size, tokenizer.vocab_size
+    if wanted == "auto":
+        multiple = math.lcm(_VOCAB_MULTIPLE, config.parallel.tensor)
+        return -(-symbols // multiple) * multiple
+    if wanted < symbols:
+        raise UserError(
+            f"model.vocab_size={wanted:,} is smaller than the tokenizer's {symbols:,} symbols; raise it, or set it to auto"
+        )
+    return wanted
+
+
+def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
+    """Return what a checkpoint says of the model it holds: equal facts mean the weights fit and compute the same function."""
+    model = config.model.model_dump(mode="json", exclude={"init_from"})
+    return {**model, "vocab_size": vocab_size, "sentence_task": config.objective.sentence_task}
+
+
+def _open_data(
     config: RunConfig, topology: Topology, batch: BatchPlan, tokenizer: RunTokenizer, say: Say, stop: StopRequest
 ) -> PreparedData:
-    """Training and held-out samples; one process of each machine prepares them, the others find them in its cache.
+    """Return training and validation samples; one process of each machine prepares them, the others find them in its cache.
 
-    Raises ValueError if there are fewer training samples than one step takes, or machines prepared different data.
+    Raises UserError if there are fewer training samples than one step takes, or machines prepared different data.
     """
 
     def prepare() -> PreparedData:
@@ -117,7 +202,6 @@ def open_data(
     found = agreed(topology, prepare if topology.local_rank == 0 else None)
     # Agreed on too: a signal that has come meanwhile, perhaps to one process alone, stops it.
     data = agreed(topology, lambda: found or prepare())
-    assert data is not None, "each process had a task"
     fingerprints = topology.gather(data.fingerprint)
 
     def check() -> None:
@@ -136,24 +220,8 @@ def open_data(
     return data
 
 
-def vocabulary_size(config: RunConfig, tokenizer: RunTokenizer) -> int:
-    """Rows of the word embedding, over all processes that share it.
-
-    Raises ValueError if model.vocab_size is too small for the tokenizer.
-    """
-    wanted, symbols = config.model.vocab_size, tokenizer.vocab_size
-    if wanted == "auto":
-        multiple = math.lcm(_VOCAB_MULTIPLE, config.parallel.tensor)
-        return -(-symbols // multiple) * multiple
-    if wanted < symbols:
-        raise UserError(
-            f"model.vocab_size={wanted:,} is smaller than the tokenizer's {symbols:,} symbols; raise it, or set it to auto"
-        )
-    return wanted
-
-
 def runtime_of(config: RunConfig, topology: Topology) -> Runtime:
-    """How the model of this run computes."""
+    """Return how the model of this run computes."""
     return Runtime(
         fp8=config.training.precision == "fp8",
         activation_checkpointing=config.training.activation_checkpointing,
@@ -161,14 +229,25 @@ def runtime_of(config: RunConfig, topology: Topology) -> Runtime:
     )
 
 
-def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
-    """What a checkpoint says of the model it holds: equal facts mean the weights fit and compute the same function."""
-    model = config.model.model_dump(mode="json", exclude={"init_from"})
-    return {**model, "vocab_size": vocab_size, "sentence_task": config.objective.sentence_task}
+def _build(start: Start, model: dict[str, Any], ds_config: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
+    """Return the engine around a new model with the weights that the run starts from, and the optimizer inside it."""
+    config, topology = start.config, start.topology
+    torch.manual_seed(config.seed)
+    module = RECIPES[config.model.type].build_model(
+        config.model, config.layer, config.objective, model["vocab_size"], runtime_of(config, topology)
+    )
+    start.fill(module, model)
+    optimizer = build_optimizer(module, config.optimizer, topology.tensor_group)
+    try:
+        return build_engine(module, optimizer, ds_config, topology), optimizer
+    except ValidationError as error:  # DeepSpeed's, which knows the keys inside its sections
+        fault = error.errors()[0]
+        key = ".".join(str(part) for part in fault["loc"])
+        raise UserError(f"deepspeed: {key} in {error.title}: {fault['msg']}; correct or remove the key") from error
 
 
 def last_step(config: RunConfig, progress: Progress, data: PreparedData, batch: BatchPlan) -> int:
-    """The step at which the run ends: max_steps or num_epochs after the start of its phase.
+    """Return the step at which the run ends: max_steps or num_epochs after the start of its phase.
 
     Epochs are counted in samples, as steps before a resume may have taken more or fewer of them.
     """
@@ -178,3 +257,32 @@ def last_step(config: RunConfig, progress: Progress, data: PreparedData, batch: 
     taken = progress.samples - progress.phase_start_samples
     left = max(0, config.training.num_epochs * data.train.num_samples - taken)
     return progress.step - (-left // batch.train_batch_size)
+
+
+def _startup_facts(
+    setup: Setup, progress: Progress, tokenizer: RunTokenizer, precision_reason: str, devices: list[str], start: str
+) -> StartupFacts:
+    """Return what the start-up report says."""
+    config, model, topology = setup.config, setup.engine.module, setup.topology
+    sharers = topology.tensor_parallel
+    parameters = {  # ZeRO stage 3 empties p
+        id(p): getattr(p, "ds_numel", p.numel()) * (sharers if is_sharded(p) else 1) for p in model.parameters()
+    }
+    in_embeddings = {
+        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
+    }
+    return StartupFacts(
+        config=config,
+        batch=setup.batch,
+        data=setup.data,
+        tokenizer=tokenizer,
+        num_parameters=sum(parameters.values()),
+        num_parameters_without_embeddings=sum(n for key, n in parameters.items() if key not in in_embeddings),
+        precision=f"{setup.precision}: {precision_reason}",
+        kernels=kernels_text(config.model, config.layer, runtime_of(config, topology), topology.device),
+        devices=", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
+        start_step=progress.step,
+        max_steps=setup.total_steps,
+        schedule_steps=setup.schedule_steps,
+        start=start,
+    )

@@ -1,20 +1,28 @@
-"""Decide where a run starts: with new weights, with those of another model, or from a checkpoint."""
+"""Decide where a run starts: with new weights, with those of a Hugging Face model, or from a checkpoint."""
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...kernels.errors import UserError
-from ..checkpoint import store
+import numpy as np
+import torch
+from torch import nn
+
+from ...kernels.errors import UserError, refused
+from ...recipes import RECIPES
+from ...recipes.data.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
+from ..checkpoint import loading, store
 from ..config.batch import BatchPlan
+from ..config.deepspeed import Precision
 from ..config.schema import RunConfig
 from ..processes.agreement import agreed, by_main
 from ..processes.console import Say
 from ..processes.topology import Topology
 from ..reporting.run_directory import RunDirectory
-from ..trained_models import init_from
+from ..trained_models.init_from import find_folder, initial_tokenizer, load_initial, read_initial
 from ..trained_models.pretrained import Pretrained
 
 _LOG = logging.getLogger(__name__)
@@ -35,32 +43,179 @@ class Progress:
     """`samples` at that step."""
 
 
-def checkpoint_to_load(
-    config: RunConfig, topology: Topology, directory: RunDirectory, say: Say, *, resume: bool
-) -> Path | None:
-    """The checkpoint this run starts from: the newest whole one of its own when it resumes, else what `load` names, else none.
+class Start:
+    """A start with new weights, at step 0. The subclasses are the other places that a run can start from.
 
-    It has been read through; called by every process. Raises ValueError if what `load` names is damaged, or every checkpoint
-    of the run.
+    `choose_start` makes the one of a run. Then come `tokenizer`, `check`, `progress`, `fill` and `restore`, in this order;
+    model is in all of them what `model_facts` says of the run's model.
     """
-    if resume and by_main(topology, lambda: bool(store.entries(directory.checkpoints))):
-        return _newest_whole(directory.checkpoints, topology, say)
-    if config.load.path is None:
-        return None
-    path = Path(config.load.path)
-    source = by_main(topology, lambda: store.resolve(path, config.load.id))
-    problems = store.verify_together(source, topology)
+
+    text = "new weights"
+    """What the run takes, for the start-up report; complete after `restore`."""
+
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
+        self.config, self.topology = config, topology
+
+    def tokenizer(self, say: Say) -> RunTokenizer:
+        """Return the run's tokenizer: that of the weights, else the given one, else a new one.
+
+        Weights that were trained already belong to the symbols they were trained with: with them no tokenizer is trained,
+        and UserError is raised if tokenizer.path names another one.
+        """
+        return build_tokenizer(RECIPES[self.config.model.type], self.config.tokenizer, self.config.data, say)
+
+    def check(self, model: Mapping[str, Any], precision: Precision) -> None:
+        """Raise UserError if this place does not suit the run's model or the precision that it trains in."""
+
+    def progress(self, data_fingerprint: str) -> Progress:
+        """Return where the run stands. Raises UserError if it cannot go on with data of this fingerprint."""
+        return Progress()
+
+    def fill(self, module: nn.Module, model: Mapping[str, Any]) -> None:
+        """Put the weights into a new module that no engine holds yet."""
+
+    def restore(self, engine: Any, model: Mapping[str, Any], progress: Progress, batch: BatchPlan) -> None:
+        """Put the rest of the state of training into the engine and the random generators."""
+        _seed_dropout(self.config, self.topology, 0)
+
+
+class FromPretrained(Start):
+    """A start at step 0 with the weights of a Hugging Face model."""
+
+    def __init__(self, config: RunConfig, topology: Topology, pretrained: Pretrained) -> None:
+        super().__init__(config, topology)
+        self.name, self.pretrained = str(config.model.init_from), pretrained
+
+    def tokenizer(self, say: Say) -> RunTokenizer:
+        tokenizer = initial_tokenizer(self.name, self.pretrained, self.config.tokenizer)
+        check_suits(RECIPES[self.config.model.type], tokenizer, self.name)
+        return tokenizer
+
+    def fill(self, module: nn.Module, model: Mapping[str, Any]) -> None:
+        taken = load_initial(module, self.pretrained, model["vocab_size"], model["sentence_task"], self.topology)
+        self.text = f"{self.name} ({taken})"
+
+
+class FromCheckpoint(Start):
+    """A start with what a checkpoint holds; the subclasses say how much of it."""
+
+    def __init__(self, config: RunConfig, topology: Topology, checkpoint: Path) -> None:
+        super().__init__(config, topology)
+        self.checkpoint = checkpoint
+
+    def tokenizer(self, say: Say) -> RunTokenizer:
+        tokenizer, given = load_tokenizer(self.checkpoint / "tokenizer"), self.config.tokenizer
+        if given.path is not None and not tokenizer.equals(load_tokenizer(given.path, lowercase=given.do_lower_case)):
+            raise UserError(
+                f"tokenizer.path={given.path} is another tokenizer than that of checkpoint {self.checkpoint}; remove the key "
+                "to use the checkpoint's"
+            )
+        return tokenizer
+
+
+class WeightsAlone(FromCheckpoint):
+    """A start at step 0 with the weights of a checkpoint."""
+
+    def check(self, model: Mapping[str, Any], precision: Precision) -> None:
+        loading.check(self.checkpoint, model, None)
+
+    def fill(self, module: nn.Module, model: Mapping[str, Any]) -> None:
+        loading.load_weights(module, self.checkpoint, model, self.topology)
+        self.text = f"{self.checkpoint} (weights only)"
+
+
+class NextPhase(FromCheckpoint):
+    """A start where a checkpoint of another run stands, perhaps with other data or a schedule that begins anew."""
+
+    def __init__(self, config: RunConfig, topology: Topology, checkpoint: Path) -> None:
+        super().__init__(config, topology, checkpoint)
+        self.state = agreed(topology, lambda: store.read_state(checkpoint))
+        # Checkpoints that were written before a field was there lack it.
+        known = Progress.__dataclass_fields__.keys() & self.state.keys()
+        self.saved = Progress(**{name: self.state[name] for name in known})
+
+    def check(self, model: Mapping[str, Any], precision: Precision) -> None:
+        loading.check(self.checkpoint, model, precision)
+
+    def progress(self, data_fingerprint: str) -> Progress:
+        saved = self.saved
+        if self.state["data_fingerprint"] != data_fingerprint:
+            saved = replace(saved, position=0)
+        if self.config.load.rewarmup:
+            saved = replace(saved, phase_start=saved.step, phase_start_samples=saved.samples)
+        return saved
+
+    def restore(self, engine: Any, model: Mapping[str, Any], progress: Progress, batch: BatchPlan) -> None:
+        random = "random state"
+        if not loading.load(engine, self.checkpoint, model, self.topology):
+            random = "new random state, for another number of processes"
+            _seed_dropout(self.config, self.topology, progress.step)
+        data = f"data at sample {progress.position:,}" if progress.position else "new data"
+        clock = "schedule restarted" if progress.phase_start == progress.step else "schedule continued"
+        now = batch.train_batch_size
+        then = self.state.get("train_batch_size", now)
+        sizes = "" if now == then else f", {now} sequences per step instead of {then}"
+        self.text = f"{self.checkpoint} (weights, optimizer, {random}; {data}, {clock}{sizes})"
+
+
+class Continued(NextPhase):
+    """A start where a checkpoint of this very run stands: training goes on as if it had not stopped."""
+
+    def progress(self, data_fingerprint: str) -> Progress:
+        if self.state["data_fingerprint"] != data_fingerprint:
+            raise UserError(
+                f"run {self.config.name} stopped at step {self.saved.step:,} on other data, another sequence length or another "
+                f"seed, so it cannot be continued exactly; start a new run with --job_name and --load_training_checkpoint"
+            )
+        return self.saved
+
+
+def choose_start(config: RunConfig, topology: Topology, directory: RunDirectory, say: Say, *, resume: bool) -> Start:
+    """Return where this run starts: its own newest whole checkpoint when it resumes, else what the run config names.
+
+    All processes come here. A checkpoint has been read through. Raises UserError if what `load` names is damaged, or every
+    checkpoint of the run, and as `read_initial` does.
+    """
+    if resume and has_checkpoint(directory, topology):
+        return continue_run(config, topology, directory, say)
+    if config.load.path is not None:
+        checkpoint = _named_by_load(config, topology)
+        return (WeightsAlone if config.load.what == "weights" else NextPhase)(config, topology, checkpoint)
+    name = config.model.init_from
+    if name is None:
+        return Start(config, topology)
+    # One process of each machine fetches it, if it is on the hub; then it is in the cache of every machine.
+    agreed(topology, (lambda: find_folder(name)) if topology.local_rank == 0 else None)
+    pretrained = agreed(topology, lambda: read_initial(name, find_folder(name), config.model))
+    return FromPretrained(config, topology, pretrained)
+
+
+def has_checkpoint(directory: RunDirectory, topology: Topology) -> bool:
+    """Return whether this run has saved a checkpoint, be it damaged."""
+    return by_main(topology, lambda: bool(store.entries(directory.checkpoints)))
+
+
+def continue_run(config: RunConfig, topology: Topology, directory: RunDirectory, say: Say) -> Continued:
+    """Return the start from the newest whole checkpoint of this run. Raises UserError if all are damaged."""
+    return Continued(config, topology, _newest_whole(directory.checkpoints, topology, say))
+
+
+def _named_by_load(config: RunConfig, topology: Topology) -> Path:
+    """Return the whole checkpoint that `load.path` and `load.id` mean."""
+    path = Path(str(config.load.path))
+    checkpoint = by_main(topology, lambda: store.resolve(path, config.load.id))
+    problems = store.verify_together(checkpoint, topology)
 
     def refuse_damage() -> None:
         if problems:
-            raise UserError(f"{source} is damaged: {', '.join(problems)}; choose another checkpoint")
+            raise UserError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
 
     by_main(topology, refuse_damage)
-    return source
+    return checkpoint
 
 
 def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
-    """The newest whole checkpoint in `folder`, which `latest` names from now on.
+    """Return the newest whole checkpoint in `folder`, which `latest` names from now on.
 
     Damaged ones that are newer are set aside: training meets their steps again.
     """
@@ -81,7 +236,8 @@ def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
                 f"no checkpoint in {folder} can be loaded: {'; '.join(told)}; start anew with --job_name, or bring back a copy"
             )
         for name, text in zip(damaged, told, strict=True):
-            new_name = store.set_aside(folder, name)
+            with refused(f"cannot rename {folder / name}", "make the folder writable"):
+                new_name = store.set_aside(folder, name)
             _LOG.warning("%s; renamed to %s", text, new_name)
             say(f"warning: {text}; renamed to {new_name}, the run goes on from {whole}")
         if store.latest_id(folder) != whole:
@@ -92,58 +248,7 @@ def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
     return folder / str(whole)
 
 
-def open_initial(config: RunConfig, topology: Topology) -> Pretrained | None:
-    """What model.init_from names, read by every process; one process of each machine fetches it, if it is on the hub.
-
-    Raises ValueError as `init_from.read_initial` does.
-    """
-    name = config.model.init_from
-    if name is None:
-        return None
-
-    def find() -> Path:
-        return init_from.find_folder(name)
-
-    agreed(topology, find if topology.local_rank == 0 else None)  # then it is in the cache of every machine
-    return agreed(topology, lambda: init_from.read_initial(name, find(), config.model))
-
-
-def starting_progress(config: RunConfig, state: dict[str, Any], fingerprint: str, *, continued: bool) -> Progress:
-    """Where a run stands that starts from a checkpoint with this state.
-
-    continued: the checkpoint is one of this run's own. Raises ValueError if the run continues on other data.
-    """
-    if config.load.what == "weights" and not continued:
-        return Progress()
-    # Checkpoints that were written before a field was there lack it.
-    saved = Progress(**{name: state[name] for name in Progress.__dataclass_fields__ if name in state})
-    same_data = state["data_fingerprint"] == fingerprint
-    if continued:
-        if not same_data:
-            raise UserError(
-                f"run {config.name} stopped at step {saved.step:,} on other data, another sequence length or another seed, so "
-                f"it cannot be continued exactly; start a new run with --job_name and --load_training_checkpoint"
-            )
-        return saved
-    return Progress(
-        step=saved.step,
-        samples=saved.samples,
-        position=saved.position if same_data else 0,
-        phase_start=saved.step if config.load.rewarmup else saved.phase_start,
-        phase_start_samples=saved.samples if config.load.rewarmup else saved.phase_start_samples,
-    )
-
-
-def loaded_text(
-    source: Path, state: dict[str, Any], progress: Progress, batch: BatchPlan, *, weights_only: bool, random_state: bool
-) -> str:
-    """What was taken from a checkpoint with this state, for the start-up report."""
-    if weights_only:
-        return f"{source} (weights only)"
-    random = "random state" if random_state else "new random state, for another number of processes"
-    data = f"data at sample {progress.position:,}" if progress.position else "new data"
-    clock = "schedule restarted" if progress.phase_start == progress.step else "schedule continued"
-    now = batch.train_batch_size
-    then = state.get("train_batch_size", now)
-    sizes = "" if now == then else f", {now} sequences per step instead of {then}"
-    return f"{source} (weights, optimizer, {random}; {data}, {clock}{sizes})"
+def _seed_dropout(config: RunConfig, topology: Topology, step: int) -> None:
+    """Seed torch for dropout, which must differ between replicas, whose processes draw alike, and between steps."""
+    entropy = [config.seed, topology.replica, *([step] if step else [])]
+    torch.manual_seed(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1))

@@ -1,19 +1,14 @@
-"""What the loop measures of its steps and what the log and the start-up report are told of them."""
+"""What the loop measures of its steps, and the record that the log makes of it."""
 
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
-from torch import nn
 
-from ...kernels.parallel.sharding import is_sharded
 from ..optim.engine import grad_norm, loss_scale, skipped_steps
 from ..optim.optimizer import OPTIMIZERS
-from ..processes.kernels import kernels_text
 from ..reporting.record import StepRecord
-from ..reporting.report import StartupFacts
 from .prepare import Setup
 from .start import Progress
 
@@ -101,39 +96,3 @@ def _flops_per_sample(setup: Setup, predictions: float, real_tokens: float) -> f
     config = setup.config
     length = real_tokens if config.layer.unpad else config.data.max_seq_length
     return setup.recipe.flops_per_sample(config.model, setup.vocab_size, length, predictions)
-
-
-def device_name(device: torch.device) -> str:
-    """The name of a GPU as its driver gives it, or `CPU, N threads`."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
-
-
-def startup_facts(
-    setup: Setup, progress: Progress, precision_reason: str, devices: list[str], loaded: str | None
-) -> StartupFacts:
-    """What the start-up report says. loaded: from which checkpoint, or None."""
-    config, model, sharers = setup.config, setup.engine.module, setup.topology.tensor_parallel
-    parameters = {  # ZeRO stage 3 empties p
-        id(p): getattr(p, "ds_numel", p.numel()) * (sharers if is_sharded(p) else 1) for p in model.parameters()
-    }
-    in_embeddings = {
-        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
-    }
-    return StartupFacts(
-        config=config,
-        batch=setup.batch,
-        data=setup.data,
-        tokenizer=setup.tokenizer,
-        num_parameters=sum(parameters.values()),
-        num_parameters_without_embeddings=sum(n for key, n in parameters.items() if key not in in_embeddings),
-        precision=f"{setup.precision}: {precision_reason}",
-        kernels=kernels_text(config.model, config.layer, setup.runtime, setup.topology.device),
-        devices=", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
-        start_step=progress.step,
-        max_steps=setup.total_steps,
-        schedule_steps=setup.schedule_steps,
-        resumed_from=loaded,
-    )

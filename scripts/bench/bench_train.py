@@ -40,9 +40,15 @@ from xformer_train.launcher.config.loading import LoadedConfig, load_config
 from xformer_train.launcher.config.schema import Precision, RunConfig
 from xformer_train.launcher.optim.engine import build_engine
 from xformer_train.launcher.optim.optimizer import build_optimizer
-from xformer_train.launcher.processes.topology import Topology, precision, quiet, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import (
+    Topology,
+    device_name,
+    precision,
+    quiet,
+    start_processes,
+    stop_processes,
+)
 from xformer_train.launcher.reporting.peak_flops import peak_flops
-from xformer_train.launcher.training.step_record import device_name
 from xformer_train.launcher.training.steps import StepData, train_step
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.data.stream import prepare_data

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from helpers.spawn import free_port
 
+from xformer_train.kernels.errors import RefusedError, UserError
 from xformer_train.launcher.processes.topology import precision, start_processes, stop_processes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -53,6 +54,21 @@ def test_one_process_without_a_launcher_takes_no_port_though_a_shell_names_one(e
         stop_processes()
         environment.setenv("MASTER_PORT", str(taken.getsockname()[1]))
         assert start_processes(60).world_size == 1
+
+
+def test_a_port_in_use_and_one_that_is_no_number_are_named(environment):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}.items():
+            environment.setenv(name, str(value))
+        environment.setenv("MASTER_PORT", str(port))
+        with pytest.raises(RefusedError, match=rf"cannot meet at MASTER_ADDR 127.0.0.1, MASTER_PORT {port}: .*in use"):
+            start_processes(5)
+        environment.setenv("MASTER_PORT", "abc")
+        with pytest.raises(UserError, match="environment variable MASTER_PORT is 'abc', must be a whole number"):
+            start_processes(5)
 
 
 def test_processes_start_again_after_they_were_stopped():

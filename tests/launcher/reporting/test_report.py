@@ -34,7 +34,7 @@ STARTUP = StartupFacts(
     start_step=1200,
     max_steps=7500,
     schedule_steps=7500,
-    resumed_from="checkpoint step00001200 of runs/bert_large",
+    start="checkpoint step00001200 of runs/bert_large",
 )
 CLOSING = ClosingFacts(
     step=1500,
@@ -101,7 +101,7 @@ def test_the_report_of_a_new_run_without_validation_data_claims_nothing_it_does_
         optimizer=OptimizerConfig(type="lamb", min_coeff=None, max_coeff=None), schedule=ScheduleConfig(type="wsd")
     )
     data = dataclasses.replace(DATA, validation=None)
-    text = " ".join(report(config, data=data, start_step=0, resumed_from=None).split())
+    text = " ".join(report(config, data=data, start_step=0, start="new weights").split())
     assert "9,600 samples per epoch, none held out" in text
     assert "steps 7,500; 200.00 epochs to go optimizer" in text
     assert "start from new weights" in text
@@ -155,4 +155,4 @@ def test_a_run_without_steps_evaluation_or_checkpoint_has_a_summary():
 def test_a_path_is_never_divided():
     """textwrap breaks at hyphens too, and of half a path nothing can be copied."""
     path = "/data/" + "many-words-joined-by-hyphens/" * 6 + "checkpoints/step00001200"
-    assert path in report(resumed_from=path)
+    assert path in report(start=path)

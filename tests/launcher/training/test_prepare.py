@@ -1,14 +1,16 @@
 """Where a run begins and ends, and that all machines see its directory."""
 
+import dataclasses
 import platform
 from types import SimpleNamespace
 
 import pytest
 
+from xformer_train.kernels.errors import UserError
 from xformer_train.launcher.config.batch import BatchPlan
 from xformer_train.launcher.reporting.run_directory import RunDirectory
 from xformer_train.launcher.training.prepare import check_is_shared, last_step
-from xformer_train.launcher.training.start import Progress, starting_progress
+from xformer_train.launcher.training.start import Continued, NextPhase, Progress
 
 DATA = SimpleNamespace(train=SimpleNamespace(num_samples=100))
 
@@ -39,10 +41,50 @@ def test_a_second_phase_counts_from_its_start():
     assert end(second, 10, max_steps=40) == 65
 
 
-def test_a_checkpoint_of_an_earlier_version_lacks_what_it_did_not_know():
+def start_from(kind, tmp_path, monkeypatch, *, rewarmup=False, **state):
+    """A start from a checkpoint with this state."""
+    monkeypatch.setattr("xformer_train.launcher.checkpoint.store.read_state", lambda checkpoint: state)
+    alone = SimpleNamespace(rank=0, gather=lambda value: [value], meet=lambda: None)
+    config = SimpleNamespace(name="run", load=SimpleNamespace(what="all", rewarmup=rewarmup))
+    return kind(config, alone, tmp_path)
+
+
+STATE = {
+    "step": 5,
+    "samples": 40,
+    "position": 30,
+    "phase_start": 2,
+    "phase_start_samples": 16,
+    "data_fingerprint": "data",
+}
+SAVED = Progress(step=5, samples=40, position=30, phase_start=2, phase_start_samples=16)
+
+
+def test_a_checkpoint_of_an_earlier_version_lacks_what_it_did_not_know(tmp_path, monkeypatch):
     state = {"step": 5, "samples": 40, "position": 40, "phase_start": 0, "data_fingerprint": "data"}
-    config = SimpleNamespace(load=SimpleNamespace(what="all", rewarmup=False))
-    assert starting_progress(config, state, "data", continued=True) == Progress(step=5, samples=40, position=40)
+    start = start_from(Continued, tmp_path, monkeypatch, **state)
+    assert start.progress("data") == Progress(step=5, samples=40, position=40)
+
+
+def test_a_run_goes_on_where_it_stood_and_with_its_own_data_only(tmp_path, monkeypatch):
+    start = start_from(Continued, tmp_path, monkeypatch, rewarmup=True, **STATE)
+    assert start.progress("data") == SAVED, "load.rewarmup is for a phase, and that has begun already"
+    with pytest.raises(UserError, match=r"run run stopped at step 5 on other data"):
+        start.progress("others")
+
+
+@pytest.mark.parametrize(
+    ("rewarmup", "data", "changed"),
+    [
+        (False, "data", {}),
+        (False, "others", {"position": 0}),
+        (True, "data", {"phase_start": 5, "phase_start_samples": 40}),
+        (True, "others", {"position": 0, "phase_start": 5, "phase_start_samples": 40}),
+    ],
+)
+def test_another_phase_may_have_other_data_and_begin_the_schedule_anew(rewarmup, data, changed, tmp_path, monkeypatch):
+    start = start_from(NextPhase, tmp_path, monkeypatch, rewarmup=rewarmup, **STATE)
+    assert start.progress(data) == dataclasses.replace(SAVED, **changed)
 
 
 def test_a_machine_that_does_not_see_the_run_directory_says_so_and_the_others_leave(tmp_path):

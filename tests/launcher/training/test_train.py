@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.runs import BERT, GPT, losses, merged, metrics, weights, write_config
 
+from xformer_train.kernels.errors import UserError
 from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.topology import quiet
@@ -245,3 +246,29 @@ def test_a_fault_deep_in_the_loop_shows_its_traceback_once_on_the_console_and_on
     )
     log = (tmp_path / "runs" / "run" / "log" / "rank0.log").read_text()
     assert log.count("ValueError: a defect") == 1 and "in broken" in log
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore"),
+            r"2 GiB; lower training\.micro_batch",
+        ),
+        (UserError("too many sequences"), "too many sequences"),
+    ],
+)
+def test_what_a_device_or_a_kernel_refuses_is_told_as_something_to_change(error, message, tmp_path, monkeypatch):
+    def refusing(*args):
+        raise error
+
+    monkeypatch.setattr(loop, "train_step", refusing)
+    with pytest.raises(UserError, match=message):
+        start(write_config(tmp_path))
+
+
+def test_a_key_that_only_deepspeed_knows_to_be_wrong_is_named(tmp_path):
+    with pytest.raises(
+        UserError, match=r"deepspeed: no_such_key in DeepSpeedZeroConfig: .*; correct or remove the key"
+    ):
+        start(write_config(tmp_path), "deepspeed.zero_optimization.no_such_key=1")
