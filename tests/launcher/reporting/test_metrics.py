@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from xformer_train.launcher.processes.words import duration, number
 from xformer_train.launcher.reporting.metrics import RunLog
@@ -159,7 +160,9 @@ def test_tensorboard_has_the_tags_of_the_deepspeed_recipe_and_throughput(tmp_pat
     assert (step, event.histogram_value.num, event.histogram_value.max) == (1200, 3, 0.9)
 
 
-def test_a_resumed_log_drops_what_lies_after_its_start_and_keeps_what_lies_before(tmp_path):
+def test_a_resumed_log_drops_what_lies_after_its_start_and_keeps_what_lies_before(tmp_path, monkeypatch):
+    # Files of one process and second are read by the text of their numbers, in which 10 comes before 9.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     with RunLog(tmp_path, 100) as log:
         for step in (10, 20, 30, 40):
             log.log_step(record_at(step, histograms={"lamb_coeffs": (0.5,)}))
