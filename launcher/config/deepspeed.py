@@ -5,45 +5,15 @@ value is fine, "auto" is filled in, and a different value is an error, so that n
 """
 
 import copy
-import difflib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .batch import BatchPlan
+from .deepspeed_keys import MONITORS, REFUSED_KEYS, key_faults, show
 from .file import ConfigError
 from .optimizers import OPTIMIZER_TERMS
 from .schema import Precision, RunConfig
 
-# Top-level keys that DeepSpeed 0.19 reads (deepspeed/runtime/config.py and the constants it imports). DeepSpeed itself
-# ignores any other key in silence.
-KNOWN_KEYS = frozenset(
-    """activation_checkpointing aio autotuning bf16 checkpoint comet comms_logger communication_data_type compile csv_monitor
-    data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather disable_python_gc dump_state
-    expert_parallel flops_profiler fp16 gradient_accumulation_steps gradient_allreduce_op gradient_clipping
-    gradient_predivide_factor hybrid_engine log_level managed_gradient_accumulation memory_breakdown optimizer pipeline
-    prescale_gradients scheduler seq_parallel_communication_data_type sequence_parallel_size steps_per_print tensor_parallel
-    tensorboard timers torch_autocast train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism
-    vocabulary_size wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    zero_optimization""".split()  # noqa: SIM905
-)
-REMOVED_KEYS = frozenset(
-    """amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop
-    quantize_training sparse_attention sparse_gradients""".split()  # noqa: SIM905
-)
-OUR_SPLITTING = "the section parallel decides what processes share"
-REFUSED_KEYS = {
-    "scheduler": "the section schedule decides the learning rate",
-    "torch_autocast": "training.precision decides the precision",
-    "managed_gradient_accumulation": "the training loop leaves gradient accumulation to DeepSpeed",
-    "data_efficiency": "the section data decides which samples are drawn",
-    "autotuning": "the batch sizes of the section training are not searched for",
-    "hybrid_engine": "it is for generation, which a pretraining run does not do",
-    "weight_quantization": "training.precision decides the precision",
-    "pipeline": OUR_SPLITTING,
-    "tensor_parallel": OUR_SPLITTING,
-    "expert_parallel": OUR_SPLITTING,
-    "sequence_parallel_size": OUR_SPLITTING,
-}
 NEVER = 2**31
 
 
@@ -62,7 +32,7 @@ def deepspeed_config(
     if problems:
         raise ConfigError(problems)
     result = copy.deepcopy(_given(config))
-    for key in ("optimizer", "fp16", "bf16", *REFUSED_KEYS):
+    for key in ("optimizer", "fp16", "bf16", *REFUSED_KEYS, *MONITORS):
         result.pop(key, None)
     section = "bf16" if precision == "fp8" else precision
     if section != "fp32":
@@ -87,15 +57,16 @@ def deepspeed_faults(
     What depends on the batch or the precision is left out where that is None, which is to say not known yet.
     """
     given = _given(config)
-    yield from _key_faults(given)
+    yield from key_faults(given)
     yield from _unchecked_faults(given)
     for key, our_key, ours in _owned(config, batch, precision):
         section, _, name = key.rpartition(".")
         theirs = _section(given, section).get(name, "auto") if section else given.get(key, "auto")
         if theirs != "auto" and not _equal(theirs, ours):
-            yield key, f"got {_show(theirs)}, but {our_key} is {_show(ours)}; make them equal, or remove it here"
+            yield key, f"got {show(theirs)}, but {our_key} is {show(ours)}; make them equal, or remove it here"
     yield from _optimizer_faults(config, _section(given, "optimizer"))
-    yield from _zero_faults(config, given.get("zero_optimization", {}))
+    yield from _zero_faults(config, _section(given, "zero_optimization"))
+    yield from _offload_faults(_section(given, "zero_optimization"))
 
 
 def _given(config: RunConfig) -> dict[str, Any]:
@@ -128,56 +99,44 @@ def _owned(config: RunConfig, batch: BatchPlan | None, precision: Precision | No
         yield f"optimizer.params.{name}", f"optimizer.{name}", getattr(optimizer, name)
 
 
-def _key_faults(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, value in given.items():
-        if key in REMOVED_KEYS:
-            yield key, "DeepSpeed has removed this feature; remove the key"
-        elif key in REFUSED_KEYS and not _is_off(value):
-            yield key, f"is not used: {REFUSED_KEYS[key]}; remove the key"
-        elif key not in KNOWN_KEYS:
-            near = difflib.get_close_matches(key, KNOWN_KEYS, n=1)
-            yield key, "unknown DeepSpeed key" + (f" (did you mean {near[0]}?)" if near else "")
-        elif key in ("fp16", "bf16", "optimizer", "zero_optimization") and not isinstance(value, dict):
-            yield key, f"got {_show(value)}, must be a mapping"
-
-
 def _unchecked_faults(given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Keys that make DeepSpeed step with a gradient that is not finite."""
+    """Yield keys that would make DeepSpeed step with a gradient that is not finite, or not that of the mean loss."""
     for section, name in (("bf16", "check_grad_overflow"), ("zero_optimization", "compute_grad_norm")):
         if _section(given, section).get(name, True) is False:
             yield f"{section}.{name}", "got false, but reliability.nan needs the norm of every gradient; remove it"
-
-
-def _is_off(value: Any) -> bool:
-    return value is None or value is False or (isinstance(value, dict) and value.get("enabled") is False)
+    reduction = given.get("gradient_allreduce_op", "mean")
+    if reduction != "mean":
+        yield "gradient_allreduce_op", f"got {show(reduction)}, but a gradient is the mean over the batch; remove it"
 
 
 def _optimizer_faults(config: RunConfig, optimizer: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     ours, terms = config.optimizer.type, OPTIMIZER_TERMS[config.optimizer.type]
     theirs = optimizer.get("type", "auto")
     if theirs != "auto" and str(theirs).lower() not in terms.deepspeed_types:
-        yield "optimizer.type", f"got {_show(theirs)}, but optimizer.type is {ours}; make them equal, or remove it here"
+        yield "optimizer.type", f"got {show(theirs)}, but optimizer.type is {ours}; make them equal, or remove it here"
     for name, value in _section(optimizer, "params").items():
         key = f"optimizer.params.{name}"
         if name == "max_grad_norm":
-            yield key, f"got {_show(value)}, but DeepSpeed refuses it here; set training.gradient_clipping instead"
+            yield key, f"got {show(value)}, but DeepSpeed refuses it here; set training.gradient_clipping instead"
         elif name == "adam_w_mode" and value is not True:
-            yield key, f"got {_show(value)}, but optimizer.type adamw decays weights apart from the gradient; remove it"
+            yield key, f"got {show(value)}, but optimizer.type adamw decays weights apart from the gradient; remove it"
         elif name not in (*terms.deepspeed_params, "adam_w_mode", "torch_adam"):
             yield key, f"is not a parameter of optimizer.type {ours}; remove it"
 
 
-def _zero_faults(config: RunConfig, zero: Any) -> Iterator[tuple[str, str]]:
-    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+def _zero_faults(config: RunConfig, zero: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    stage = zero.get("stage", 0)
     optimizer = config.optimizer.type
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        yield "zero_optimization.stage", f"got {_show(stage)}, must be 0, 1, 2 or 3"
+        yield "zero_optimization.stage", f"got {show(stage)}, must be 0, 1, 2 or 3"
     elif stage in (1, 2) and OPTIMIZER_TERMS[optimizer].needs_places and zero.get("round_robin_gradients"):
         yield (
             "zero_optimization.round_robin_gradients",
             f"got true, but then it is not known which parameters a shard holds, which optimizer.type {optimizer} must know; "
             "set false",
         )
+    elif zero.get("zenflow") is not None:
+        yield "zero_optimization.zenflow", f"is not used: optimizer.type {optimizer} steps the weights; remove it"
     elif stage == 3 and config.layer.cuda_graph:
         yield (
             "zero_optimization.stage",
@@ -186,15 +145,16 @@ def _zero_faults(config: RunConfig, zero: Any) -> Iterator[tuple[str, str]]:
         )
 
 
+def _offload_faults(zero: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name in ("offload_param", "offload_optimizer"):
+        offload = _section(zero, name)
+        if offload.get("device") == "nvme" and not offload.get("nvme_path"):
+            yield f"zero_optimization.{name}.nvme_path", "is missing; device nvme needs a folder on such a disk"
+
+
 def _equal(theirs: Any, ours: Any) -> bool:
     if isinstance(ours, tuple):
         return isinstance(theirs, list | tuple) and len(theirs) == len(ours) and all(map(_equal, theirs, ours))
     if isinstance(theirs, bool) != isinstance(ours, bool):
         return False
     return bool(theirs == ours)
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    return repr(list(value)) if isinstance(value, tuple) else repr(value)

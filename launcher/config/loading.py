@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 from ...kernels.errors import UserError
 from ...recipes.config import from_home
 from .checks import faults
-from .deepspeed import KNOWN_KEYS, REMOVED_KEYS
+from .deepspeed_keys import KNOWN_KEYS, REMOVED_KEYS
 from .file import INT64, ConfigError, KeyPath, describe, dotted, is_leaf, parse_value, read_tree, to_yaml
 from .flags import FLAG_OF_KEY
 from .schema import RunConfig

@@ -1,5 +1,6 @@
 """The DeepSpeed engine of a run and the few numbers the loop reads from it, right for every ZeRO stage and precision."""
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +12,24 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
+from ...kernels.errors import UserError
 from ...kernels.parallel.sharding import is_sharded
 from ..processes.topology import TensorParallelUnit, Topology
 from .slices import SteppedInSlices, slices_of
+
+
+def check_deepspeed_config(ds_config: dict[str, Any], topology: Topology) -> None:
+    """Raise UserError if DeepSpeed refuses a JSON of its own, before anything has been prepared for a run."""
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    mpu = TensorParallelUnit(topology) if topology.tensor_parallel > 1 else None
+    try:
+        DeepSpeedConfig(copy.deepcopy(ds_config), mpu)
+    except (DeepSpeedConfigError, ValueError, AssertionError) as error:  # a pydantic.ValidationError is a ValueError
+        said = " ".join(str(error).split())
+        raise UserError(
+            f"deepspeed: DeepSpeed refuses these settings ({said}); correct the section deepspeed"
+        ) from error
 
 
 def build_engine(

@@ -24,7 +24,7 @@ from ..config.batch import BatchPlan, solve_batch
 from ..config.deepspeed import Precision, deepspeed_config
 from ..config.loading import LoadedConfig
 from ..config.schema import RunConfig
-from ..optim.engine import build_engine, zero_stage
+from ..optim.engine import build_engine, check_deepspeed_config, zero_stage
 from ..optim.optimizer import build_optimizer
 from ..processes.agreement import agreed, by_main
 from ..processes.console import Say
@@ -90,6 +90,7 @@ def prepare(
     dtype, why = agreed(topology, lambda: precision(config.training.precision, topology.device))
     batch = solve_batch(config.training, topology.num_replicas)
     ds_config = deepspeed_config(config, batch, dtype, loaded.origins)
+    check_deepspeed_config(ds_config, topology)
     directory = _open_directory(config, topology, held, resume=resume)
     watchdog.start(directory.log, forward_is_own=topology.tensor_parallel == 1 and zero_stage(ds_config) < 3)
     devices = topology.gather(device_name(topology.device))

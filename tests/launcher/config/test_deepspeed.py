@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from xformer_train.launcher.config.batch import solve_batch
-from xformer_train.launcher.config.deepspeed import KNOWN_KEYS, REFUSED_KEYS, REMOVED_KEYS, deepspeed_config
+from xformer_train.launcher.config.deepspeed import deepspeed_config
+from xformer_train.launcher.config.deepspeed_keys import KNOWN_KEYS, REFUSED_KEYS, REMOVED_KEYS, SECTIONS
 from xformer_train.launcher.config.file import ConfigError
 from xformer_train.launcher.config.schema import RunConfig
 
@@ -139,6 +140,46 @@ def test_deepspeeds_adam_is_our_adamw(name):
         ({"torch_autocast": {"enabled": True}}, None, "is not used: training.precision decides"),
         ({"zero_optimisation": {"stage": 1}}, None, "unknown DeepSpeed key (did you mean zero_optimization?)"),
         ({"xyz": 1}, None, "unknown DeepSpeed key"),
+        (
+            {"fp16": {"loss_scal": 0}},
+            None,
+            "deepspeed.fp16.loss_scal: unknown DeepSpeed key (did you mean loss_scale?)",
+        ),
+        (
+            {"aio": {"xyz": 1}},
+            None,
+            "deepspeed.aio.xyz: unknown DeepSpeed key; aio has single_submit, overlap_events, ",
+        ),
+        ({"zero_optimization": {"overlap_com": True}}, None, "unknown DeepSpeed key (did you mean overlap_comm?)"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            None,
+            "deepspeed.zero_optimization.offload_optimizer.devise: unknown DeepSpeed key (did you mean device?)",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "gpu"}}},
+            None,
+            "got 'gpu', must be none or cpu or nvme",
+        ),
+        ({"zero_optimization": {"overlap_comm": "yes"}}, None, "got 'yes', must be true or false"),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, None, "got -1, must be a whole number of at least 0"),
+        ({"zero_optimization": {"reduce_bucket_size": "5e8"}}, None, "got '5e8', must be a whole number of at least 0"),
+        ({"zero_optimization": {"leaf_module": {"names": [1]}}}, None, "got [1], must be a list of names"),
+        ({"timers": {"throughput": {"enable": True}}}, None, "unknown DeepSpeed key (did you mean enabled?)"),
+        ({"timers": []}, None, "got [], must be a mapping"),
+        ({"prescale_gradients": "auto"}, None, "got 'auto', must be true or false"),
+        ({"communication_data_type": "float"}, None, "got 'float', must be fp32 or fp16 or bf16"),
+        ({"gradient_allreduce_op": "sum"}, None, "got 'sum', but a gradient is the mean over the batch"),
+        ({"wandb": {"enabled": True}}, None, "is not used: the section logging decides where losses are written"),
+        ({"log_level": "loud"}, None, "got 'loud', must be debug or info or warning or error or critical"),
+        ({"zero_optimization": {"zenflow": {}}}, None, "is not used: optimizer.type adamw steps the weights"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            None,
+            "deepspeed.zero_optimization.offload_param.nvme_path: is missing",
+        ),
+        ({"csv_monitor": True}, None, "got true, must be a mapping"),
+        ({"compile": {"deepcompile": True}}, None, "is not used: the layers have kernels of their own"),
     ],
 )
 def test_a_contradiction_quotes_both_sides(given, optimizer, text):
@@ -161,6 +202,52 @@ def test_known_keys_are_those_that_deepspeed_reads():
     assert missing == []
     assert REFUSED_KEYS.keys() <= KNOWN_KEYS
     assert not REMOVED_KEYS & KNOWN_KEYS
+
+
+def test_the_keys_of_a_section_are_those_of_deepspeeds_class():
+    pytest.importorskip("deepspeed")
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
+    from deepspeed.runtime.zero.offload_config import (
+        DeepSpeedZeroOffloadOptimizerConfig,
+        DeepSpeedZeroOffloadParamConfig,
+    )
+    from deepspeed.utils.config import DeepSpeedThroughputTimerConfig
+
+    classes = {
+        "bf16": DeepSpeedBF16Config,
+        "comms_logger": CommsLoggerConfig,
+        "fp16": DeepSpeedFP16Config,
+        "timers.throughput": DeepSpeedThroughputTimerConfig,
+        "zero_optimization": DeepSpeedZeroConfig,
+        "zero_optimization.leaf_module": DeepSpeedZeroLeafModuleConfig,
+        "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+        "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+    }
+    for section, kind in classes.items():
+        assert SECTIONS[section].keys() == {field.alias or name for name, field in kind.model_fields.items()}, section
+
+
+def test_what_deepspeed_takes_for_its_defaults_passes():
+    given = {
+        "zero_optimization": {
+            "stage": 3,
+            "reduce_bucket_size": 5e8,
+            "stage3_prefetch_bucket_size": "auto",
+            "offload_param": None,
+            "offload_optimizer": {"device": "cpu", "nvme_path": None, "ratio": 1},
+            "overlap_comm": None,
+        },
+        "wandb": {"enabled": False, "project": "a"},
+        "tensorboard": {},
+        "flops_profiler": {"module_depth": -1},
+        "communication_data_type": "bf16",
+    }
+    result = built(run_config(given))
+    assert result["zero_optimization"] == given["zero_optimization"]
+    assert not {"wandb", "tensorboard"} & result.keys()
 
 
 def test_deepspeed_itself_accepts_the_json():
