@@ -1,6 +1,6 @@
 """The shipped policies of a model, found by the qualified names of its layers' classes: transformers is not imported."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
@@ -18,12 +18,16 @@ def policies_for(model: nn.Module) -> list[type[Policy]]:
     """
     found = {policy: None for module in model.modules() if (policy := _policy_of(type(module))) is not None}
     if not found:
-        models = sorted({policy.layer_class.split(".")[0] for policy in SHIPPED.values()})
         raise UserError(
             f"no policy is shipped for {type(model).__name__}; write one and give it as policy (docs/huggingface.md shows "
-            f"how), or use one of these models: {', '.join(models)}"
+            f"how), or use one of these models: {shipped_models(lambda _: True)}"
         )
     return list(found)
+
+
+def shipped_models(offers: Callable[[type[ShippedPolicy]], bool]) -> str:
+    """Return the models of the shipped policies that `offers` something, in words."""
+    return ", ".join(sorted({policy.layer_class.split(".")[0] for policy in SHIPPED.values() if offers(policy)}))
 
 
 def _policy_of(cls: type) -> type[Policy] | None:

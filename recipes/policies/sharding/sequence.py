@@ -18,7 +18,7 @@ from ....kernels.parallel.collectives import (
     sum_gradient_over,
 )
 from ....kernels.parallel.sharding import is_sharded
-from ..catalog.lookup import SHIPPED
+from ..catalog.lookup import shipped_models
 from .plan import Plan
 from .rank_random import RankRandom
 
@@ -34,10 +34,9 @@ def check_sequence_parallel(plan: Plan) -> None:
         elif getattr(place.config, "layerdrop", 0):
             reason = "layerdrop may leave out the layers that divide and join the sequence; set it to 0"
     if reason is not None:
-        models = sorted({policy.layer_class.split(".")[0] for policy in SHIPPED.values() if policy.norms()})
         raise UserError(
             f"sequence_parallel=True: {reason}; leave it out, or use one of these models without cross-attention: "
-            f"{', '.join(models)}"
+            f"{shipped_models(lambda policy: bool(policy.norms()))}"
         )
 
 

@@ -18,7 +18,7 @@ from ....kernels.parallel.collectives import ONE_PROCESS, TensorParallel
 from ....kernels.parallel.sharding import is_sharded
 from ...shared.transformers_form import ACTIVATIONS
 from ..catalog.layer import Description, Layer
-from ..catalog.lookup import SHIPPED
+from ..catalog.lookup import shipped_models
 from ..catalog.paths import closest, dotted, first_missing, get
 from ..catalog.policy import Policy
 from ..sharding.modules import Sharded, class_before
@@ -294,14 +294,12 @@ class _Planner:
     def _raise_problems(self) -> None:
         if not self.problems:
             return
-        models = sorted(
-            {policy.layer_class.split(".")[0] for policy in SHIPPED.values() if policy.describe is not Policy.describe}
-        )
+        models = shipped_models(lambda policy: policy.describe is not Policy.describe)
         raise UserError(
             f"{type(self.model).__name__} cannot be swapped:\n"
             + problem_list(self.problems, self.model)
             + "\nsupported: layers of self-attention and "
-            f"one MLP, with biases and two LayerNorms, of {', '.join(models)}; docs/huggingface.md has the list of options"
+            f"one MLP, with biases and two LayerNorms, of {models}; docs/huggingface.md has the list of options"
         )
 
 

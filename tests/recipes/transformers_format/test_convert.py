@@ -23,6 +23,7 @@ SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 THEIRS = {
     "bert": {**SIZES, "max_position_embeddings": 24},
     "bert tanh": {**SIZES, "max_position_embeddings": 24, "hidden_act": "gelu_new"},
+    "bert accurate": {**SIZES, "max_position_embeddings": 24, "hidden_act": "gelu_accurate"},
     "roberta": {**SIZES, "max_position_embeddings": 26, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
     "xlm-roberta": {**SIZES, "max_position_embeddings": 26, "type_vocab_size": 1},
     "camembert": {**SIZES, "max_position_embeddings": 26, "type_vocab_size": 2},
