@@ -26,6 +26,8 @@ WRITER = "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine"
 
 USES = {
     f"{ENGINE}._copy_recovery_script": "launcher/checkpoint",
+    f"{ENGINE}._get_all_ckpt_names": "launcher/checkpoint",
+    f"{ENGINE}._get_ckpt_name": "launcher/checkpoint",
     f"{ENGINE}.basic_optimizer": "launcher/checkpoint",
     f"{ENGINE}.bfloat16_enabled": "launcher/checkpoint",
     f"{ENGINE}.checkpoint_engine": "launcher/checkpoint",

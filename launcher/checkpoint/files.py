@@ -18,30 +18,39 @@ from ..processes.durable_files import DurableFile, FileRecord
 
 
 @contextlib.contextmanager
-def file_access(engine: Any, save: Callable[[Any, str], None] | None = None) -> Iterator[None]:
-    """Within, DeepSpeed's `engine` reads its checkpoint files without executing code, and writes none.
+def file_access(
+    engine: Any, *, save: Callable[[Any, str], None] | None = None, load: Callable[[str], Any] | None = None
+) -> Iterator[None]:
+    """Let DeepSpeed's `engine` write and read checkpoint files inside by these two functions alone.
 
-    save: called with the contents of each file that DeepSpeed would write and the file's name.
+    save: called with the contents of each file that DeepSpeed would write and the file's name. load: returns the contents of
+    the file with this name in the checkpoint. DeepSpeed asks for files by name, and searches no folder for them.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
-    def take(state_dict: Any, path: str) -> None:
+    def write(state_dict: Any, path: str) -> None:
         assert save is not None, "a save, where only loading was meant"
         save(state_dict, Path(path).name)
 
-    def load(path: str, map_location: Any = None) -> Any:
-        return read_file(Path(path))
+    def read(path: str, map_location: Any = None) -> Any:
+        assert load is not None, "loading, where only a save was meant"
+        return load(Path(path).name)
+
+    def names(folder: str, tag: str) -> list[str]:
+        return [engine._get_ckpt_name(folder, tag, f"{rank:02d}") for rank in range(engine.mp_world_size)]
 
     before = engine.checkpoint_engine
     engine.checkpoint_engine = TorchCheckpointEngine()
-    engine.checkpoint_engine.save, engine.checkpoint_engine.load = take, load
+    engine.checkpoint_engine.save, engine.checkpoint_engine.load = write, read
     engine.checkpoint_engine.makedirs = lambda path, exist_ok=False: None
+    # DeepSpeed's own takes brackets and stars in the path for a pattern, and every file that fits for one of the checkpoint.
+    engine._get_all_ckpt_names = names
     engine._copy_recovery_script = lambda save_path: None  # copies of DeepSpeed's scripts beside the checkpoints
     try:
         yield
     finally:
         engine.checkpoint_engine = before
-        del engine._copy_recovery_script
+        del engine._copy_recovery_script, engine._get_all_ckpt_names
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -80,8 +89,18 @@ def write_file(value: Any, path: Path) -> FileRecord:
     return file.record
 
 
+def listed(checkpoint: Path, state: Mapping[str, Any], name: str) -> Path:
+    """Return the path of a file of a checkpoint with this state.
+
+    Raises UserError for a file that state.json does not list: only those that it lists were verified.
+    """
+    if name not in state["files"]:
+        raise UserError(f"{checkpoint} has no file {name} among those of state.json; choose another checkpoint")
+    return checkpoint / name
+
+
 def read_file(path: Path, *, mapped: bool = False) -> Any:
-    """What `write_file` or DeepSpeed wrote, on the CPU; no code in the file is executed. Raises ValueError.
+    """Return what `write_file` or DeepSpeed wrote, on the CPU; no code in the file is executed. Raises UserError.
 
     mapped: tensors are read from the disk only where they are looked at.
     """

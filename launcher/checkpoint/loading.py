@@ -14,7 +14,7 @@ from torch import Tensor
 from ...kernels.errors import UserError
 from ..config.schema import Precision
 from ..processes.topology import Topology
-from .files import file_access, read_file, restore_random_state
+from .files import file_access, listed, read_file, restore_random_state
 from .resharding import load_resharded, own_part, whole_weights
 from .saving import engine_facts
 from .store import damage, not_verified, read_state
@@ -71,7 +71,7 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
     settings = [{key: group[key] for key in optimizer.defaults} for group in optimizer.param_groups]
     clipping = getattr(engine.optimizer, "clip_grad", None)
     if all(theirs[fact] == ours[fact] for fact in ("zero_stage", "world_size", "tensor_parallel")):
-        with file_access(engine):
+        with file_access(engine, load=lambda name: read_file(listed(checkpoint, state, name))):
             engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     else:
         load_resharded(engine, checkpoint, state, topology)
@@ -83,7 +83,8 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
 
     same_replicas = bool(theirs["world_size"] // theirs["tensor_parallel"] == topology.num_replicas)
     if same_replicas:
-        restore_random_state(read_file(checkpoint / f"rng_replica{topology.replica}.pt"), topology.device)
+        own = listed(checkpoint, state, f"rng_replica{topology.replica}.pt")
+        restore_random_state(read_file(own), topology.device)
     return same_replicas
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...kernels.parallel.sharding import Partition, join_shards, partitions_of, shard_state_dict, take_shard
 from ..optim.slices import share_of_stage_3, slices_of
 from ..processes.topology import Topology
-from .files import read_file
+from .files import listed, read_file
 
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -80,10 +80,10 @@ class Saved:
 
     def __init__(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
         self.checkpoint, self.partitions = checkpoint, partitions_from(state)
-        facts = state["engine"]
+        self._state, facts = state, state["engine"]
         self.stage, self.tensor_parallel = int(facts["zero_stage"]), int(facts["tensor_parallel"])
         self._replicas = int(facts["world_size"]) // self.tensor_parallel if self.stage > 0 else 1
-        self._files: dict[Path, Any] = {}
+        self._files: dict[str, Any] = {}
         self._parts: list[dict[str, list[_Part]]] = []
         self._shapes: list[dict[str, list[int]]] = []
         for tensor_rank in range(self.tensor_parallel):
@@ -145,22 +145,21 @@ class Saved:
                 return {"state": inner["state"], "weights": None}
             copies = [copy for group in inner["fp32_groups"] for copy in group]
             return {"state": inner["optimizer_state_dict"]["state"], "weights": copies}
-        pattern = f"*zero_pp_rank_{replica}_mp_rank_{tensor_rank:02d}_optim_states.pt"
-        (path,) = self.checkpoint.glob(pattern)
-        inner = self._read(path.name)["optimizer_state_dict"]
+        name = f"zero_pp_rank_{replica}_mp_rank_{tensor_rank:02d}_optim_states.pt"
+        in_bf16 = f"bf16_{name}"
+        inner = self._read(in_bf16 if in_bf16 in self._state["files"] else name)["optimizer_state_dict"]
         if self.stage == 3:
             return {"state": inner["optimizer_state_dict"]["state"], "weights": inner["fp32_flat_groups"]}
         return {"state": inner["base_optimizer_state"]["state"], "weights": inner["single_partition_of_fp32_groups"]}
 
     def _layout(self, replica: int, tensor_rank: int) -> Any:
         rank = replica * self.tensor_parallel + tensor_rank
-        return json.loads((self.checkpoint / f"layout_rank{rank}.json").read_text(encoding="utf-8"))
+        return json.loads(listed(self.checkpoint, self._state, f"layout_rank{rank}.json").read_text(encoding="utf-8"))
 
     def _read(self, name: str) -> Any:
-        path = self.checkpoint / name
-        if path not in self._files:
-            self._files[path] = read_file(path, mapped=True)
-        return self._files[path]
+        if name not in self._files:
+            self._files[name] = read_file(listed(self.checkpoint, self._state, name), mapped=True)
+        return self._files[name]
 
 
 @torch.no_grad()

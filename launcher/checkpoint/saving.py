@@ -210,7 +210,7 @@ def _capture(
         except OSError as error:
             problems.append(error)
 
-    with file_access(engine, take):
+    with file_access(engine, save=take):
         engine.save_checkpoint(str(folder), tag=checkpoint_id, save_latest=False)
     if topology.tensor_rank == 0:  # the processes of a replica draw alike
         tensors[f"rng_replica{topology.replica}.pt"] = random_state(topology.device)

@@ -217,6 +217,52 @@ def test_a_flipped_byte_in_any_file_is_refused_by_name(alone, tmp_path, stage):
     assert loading.load(engine, tmp_path / "a", MODEL, alone)
 
 
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize(("name", "other"), [("lr[1]", "lr1"), ("lr*", "lr-1"), ("l?", "lr"), ("[!a]{b}", "b{b}")])
+def test_a_path_is_never_a_pattern(alone, tmp_path, stage, name, other):
+    """The other run is what DeepSpeed finds, where it looks for a pattern."""
+    engine = tiny_engine(alone, stage, "fp32")
+    save(engine, tmp_path / other, name, 0, alone)
+    save(engine, tmp_path / other, other, 0, alone)
+    train(engine, alone, 0, 1)
+    weights = whole_weights(engine)
+    save(engine, tmp_path / name, name, 1, alone)
+    after = tiny_engine(alone, stage, "fp32")
+    assert not equal_weights(weights, whole_weights(after))
+    loading.load(after, tmp_path / name / name, MODEL, alone)
+    assert equal_weights(weights, whole_weights(after))
+    elsewhere = tiny_engine(alone, 1 if stage != 1 else 0, "fp32")
+    loading.load(elsewhere, tmp_path / name / name, MODEL, alone)
+    assert equal_weights(weights, whole_weights(elsewhere))
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("to_stage", [0, 2])
+def test_a_file_that_state_json_does_not_list_is_none_of_the_checkpoint(alone, tmp_path, stage, to_stage):
+    engine = tiny_engine(alone, stage, "fp32")
+    train(engine, alone, 0, 1)
+    save(engine, tmp_path, "a", 1, alone)
+    strays = ["mp_rank_01_model_states.pt", "zero_pp_rank_0_mp_rank_01_model_states.pt", "layout_rank1.json"]
+    strays += [f"{prefix}_zero_pp_rank_0_mp_rank_00_optim_states.pt" for prefix in ("bf16", "copy_of")]
+    for stray in strays:
+        (tmp_path / "a" / stray).write_bytes(b"not ours")
+    after = tiny_engine(alone, to_stage, "fp32")
+    loading.load(after, tmp_path / "a", MODEL, alone)
+    assert equal_weights(whole_weights(engine), whole_weights(after))
+
+
+@pytest.mark.parametrize(
+    "name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt", "rng_replica0.pt"]
+)
+def test_a_file_that_was_not_verified_is_not_loaded(alone, tmp_path, name):
+    engine = tiny_engine(alone, 2, "fp32")
+    save(engine, tmp_path, "a", 1, alone)
+    with changed_state(tmp_path / "a") as state:
+        del state["files"][name]
+    with pytest.raises(ValueError, match=f"a has no file {name} among those of state.json; choose another checkpoint"):
+        loading.load(engine, tmp_path / "a", MODEL, alone)
+
+
 def test_missing_and_cut_files_are_named(alone, engine, tmp_path):
     save(engine, tmp_path, "a", 1, alone)
     file = tmp_path / "a/rng_replica0.pt"
