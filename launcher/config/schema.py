@@ -122,7 +122,7 @@ class ReliabilityConfig(Section):
     """When a loss or gradient is not finite: stop, go on without the step, or go on from the newest checkpoint, behind the
     samples seen since. In fp16 the loss scaler skips such steps by itself: see min_loss_scale."""
     nan_limit: PositiveInt = 5
-    """Most steps skipped in a row, or most rollbacks of one start; one more stops the run."""
+    """Most steps skipped in a row, or most rollbacks of a run, resumed or not; one more stops the run."""
     loss_spike_factor: Annotated[float, Field(gt=1)] | None = None
     """A logged loss above this factor times the median of the 32 before it is told, and with nan rollback undone; null for no
     such test."""

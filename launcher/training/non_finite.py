@@ -4,7 +4,8 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -40,11 +41,22 @@ class NumericsGuard:
     to go on from.
     """
 
-    def __init__(self, config: ReliabilityConfig, say: Say) -> None:
+    def __init__(self, config: ReliabilityConfig, say: Say, state: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Make a guard that goes on from `state`, what an earlier one's `state` returned."""
         self._config, self._say = config, say
-        self._skipped_in_a_row = self._rollbacks = 0
-        self._losses: deque[float] = deque(maxlen=_MEDIAN_OF)
-        self._in_spike = False
+        self._skipped_in_a_row: int = state.get("skipped_in_a_row", 0)
+        self._rollbacks: int = state.get("rollbacks", 0)
+        self._losses: deque[float] = deque(state.get("losses", ()), maxlen=_MEDIAN_OF)
+        self._in_spike: bool = state.get("in_spike", False)
+
+    def state(self) -> dict[str, Any]:
+        """Return what a guard must know to go on from here, as JSON values."""
+        return {
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "rollbacks": self._rollbacks,
+            "losses": list(self._losses),
+            "in_spike": self._in_spike,
+        }
 
     def check_step(self, engine: Any, step: int, samples: range, diagnose: Callable[[], str]) -> None:
         """To be called behind every step.

@@ -1,5 +1,6 @@
 """What follows from steps that were left out and from losses that jump."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -18,8 +19,10 @@ def engine(*, skipped=True, scale=None):
     return SimpleNamespace(optimizer=optimizer, fp16_enabled=lambda: scale is not None)
 
 
-def guard(said=None, **settings):
-    return NumericsGuard(ReliabilityConfig(**settings), [].append if said is None else said.append)
+def guard(said=None, before=None, **settings):
+    """before: a guard of a start before this one, whose state was in a checkpoint."""
+    state = {} if before is None else json.loads(json.dumps(before.state()))
+    return NumericsGuard(ReliabilityConfig(**settings), [].append if said is None else said.append, state)
 
 
 def check(guarded, **facts):
@@ -85,6 +88,31 @@ def test_a_spike_is_judged_by_eight_losses_or_more_and_undone_with_rollback():
         guarded.check_loss(step, loss)
     with pytest.raises(RollBack, match="step 9: the loss 5"):
         guarded.check_loss(9, 5.0)
+
+
+def test_a_guard_goes_on_from_the_state_of_the_one_before():
+    """What a resumed run counts: skipped steps in a row, rollbacks, the losses that a spike is judged by, and a spike told."""
+    first = guard(nan="skip", nan_limit=2)
+    check(first)
+    second = guard(before=first, nan="skip", nan_limit=2)
+    check(second)
+    with pytest.raises(NotFiniteError, match="after 2 skipped steps in a row"):
+        check(guard(before=second, nan="skip", nan_limit=2))
+
+    first = guard(nan="rollback", nan_limit=1)
+    with pytest.raises(RollBack):
+        check(first)
+    with pytest.raises(NotFiniteError, match="after 1 rollbacks"):
+        check(guard(before=first, nan="rollback", nan_limit=1))
+
+    said = []
+    first = guard(said, loss_spike_factor=2.0)
+    for step in range(1, 9):
+        first.check_loss(step, 6.0)
+    second = guard(said, first, loss_spike_factor=2.0)
+    second.check_loss(9, 13.0)
+    guard(said, second, loss_spike_factor=2.0).check_loss(10, 13.0)
+    assert [text.split(":")[1] for text in said] == [" step 9"]
 
 
 def test_a_learning_rate_that_is_far_too_high_ends_a_run_with_a_place(tmp_path):
