@@ -4,7 +4,7 @@ What takes long to import is imported only once a command needs it.
 """
 
 from ..processes.rank_status import recorded
-from . import doctor, export, fill_mask, launch, sample
+from . import doctor, export, fill_mask, launch, sample, usage
 from .checkpoints import checkpoints_app
 from .config import config_app
 from .errors import reported_faults
@@ -14,7 +14,7 @@ __all__ = ["app", "main"]
 
 app.add_typer(config_app, name="config")
 app.add_typer(checkpoints_app, name="checkpoints")
-app.command("launch")(launch.launch)
+app.command("launch", cls=usage.Launch)(launch.launch)
 app.command("doctor")(doctor.doctor)
 app.command("export")(export.export)
 app.command("sample")(sample.sample)

@@ -13,11 +13,11 @@ from ...kernels.errors import UserError, refused
 from ..checkpoint import store
 from ..processes.words import size, table
 from .errors import leave, reported_errors
-from .options import RUN_HELP, DebugOption, IdOption
+from .options import RUN_HELP, DebugOption, IdOption, from_home
 
 checkpoints_app = typer.Typer(help="List, describe, verify or remove the checkpoints of a run.", no_args_is_help=True)
 
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help=RUN_HELP)]
+RunArgument = Annotated[Path, typer.Argument(parser=from_home, metavar="RUN", help=RUN_HELP)]
 
 
 @checkpoints_app.command("ls")

@@ -1,40 +1,56 @@
 """`xformer-train config ...`: show, check or describe run configs. No torch."""
 
 import json
+from typing import Any
 
 import typer
 
+from ..config.flags import values_by_key
 from .errors import reported_errors
 from .options import ConfigOption, DebugOption, SetOption
-from .train import load, world_size
+from .train import load, with_flags, world_size
 
 config_app = typer.Typer(help="Show, check or describe run configs.", no_args_is_help=True)
 
 
 @config_app.command("show")
-def show(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False) -> None:
+@with_flags
+def show(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False, **flags: Any) -> None:
     """Print every key of a run config, each with what set it."""
     with reported_errors(debug):
         from ..config.loading import dump_config
 
-        loaded = load(config, sets, {}, world_size(None))
+        loaded = load(config, sets, values_by_key(flags), world_size(None))
         typer.echo(dump_config(loaded.config, loaded.origins), nl=False)
 
 
 @config_app.command("check")
-def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False) -> None:
-    """Say what is wrong with a run config, or how its batch is divided (over WORLD_SIZE processes; default parallel.tensor)."""
+@with_flags
+def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption = False, **flags: Any) -> None:
+    """Say what is wrong with a run config, or how its batch is divided (over WORLD_SIZE processes; default parallel.tensor).
+
+    The files and folders that it names must be there. That its run directory holds a run already is only a warning.
+    """
     with reported_errors(debug):
         from ..config.batch import solve_batch
         from ..config.checks import num_replicas
-        from ..config.file import printable
+        from ..config.file import ConfigError, printable
+        from ..config.paths import missing_paths
+        from ..reporting.run_directory import taken_text
 
-        loaded = load(config, sets, {}, world_size(None)).config
+        found = load(config, sets, values_by_key(flags), world_size(None))
+        missing = missing_paths(found)
+        if missing:
+            raise ConfigError(missing)
+        loaded = found.config
         batch = solve_batch(loaded.training, num_replicas(loaded, world_size(None)))
         typer.echo(
             f"{printable(str(config))}: valid; {batch.train_batch_size} sequences per step = micro-batch "
             f"{batch.micro_batch_size} x accumulation {batch.gradient_accumulation_steps} x replicas {batch.num_replicas}"
         )
+        taken = taken_text(loaded)
+        if taken:
+            typer.echo(f"warning: {taken}", err=True)
 
 
 @config_app.command("schema")

@@ -41,10 +41,11 @@ def doctor(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     with reported_errors(debug=False, status=USAGE_ERROR):
         from ..machines.doctor import examine
         from ..machines.launch import LaunchOptions
+        from ..reporting.run_directory import taken_text
 
         options = LaunchOptions(hostfile, include, exclude, num_nodes, num_gpus, launcher, master_addr, master_port)
         failed = False
-        for finding in examine(options, config, quick=quick):
+        for finding in examine(options, config, taken_text, quick=quick):
             typer.echo(table([finding.row], widths=_WIDTHS))
             failed |= finding.level == "FAIL"
     raise typer.Exit(int(failed))

@@ -6,12 +6,12 @@ from typing import Annotated
 import typer
 
 from .errors import reported_errors
-from .options import RUN_HELP, DebugOption, IdOption
+from .options import RUN_HELP, DebugOption, IdOption, from_home
 
 
 def export(
-    run: Annotated[Path, typer.Option(metavar="RUN", help=RUN_HELP)],
-    to: Annotated[Path, typer.Option(metavar="DIR", help="The folder to write.")],
+    run: Annotated[Path, typer.Option(parser=from_home, metavar="RUN", help=RUN_HELP)],
+    to: Annotated[Path, typer.Option(parser=from_home, metavar="DIR", help="The folder to write.")],
     checkpoint_id: IdOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in that folder.")] = False,
     debug: DebugOption = False,
@@ -24,7 +24,6 @@ def export(
         from ..trained_models.export import export as write
         from ..trained_models.pretrained import find_checkpoint
 
-        to = to.expanduser()  # which no shell does after --to=
         checkpoint = find_checkpoint(run, checkpoint_id)
         name = write(checkpoint, to, force=force)
         typer.echo(f"{checkpoint} is now {to}, a {name}")

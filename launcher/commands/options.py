@@ -6,8 +6,19 @@ from typing import Annotated
 import typer
 
 RUN_HELP = "A run directory, its checkpoints folder, or one checkpoint."
+
+
+def from_home(text: str) -> Path:
+    """Return a path with its `~` replaced by the home folder, which no shell does after `--option=`."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise typer.BadParameter(f"{text}: {error}") from None
+
+
 _CONFIG = typer.Option(
     *("--config", "--config-file", "--cf"),
+    parser=from_home,
     metavar="FILE",
     help="The run config, YAML or JSON; also --config-file, --cf.",
 )
@@ -29,12 +40,19 @@ IdOption = Annotated[
 
 ModelOption = Annotated[
     Path,
-    typer.Option("--run", metavar="RUN|DIR", help="A run directory, a checkpoint, or an exported folder."),
+    typer.Option(
+        "--run", parser=from_home, metavar="RUN|DIR", help="A run directory, a checkpoint, or an exported folder."
+    ),
 ]
 
 HostfileOption = Annotated[
     Path | None,
-    typer.Option("--hostfile", "-H", metavar="FILE", help="Hosts, `NAME slots=N` on each line; default this machine."),
+    typer.Option(
+        *("--hostfile", "-H"),
+        parser=from_home,
+        metavar="FILE",
+        help="Hosts, `NAME slots=N` on each line; default this machine.",
+    ),
 ]
 
 IncludeOption = Annotated[str, typer.Option(metavar="HOST[:SLOT,...]@...", help="Only these hosts and slots.")]

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from ...kernels.errors import UserError
 from ..config.flags import FLAGS, values_by_key
 from .errors import leave, reported_errors, requeued_by_signals
 from .options import ConfigOption, DebugOption, SetOption
+from .usage import Commands
 
 if TYPE_CHECKING:
     from ..config.loading import LoadedConfig
@@ -25,10 +27,10 @@ if TYPE_CHECKING:
 TUTORIAL_PANEL = "Flags of DeepSpeed's BERT recipe (with underscores or hyphens)"
 SPELLING = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
 
-app = typer.Typer(name="xformer-train", add_completion=False, pretty_exceptions_enable=False, context_settings=SPELLING)
+app = typer.Typer(name="xformer-train", cls=Commands, pretty_exceptions_enable=False, context_settings=SPELLING)
 
 
-def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """The command with one keyword parameter for each row of FLAGS in the place of its `**flags`."""
     signature = inspect.signature(command)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
@@ -53,8 +55,16 @@ def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _show_version(asked: bool) -> None:
+    """Print the versions that a report of a fault needs."""
+    if asked:
+        packages = ("xformer-train", "torch", "deepspeed")
+        typer.echo(", ".join(f"{package} {metadata.version(package)}" for package in packages))
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-@_with_flags
+@with_flags
 def train(
     context: typer.Context,
     config: ConfigOption = None,
@@ -64,6 +74,9 @@ def train(
         typer.Option(metavar="auto", help="Continue the run directory where it has checkpoints, else start."),
     ] = None,
     debug: DebugOption = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the versions, and leave.")
+    ] = False,
     **flags: Any,
 ) -> None:
     """Pretrain a BERT or a GPT from a run config.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ...kernels.errors import UserError
 from ..config.loading import ConfigError, load_config
+from ..config.paths import missing_paths
 from ..config.schema import RunConfig
 from ..processes.words import size
 from . import doctor_facts
@@ -33,11 +34,16 @@ from .launch import (
 _BANDWIDTH_LIMIT_S = 120.0
 
 
-def examine(options: LaunchOptions, config_file: Path | None = None, *, quick: bool = False) -> Iterator[Finding]:
-    """Yield all findings, each as soon as it is there. quick: leave out the all-reduce."""
+def examine(
+    options: LaunchOptions, config_file: Path | None, taken: Callable[[RunConfig], str], *, quick: bool
+) -> Iterator[Finding]:
+    """Yield all findings, each as soon as it is there.
+
+    taken: says why the run directory of a run config cannot take a new run. quick: leave out the all-reduce.
+    """
     slots, processes, faults = _choose(options)
     yield from faults
-    config, findings = _examine_config(config_file, processes)
+    config, findings = _examine_config(config_file, taken, processes)
     yield from findings
     machine = doctor_facts.facts(questions(config, port=options.master_port or DEFAULT_PORT))
     yield from _checked("software", lambda: software(machine))
@@ -80,16 +86,23 @@ def _choose(options: LaunchOptions) -> tuple[Slots | None, int | None, list[Find
         return None, None, [Finding("FAIL", what, problem, remedy) for problem in str(error).splitlines()]
 
 
-def _examine_config(path: Path | None, processes: int | None) -> tuple[RunConfig, list[Finding]]:
-    """The run config, the default one where there is none or it is wrong. processes: None where that is not known."""
+def _examine_config(
+    path: Path | None, taken: Callable[[RunConfig], str], processes: int | None
+) -> tuple[RunConfig, list[Finding]]:
+    """Return the run config, the default one if there is none or it is wrong. processes: None where that is not known."""
     if path is None:
         return RunConfig(), []
     try:
-        config = load_config(path, world_size=processes).config
+        loaded = load_config(path, world_size=processes)
     except ConfigError as error:
         return RunConfig(), [Finding("FAIL", "run config", problem, "mend the file") for problem in error.problems]
     on = "" if processes is None else " for 1 process" if processes == 1 else f" for {processes} processes"
-    return config, [Finding("ok", "run config", f"{path} is valid{on}")]
+    findings = [Finding("ok", "run config", f"{path} is valid{on}")]
+    findings += [Finding("FAIL", "run config", problem, "mend the file") for problem in missing_paths(loaded)]
+    what, _, remedy = taken(loaded.config).partition("; ")
+    if what:
+        findings.append(Finding("warn", "run directory", what, remedy))
+    return loaded.config, findings
 
 
 def bandwidth(options: LaunchOptions, slots: Slots | None, config: RunConfig) -> Iterator[Finding]:

@@ -85,10 +85,19 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
         raise UserError(f"output folder {root} is a file; choose another --output_dir or --job_name")
     if directory.holds_run and not resume:
         raise UserError(
-            f"output folder {root} already holds a run; continue it with --resume auto, or start another with "
-            f"--job_name or --output_dir"
+            f"output folder {root} already holds a run; continue it with --resume auto, or start another with --job_name or "
+            "--output_dir (with launch, write these after --)"
         )
     return directory
+
+
+def taken_text(config: RunConfig) -> str:
+    """Return why the directory of this run cannot take a new one, empty if it can."""
+    try:
+        check_run_directory(config, resume=False)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def open_run_directory(config: RunConfig, held: ExitStack, *, resume: bool) -> RunDirectory:

@@ -1,6 +1,5 @@
 """`model.init_from`: the weights of a Hugging Face model in the place of new ones."""
 
-import re
 from pathlib import Path
 
 import torch
@@ -10,10 +9,10 @@ from ...kernels.errors import UserError
 from ...recipes.config import ModelConfig, TokenizerConfig
 from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
 from ..checkpoint.resharding import own_part
+from ..config.paths import HUB_ID
 from ..processes.topology import Topology
 from .pretrained import CONFIG_FILE, TOKENIZER_FILES, Pretrained, from_folder
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _FILES = [
     CONFIG_FILE,
     *TOKENIZER_FILES,
@@ -48,7 +47,7 @@ def find_folder(name: str) -> Path:
         return folder
     if folder.exists():
         raise UserError(f"model.init_from={name} is a file; give the folder that holds {CONFIG_FILE} and the weights")
-    if not _HUB_ID.fullmatch(name):
+    if not HUB_ID.fullmatch(name):
         raise UserError(
             f"model.init_from={name}: there is no such folder; correct the path, or give the id of a hub model"
         )

@@ -257,6 +257,94 @@ def test_config_check_says_how_the_batch_is_divided(runs, monkeypatch):
     assert invoke("config", "check", "--config", "a\nb.yaml").exit_code == 2
 
 
+def test_config_check_names_each_path_that_is_not_there_and_what_set_it(runs):
+    Path("folder").mkdir()
+    Path("run.yaml").write_text(
+        MINIMAL
+        + "tokenizer: {path: none/vocab.txt}\n"
+        + "load: {path: none}\n"
+        + "data:\n  sources:\n  - {kind: text, path: 'none*.txt'}\n  - {kind: parquet, path: folder}\n"
+        + "  validation: {kind: hf, path: ./none}\n"
+    )
+    result = invoke("config", "check", "--config", "run.yaml")
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["run.yaml:2", "tokenizer.path"],
+        ["run.yaml:3", "load.path"],
+        ["run.yaml:6", "data.sources.0.path"],
+        ["run.yaml:7", "data.sources.1.path"],
+        ["run.yaml:8", "data.validation.0.path"],
+    ]
+    Path("run.yaml").write_text(MINIMAL)
+    assert (
+        "no id of the hub"
+        in invoke("config", "check", "--config", "run.yaml", "--set", "model.init_from=./none").stderr
+    )
+    for there in ("user/model", "bert-base-uncased", "folder"):
+        result = invoke("config", "check", "--config", "run.yaml", "--set", f"model.init_from={there}")
+        assert result.exit_code == 0, result.output
+
+
+def test_config_check_warns_of_a_run_directory_that_holds_a_run(runs):
+    Path("runs/run/checkpoints").mkdir(parents=True)
+    result = invoke("config", "check", "--config", "run.yaml")
+    assert result.exit_code == 0
+    assert result.stderr.startswith(
+        "warning: output folder runs/run already holds a run; continue it with --resume auto"
+    )
+    assert invoke("config", "check", "--config", "run.yaml", "--job_name", "other").stderr == ""
+
+
+def test_config_show_and_check_take_the_named_flags(runs):
+    shown = invoke("config", "show", "--config", "run.yaml", "--max_steps", "7", "--print-steps", "3").stdout
+    assert re.search(r"max_steps: 7 +# --max_steps", shown)
+    assert re.search(r"every_steps: 3 +# --print_steps", shown)
+    assert invoke("config", "check", "--config", "run.yaml", "--max_seq_length", "4").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "arguments,hint",
+    [
+        (["train", "--config", "run.yaml"], "training is the command without a name, xformer-train --config FILE"),
+        (["run.yaml"], "a run config is given with --config run.yaml"),
+        (["--config", "run.yaml", "more.json"], "a run config is given with --config more.json"),
+        (["config", "check", "run.yaml"], "a run config is given with --config run.yaml"),
+        (["doctor", "run.yml"], "a run config is given with --config run.yml"),
+        (
+            ["launch", "--config", "run.yaml", "--max_steps", "4"],
+            "after --, as in: launch --config FILE -- --max-steps",
+        ),
+        (
+            ["launch", "--config", "run.yaml", "--resume", "auto"],
+            "write it after --, as in: launch --config FILE -- --resume",
+        ),
+        (["launch", "--config", "run.yaml", "--set=seed=1"], "write it after --, as in: launch --config FILE -- --set"),
+    ],
+)
+def test_a_word_in_the_wrong_place_is_told_with_what_to_write(runs, arguments, hint):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert hint in " ".join(result.stderr.replace("│", " ").split())
+    assert "max-restarts" not in result.stderr
+    assert runs == []
+
+
+def test_the_versions_are_shown():
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"xformer-train \S+, torch \S+, deepspeed \S+\n", result.stdout)
+
+
+def test_a_tilde_in_a_path_of_the_command_line_is_the_home_folder(runs, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert invoke("--config=~/run.yaml").exit_code == 0
+    assert "no such file or folder" not in invoke("checkpoints", "ls", "~").stderr
+    assert "Could not determine home" in invoke("--config=~no-such-user/run.yaml").stderr.replace("│", "").replace(
+        "\n", " "
+    )
+
+
 def test_config_schema_is_json_with_meanings():
     schema = json.loads(invoke("config", "schema").stdout)
     assert schema["additionalProperties"] is False

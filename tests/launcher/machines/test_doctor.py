@@ -48,6 +48,19 @@ def test_a_run_can_start_here(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()  # a look, nothing more
 
 
+def test_paths_of_the_run_config_that_are_not_there_fail_and_a_run_directory_in_use_warns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = write_config(tmp_path, load__path="none")
+    (tmp_path / "runs" / "run" / "checkpoints").mkdir(parents=True)
+    result = run_doctor("--config", str(path), "--quick", "--master-port", str(free_port()))
+    assert result.exit_code == 1
+    lines = [line.split(maxsplit=3) for line in result.output.splitlines()]
+    assert ["FAIL", "run", "config"] in [line[:3] for line in lines]
+    assert "load.path: got 'none', which is not there" in result.output
+    [taken] = [line for line in lines if line[:3] == ["warn", "run", "directory"]]
+    assert "already holds a run  -> continue it with --resume auto" in taken[3]
+
+
 def test_the_all_reduce_runs_over_processes_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     [finding] = doctor.bandwidth(LaunchOptions(num_gpus=2), None, RunConfig())
@@ -83,7 +96,7 @@ def test_a_check_that_breaks_is_a_failure_and_the_others_go_on(monkeypatch, tmp_
         yield
 
     monkeypatch.setattr(doctor, "devices", broken)
-    found = list(doctor.examine(LaunchOptions(), quick=True))
+    found = list(doctor.examine(LaunchOptions(), None, lambda config: "", quick=True))
     assert ("devices", "FAIL") in told(found)
     assert next(finding.detail for finding in found if finding.what == "devices") == "RuntimeError: no such thing"
     assert told(found)[-1][0] == "port"
