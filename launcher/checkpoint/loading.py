@@ -1,6 +1,6 @@
 """Checkpoints brought into a run: verified before anything is loaded, never executing what they hold.
 
-checkpoint_saving.py makes them, checkpoint_store.py finds them; docs/resume.md is the page for users.
+saving.py makes them, store.py finds them; docs/resume.md is the page for users.
 """
 
 import json
@@ -20,7 +20,7 @@ from .saving import engine_facts
 from .store import damage, not_verified, read_state
 
 # Settings of training that stand in the model's config but change no weight: a later run may set them anew.
-_FREE_MODEL_KEYS = frozenset({"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"})
+FREE_MODEL_KEYS = frozenset({"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"})
 
 
 def check(checkpoint: Path, model: Mapping[str, Any], precision: Precision | None) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def check(checkpoint: Path, model: Mapping[str, Any], precision: Precision | Non
     theirs, ours = state["model"], json.loads(json.dumps(dict(model)))
     differing = [
         f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
-        for key in sorted((theirs.keys() | ours.keys()) - _FREE_MODEL_KEYS)
+        for key in sorted((theirs.keys() | ours.keys()) - FREE_MODEL_KEYS)
         if theirs.get(key) != ours.get(key)
     ]
     if differing:

@@ -32,7 +32,6 @@ from .resharding import layout_record, loss_scaler_record, partitions_record
 from .store import LATEST, STATE
 
 _LOG = logging.getLogger(__name__)
-_LOG.addHandler(logging.NullHandler())
 _LONGEST_SAVE = timedelta(days=1)  # a process that does not live is noticed by the watchdog, long before
 _NOTICEABLE_S = 1.0  # a shorter wait for the save before stands in the log alone
 
@@ -160,9 +159,7 @@ class CheckpointSaver:
 
     def _tell(self, text: str) -> None:
         """A warning in the log, and on the console."""
-        _LOG.warning(text)
-        if self._topology.is_main:
-            console.warn(text)
+        console.warn(text, _LOG, shown=self._topology.is_main)
 
     def _join(self) -> None:
         if self._thread is not None:

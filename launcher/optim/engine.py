@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ...kernels.errors import UserError
 from ...kernels.parallel.sharding import is_sharded
-from ..processes.topology import TensorParallelUnit, Topology
+from ..processes.topology import Topology
 from .slices import SteppedInSlices, slices_of
 
 
@@ -22,7 +23,7 @@ def check_deepspeed_config(ds_config: dict[str, Any], topology: Topology) -> Non
     """Raise UserError if DeepSpeed refuses a JSON of its own, before anything has been prepared for a run."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 
-    mpu = TensorParallelUnit(topology) if topology.tensor_parallel > 1 else None
+    mpu = _parallel_unit(topology) if topology.tensor_parallel > 1 else None
     try:
         DeepSpeedConfig(copy.deepcopy(ds_config), mpu)
     except (DeepSpeedConfigError, ValueError, AssertionError) as error:  # a pydantic.ValidationError is a ValueError
@@ -55,7 +56,7 @@ def build_engine(
             model=model.to(topology.device),
             optimizer=optimizer,
             config=ds_config,
-            mpu=TensorParallelUnit(topology) if topology.tensor_parallel > 1 else None,
+            mpu=_parallel_unit(topology) if topology.tensor_parallel > 1 else None,
         )
     if stage == 0:
         _clip_before_step(engine, optimizer, clipping, sharded, topology.tensor_group)
@@ -108,6 +109,21 @@ def set_learning_rate(engine: Any, lr: float) -> None:
     """Make `lr` the learning rate of every parameter group from the next step on."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+def _parallel_unit(topology: Topology) -> SimpleNamespace:
+    """Return the groups of a run as DeepSpeed asks for them, its `mpu`."""
+    return SimpleNamespace(
+        get_model_parallel_rank=lambda: topology.tensor_rank,
+        get_model_parallel_world_size=lambda: topology.tensor_parallel,
+        get_model_parallel_group=lambda: topology.tensor_group,
+        get_data_parallel_rank=lambda: topology.replica,
+        get_data_parallel_world_size=lambda: topology.num_replicas,
+        get_data_parallel_group=lambda: topology.data_group,
+        get_data_parallel_group_ranks=lambda: [*range(topology.world_size)][
+            topology.tensor_rank :: topology.tensor_parallel
+        ],
+    )
 
 
 @contextmanager

@@ -79,10 +79,14 @@ class Lamb(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._trust_ratios = {}
-        self.__dict__.setdefault("_sharded", None)
-        self.__dict__.setdefault("_slices", {})
-        for name in ("_group", "_data_group", "_device"):
-            self.__dict__.setdefault(name, None)
+        missing: dict[str, Any] = {
+            "_sharded": None,
+            "_group": None,
+            "_slices": {},
+            "_data_group": None,
+            "_device": None,
+        }
+        self.__dict__ = missing | self.__dict__
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters. Raises UserError for an option out of its range."""
@@ -219,7 +223,7 @@ class Lamb(torch.optim.Optimizer):
         if self._slices:
             weight_norms, update_norms = self._summed_norms(weights, updates, own, places)
         else:
-            weight_norms, update_norms = weight_and_update_norms(weights, updates)
+            weight_norms, update_norms = norms(weights), norms(updates)
         shared = [i for i, place in enumerate(places) if self._sharded is not None and self._sharded[place]]
         if shared and self._group is not None:
             squares = torch.stack([weight_norms[shared], update_norms[shared]]).square()
@@ -238,8 +242,8 @@ class Lamb(torch.optim.Optimizer):
         squares = torch.zeros(2, len(places), device=self._device)
         if weights:
             columns = {place: column for column, place in enumerate(places)}
-            norms = torch.stack(weight_and_update_norms(weights, updates)).to(squares)
-            squares[:, [columns[place] for place in own]] = norms.square()
+            own_norms = torch.stack([norms(weights), norms(updates)]).to(squares)
+            squares[:, [columns[place] for place in own]] = own_norms.square()
         dist.all_reduce(squares, group=self._data_group)
         weight_norms, update_norms = squares.sqrt()
         return weight_norms, update_norms
@@ -256,12 +260,7 @@ class _Pieces:
     steps: list[int]
 
 
-def weight_and_update_norms(weights: list[Tensor], updates: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the L2 norm of every weight and of every update: two tensors (len(weights),)."""
-    return _norms(weights), _norms(updates)
-
-
-def _norms(tensors: list[Tensor]) -> Tensor:
+def norms(tensors: list[Tensor]) -> Tensor:
     """Return L2 norms (len(tensors),), taken over pieces and then over the norms of the pieces.
 
     PyTorch's fp32 norm on a CPU adds up in a few running sums, which stall as they grow: 0.2 % off at 31 million
@@ -331,13 +330,7 @@ def _build(model: torch.nn.Module, config: OptimizerConfig, tensor_group: Proces
     groups = parameter_groups(model, config.weight_decay)
     return Lamb(
         groups,
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        bias_correction=config.bias_correction,
-        convention=config.convention,
-        max_coeff=config.max_coeff,
-        min_coeff=config.min_coeff,
+        **config.model_dump(exclude={"type"}),
         sharded=[is_sharded(param) for group in groups for param in group["params"]],
         group=tensor_group,
     )

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 Say = Callable[[str], None]
 _GONE = (errno.EPIPE, errno.EIO)  # a pipe, a terminal
+# Before there is a log file the console alone speaks of errors, and not through Python's handler of last resort.
+logging.getLogger(__package__.rpartition(".")[0]).addHandler(logging.NullHandler())
 
 
 def say(text: str) -> None:
@@ -22,12 +24,16 @@ def say(text: str) -> None:
         sys.stdout.flush()
 
 
-def warn(text: str, log: logging.Logger | None = None) -> None:
-    """Write a line on stderr, past a progress bar if there is one, and into the log file if a logger is given."""
+def warn(text: str, log: logging.Logger | None = None, *, shown: bool = True) -> None:
+    """Write a line on stderr, past a progress bar if there is one, and into the log file if a logger is given.
+
+    shown: False for the log file alone, on all processes but the one that speaks for them.
+    """
     if log is not None:
         log.warning(text)
-    with surviving(sys.stderr):
-        tqdm.write(f"warning: {text}", file=sys.stderr)
+    if shown:
+        with surviving(sys.stderr):
+            tqdm.write(f"warning: {text}", file=sys.stderr)
 
 
 def write_now(text: str) -> None:

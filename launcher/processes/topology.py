@@ -140,35 +140,6 @@ def quiet(debug: bool) -> None:
         handler.setLevel(level)
 
 
-class TensorParallelUnit:
-    """The groups of a run as DeepSpeed asks for them, its `mpu`."""
-
-    def __init__(self, topology: Topology) -> None:
-        self._topology = topology
-
-    def get_model_parallel_rank(self) -> int:
-        return self._topology.tensor_rank
-
-    def get_model_parallel_world_size(self) -> int:
-        return self._topology.tensor_parallel
-
-    def get_model_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._topology.tensor_group
-
-    def get_data_parallel_rank(self) -> int:
-        return self._topology.replica
-
-    def get_data_parallel_world_size(self) -> int:
-        return self._topology.num_replicas
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup | None:
-        return self._topology.data_group
-
-    def get_data_parallel_group_ranks(self) -> list[int]:
-        first = self.get_model_parallel_rank()
-        return list(range(first, self._topology.world_size, self._topology.tensor_parallel))
-
-
 def start_processes(hang_timeout_s: float, tensor_parallel: int = 1) -> Topology:
     """This process's place in the run, with the process groups up and DeepSpeed told of them.
 

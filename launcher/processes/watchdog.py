@@ -33,7 +33,6 @@ from .topology import Topology
 from .words import rank_list
 
 _LOG = logging.getLogger(__name__)
-_LOG.addHandler(logging.NullHandler())
 
 # Phases that may take as long as they like, as long as every process lives: hours of tokenising, gigabytes to a slow disk.
 _UNLIMITED = frozenset({"start", "prepare", "save"})

@@ -7,7 +7,6 @@ import sys
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
@@ -20,12 +19,11 @@ from .record import StepRecord, rates_of, ratio
 from .tensorboard import Boards
 
 _LOG = logging.getLogger(__name__)
-_LOG.addHandler(logging.NullHandler())
 _ETA_RECORDS = 20  # records that the remaining time is judged by
 
 
 class RunLog:
-    """Write metrics.jsonl, tb/ and the console for the main process; a context manager.
+    """Write metrics.jsonl, tb/ and the console for the main process.
 
     run_dir: the run directory, which exists.
     max_steps: the step at which the run ends, for progress and remaining time.
@@ -66,12 +64,6 @@ class RunLog:
                 bar_format="{percentage:3.0f}% |{bar:10}| {desc}",
                 dynamic_ncols=True,
             )
-
-    def __enter__(self) -> "RunLog":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.close()
 
     def log_step(self, record: StepRecord) -> None:
         """Write one row, one point per series and one line."""

@@ -12,7 +12,6 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,12 +30,15 @@ _RECORDED_PACKAGES = (
 )
 
 
-@dataclass(frozen=True)
 class RunDirectory:
     """Paths inside a run directory, and which keys of the run config differ from the previous start of the same run."""
 
-    root: Path
-    changed_keys: tuple[str, ...] = ()
+    def __init__(self, root: Path, changed_keys: tuple[str, ...] = ()) -> None:
+        self.root, self.changed_keys = root, changed_keys
+        self.checkpoints, self.tokenizer, self.log = root / "checkpoints", root / "tokenizer", root / "log"
+        self.metrics, self.config = root / "metrics.jsonl", root / "config.resolved.yaml"
+        self.lock = root / ".lock"
+        """The file that a run holds locked; it is there from the first start on."""
 
     @staticmethod
     def of(config: RunConfig) -> "RunDirectory":
@@ -45,33 +47,8 @@ class RunDirectory:
 
     @property
     def holds_run(self) -> bool:
-        """A start that failed before its first step leaves neither, and may simply be tried again."""
+        """Whether a start got as far as its first step; one that failed before it may simply be tried again."""
         return self.checkpoints.exists() or self.metrics.exists()
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.root / "tokenizer"
-
-    @property
-    def metrics(self) -> Path:
-        return self.root / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        return self.root / "log"
-
-    @property
-    def config(self) -> Path:
-        return self.root / "config.resolved.yaml"
-
-    @property
-    def lock(self) -> Path:
-        """The file that a run holds locked; it is there from the first start on."""
-        return self.root / ".lock"
 
 
 def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:

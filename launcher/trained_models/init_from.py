@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ...kernels.errors import UserError
 from ...recipes.config import ModelConfig, TokenizerConfig
 from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
+from ..checkpoint.loading import FREE_MODEL_KEYS
 from ..checkpoint.resharding import own_part
 from ..config.paths import HUB_ID
 from ..processes.topology import Topology
@@ -22,18 +23,8 @@ _FILES = [
     "model-*.safetensors",
 ]
 _PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
-# What both sides must agree in; dropout and initializer_range are settings of training.
-_GEOMETRY = (
-    "type",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "intermediate_size",
-    "hidden_act",
-    "max_position_embeddings",
-    "pre_layer_norm",
-    "layer_norm_eps",
-)
+# What both sides must agree in.
+_GEOMETRY = [key for key in ModelConfig.model_fields if key not in FREE_MODEL_KEYS | {"vocab_size", "init_from"}]
 _BY_SYMBOL = ("word_embeddings.weight", "mlm_bias")
 
 

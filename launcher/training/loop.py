@@ -11,6 +11,7 @@ from ...recipes.data.prefetch import prefetch
 from ..checkpoint.saving import CheckpointSaver
 from ..optim.engine import set_learning_rate
 from ..optim.schedule import learning_rate
+from ..processes import console
 from ..processes.agreement import agreed
 from ..processes.topology import Topology, device_name
 from ..reporting.metrics import RunLog
@@ -23,7 +24,6 @@ from .step_record import Watch, make_record
 from .steps import StepData, evaluate, mean_losses, read_step, step_positions, train_step
 
 _LOG = logging.getLogger(__name__)
-_LOG.addHandler(logging.NullHandler())
 
 
 @dataclass
@@ -45,7 +45,7 @@ def train(setup: Setup, progress: Progress, started_s: float) -> ClosingFacts:
     Raises NotFiniteError if training cannot go on with its numbers.
     """
     tally = _Tally(progress, Watch())
-    guard = NumericsGuard(setup.config.reliability, setup.say)
+    guard = NumericsGuard(setup.config.reliability, is_main=setup.topology.is_main)
     with CheckpointSaver(setup.engine, setup.directory.checkpoints, setup.topology, setup.config.checkpoint) as saver:
         while True:
             try:
@@ -144,12 +144,11 @@ def _gone_back(setup: Setup, progress: Progress, why: RollBack) -> Progress:
         raise NotFiniteError(
             f"{why}, and there is no checkpoint yet to roll back to; lower checkpoint.save_every_steps or optimizer.lr"
         )
-    start = continue_run(config, topology, directory, setup.say)
+    start = continue_run(config, topology, directory)
     saved = start.progress(setup.data.fingerprint)
     start.restore(setup.engine, model_facts(config, setup.vocab_size), saved, setup.batch)
     text = f"{why}; rolled back to {start.checkpoint.name}, going on with sample {progress.position:,}"
-    _LOG.warning(text)
-    setup.say(f"warning: {text}")
+    console.warn(text, _LOG, shown=topology.is_main)
     return replace(saved, position=progress.position)
 
 

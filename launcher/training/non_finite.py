@@ -14,16 +14,14 @@ from torch import Tensor
 from ...kernels.errors import UserError
 from ..config.schema import ReliabilityConfig
 from ..optim.engine import loss_scale, step_was_skipped
+from ..processes import console
 from ..processes.topology import Topology
-from .steps import StepData, forward_and_backward
+from .steps import StepData, train_step
 
 _LOG = logging.getLogger(__name__)
-_LOG.addHandler(logging.NullHandler())
 
 _MEDIAN_OF, _FEWEST_LOSSES = 32, 8  # logged losses that a spike is judged by
 _MOST_NAMES = 4
-
-Say = Callable[[str], None]
 
 
 class NotFiniteError(UserError):
@@ -41,9 +39,11 @@ class NumericsGuard:
     to go on from.
     """
 
-    def __init__(self, config: ReliabilityConfig, say: Say, state: Mapping[str, Any] = MappingProxyType({})) -> None:
+    def __init__(
+        self, config: ReliabilityConfig, state: Mapping[str, Any] = MappingProxyType({}), *, is_main: bool
+    ) -> None:
         """Make a guard that goes on from `state`, what an earlier one's `state` returned."""
-        self._config, self._say = config, say
+        self._config, self._is_main = config, is_main
         self._skipped_in_a_row: int = state.get("skipped_in_a_row", 0)
         self._rollbacks: int = state.get("rollbacks", 0)
         self._losses: deque[float] = deque(state.get("losses", ()), maxlen=_MEDIAN_OF)
@@ -81,7 +81,8 @@ class NumericsGuard:
         if self._config.nan == "skip":
             self._skipped_in_a_row += 1
             if self._skipped_in_a_row <= limit:
-                self._tell(f"{what}; the step is skipped, weights and moments stay as they were")
+                text = f"{what}; the step is skipped, weights and moments stay as they were"
+                console.warn(text, _LOG, shown=self._is_main)
                 return
             what += f", after {limit} skipped steps in a row (reliability.nan_limit)"
         elif self._config.nan == "rollback":
@@ -104,7 +105,7 @@ class NumericsGuard:
             self._roll_back(what, lambda: "all numbers are finite")
         if not self._in_spike:
             self._in_spike = True
-            self._tell(f"{what} (reliability.loss_spike_factor)")
+            console.warn(f"{what} (reliability.loss_spike_factor)", _LOG, shown=self._is_main)
 
     def _roll_back(self, what: str, diagnose: Callable[[], str]) -> None:
         self._rollbacks += 1
@@ -113,10 +114,6 @@ class NumericsGuard:
                 f"{what}, after {self._config.nan_limit} rollbacks (reliability.nan_limit): {diagnose()}; {_REMEDY}"
             )
         raise RollBack(what)
-
-    def _tell(self, text: str) -> None:
-        _LOG.warning(text)
-        self._say(f"warning: {text}")
 
 
 _REMEDY = (
@@ -134,7 +131,7 @@ def not_finite_places(engine: Any, data: StepData, topology: Topology) -> str:
     gradients: list[str] = []
     handles = list(_watch_outputs(engine.module, outputs)) + list(_watch_gradients(engine.module, gradients))
     try:
-        forward_and_backward(engine, data, topology, lambda: None)
+        train_step(engine, data, topology, end_micro_batch=lambda: None)
     finally:
         for handle in handles:
             handle.remove()

@@ -96,7 +96,7 @@ def prepare(
     devices = topology.gather(device_name(topology.device))
     by_main(topology, lambda: record_environment(directory, ds_config, devices))
 
-    start = choose_start(config, topology, directory, say, resume=resume)
+    start = choose_start(config, topology, directory, resume=resume)
     watchdog.at("prepare")
     tokenizer = _open_tokenizer(start, directory, say, stop)
     vocab_size = by_main(topology, lambda: vocabulary_size(config, tokenizer))

@@ -18,6 +18,7 @@ from ..checkpoint import loading, store
 from ..config.batch import BatchPlan
 from ..config.deepspeed import Precision
 from ..config.schema import RunConfig
+from ..processes import console
 from ..processes.agreement import agreed, by_main
 from ..processes.console import Say
 from ..processes.topology import Topology
@@ -170,14 +171,14 @@ class Continued(NextPhase):
         return self.saved
 
 
-def choose_start(config: RunConfig, topology: Topology, directory: RunDirectory, say: Say, *, resume: bool) -> Start:
+def choose_start(config: RunConfig, topology: Topology, directory: RunDirectory, *, resume: bool) -> Start:
     """Return where this run starts: its own newest whole checkpoint when it resumes, else what the run config names.
 
     All processes come here. A checkpoint has been read through. Raises UserError if what `load` names is damaged, or every
     checkpoint of the run, and as `read_initial` does.
     """
     if resume and has_checkpoint(directory, topology):
-        return continue_run(config, topology, directory, say)
+        return continue_run(config, topology, directory)
     if config.load.path is not None:
         checkpoint = _named_by_load(config, topology)
         return (WeightsAlone if config.load.what == "weights" else NextPhase)(config, topology, checkpoint)
@@ -195,9 +196,9 @@ def has_checkpoint(directory: RunDirectory, topology: Topology) -> bool:
     return by_main(topology, lambda: bool(store.entries(directory.checkpoints)))
 
 
-def continue_run(config: RunConfig, topology: Topology, directory: RunDirectory, say: Say) -> Continued:
+def continue_run(config: RunConfig, topology: Topology, directory: RunDirectory) -> Continued:
     """Return the start from the newest whole checkpoint of this run. Raises UserError if all are damaged."""
-    return Continued(config, topology, _newest_whole(directory.checkpoints, topology, say))
+    return Continued(config, topology, _newest_whole(directory.checkpoints, topology))
 
 
 def _named_by_load(config: RunConfig, topology: Topology) -> Path:
@@ -214,7 +215,7 @@ def _named_by_load(config: RunConfig, topology: Topology) -> Path:
     return checkpoint
 
 
-def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
+def _newest_whole(folder: Path, topology: Topology) -> Path:
     """Return the newest whole checkpoint in `folder`, which `latest` names from now on.
 
     Damaged ones that are newer are set aside: training meets their steps again.
@@ -238,8 +239,7 @@ def _newest_whole(folder: Path, topology: Topology, say: Say) -> Path:
         for name, text in zip(damaged, told, strict=True):
             with refused(f"cannot rename {folder / name}", "make the folder writable"):
                 new_name = store.set_aside(folder, name)
-            _LOG.warning("%s; renamed to %s", text, new_name)
-            say(f"warning: {text}; renamed to {new_name}, the run goes on from {whole}")
+            console.warn(f"{text}; renamed to {new_name}, the run goes on from {whole}", _LOG)
         if store.latest_id(folder) != whole:
             with suppress(OSError):  # the run can go on without it
                 store.set_latest(folder, whole)

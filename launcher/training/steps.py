@@ -13,12 +13,6 @@ from ...recipes.recipe import Batch
 from ..config.batch import BatchPlan
 from ..processes.topology import Topology
 
-At = Callable[[str], None]
-
-
-def unwatched(phase: str) -> None:
-    """For who does not want to know the phase of a step."""
-
 
 @dataclass(frozen=True)
 class StepData:
@@ -68,21 +62,19 @@ def read_step(
     return StepData(micro_batches, counts, sum(real_tokens(one) for one in micro_batches))
 
 
-def train_step(engine: Any, data: StepData, topology: Topology, at: At = unwatched) -> StepResult:
-    """Forward and backward of every micro-batch, then one optimizer step.
+def train_step(
+    engine: Any,
+    data: StepData,
+    topology: Topology,
+    at: Callable[[str], None] = lambda phase: None,
+    end_micro_batch: Callable[[], Any] | None = None,
+) -> StepResult:
+    """Run forward and backward of every micro-batch, then one optimizer step.
 
     The loss of the step is, over parts, sum / count with the counts of all replicas and micro-batches. If it is not finite,
-    neither is the gradient, and the engine leaves the step out. at: is told of each phase.
-    """
-    return forward_and_backward(engine, data, topology, engine.step, at)
-
-
-def forward_and_backward(
-    engine: Any, data: StepData, topology: Topology, end_micro_batch: Callable[[], Any], at: At = unwatched
-) -> StepResult:
-    """As `train_step`, with something else in the place of the engine's step behind each micro-batch.
-
-    DeepSpeed averages gradients over replicas and micro-batches, hence the division by their number here.
+    neither is the gradient, and the engine leaves the step out. DeepSpeed averages gradients over replicas and micro-batches,
+    hence the division by their number here.
+    at: called with the name of each phase. end_micro_batch: called after each micro-batch in the place of the engine's step.
     """
     at("counts")
     parts = list(data.counts)
@@ -97,7 +89,7 @@ def forward_and_backward(
         total: Any = sum(losses[part] / norm for part, norm in zip(parts, norms.unbind(), strict=True))
         engine.backward(total * _one_if_finite(total))
         at("optimizer")
-        end_micro_batch()
+        (end_micro_batch or engine.step)()
         for part, loss in losses.items():
             sums[part] = sums.get(part, torch.zeros_like(loss)) + loss.detach()
     return StepResult(sums, totals)

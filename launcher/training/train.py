@@ -17,7 +17,6 @@ from .loop import train
 from .prepare import prepare
 
 _LOG = logging.getLogger(__name__)
-_LOG.addHandler(logging.NullHandler())  # before there is a log file, the command line alone tells of an error
 
 
 def run(loaded: LoadedConfig, *, resume: bool) -> int:

@@ -31,7 +31,7 @@ def numerics_worker(runs: Sequence[tuple[Path, Sequence[str], Sequence[int], int
         loop.train_step = _breaking(right, bad_steps if is_last else ())
         out = io.StringIO()
         try:
-            with contextlib.redirect_stdout(out):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
                 run(load_config(path, sets, world_size=world_size), resume=True)
         except ValueError as error:
             out.write(f"{type(error).__name__}: {error}")

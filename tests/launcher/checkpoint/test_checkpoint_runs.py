@@ -79,10 +79,11 @@ def test_resume_goes_back_to_the_newest_whole_checkpoint_and_says_so(config, tmp
     flip_byte(folder / "step00000004/state.json")
     capsys.readouterr()
     start(config, "training.max_steps=8", resume=True)
-    out = " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr()
+    out, err = (" ".join(text.split()) for text in (printed.out, printed.err))
     gone = "renamed to {0}.damaged1, the run goes on from step00000002"
     for name, file in (("step00000006", "tokenizer/tokenizer.json"), ("step00000004", "state.json")):
-        assert f"warning: checkpoint {name} is damaged: {file} is not as it was written; {gone.format(name)}" in out
+        assert f"warning: checkpoint {name} is damaged: {file} is not as it was written; {gone.format(name)}" in err
     assert "checkpoints/step00000002 (weights, optimizer, random state;" in out
     assert losses(tmp_path / "runs/straight") == losses(folder.parent)
     last = "step00000008"

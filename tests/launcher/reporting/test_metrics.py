@@ -3,6 +3,7 @@ import io
 import json
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 import torch
@@ -54,7 +55,7 @@ def scalars(run_dir, tag):
 
 
 def test_a_line_says_everything_of_a_step(tmp_path, capsys):
-    with RunLog(tmp_path, 7500, peak_flops=1e15, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, 7500, peak_flops=1e15, tensorboard=False)) as log:
         log.log_step(RECORD)
     assert capsys.readouterr().out == (
         "step 1,200/7,500 16.0% | epoch 24 | loss 1.842 (mlm 1.80 nsp 0.04) | lr 8.31e-03 | gnorm 0.41"
@@ -64,7 +65,7 @@ def test_a_line_says_everything_of_a_step(tmp_path, capsys):
 
 def test_unknown_quantities_read_as_not_available(tmp_path, capsys):
     record = dataclasses.replace(RECORD, losses={}, grad_norm=None, memory_gib=None, padded_tokens=300_000)
-    with RunLog(tmp_path, 7500, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, 7500, tensorboard=False)) as log:
         log.log_step(record)
     assert capsys.readouterr().out == (
         "step 1,200/7,500 16.0% | epoch 24 | loss 1.842 | lr 8.31e-03 | gnorm n/a"
@@ -75,7 +76,7 @@ def test_unknown_quantities_read_as_not_available(tmp_path, capsys):
 
 
 def test_loss_scale_is_told_in_fp16_only_and_skipped_steps_where_there_are_some(tmp_path, capsys):
-    with RunLog(tmp_path, 7500, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, 7500, tensorboard=False)) as log:
         log.log_step(RECORD)
         log.log_step(dataclasses.replace(RECORD, loss_scale=65536.0, skipped_steps=3))
         log.log_step(dataclasses.replace(RECORD, skipped_steps=1))
@@ -88,7 +89,7 @@ def test_loss_scale_is_told_in_fp16_only_and_skipped_steps_where_there_are_some(
 
 
 def test_a_row_holds_rates_of_the_window(tmp_path):
-    with RunLog(tmp_path, 7500, peak_flops=2e15, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, 7500, peak_flops=2e15, tensorboard=False)) as log:
         log.log_step(RECORD)
     assert rows(tmp_path) == [
         {
@@ -113,13 +114,13 @@ def test_a_row_holds_rates_of_the_window(tmp_path):
 
 def test_a_loss_is_written_to_the_last_bit(tmp_path):
     loss = torch.tensor(1.2345678).double().item() / 3
-    with RunLog(tmp_path, 7500, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, 7500, tensorboard=False)) as log:
         log.log_step(dataclasses.replace(RECORD, loss=loss))
     assert rows(tmp_path)[0]["loss"] == loss
 
 
 def test_a_diverged_loss_is_null_in_valid_json_and_visible_on_the_console(tmp_path, capsys):
-    with RunLog(tmp_path, 7500, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, 7500, tensorboard=False)) as log:
         log.log_step(dataclasses.replace(RECORD, loss=float("nan"), grad_norm=float("inf")))
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "NaN" not in text and "Infinity" not in text
@@ -137,7 +138,7 @@ def test_rows_reach_the_file_before_the_log_is_closed(tmp_path):
 
 
 def test_an_evaluation_has_a_row_a_point_and_a_line(tmp_path, capsys):
-    with RunLog(tmp_path, 7500) as log:
+    with closing(RunLog(tmp_path, 7500)) as log:
         log.log_evaluation(500, 128_000, {"loss": 2.5, "mlm": 2.25, "nsp": 0.25})
     assert rows(tmp_path) == [{"step": 500, "samples": 128_000, "val_loss": 2.5, "val_mlm": 2.25, "val_nsp": 0.25}]
     assert scalars(tmp_path, "Validation/Loss") == [(500, 2.5)]
@@ -146,7 +147,7 @@ def test_an_evaluation_has_a_row_a_point_and_a_line(tmp_path, capsys):
 
 
 def test_tensorboard_has_the_tags_of_the_deepspeed_recipe_and_throughput(tmp_path):
-    with RunLog(tmp_path, 7500, peak_flops=1e15) as log:
+    with closing(RunLog(tmp_path, 7500, peak_flops=1e15)) as log:
         log.log_step(dataclasses.replace(RECORD, histograms={"lamb_coeffs": (0.1, 0.2, 0.9)}))
     assert scalars(tmp_path, "Train/lr") == [(1200, 8.31e-3)]
     assert scalars(tmp_path, "Train/Samples/train_loss") == [(307_200, 1.842)]
@@ -163,11 +164,11 @@ def test_tensorboard_has_the_tags_of_the_deepspeed_recipe_and_throughput(tmp_pat
 def test_a_resumed_log_drops_what_lies_after_its_start_and_keeps_what_lies_before(tmp_path, monkeypatch):
     # Files of one process and second are read by the text of their numbers, in which 10 comes before 9.
     monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
-    with RunLog(tmp_path, 100) as log:
+    with closing(RunLog(tmp_path, 100)) as log:
         for step in (10, 20, 30, 40):
             log.log_step(record_at(step, histograms={"lamb_coeffs": (0.5,)}))
             log.log_evaluation(step, 256 * step, {"loss": 1.0 / step})
-    with RunLog(tmp_path, 100, start_step=20, start_samples=5120) as log:
+    with closing(RunLog(tmp_path, 100, start_step=20, start_samples=5120)) as log:
         assert [row["step"] for row in rows(tmp_path)] == [10, 10, 20, 20]
         log.log_step(record_at(30, lr=0.5))
     assert [row["step"] for row in rows(tmp_path)] == [10, 10, 20, 20, 30]
@@ -200,7 +201,7 @@ class FullDisk(io.FileIO):
 
 
 def test_a_full_disk_is_told_once_and_takes_the_rows_later(tmp_path, capsys):
-    with RunLog(tmp_path, 100, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, 100, tensorboard=False)) as log:
         log.log_step(record_at(10))
         whole = log._file
         log._file = disk = FullDisk(tmp_path / "metrics.jsonl", "ab")
@@ -219,7 +220,7 @@ def test_tensorboard_on_a_full_disk_is_given_up_and_the_rows_go_on(tmp_path, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    with RunLog(tmp_path, 100) as log:
+    with closing(RunLog(tmp_path, 100)) as log:
         monkeypatch.setattr(log._boards._by_step.file_writer.event_writer, "flush", full)
         log.log_step(record_at(10))
         log.log_step(record_at(20))
@@ -244,7 +245,7 @@ def test_every_console_line_is_one_write(tmp_path, monkeypatch):
     stream = io.StringIO()
     monkeypatch.setattr(stream, "write", writes.append)
     monkeypatch.setattr(sys, "stdout", stream)
-    with RunLog(tmp_path, 7500, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, 7500, tensorboard=False)) as log:
         log.log_step(RECORD)
         log.log_evaluation(1200, 307_200, {"loss": 1.0})
     assert len(writes) == 2 and all(text.endswith("\n") and text.count("\n") == 1 for text in writes)
@@ -258,7 +259,7 @@ def test_a_terminal_gets_a_bar_on_stderr_and_nothing_on_stdout(tmp_path, monkeyp
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "200")
-    with RunLog(tmp_path, 7500, start_step=1100, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, 7500, start_step=1100, tensorboard=False)) as log:
         log.log_step(RECORD)
         log.log_evaluation(1200, 307_200, {"loss": 1.0})
     assert capsys.readouterr().out == ""
@@ -268,7 +269,7 @@ def test_a_terminal_gets_a_bar_on_stderr_and_nothing_on_stdout(tmp_path, monkeyp
 
 
 def test_remaining_time_follows_recent_records_and_counts_steps_not_records(tmp_path, capsys):
-    with RunLog(tmp_path, 1000, tensorboard=False) as log:
+    with closing(RunLog(tmp_path, 1000, tensorboard=False)) as log:
         log.log_step(record_at(5, num_steps=5, step_time_s=500.0))
         for step in range(15, 215, 10):
             log.log_step(record_at(step, num_steps=10, step_time_s=5.0))

@@ -19,10 +19,10 @@ def engine(*, skipped=True, scale=None):
     return SimpleNamespace(optimizer=optimizer, fp16_enabled=lambda: scale is not None)
 
 
-def guard(said=None, before=None, **settings):
+def guard(before=None, **settings):
     """before: a guard of a start before this one, whose state was in a checkpoint."""
     state = {} if before is None else json.loads(json.dumps(before.state()))
-    return NumericsGuard(ReliabilityConfig(**settings), [].append if said is None else said.append, state)
+    return NumericsGuard(ReliabilityConfig(**settings), state, is_main=True)
 
 
 def check(guarded, **facts):
@@ -38,14 +38,14 @@ def test_a_stop_says_where_and_a_good_step_nothing():
         check(guarded)
 
 
-def test_only_so_many_steps_are_skipped_in_a_row():
-    said = []
-    guarded = guard(said, nan="skip", nan_limit=2)
+def test_only_so_many_steps_are_skipped_in_a_row(capsys):
+    guarded = guard(nan="skip", nan_limit=2)
     check(guarded)
     check(guarded)
     check(guarded, skipped=False)
     check(guarded)
     check(guarded)
+    said = capsys.readouterr().err.splitlines()
     assert len(said) == 4 and all("the step is skipped" in text for text in said)
     with pytest.raises(NotFiniteError, match=r"after 2 skipped steps in a row \(reliability.nan_limit\): layers.3"):
         check(guarded)
@@ -71,11 +71,11 @@ def test_fp16_may_skip_until_the_scale_has_fallen_to_its_limit():
         check(guarded, scale=4.0)
 
 
-def test_a_spike_is_told_once_until_it_is_over():
-    said = []
-    guarded = guard(said, loss_spike_factor=2.0)
+def test_a_spike_is_told_once_until_it_is_over(capsys):
+    guarded = guard(loss_spike_factor=2.0)
     for step, loss in enumerate([9, 8, 7, 6, 6, 6, 6, 6, 11.9, 12.2, 30, 6, math.nan, 15], start=1):
         guarded.check_loss(step, loss)
+    said = capsys.readouterr().err.splitlines()
     assert [text.split(":")[1] for text in said] == [" step 10", " step 14"]
     assert (
         "the loss 12.2 is more than 2 times the median of the last ones, 6 (reliability.loss_spike_factor)" in said[0]
@@ -90,7 +90,7 @@ def test_a_spike_is_judged_by_eight_losses_or_more_and_undone_with_rollback():
         guarded.check_loss(9, 5.0)
 
 
-def test_a_guard_goes_on_from_the_state_of_the_one_before():
+def test_a_guard_goes_on_from_the_state_of_the_one_before(capsys):
     """What a resumed run counts: skipped steps in a row, rollbacks, the losses that a spike is judged by, and a spike told."""
     first = guard(nan="skip", nan_limit=2)
     check(first)
@@ -105,13 +105,14 @@ def test_a_guard_goes_on_from_the_state_of_the_one_before():
     with pytest.raises(NotFiniteError, match="after 1 rollbacks"):
         check(guard(before=first, nan="rollback", nan_limit=1))
 
-    said = []
-    first = guard(said, loss_spike_factor=2.0)
+    capsys.readouterr()
+    first = guard(loss_spike_factor=2.0)
     for step in range(1, 9):
         first.check_loss(step, 6.0)
-    second = guard(said, first, loss_spike_factor=2.0)
+    second = guard(first, loss_spike_factor=2.0)
     second.check_loss(9, 13.0)
-    guard(said, second, loss_spike_factor=2.0).check_loss(10, 13.0)
+    guard(second, loss_spike_factor=2.0).check_loss(10, 13.0)
+    said = capsys.readouterr().err.splitlines()
     assert [text.split(":")[1] for text in said] == [" step 9"]
 
 
