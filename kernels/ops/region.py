@@ -10,7 +10,10 @@ from typing import Any
 
 
 class _Thread(threading.local):
-    regions: tuple[Any, ...] = ()
+    def __init__(self) -> None:
+        self.regions: tuple[
+            Any, ...
+        ] = ()  # of the instance, because torch.compile takes that of a class for a constant
 
 
 _THREAD = _Thread()

@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -202,6 +203,19 @@ def test_evaluations_and_failed_passes_leave_the_scales_alone():
         raise RuntimeError("broken")
     assert layer.fp8.state_dict()["updates"].tolist() == [0, 0, 0]
     assert active_region() is None
+
+
+def test_a_trace_from_outside_of_a_region_is_not_taken_inside_the_first_region_of_a_thread():
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x + 1 if is_fp8_enabled() else x, backend="eager", fullgraph=True)
+
+    def trace():
+        outside = compiled(torch.zeros(1)).item()
+        with fp8_autocast():
+            return outside, compiled(torch.zeros(1)).item()
+
+    with ThreadPoolExecutor(1) as executor:
+        assert executor.submit(trace).result() == (0, 1)
 
 
 def test_calibrating_records_in_high_precision():
