@@ -9,7 +9,8 @@ from ...kernels.errors import UserError, refused
 Slots = dict[str, tuple[int, ...]]
 """The slots that a run uses on each host, in the order of the hostfile, which is the order of ranks."""
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s|$)")
+_LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s+max[-_]slots=\d+)?\s*(#.*)?")
+_MOST_SLOTS = 1024
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # what ssh and a remote shell take as it stands
 
 
@@ -33,9 +34,9 @@ def read_hostfile(path: Path) -> Slots:
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        match = _LINE.match(text)
+        match = _LINE.fullmatch(text)
         if match is None:
-            problems.append(f"{path}:{number}: got {text!r}, must be a host and its slots, such as `node1 slots=8`")
+            problems.append(f"{path}:{number}: got {text!r}, must be one host and its slots, such as `node1 slots=8`")
         elif not _HOST.fullmatch(match[1]):
             problems.append(
                 f"{path}:{number}: host {match[1]!r} must be a name or address of letters, digits, `.` and `-`; "
@@ -43,6 +44,11 @@ def read_hostfile(path: Path) -> Slots:
             )
         elif match[1] in hosts:
             problems.append(f"{path}:{number}: host {match[1]} stands there twice; give its slots on one line")
+        elif len(match[2]) > 9 or int(match[2]) > _MOST_SLOTS:
+            problems.append(
+                f"{path}:{number}: host {match[1]} has slots={match[2][:20]}, must be at most {_MOST_SLOTS}: one for each of "
+                "its GPUs"
+            )
         elif int(match[2]) < 1:
             problems.append(f"{path}:{number}: host {match[1]} has no slots; give it 1 or more, or remove the line")
         else:

@@ -146,7 +146,7 @@ def plan_launch(options: LaunchOptions, slots: Slots | None, arguments: Sequence
         )
     master = [
         *("--master_addr", options.master_addr or _master_address(next(iter(slots)))),
-        *("--master_port", str(options.master_port or DEFAULT_PORT)),
+        *("--master_port", str(options.master_port or _meeting_port(next(iter(slots))))),
     ]
     if options.launcher == "ssh":
         return Launch(tuple(_ssh_commands(options, slots, [*master, "--module", module, *arguments])), world_size)
@@ -232,6 +232,17 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
+
+
+def _meeting_port(host: str) -> int:
+    """Return the default port, or one that is free where the first host is this machine and another run has that port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
+        try:
+            probe.bind(("", DEFAULT_PORT))
+        except OSError:
+            return free_port() if is_this_machine(host) else DEFAULT_PORT
+    return DEFAULT_PORT
 
 
 def _master_address(host: str) -> str:

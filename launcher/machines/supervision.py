@@ -200,7 +200,11 @@ def _outcome(
             return Outcome(code, f"all processes ended with {_described(code)}" if code else "")
     lines = [f"{host}: the launcher ended with {_described(code)}" for host, code in failed.items()]
     if silent:
-        why = f"after {received[0].name}" if received else "killed from outside (for memory?), or the host is lost"
+        why = "killed from outside (for memory?), or the host is lost"
+        if received:
+            why = f"after {received[0].name}"
+        elif first is not None:
+            why = f"stopped after rank {first.rank} failed, or {why}"
         lines.append(f"{rank_list(silent)} ended without a word: {why}")
     if first is None:
         code = next(iter(failed.values()), 1)

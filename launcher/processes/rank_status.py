@@ -72,7 +72,7 @@ def write_status(exit_code: int, text: str) -> None:
     """
     folder = os.environ.get(FOLDER_VARIABLE)
     rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), None)
-    if folder is None or rank is None:
+    if folder is None or rank is None or not rank.isdecimal():
         return
     status = RankStatus(int(rank), platform.node(), exit_code, time.time(), text)
     with suppress(OSError):

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import os
 import platform
+import socket
 import sys
 import time
 import warnings
@@ -29,6 +30,7 @@ from ..config.schema import Precision
 _FOREIGN_RANKS = {
     "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_STEP_NUM_TASKS"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+    "mpiexec": ("PMI_RANK", "MPI_LOCALRANKID", "PMI_SIZE"),  # of MPICH and Intel MPI
 }
 
 _MEETING = "meeting"  # key of the store that counts arrivals
@@ -270,6 +272,11 @@ def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
                 f"{name} is not set although {names[0]} is; start with `deepspeed`, torchrun or one process"
             )
     rank, local_rank, world_size = (_number(environment, name) for name in names)
+    if rank >= world_size:
+        raise UserError(
+            f"environment variable {names[0]} is {rank}, must be below {names[2]}, which is {world_size}; leave both to the "
+            "launcher"
+        )
     return rank, local_rank, world_size
 
 
@@ -285,7 +292,11 @@ def _store(environment: Mapping[str, str], rank: int, world_size: int, timeout: 
     """Return where the processes find each other. Raises RefusedError if they do not."""
     if world_size == 1 and not {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= environment.keys():
         return dist.HashStore()  # no port: two runs on one machine cannot collide
-    host, port = environment["MASTER_ADDR"], _number(environment, "MASTER_PORT")
+    host, port = environment["MASTER_ADDR"].strip(), _number(environment, "MASTER_PORT")
+    if not host:
+        raise UserError("environment variable MASTER_ADDR is empty, must be the name of the first machine; set it")
+    if not 1 <= port <= 65535:
+        raise UserError(f"environment variable MASTER_PORT is {port}, must be from 1 to 65535; give a free port")
     try:
         if environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             # torchrun keeps one store over its restarts: without a prefix the restarted processes read dead addresses.
@@ -293,8 +304,13 @@ def _store(environment: Mapping[str, str], rank: int, world_size: int, timeout: 
             return dist.PrefixStore(f"attempt{attempt}", dist.TCPStore(host, port, is_master=False, timeout=timeout))
         return dist.TCPStore(host, port, world_size, is_master=rank == 0, timeout=timeout)
     except dist.DistError as error:
+        said = str(error).splitlines()[0].rstrip(".")
+        try:
+            socket.getaddrinfo(host, port)  # only now: a name may need some seconds to become known
+        except (OSError, UnicodeError):
+            said = f"there is no machine of the name {host}"
         raise RefusedError(
-            f"the processes cannot meet at MASTER_ADDR {host}, MASTER_PORT {port}: {str(error).splitlines()[0].rstrip('.')}; "
+            f"the processes cannot meet at MASTER_ADDR {host}, MASTER_PORT {port}: {said}; "
             "give the name of the first machine and a free port there, and start all processes"
         ) from error
 

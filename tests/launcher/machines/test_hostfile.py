@@ -8,15 +8,22 @@ HOSTS = {"node1": (0, 1, 2, 3), "node2": (0, 1), "node3": (0, 1, 2, 3)}
 
 
 def test_a_hostfile_may_have_comments_and_blank_lines(tmp_path):
-    (tmp_path / "hosts").write_text("# ours\n\nnode1 slots=2\n  node2   slots=1  # spare\n")
+    (tmp_path / "hosts").write_text("# ours\n\nnode1 slots=2 max_slots=4\n  node2   slots=1  # spare\n")
     assert read_hostfile(tmp_path / "hosts") == {"node1": (0, 1), "node2": (0,)}
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("node1\n", "hosts:1: got 'node1', must be a host and its slots"),
-        ("node1 slots=two\n", "hosts:1: got 'node1 slots=two', must be a host and its slots"),
+        ("node1\n", "hosts:1: got 'node1', must be one host and its slots"),
+        ("node1 slots=two\n", "hosts:1: got 'node1 slots=two', must be one host and its slots"),
+        ("node1 slots=2 node2 slots=2\n", "hosts:1: got 'node1 slots=2 node2 slots=2', must be one host and its slots"),
+        ("node1 slots=2, node2\n", "must be one host and its slots"),
+        ("node1 slots=1025\n", "hosts:1: host node1 has slots=1025, must be at most 1024"),
+        (
+            "node1 slots=" + "9" * 5000 + "\n",
+            "hosts:1: host node1 has slots=99999999999999999999, must be at most 1024",
+        ),
         ("node1 slots=1\n\nnode1 slots=1\n", "hosts:3: host node1 stands there twice"),
         ("node1 slots=0\n", "hosts:1: host node1 has no slots"),
         ("-oProxyCommand=x slots=1\n", "must be a name or address"),

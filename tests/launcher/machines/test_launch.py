@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import socket
 import sys
 from pathlib import Path
 
@@ -61,6 +62,21 @@ def test_through_ssh_each_host_gets_deepspeeds_launcher_for_itself(hosts, monkey
             *("--master_addr", "node1", "--master_port", "29500", "--module", "xformer_train.launcher"),
             *("--config", "run.yaml", "--set", "data.sources=[{kind: text, path: it's.txt}]"),
         ]
+
+
+def test_a_second_launch_from_the_first_host_meets_at_another_port(hosts, monkeypatch):
+    def ports():
+        lines = print_launch("--hostfile", "hosts").output.splitlines()
+        return {words[words.index("--master_port") + 1] for words in map(str.split, lines) if "--master_port" in words}
+
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        monkeypatch.setattr(launch, "DEFAULT_PORT", taken.getsockname()[1])
+        assert ports() == {str(launch.DEFAULT_PORT)}  # of the first host, which is another machine
+        monkeypatch.setattr(launch, "is_this_machine", lambda host: host == "node1")
+        [port] = ports()
+        assert port != str(launch.DEFAULT_PORT)
 
 
 def test_without_a_hostfile_this_machine_starts_as_many_as_are_asked_for(hosts):

@@ -85,6 +85,16 @@ def test_a_batch_job_of_several_tasks_is_still_one_process_where_srun_did_not_st
     assert start_processes(60).world_size == 1
 
 
+def test_a_first_machine_without_an_address_is_named(environment):
+    variables = {"RANK": 1, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": 1}
+    for name, value in variables.items():
+        environment.setenv(name, str(value))
+    with pytest.raises(
+        RefusedError, match=r"MASTER_PORT 1: there is no machine of the name no-such-host\.invalid; give"
+    ):
+        start_processes(2)
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
@@ -98,6 +108,23 @@ def test_a_batch_job_of_several_tasks_is_still_one_process_where_srun_did_not_st
         (
             {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host"},
             "MASTER_PORT is not set although RANK is",
+        ),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, "MASTER_ADDR is not set, and mpiexec started 2"),
+        (
+            {"PMI_RANK": "2", "MPI_LOCALRANKID": "0", "PMI_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1"},
+            "PMI_RANK is 2, must be below PMI_SIZE, which is 2",
+        ),
+        (
+            {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1"},
+            "RANK is 2, must be below WORLD_SIZE, which is 2; leave both to the launcher",
+        ),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": " ", "MASTER_PORT": "1"},
+            "MASTER_ADDR is empty",
+        ),
+        (
+            {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "70000"},
+            "MASTER_PORT is 70000, must be from 1 to 65535",
         ),
     ],
 )
