@@ -16,18 +16,18 @@ def tokenizers():
     texts = [document(number, rng) for number in range(200)]
     config = TokenizerConfig(vocab_size=300)
     return {
-        "bert": train_tokenizer(
-            "wordpiece", config, texts, lambda _: None, specials=RECIPES["bert"].tokenizer.specials
-        ),
-        "gpt": train_tokenizer("bpe", config, texts, lambda _: None, specials=RECIPES["gpt"].tokenizer.specials),
+        name: train_tokenizer(
+            recipe.tokenizer.trained, config, texts, lambda _: None, specials=recipe.tokenizer.specials
+        )
+        for name, recipe in RECIPES.items()
     }
 
 
 @pytest.fixture
 def prepare(tmp_path, tokenizers):
-    def run(objective=None, source=None, *, seed=1, report=lambda _: None, unpad=False, **keys):
+    def run(objective=None, source=None, *, model_type=None, seed=1, report=lambda _: None, unpad=False, **keys):
         objective = objective or ObjectiveConfig()
-        model_type = "bert" if objective.type == "mlm" else "gpt"
+        model_type = model_type or ("bert" if objective.type == "mlm" else "gpt")
         sources = [source or write_text(tmp_path / "text.txt")] if not isinstance(source, list) else source
         settings = {"max_seq_length": 32, "cache_dir": str(tmp_path / "cache"), **keys}
         config = DataConfig(sources=sources, **settings)

@@ -20,7 +20,7 @@ RUN_CONFIGS = sorted(path.name for path in CONFIGS.iterdir() if path.name != DEE
 
 
 def test_the_promised_configs_ship():
-    assert RUN_CONFIGS == [
+    promised = {
         "bert_base.yaml",
         "bert_large_lamb.json",
         "bert_large_seq128.yaml",
@@ -29,7 +29,8 @@ def test_the_promised_configs_ship():
         "gpt2_medium.yaml",
         "gpt2_small.yaml",
         "gpt_tiny.yaml",
-    ]
+    }
+    assert promised <= set(RUN_CONFIGS)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
