@@ -109,7 +109,7 @@ class Saved:
     def state(self, name: str) -> Mapping[str, Tensor]:
         """Return the optimizer's state of a parameter as some process saved it: `step`, (), and a part of each moment.
 
-        Empty if the parameter was not stepped yet.
+        Empty if the parameter was not stepped yet, and without `step` for an optimizer that counts none.
         """
         part = self._parts[0][name][0]
         state: Mapping[str, Tensor] = self._optimizer(part.replica, 0)["state"].get(part.number, {})
@@ -188,11 +188,12 @@ def load_resharded(engine: Any, checkpoint: Path, state: Mapping[str, Any], topo
         for place, start, offset, numel in each.segments:
             for key, tensor in (("weight", each.tensor), *moments.items()):
                 tensor.view(-1)[start : start + numel] = own(names[place], key)[offset : offset + numel]
-        if old:
+        if "step" in old:
             # fused optimizers count on the device
             on = each.tensor.device if engine.basic_optimizer.defaults.get("fused") else torch.device("cpu")
-            step = old["step"].to(on, torch.float32, copy=True)
-            engine.basic_optimizer.state[each.tensor] = {**moments, "step": step}
+            moments["step"] = old["step"].to(on, torch.float32, copy=True)
+        if old:
+            engine.basic_optimizer.state[each.tensor] = moments
     for name, parameter in parameters.items():
         _set_weight(parameter, own(name, "weight"))
     _set_counters(engine, saved.model_file(0), state)

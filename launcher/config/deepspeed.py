@@ -95,7 +95,7 @@ def _owned(config: RunConfig, batch: BatchPlan | None, precision: Precision | No
         yield "fp16.enabled", chosen, precision == "fp16"
         yield "bf16.enabled", chosen, precision in ("bf16", "fp8")
     optimizer = config.optimizer
-    for name in OPTIMIZER_TERMS[optimizer.type].deepspeed_params:
+    for name in OPTIMIZER_TERMS[optimizer.type].params:
         yield f"optimizer.params.{name}", f"optimizer.{name}", getattr(optimizer, name)
 
 
@@ -119,8 +119,11 @@ def _optimizer_faults(config: RunConfig, optimizer: Mapping[str, Any]) -> Iterat
         if name == "max_grad_norm":
             yield key, f"got {show(value)}, but DeepSpeed refuses it here; set training.gradient_clipping instead"
         elif name == "adam_w_mode" and value is not True:
-            yield key, f"got {show(value)}, but optimizer.type adamw decays weights apart from the gradient; remove it"
-        elif name not in (*terms.deepspeed_params, "adam_w_mode", "torch_adam"):
+            yield (
+                key,
+                f"got {show(value)}, but optimizer.type {ours} decays weights apart from the gradient; remove it",
+            )
+        elif name not in (*terms.params, "adam_w_mode", "torch_adam"):
             yield key, f"is not a parameter of optimizer.type {ours}; remove it"
 
 

@@ -41,8 +41,8 @@ class OptimizerTerms:
 
     deepspeed_types: tuple[str, ...]
     """Values of `optimizer.type` in DeepSpeed's JSON that mean this optimizer, in lower case."""
-    deepspeed_params: tuple[str, ...] = ("lr", "betas", "eps", "weight_decay", "bias_correction")
-    """Keys above that `optimizer.params` in DeepSpeed's JSON may repeat."""
+    params: tuple[str, ...] = ("lr", "betas", "eps", "weight_decay", "bias_correction")
+    """Keys above that it takes, and that `optimizer.params` in DeepSpeed's JSON may repeat."""
     needs_places: bool = False
     """Whether it must know which parameters a shard of ZeRO holds."""
 
@@ -50,7 +50,7 @@ class OptimizerTerms:
 OPTIMIZER_TERMS = {
     "lamb": OptimizerTerms(
         deepspeed_types=("lamb",),
-        deepspeed_params=("lr", "betas", "eps", "weight_decay", "bias_correction", "max_coeff", "min_coeff"),
+        params=("lr", "betas", "eps", "weight_decay", "bias_correction", "max_coeff", "min_coeff"),
         needs_places=True,
     ),
     # DeepSpeed's Adam is AdamW unless adam_w_mode is false.

@@ -17,9 +17,10 @@ Build = Callable[[torch.nn.Module, OptimizerConfig, ProcessGroup | None], torch.
 class OptimizerKind:
     """What the launcher must know of one optimizer, beside its keys in `launcher/config/optimizers.py`.
 
-    The state of a parameter is `step`, one number, and tensors of the parameter's shape, in fp32 and under any names. Such a
-    state is saved, and divided anew for another ZeRO stage or number of processes, without a word about it here. An optimizer
-    that must know which parameters ZeRO's flat shards hold has a method `divide` (see `slices.SteppedInSlices`).
+    The state of a parameter is `step`, one number, where the optimizer counts steps, and tensors of the parameter's shape, in
+    fp32 and under any names. Such a state is saved, and divided anew for another ZeRO stage or number of processes, without a
+    word about it here. An optimizer that must know which parameters ZeRO's flat shards hold has a method `divide` (see
+    `slices.SteppedInSlices`).
     """
 
     build: Build

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from ...recipes.data.stream import PreparedData
 from ...recipes.data.tokenizer import RunTokenizer
 from ..config.batch import BatchPlan
-from ..config.optimizers import OptimizerConfig
+from ..config.optimizers import OPTIMIZER_TERMS, OptimizerConfig
 from ..config.schema import RunConfig, ScheduleConfig
 from ..optim.optimizer import OPTIMIZERS
 from ..optim.schedule import warmup_length
@@ -134,8 +134,10 @@ def _steps_text(facts: StartupFacts) -> str:
 
 
 def _optimizer_text(optimizer: OptimizerConfig) -> str:
-    beta1, beta2 = optimizer.betas
-    text = f"{optimizer.type}, lr {optimizer.lr:g}, betas {beta1:g} {beta2:g}, weight decay {optimizer.weight_decay:g}"
+    text = f"{optimizer.type}, lr {optimizer.lr:g}"
+    if "betas" in OPTIMIZER_TERMS[optimizer.type].params:
+        text += ", betas {:g} {:g}".format(*optimizer.betas)
+    text += f", weight decay {optimizer.weight_decay:g}"
     text += OPTIMIZERS[optimizer.type].text(optimizer)
     return text if optimizer.bias_correction else f"{text}, no bias correction"
 

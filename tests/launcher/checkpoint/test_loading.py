@@ -12,12 +12,13 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from distributed.workers.checkpoint import checkpoint_worker
 from helpers.checkpoints import changed_state, flip_byte, save
 from helpers.spawn import run_processes
-from helpers.tiny import MODEL, tiny_engine, train, whole_weights
+from helpers.tiny import MODEL, tiny_config, tiny_engine, tiny_model, train, whole_weights
 
 from xformer_train.launcher.checkpoint import loading
 from xformer_train.launcher.checkpoint.files import read_file, write_file
 from xformer_train.launcher.checkpoint.resharding import Saved
 from xformer_train.launcher.checkpoint.store import read_state
+from xformer_train.launcher.optim.engine import build_engine
 from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
 
 
@@ -73,6 +74,24 @@ def test_moments_of_any_name_are_brought_to_another_stage_bit_for_bit(alone, tmp
         assert int(moved.state(name)["step"]) == 2
         for key in ("weight", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
             assert moved.whole(name, key).equal(saved.whole(name, key)), (name, key)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_state_without_a_count_of_steps_is_brought_to_another_stage(alone, tmp_path, stage):
+    def engine(stage):
+        model = tiny_model()
+        sgd = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
+        return build_engine(model, sgd, tiny_config(alone, stage, "fp32"), alone)
+
+    before, after = engine(0), engine(stage)
+    train(before, alone, 0, 2)
+    save(before, tmp_path, "stage_0", 2, alone)
+    loading.load(after, tmp_path / "stage_0", MODEL, alone)
+    save(after, tmp_path, "elsewhere", 2, alone)
+    saved, moved = (Saved(tmp_path / name, read_state(tmp_path / name)) for name in ("stage_0", "elsewhere"))
+    for name in saved.names:
+        assert set(moved.state(name)) == {"momentum_buffer"}
+        assert moved.whole(name, "momentum_buffer").equal(saved.whole(name, "momentum_buffer")), name
 
 
 @pytest.fixture(scope="module")

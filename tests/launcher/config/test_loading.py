@@ -178,7 +178,7 @@ def test_a_wrong_flag_is_reported_under_its_name(problems):
         ),
         ("optimizer: {betas: [0.9, 1.0]}", "optimizer.betas.1: got 1.0, must be less than 1"),
         ("optimizer: {betas: 0.9}", "optimizer.betas: got 0.9, must be a list"),
-        ("optimizer: {type: sgd}", "optimizer.type: got 'sgd' (text), must be 'lamb' or 'adamw'"),
+        ("layer: {kernels: cuda}", "layer.kernels: got 'cuda' (text), must be 'auto' or 'reference'"),
         ("model: {vocab_size: 0}", "model.vocab_size: got 0, must be greater than 0 or 'auto'"),
         ("checkpoint: {keep_last: 0}", "checkpoint.keep_last: got 0, must be greater than 0"),
         ("name: 7", 'name: got 7, must be text; write "7"'),

@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 
-from xformer_train.launcher.config.optimizers import OptimizerConfig
+from xformer_train.launcher.config.optimizers import OPTIMIZER_TERMS, OptimizerConfig
 from xformer_train.launcher.optim.kind import parameter_groups
 from xformer_train.launcher.optim.lamb import Lamb
-from xformer_train.launcher.optim.optimizer import build_optimizer
+from xformer_train.launcher.optim.optimizer import OPTIMIZERS, build_optimizer
 
 
 class TiedModel(torch.nn.Module):
@@ -74,7 +74,8 @@ def test_lamb_gets_every_option_of_the_config():
     optimizer = build_optimizer(TiedModel(), config)
     assert isinstance(optimizer, Lamb)
     for group, decay in zip(optimizer.param_groups, (0.03, 0.0), strict=True):
-        expected = config.model_dump(exclude={"type"}) | {"weight_decay": decay}
+        options = config.model_dump(include={*OPTIMIZER_TERMS["lamb"].params, "convention"})
+        expected = options | {"weight_decay": decay}
         assert {name: group[name] for name in expected} == expected
 
 
@@ -91,7 +92,7 @@ def test_adamw_without_bias_correction_is_refused():
         build_optimizer(TiedModel(), OptimizerConfig(type="adamw", bias_correction=False))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lamb"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_training_continues_bit_by_bit_from_saved_weights_and_state(kind):
     torch.manual_seed(0)
     config = OptimizerConfig(type=kind, lr=0.01)
