@@ -311,7 +311,8 @@ def test_a_layer_in_a_model_of_transformers_is_saved_and_loaded(name, dtype, tmp
     x = torch.randn(7, 3, HIDDEN, dtype=dtype)
     expected = step(model, x)
     model.save_pretrained(tmp_path)
-    loaded, report = Model.from_pretrained(tmp_path, dtype=dtype, output_loading_info=True)
+    wanted = {"torch_dtype" if transformers.__version__ < "4.56" else "dtype": dtype}
+    loaded, report = Model.from_pretrained(tmp_path, **wanted, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     ours = step(loaded.eval(), x)
     assert torch.equal(ours[0], expected[0])
@@ -320,5 +321,5 @@ def test_a_layer_in_a_model_of_transformers_is_saved_and_loaded(name, dtype, tmp
     with te.fp8_autocast(fp8_recipe=te.DelayedScaling()):  # what from_pretrained put together has FP8 states that work
         loaded(x).sum().backward()
     loaded.save_pretrained(tmp_path / "fp8")
-    again = Model.from_pretrained(tmp_path / "fp8", dtype=dtype)
+    again = Model.from_pretrained(tmp_path / "fp8", **wanted)
     assert torch.equal(again.eval()(x), expected[0])
