@@ -6,6 +6,7 @@ writes state.json last, renames the folder and moves `latest`. A crash at any po
 
 import json
 import logging
+import os
 import shutil
 import threading
 import time
@@ -29,7 +30,7 @@ from . import store
 from .files import file_access, random_state, write_file
 from .host_copy import HostCopies
 from .resharding import layout_record, loss_scaler_record, partitions_record
-from .store import LATEST, STATE
+from .store import LATEST, NONE_YET, STATE
 
 _LOG = logging.getLogger(__name__)
 _LONGEST_SAVE = timedelta(days=1)  # a process that does not live is noticed by the watchdog, long before
@@ -143,12 +144,18 @@ class CheckpointSaver:
         if self._config.keep_last is None:
             return
         try:
-            keep = (self._config.keep_last, self._config.keep_every_steps)
-            for name in store.surplus(self._folder, *keep, verified_id=newest):
+            names = store.surplus(
+                self._folder, self._config.keep_last, self._config.keep_every_steps, verified_id=newest
+            )
+        except OSError as error:
+            self._tell(str(error))
+            return
+        for name in names:
+            try:
                 store.remove(self._folder, name)
                 _LOG.info("removed checkpoint %s", name)
-        except OSError as error:
-            self._tell(f"checkpoints that checkpoint.keep_last leaves no room for could not be removed: {error}")
+            except OSError as error:
+                self._tell(f"checkpoint {name}, for which checkpoint.keep_last leaves no room, is not removed: {error}")
 
     def _gather(self, value: Any) -> list[Any]:
         if self._group is None:
@@ -239,7 +246,10 @@ def _write(job: _Save, gather: Gather) -> None:
             if not folder.is_dir():
                 folder.mkdir(parents=True)
                 flush_folder(folder.parent)
-            store.remove_unfinished(folder)
+            for problem in store.remove_unfinished(folder):
+                console.warn(problem, _LOG)
+            if os.path.lexists(unfinished):  # it could not be removed, or somebody else made it
+                unfinished.rename(store.free_name(folder, job.id))
             unfinished.mkdir()
             write_text(unfinished / STATE, "{}\n")  # by which leftovers are known
 
@@ -263,6 +273,7 @@ def _write(job: _Save, gather: Gather) -> None:
         unfinished.rename(folder / job.id)
         flush_folder(folder)
         pointer.replace(folder / LATEST)
+        (folder / NONE_YET).unlink(missing_ok=True)
         flush_folder(folder)
 
     everyones: list[dict[str, FileRecord]] = []

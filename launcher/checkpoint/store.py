@@ -2,6 +2,7 @@
 
     checkpoints/step00000200/   one checkpoint: state.json and the files that it lists with their sizes and checksums
     checkpoints/latest          id of the newest complete checkpoint
+    checkpoints/.none           there until the first save: without it, an empty folder has lost its checkpoints
     checkpoints/.ID.tmp/        a save or a removal in progress, or one that was interrupted
     checkpoints/ID.damaged1/    set aside by a run that resumed from an earlier one
 
@@ -11,14 +12,17 @@ docs/resume.md is the page for users.
 import hashlib
 import itertools
 import json
+import os
 import platform
+import re
 import shutil
+import string
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ..processes.durable_files import FileRecord, flush_folder, read_record, replace_text
 
 if TYPE_CHECKING:
@@ -26,8 +30,10 @@ if TYPE_CHECKING:
 
 LATEST = "latest"
 STATE = "state.json"
+NONE_YET = ".none"
 _DAMAGED = ".damaged"
 _SEAL = "sha256"
+_LONGEST_NAME = 255  # bytes, on nearly every file system
 _REQUIRED = {"step", "model", "engine", "partitions", "saved_at", "files"}
 
 # Files that `verify_together` has found as they were written, so that they are not read once more when they are loaded.
@@ -113,15 +119,29 @@ def not_verified(checkpoint: Path, files: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """The checkpoints in a `checkpoints` folder by rising step, those that cannot be read first."""
+    """Return the checkpoints in a `checkpoints` folder by rising step, those that cannot be read first.
+
+    Empty if there is no such folder. Raises RefusedError if it cannot be listed.
+    """
+    with refused(f"cannot list the checkpoints in {folder}", "make it a folder that can be read and written"):
+        paths = sorted(folder.iterdir()) if os.path.lexists(folder) else []
     found = []
-    for path in sorted(folder.glob("*")):
-        known_by = (path / STATE).is_file() or any(path.glob("*.pt"))
-        if path.name.startswith(".") or _DAMAGED in path.suffix or not known_by:
+    for path in paths:
+        if path.name[0] == "." or path.name == LATEST or _DAMAGED in path.suffix or not _looks_like_one(path):
             continue
         state = _state_or_problem(path)
         found.append(Entry(path.name, None, state) if isinstance(state, str) else Entry(path.name, state, ""))
     return sorted(found, key=lambda entry: -1 if entry.state is None else int(entry.state["step"]))
+
+
+def _looks_like_one(path: Path) -> bool:
+    """Return whether a folder holds a checkpoint or may: one that cannot be listed counts."""
+    try:
+        return any(file.name == STATE or file.suffix == ".pt" for file in path.iterdir())
+    except NotADirectoryError:
+        return False
+    except OSError:
+        return True
 
 
 def list_ids(folder: Path) -> list[str]:
@@ -184,19 +204,55 @@ def set_latest(folder: Path, checkpoint_id: str) -> None:
     replace_text(folder / LATEST, checkpoint_id + "\n")
 
 
+def make_folder(folder: Path) -> None:
+    """Make the `checkpoints` folder of a run that begins, with the mark that no checkpoint was saved in it yet.
+
+    A folder with checkpoints is left as it is. Raises RefusedError if the folder cannot be made or written.
+    """
+    if entries(folder):
+        return
+    with refused(f"cannot write {folder}", "free space there, or make it a folder that can be written"):
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_text(folder / NONE_YET, "no checkpoint was saved here yet\n")
+        flush_folder(folder.parent)
+
+
+def has_lost_all(folder: Path) -> bool:
+    """Return whether no checkpoint is in the `checkpoints` folder of a run that has trained, though one was saved there."""
+    return not entries(folder) and not (folder / NONE_YET).exists()
+
+
 def check_id(folder: Path, checkpoint_id: str) -> None:
-    """Raises ValueError if a new checkpoint in `folder` cannot have this id."""
+    """Raise UserError if a new checkpoint in `folder` cannot have this id."""
     path = Path(checkpoint_id)
-    if checkpoint_id in {"", LATEST} or checkpoint_id != path.name or path.name[0] == "." or _DAMAGED in path.suffix:
+    plain = checkpoint_id == path.name and checkpoint_id not in {"", LATEST} and path.name[0] != "."
+    if not plain or _DAMAGED in path.suffix or len(_unfinished(checkpoint_id).encode()) > _LONGEST_NAME:
         raise UserError(
-            f"checkpoint.id_format gives the id {checkpoint_id!r}, which cannot be a folder's name; use letters, digits, - "
-            "and _"
+            f"checkpoint.id_format gives the id {checkpoint_id!r}, which cannot be a folder's name; use at most 200 "
+            "letters, digits, - and _"
         )
-    if (folder / checkpoint_id).exists():
+    if os.path.lexists(folder / checkpoint_id):
         raise UserError(
             f"checkpoint {checkpoint_id} is already in {folder} and checkpoints are never overwritten; move it away, or give "
             "the run another name"
         )
+
+
+def check_ids(folder: Path, id_format: str, after: int) -> None:
+    """Raise UserError if the checkpoint of some step after `after` cannot have its id. id_format: of the run config."""
+    check_id(folder, id_format.format(step=10**12, epoch=10**6))
+    numbers = {"step": "(?P<step>[0-9]+)", "epoch": "[0-9]+"}
+    pattern = ""
+    for text, name, _, _ in string.Formatter().parse(id_format):
+        pattern += re.escape(text) + (numbers[name] if name else "")
+        if name == "step":
+            numbers[name] = "[0-9]+"  # a second time
+    with refused(f"cannot list the checkpoints in {folder}", "make it a folder that can be read and written"):
+        names = [path.name for path in folder.iterdir()] if os.path.lexists(folder) else []
+    for name in names:
+        match = re.fullmatch(pattern, name)
+        if match and int(match["step"]) > after:
+            check_id(folder, name)
 
 
 def surplus(
@@ -223,40 +279,53 @@ def surplus(
 
 
 def remove(folder: Path, checkpoint_id: str) -> None:
-    """Remove a checkpoint. It loses its id first: a removal that is cut short must not leave half of one under its id."""
-    doomed = (folder / checkpoint_id).rename(folder / f".{checkpoint_id}.tmp")
+    """Remove a checkpoint; of one that is a symbolic link the link alone, as what it points to may be kept on purpose.
+
+    The checkpoint loses its id first: a removal that is cut short must not leave half of one under its id.
+    """
+    doomed = (folder / checkpoint_id).rename(free_name(folder, checkpoint_id))
     flush_folder(folder)
     _remove_folder(doomed)
 
 
+def free_name(folder: Path, checkpoint_id: str) -> Path:
+    """Return a path in `folder` that is not there, by which what a save or a removal leaves there is known."""
+    names = itertools.chain([checkpoint_id], (f"{checkpoint_id}.{number}" for number in itertools.count(2)))
+    return next(path for name in names if not os.path.lexists(path := folder / _unfinished(name)))
+
+
 def remove_unfinished(folder: Path) -> list[str]:
-    """Remove what interrupted saves and removals left, and return its names. Call it while no save is in progress."""
-    leftovers = [
-        path
-        for path in sorted(folder.glob(".*.tmp"))
-        if path.is_dir() and ((path / STATE).is_file() or not any(path.iterdir()))
-    ]
-    for path in leftovers:
-        _remove_folder(path)
-    return [path.name for path in leftovers]
+    """Remove what interrupted saves and removals left, and return a sentence for each that cannot be removed.
+
+    Call it while no save is in progress.
+    """
+    problems = []
+    for path in sorted(folder.glob(_unfinished("*"))):
+        try:
+            if path.is_dir() and ((path / STATE).is_file() or not any(path.iterdir())):
+                _remove_folder(path)
+        except OSError as error:
+            problems.append(
+                f"{path}, left by an interrupted save, cannot be removed: {error.strerror or error}; remove it"
+            )
+    return problems
 
 
 def set_aside(folder: Path, checkpoint_id: str) -> str:
     """Rename a damaged checkpoint, so that no run meets it again, and return its new name."""
     names = (f"{checkpoint_id}{_DAMAGED}{number}" for number in itertools.count(1))
-    name = next(name for name in names if not (folder / name).exists())
+    name = next(name for name in names if not os.path.lexists(folder / name))
     (folder / checkpoint_id).rename(folder / name)
     return name
 
 
 def _state_or_problem(checkpoint: Path) -> dict[str, Any] | str:
     """What state.json holds, or one clause on why that cannot be used."""
-    file = checkpoint / STATE
-    if not file.is_file():
-        return f"{STATE} is missing"
     try:
-        text = file.read_bytes().decode()
+        text = (checkpoint / STATE).read_bytes().decode()
         state = json.loads(text)
+    except FileNotFoundError:
+        return f"{STATE} is missing"
     except OSError as error:
         return f"{STATE} cannot be read ({error.strerror})"
     except ValueError:
@@ -268,13 +337,23 @@ def _state_or_problem(checkpoint: Path) -> dict[str, Any] | str:
     return f"{STATE} is not as it was written"
 
 
+def _unfinished(checkpoint_id: str) -> str:
+    return f".{checkpoint_id}.tmp"
+
+
 def _remove_folder(folder: Path) -> None:
-    """state.json goes last, because leftovers are known by it. Another process may remove the same."""
+    """Remove a folder, following no link. state.json goes last, because leftovers are known by it.
+
+    Another process may remove the same.
+    """
     with suppress(FileNotFoundError):
+        if folder.is_symlink():
+            folder.unlink()
+            return
         for path in folder.iterdir():
             if path.name != STATE:
                 with suppress(FileNotFoundError):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         shutil.rmtree(folder)
 
 

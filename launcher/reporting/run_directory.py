@@ -47,8 +47,16 @@ class RunDirectory:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a start got as far as its first step; one that failed before it may simply be tried again."""
-        return self.checkpoints.exists() or self.metrics.exists()
+        """Whether a start got as far as its first step; one that failed before it may simply be tried again.
+
+        A link to a disk that is not there counts as well.
+        """
+        return os.path.lexists(self.checkpoints) or os.path.lexists(self.metrics)
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether a run has logged a step here."""
+        return self.metrics.is_file() and self.metrics.stat().st_size > 0
 
 
 def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:

@@ -1,6 +1,7 @@
 """The steps of a run, from the first to the last: train, log, evaluate, save, and stop or go back where that is asked for."""
 
 import logging
+import math
 import shlex
 import sys
 import time
@@ -8,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ...recipes.data.prefetch import prefetch
+from ..checkpoint import store
 from ..checkpoint.saving import CheckpointSaver
 from ..optim.engine import set_learning_rate
 from ..optim.schedule import learning_rate
@@ -33,7 +35,6 @@ class _Tally:
     progress: Progress
     watch: Watch
     saved_id: str = ""
-    best: tuple[float, int] | None = None
     steps: int = 0
     samples: int = 0
 
@@ -45,7 +46,7 @@ def train(setup: Setup, progress: Progress, started_s: float) -> ClosingFacts:
     Raises NotFiniteError if training cannot go on with its numbers.
     """
     tally = _Tally(progress, Watch())
-    guard = NumericsGuard(setup.config.reliability, is_main=setup.topology.is_main)
+    guard = NumericsGuard(setup.config.reliability, progress.guard, is_main=setup.topology.is_main)
     with CheckpointSaver(setup.engine, setup.directory.checkpoints, setup.topology, setup.config.checkpoint) as saver:
         while True:
             try:
@@ -64,7 +65,7 @@ def train(setup: Setup, progress: Progress, started_s: float) -> ClosingFacts:
         samples_now=tally.samples,
         training_time_s=tally.watch.training_time_s,
         wall_time_s=time.monotonic() - started_s,
-        best=tally.best,
+        best=None if tally.progress.best_loss is None else (tally.progress.best_loss, tally.progress.best_step),
         checkpoint_id=tally.saved_id,
         resume_command=_resume_command(setup.topology),
     )
@@ -104,7 +105,7 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: _T
                     stopped |= not _evaluated(setup, log, tally)
                 if _is_due(config.checkpoint.save_every_steps, progress.step, stopped or finished):
                     watchdog.at("save")
-                    tally.saved_id = _save(setup, saver, progress)
+                    tally.saved_id = _save(setup, saver, replace(tally.progress, guard=guard.state()))
                 if stopped:
                     break
                 watchdog.at("data", progress.step + 1)
@@ -153,6 +154,8 @@ def _gone_back(setup: Setup, progress: Progress, why: RollBack) -> Progress:
 
 
 def _open_log(setup: Setup, start: Progress) -> RunLog:
+    """Return the log of the steps from `start` on, with which the directory holds a run: its folder of checkpoints too."""
+    store.make_folder(setup.directory.checkpoints)
     device = device_name(setup.topology.device)
     peak = peak_flops(device, setup.precision)
     return RunLog(
@@ -187,9 +190,11 @@ def _evaluated(setup: Setup, log: RunLog | None, tally: _Tally) -> bool:
     if parts is None:
         return False
     losses = {"loss": sum(parts.values())} | (parts if len(parts) > 1 else {})
-    tally.best = min(tally.best or (losses["loss"], tally.progress.step), (losses["loss"], tally.progress.step))
+    progress = tally.progress
+    if losses["loss"] < (math.inf if progress.best_loss is None else progress.best_loss):
+        tally.progress = replace(progress, best_loss=losses["loss"], best_step=progress.step)
     if log is not None:
-        log.log_evaluation(tally.progress.step, tally.progress.samples, losses)
+        log.log_evaluation(progress.step, progress.samples, losses)
     return True
 
 

@@ -20,6 +20,7 @@ from ...recipes import RECIPES
 from ...recipes.data.stream import PreparedData, prepare_data
 from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
 from ...recipes.recipe import Batch, Recipe, Runtime
+from ..checkpoint import store
 from ..config.batch import BatchPlan, solve_batch
 from ..config.deepspeed import Precision, deepspeed_config
 from ..config.loading import LoadedConfig
@@ -97,6 +98,7 @@ def prepare(
     by_main(topology, lambda: record_environment(directory, ds_config, devices))
 
     start = choose_start(config, topology, directory, resume=resume)
+    by_main(topology, lambda: store.check_ids(directory.checkpoints, config.checkpoint.id_format, start.step))
     watchdog.at("prepare")
     tokenizer = _open_tokenizer(start, directory, say, stop)
     vocab_size = by_main(topology, lambda: vocabulary_size(config, tokenizer))

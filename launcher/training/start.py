@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ class Progress:
     """The step at which the clock of the schedule stood at 0."""
     phase_start_samples: int = 0
     """`samples` at that step."""
+    best_loss: float | None = None
+    """The lowest validation loss of the run; None before an evaluation."""
+    best_step: int = 0
+    """The step of that loss."""
+    guard: Mapping[str, Any] = field(default_factory=dict)
+    """What `NumericsGuard.state` returned."""
 
 
 class Start:
@@ -53,6 +59,8 @@ class Start:
 
     text = "new weights"
     """What the run takes, for the start-up report; complete after `restore`."""
+    step = 0
+    """The step that the run starts from."""
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self.config, self.topology = config, topology
@@ -134,12 +142,13 @@ class NextPhase(FromCheckpoint):
         # Checkpoints that were written before a field was there lack it.
         known = Progress.__dataclass_fields__.keys() & self.state.keys()
         self.saved = Progress(**{name: self.state[name] for name in known})
+        self.step = self.saved.step
 
     def check(self, model: Mapping[str, Any], precision: Precision) -> None:
         loading.check(self.checkpoint, model, precision)
 
     def progress(self, data_fingerprint: str) -> Progress:
-        saved = self.saved
+        saved = replace(self.saved, best_loss=None, best_step=0, guard={})  # of the other run's losses
         if self.state["data_fingerprint"] != data_fingerprint:
             saved = replace(saved, position=0)
         if self.config.load.rewarmup:
@@ -192,8 +201,17 @@ def choose_start(config: RunConfig, topology: Topology, directory: RunDirectory,
 
 
 def has_checkpoint(directory: RunDirectory, topology: Topology) -> bool:
-    """Return whether this run has saved a checkpoint, be it damaged."""
-    return by_main(topology, lambda: bool(store.entries(directory.checkpoints)))
+    """Return whether this run has saved a checkpoint, be it damaged. Raises UserError if it has, and all are gone."""
+
+    def look() -> bool:
+        if directory.has_metrics and store.has_lost_all(directory.checkpoints):
+            raise UserError(
+                f"output folder {directory.root} holds metrics of a run, but {directory.checkpoints} no checkpoint any more; "
+                "bring the checkpoints back, or start anew with --job_name"
+            )
+        return bool(store.entries(directory.checkpoints))
+
+    return by_main(topology, look)
 
 
 def continue_run(config: RunConfig, topology: Topology, directory: RunDirectory) -> Continued:

@@ -258,6 +258,57 @@ def test_the_newest_stay_and_the_multiples(alone, engine, tmp_path):
     assert store.list_ids(tmp_path) == ["step4", "step7", "step8"]
 
 
+def test_checkpoints_that_were_moved_to_another_disk_and_linked_back_are_pruned_as_links(alone, engine, tmp_path):
+    folder, disk = tmp_path / "checkpoints", tmp_path / "disk"
+    save(engine, folder, "step1", 1, alone)
+    (folder / "step1").rename(disk)
+    (folder / "step1").symlink_to(disk)
+    with saver(engine, folder, alone, keep_last=1) as saving:
+        for step in (2, 3):
+            saving.save(f"step{step}", facts(step), {})
+    assert store.list_ids(folder) == ["step3"]
+    assert store.problems_of(disk) == []
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step3"]
+
+
+@pytest.mark.parametrize("stuck", [".step2.tmp", ".step1.tmp", "step1"])
+def test_what_cannot_be_removed_is_a_warning_and_not_the_end_of_saving(
+    alone, engine, tmp_path, monkeypatch, capsys, stuck
+):
+    save(engine, tmp_path, stuck.replace(".tmp", "").strip("."), 1, alone)
+    if stuck.startswith("."):
+        (tmp_path / stuck.replace(".tmp", "").strip(".")).rename(tmp_path / stuck)
+    (tmp_path / stuck / "rng_replica0.pt").rename(tmp_path / stuck / "immutable")
+    unlink = Path.unlink
+
+    def refuse(path, **options):
+        if path.name == "immutable":
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with saver(engine, tmp_path, alone, keep_last=1) as saving:
+        for step in (2, 3):
+            saving.save(f"step{step}", facts(step), {})
+    assert store.list_ids(tmp_path) == ["step3"]
+    err = capsys.readouterr().err
+    assert "could not be saved" not in err
+    assert "Operation not permitted" in err
+
+
+def test_the_mark_of_a_folder_without_checkpoints_goes_with_the_first_save(alone, engine, tmp_path):
+    folder = tmp_path / "checkpoints"
+    assert store.has_lost_all(folder)
+    store.make_folder(folder)
+    assert not store.has_lost_all(folder)
+    save(engine, folder, "step1", 1, alone)
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step1"]
+    store.make_folder(folder)
+    assert not store.has_lost_all(folder)
+    shutil.rmtree(folder / "step1")
+    assert store.has_lost_all(folder)
+
+
 # A process that dies
 
 

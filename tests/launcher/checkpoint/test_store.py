@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 from helpers.checkpoints import bare_checkpoint, flip_byte
+from helpers.permissions import bound_by_permissions
 
 from xformer_train.launcher.checkpoint import store
 
@@ -119,7 +120,8 @@ def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint_and_is_finished_l
     with pytest.raises(OSError, match="out"):
         store.remove(tmp_path, "step1")
     assert store.list_ids(tmp_path) == []
-    assert store.remove_unfinished(tmp_path) == [".step1.tmp"]
+    assert [path.name for path in tmp_path.iterdir()] == [".step1.tmp"]
+    assert store.remove_unfinished(tmp_path) == []
     assert not list(tmp_path.iterdir())
 
 
@@ -145,6 +147,114 @@ def test_a_damaged_checkpoint_set_aside_is_none_of_the_checkpoints_any_more(tmp_
     assert store.entries(tmp_path) == []
     with pytest.raises(ValueError, match=r"checkpoint\.id_format"):
         store.check_id(tmp_path, "step1.damaged3")
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A folder of checkpoints, of which step1 was moved to another disk and linked back."""
+    folder = tmp_path / "checkpoints"
+    kept = bare_checkpoint(tmp_path / "disk", "moved", 1, {"weights": "w"})
+    for step in (2, 3):
+        bare_checkpoint(folder, f"step{step}", step)
+    (folder / "step1").symlink_to(kept)
+    return folder, kept
+
+
+def test_of_a_checkpoint_that_is_a_link_only_the_link_is_removed(elsewhere):
+    folder, kept = elsewhere
+    assert store.list_ids(folder) == ["step1", "step2", "step3"]
+    store.remove(folder, "step1")
+    assert sorted(path.name for path in folder.iterdir()) == ["step2", "step3"]
+    assert store.problems_of(kept) == []
+
+
+def test_no_removal_follows_a_link(elsewhere, tmp_path):
+    """Links in a checkpoint, and one whose removal was cut short."""
+    folder, kept = elsewhere
+    (folder / "step1").rename(folder / ".step1.tmp")
+    (folder / "step2/files").symlink_to(kept)
+    (folder / "step2/weights").symlink_to(kept / "weights")
+    store.remove(folder, "step2")
+    assert store.remove_unfinished(folder) == []
+    assert [path.name for path in folder.iterdir()] == ["step3"]
+    assert store.problems_of(kept) == []
+
+
+def test_what_cannot_be_removed_is_told_and_takes_no_name(tmp_path, monkeypatch):
+    for step in (1, 2):
+        bare_checkpoint(tmp_path, f".step{step}.tmp", step, {"weights": "w"})
+    bare_checkpoint(tmp_path, "step1", 1)
+    unlink = Path.unlink
+
+    def refuse(path, **options):
+        if path.parent.name == ".step1.tmp":
+            raise PermissionError(1, "Operation not permitted")
+        unlink(path, **options)
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    (problem,) = store.remove_unfinished(tmp_path)
+    assert problem.startswith(
+        f"{tmp_path}/.step1.tmp, left by an interrupted save, cannot be removed: Operation not perm"
+    )
+    store.remove(tmp_path, "step1")
+    assert [path.name for path in tmp_path.iterdir()] == [".step1.tmp"]
+
+
+# Listing
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error_and_never_an_empty_one(run_folder):
+    folder = run_folder / "checkpoints"
+    folder.chmod(0o000)
+    with (
+        bound_by_permissions(),
+        pytest.raises(OSError, match=f"cannot list the checkpoints in {folder}: Permission denied; make it a"),
+    ):
+        store.entries(folder)
+    folder.chmod(0o755)
+    link = run_folder / "link"
+    link.symlink_to(run_folder / "gone")
+    with pytest.raises(OSError, match=r"cannot list the checkpoints in .*link: No such file"):
+        store.entries(link)
+    with pytest.raises(OSError, match=r"cannot list the checkpoints in .*latest: Not a directory"):
+        store.entries(folder / "latest")
+
+
+@pytest.mark.parametrize("hidden", ["step1000", "step1000/state.json"])
+def test_one_checkpoint_that_cannot_be_read_is_a_damaged_one_among_others(run_folder, hidden):
+    folder = run_folder / "checkpoints"
+    mode = (folder / hidden).stat().st_mode
+    (folder / hidden).chmod(0o000)
+    with bound_by_permissions():
+        first, *others = store.entries(folder)
+    (folder / hidden).chmod(mode)
+    assert (first.id, first.problem) == ("step1000", "state.json cannot be read (Permission denied)")
+    assert [entry.id for entry in others] == ["step900", "step1100"]
+
+
+def test_a_name_that_a_later_save_needs_is_told_at_the_start(tmp_path):
+    store.check_ids(tmp_path / "absent", "step{step}", after=0)
+    for name in ("step10", "notes 20", "step", "step11.damaged1", "latest"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "epoch3-step0011").touch()
+    store.check_ids(tmp_path, "step{step}", after=10)
+    with pytest.raises(ValueError, match=f"checkpoint step10 is already in {tmp_path}"):
+        store.check_ids(tmp_path, "step{step}", after=9)
+    with pytest.raises(ValueError, match=f"checkpoint epoch3-step0011 is already in {tmp_path}"):
+        store.check_ids(tmp_path, "epoch{epoch}-step{step:04d}", after=10)
+    (tmp_path / "step12.12").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match=r"checkpoint step12\.12 is already in"):
+        store.check_ids(tmp_path, "step{step}.{step:02d}", after=10)
+
+
+@pytest.mark.parametrize(
+    "id_format", ["a" * 240 + "{step}", "ä" * 120 + "{step}", "step{step}.damaged", "x.damaged{step}"]
+)
+def test_a_form_of_ids_that_no_folder_can_have_is_told_at_the_start(tmp_path, id_format):
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.id_format gives the id .*, which cannot be a folder's name; use at"
+    ):
+        store.check_ids(tmp_path, id_format, after=0)
 
 
 # Verifying

@@ -1,35 +1,14 @@
 """Folders that cannot be used end a run before its first step, with their name."""
 
-import ctypes
 import os
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from helpers.permissions import bound_by_permissions
 from helpers.runs import write_config
 
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.training.train import run
-
-_LINUX_CAPABILITY_VERSION_3, _CAP_DAC_OVERRIDE = 0x20080522, 1 << 1
-
-
-@contextmanager
-def bound_by_permissions():
-    """The superuser writes where permissions forbid it, unless this thread gives that up for a while."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    header = (ctypes.c_uint32 * 2)(_LINUX_CAPABILITY_VERSION_3, 0)
-    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, of two words
-    if libc.capget(header, sets):
-        pytest.skip("this system has no capabilities")
-    before = sets[0]
-    sets[0] &= ~_CAP_DAC_OVERRIDE
-    assert libc.capset(header, sets) == 0, os.strerror(ctypes.get_errno())
-    try:
-        yield
-    finally:
-        sets[0] = before
-        libc.capset(header, sets)
 
 
 def start(path: Path) -> None:

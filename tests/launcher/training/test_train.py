@@ -1,10 +1,12 @@
 """Whole runs in one process: exact resume, phases, evaluation, what is refused and what is left behind."""
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
+from helpers.checkpoints import changed_state
 from helpers.runs import BERT, GPT, losses, merged, metrics, weights, write_config
 
 from xformer_train.kernels.errors import UserError
@@ -111,6 +113,137 @@ def test_evaluation_changes_nothing_and_is_repeatable(tmp_path):
     held_out = {name: metrics(tmp_path / "runs" / name)[-1] for name in ("often", "once")}
     assert held_out["often"] == held_out["once"]
     assert {"step", "val_loss", "val_mlm", "val_nsp"} <= held_out["once"].keys()
+
+
+def best_in(capsys):
+    """What the closing summary says of the validation losses."""
+    return [line.strip() for line in capsys.readouterr().out.splitlines() if "best" in line]
+
+
+def test_a_resumed_run_remembers_its_best_validation_loss(tmp_path, capsys):
+    path = write_config(tmp_path, data__validation_fraction=0.2, eval__every_steps=2)
+    start(path, "training.max_steps=6")
+    (best,) = best_in(capsys)
+    start(path, "training.max_steps=8", "optimizer.lr=10", "training.gradient_clipping=0", resume=True)
+    rows = [row for row in metrics(tmp_path / "runs" / "run") if "val_loss" in row]
+    assert min(rows, key=lambda row: row["val_loss"])["step"] == 6
+    assert best_in(capsys) == [best]
+    # Another run that starts there has none yet.
+    where = (f"load.path={tmp_path}/runs/run", "load.id=step00000006")
+    start(path, "name=other", "training.max_steps=8", "optimizer.lr=10", "training.gradient_clipping=0", *where)
+    (other,) = best_in(capsys)
+    assert other != best and "8" in other
+
+
+def test_a_resumed_run_goes_on_counting_where_it_stopped(tmp_path, monkeypatch):
+    path = write_config(tmp_path, reliability__loss_spike_factor=100.0)
+    start(path, "training.max_steps=3")
+    given = []
+
+    class Guard(loop.NumericsGuard):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            given.append(self.state())
+
+    monkeypatch.setattr(loop, "NumericsGuard", Guard)
+    start(path, "training.max_steps=4", resume=True)
+    assert given[0]["losses"] == [losses(tmp_path / "runs/run")[step] for step in (1, 2, 3)]
+
+
+def test_a_checkpoint_from_before_these_fields_goes_on(tmp_path):
+    path = write_config(tmp_path)
+    start(path, "training.max_steps=3")
+    checkpoint = tmp_path / "runs/run/checkpoints/step00000003"
+    with changed_state(checkpoint) as state:
+        for name in ("best_loss", "best_step", "guard"):
+            del state[name]
+    start(path, "name=straight")
+    start(path, resume=True)
+    assert_same_run(tmp_path, "straight", "run", 12)
+
+
+@pytest.mark.parametrize("how", ["removed", "emptied", "of a disk that is not there", "of an empty disk"])
+def test_a_run_whose_checkpoints_are_gone_never_starts_anew_by_itself(tmp_path, how):
+    path = write_config(tmp_path)
+    start(path, "training.max_steps=3")
+    folder, kept = tmp_path / "runs/run/checkpoints", tmp_path / "kept"
+    folder.rename(kept)
+    if how == "emptied":
+        folder.mkdir()
+        (folder / "latest").write_text("step00000003\n")
+    elif how == "of an empty disk":
+        (tmp_path / "mnt").mkdir()
+        folder.symlink_to(tmp_path / "mnt")
+    elif how != "removed":
+        folder.symlink_to(tmp_path / "mnt")
+    before = (folder.parent / "metrics.jsonl").read_text()
+    message = (
+        "cannot list the checkpoints" if "not there" in how else r"holds metrics of a run, but .*checkpoints no check"
+    )
+    with pytest.raises(ValueError, match=message):
+        start(path, resume=True)
+    with pytest.raises(ValueError, match="already holds a run"):
+        start(path)
+    assert (folder.parent / "metrics.jsonl").read_text() == before
+    folder.unlink(missing_ok=True) if folder.is_symlink() else shutil.rmtree(folder, ignore_errors=True)
+    kept.rename(folder)
+    start(path, "training.max_steps=4", resume=True)
+    assert sorted(losses(folder.parent)) == [1, 2, 3, 4]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_anew(tmp_path, monkeypatch):
+    path = write_config(tmp_path, checkpoint__save_every_steps=5)
+    train_step = loop.train_step
+
+    def die(*args):
+        if (tmp_path / "runs/run/metrics.jsonl").read_text().count("\n") == 3:
+            raise ZeroDivisionError
+        return train_step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", die)
+        with pytest.raises(ZeroDivisionError):
+            start(path)
+    assert sorted(losses(tmp_path / "runs/run")) == [1, 2, 3]
+    start(path, resume=True)
+    assert sorted(losses(tmp_path / "runs/run")) == list(range(1, 13))
+    assert sorted(path.name for path in (tmp_path / "runs/run/checkpoints").iterdir())[0] == "latest"
+
+
+def test_what_is_in_the_way_of_a_later_save_ends_a_run_before_its_first_step(tmp_path):
+    path = write_config(tmp_path)
+    start(path, "training.max_steps=2")
+    folder = tmp_path / "runs/run/checkpoints"
+    (folder / "step00000007").mkdir()
+    before = (folder.parent / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match=r"checkpoint step00000007 is already in .*; move it away"):
+        start(path, resume=True)
+    assert (folder.parent / "metrics.jsonl").read_text() == before
+    (folder / "step00000007").rmdir()
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.id_format gives the id 'x{250}10+', which cannot be a folder's name"
+    ):
+        start(path, f"checkpoint.id_format={'x' * 250}{{step}}", resume=True)
+    start(path, "training.max_steps=3", resume=True)
+
+
+def test_a_file_in_the_place_of_the_checkpoints_ends_a_run_before_its_first_step(tmp_path):
+    path = write_config(tmp_path)
+    root = tmp_path / "runs/run"
+    root.mkdir(parents=True)
+    (root / "checkpoints").write_text("")
+    with pytest.raises(ValueError, match=f"cannot list the checkpoints in {root}/checkpoints: Not a directory"):
+        start(path, resume=True)
+    assert not (root / "metrics.jsonl").exists()
+
+
+def test_two_runs_one_of_which_has_the_name_of_a_pattern_of_the_other_keep_apart(tmp_path):
+    path = write_config(tmp_path)
+    start(path, "name=lr1", "training.max_steps=3", "seed=5")
+    start(path, "name=lr[1]", "training.max_steps=3")
+    start(path, "name=straight")
+    start(path, "name=lr[1]", resume=True)
+    assert_same_run(tmp_path, "straight", "lr[1]", 12)
 
 
 def test_a_run_directory_explains_itself(tmp_path):
