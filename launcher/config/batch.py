@@ -27,24 +27,18 @@ def solve_batch(training: TrainingConfig, num_replicas: int) -> BatchPlan:
     the nearest consistent values, when the keys contradict each other, and when neither batch size is given.
     """
     train, micro = training.train_batch_size, training.micro_batch_size
-    accumulation = training.gradient_accumulation_steps
+    steps = training.gradient_accumulation_steps
     if train is None and micro is None:
         raise UserError(
             "training.train_batch_size: no batch size is given; give training.train_batch_size (sequences per step, over "
             "all replicas of the model) or training.micro_batch_size (sequences per forward pass of one replica), or both"
         )
-    if train is None:
-        assert micro is not None, "checked above"
-        accumulation = accumulation or 1
-        return BatchPlan(micro * accumulation * num_replicas, micro, accumulation, num_replicas)
-    if micro is None:
-        micro = train // ((accumulation or 1) * num_replicas)
-        accumulation = accumulation or 1
-    elif accumulation is None:
-        accumulation = train // (micro * num_replicas)
-    if micro * accumulation * num_replicas != train:
+    steps = steps or (train // (micro * num_replicas) if train and micro else 1)
+    micro = micro or (train or 0) // (steps * num_replicas)
+    plan = BatchPlan(micro * steps * num_replicas, micro, steps, num_replicas)
+    if train not in (None, plan.train_batch_size):
         raise UserError(_contradiction(training, num_replicas))
-    return BatchPlan(train, micro, accumulation, num_replicas)
+    return plan
 
 
 def _contradiction(training: TrainingConfig, num_replicas: int) -> str:

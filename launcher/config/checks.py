@@ -29,6 +29,7 @@ OWNERS = {
     "optimizer": ("optimizer",),
     "zero_optimization": ("optimizer.type",),
 }
+KIND_WITH = {"subset": "hf", "split": "hf", "streaming": "hf", "documents": "text"}
 FILE_NAME_RULE = "a plain name: no slash, no white space at its ends, no dot at its start"
 
 
@@ -147,14 +148,13 @@ def _source_faults(source: SourceConfig) -> Iterator[tuple[str, str]]:
         yield "path", f"is missing; kind {source.kind} needs {what}"
     if source.kind in ("builtin", "text") and source.text_field != "text":
         yield "text_field", f"got {source.text_field!r}, but kind {source.kind} has no fields; remove it"
-    for owner, name, given, default in (
-        ("hf", "subset", source.subset, None),
-        ("hf", "split", source.split, "train"),
-        ("hf", "streaming", source.streaming, False),
-        ("text", "documents", source.documents, "auto"),
-    ):
-        if source.kind != owner and given != default:
-            yield name, f"got {given!r}, but only kind {owner} has it, and this source is kind {source.kind}; remove it"
+    given = source.model_dump(exclude_defaults=True)
+    for name, owner in KIND_WITH.items():
+        if source.kind != owner and name in given:
+            text = (
+                f"got {given[name]!r}, but only kind {owner} has it, and this source is kind {source.kind}; remove it"
+            )
+            yield name, text
 
 
 def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
@@ -306,15 +306,10 @@ def _checkpoint_faults(config: RunConfig) -> Iterator[Fault]:
             f"got {config.model.init_from!r}, but load.path {load.path!r} gives the weights too; keep one of the two",
         )
     if load.path is None:
-        for key, given in (
-            ("load.id", load.id != "latest"),
-            ("load.what", load.what != "all"),
-            ("load.rewarmup", load.rewarmup),
-        ):
-            if given:
-                value = getattr(load, key.removeprefix("load."))
-                shown = "true" if value is True else repr(value)
-                yield Fault((key, "load.path"), f"got {shown}, but load.path does not say where to load from; set it")
+        for name, value in load.model_dump(exclude_defaults=True).items():
+            shown = "true" if value is True else repr(value)
+            text = f"got {shown}, but load.path does not say where to load from; set it"
+            yield Fault((f"load.{name}", "load.path"), text)
     elif load.rewarmup and load.what == "weights":
         yield Fault(
             ("load.rewarmup", "load.what"),

@@ -1,6 +1,7 @@
 """Reading a run config: schema default < file < `--set a.b=c` < named flag, with every problem in one report. Torch-free."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,7 @@ def load_config(
     layers.include_deepspeed_file()
     config = layers.validate(world_size)
     leaves = _leaves(config.model_dump(mode="json"), ())
-    return LoadedConfig(config, {dotted(leaf): layers.origin(leaf) or "default" for leaf in leaves})
+    return LoadedConfig(config, {dotted(leaf): layers.origins.get(leaf, "default") for leaf in leaves})
 
 
 def dump_config(config: RunConfig, origins: Mapping[str, str] | None = None) -> str:
@@ -199,10 +200,6 @@ class _Layers:
         if self.problems:
             raise ConfigError(sorted(self.problems, key=_file_and_line))
         return config
-
-    def origin(self, path: KeyPath) -> str | None:
-        """What set exactly this key."""
-        return self.origins.get(path)
 
     def _nearest(self, path: KeyPath) -> str:
         """What set this key, or a key in it or in the same list, or the closest section around it, or else the file."""
@@ -357,8 +354,7 @@ def _default(path: KeyPath) -> Any:
 
 def _outside_lists(path: KeyPath) -> KeyPath:
     """The path cut before its first list index: a list with one wrong item is left out as a whole."""
-    first = next((position for position, part in enumerate(path) if isinstance(part, int)), len(path))
-    return path[:first]
+    return tuple(itertools.takewhile(lambda part: isinstance(part, str), path))
 
 
 def _related(key: KeyPath, other: KeyPath) -> bool:

@@ -255,20 +255,17 @@ def _master_address(host: str) -> str:
     return host
 
 
-def _filter(options: LaunchOptions) -> list[str]:
-    """The choice from the hostfile, in DeepSpeed's words."""
+def _hostfile_options(options: LaunchOptions) -> list[str]:
+    """The hostfile and the choice from it, in DeepSpeed's words."""
+    assert options.hostfile is not None, "asked for with a hostfile only"
     given = {
+        "--hostfile": options.hostfile.absolute(),
         "--include": options.include,
         "--exclude": options.exclude,
         "--num_nodes": options.num_nodes,
         "--num_gpus": options.num_gpus,
     }
     return [word for name, value in given.items() if value for word in (name, str(value))]
-
-
-def _hostfile_options(options: LaunchOptions) -> list[str]:
-    assert options.hostfile is not None, "asked for with a hostfile only"
-    return ["--hostfile", str(options.hostfile.absolute()), *_filter(options)]
 
 
 def _ssh_commands(options: LaunchOptions, slots: Slots, rest: Sequence[str]) -> list[HostCommand]:

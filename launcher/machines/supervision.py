@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import IO
 
 from ..processes.rank_status import FOLDER_VARIABLE, REQUEUE, USAGE_ERROR, RankStatus, first_failure, read_statuses
 from ..processes.words import rank_list
@@ -74,23 +75,25 @@ class _Host:
 
     command: HostCommand
     process: subprocess.Popen[bytes]
+    stdin: IO[bytes]
 
     def has_ended(self) -> bool:
         """Return whether the command and its guard have ended. After a kill the guard ends what runs there, then the pipe."""
         if self.process.poll() is None:
             return False
-        assert self.process.stdin is not None, "started with a pipe"
         held = select.poll()
-        held.register(self.process.stdin, 0)
+        held.register(self.stdin, 0)
         return bool(held.poll(0))  # an error: nobody reads the pipe any more
 
     def send(self, number: signal.Signals) -> None:
-        assert self.process.stdin is not None, "started with a pipe"
         if self.command.through_pdsh and number == signal.SIGUSR1:
             number = signal.SIGTERM
-        with suppress(OSError):  # it has ended, or its connection has
-            self.process.stdin.write(number.name.encode() + b"\n")
-            self.process.stdin.flush()
+        self.write(number.name)
+
+    def write(self, line: str) -> None:
+        with suppress(OSError):  # it has ended, or its connection has; its exit code says so
+            self.stdin.write(line.encode() + b"\n")
+            self.stdin.flush()
 
 
 def run_hosts(commands: Sequence[HostCommand], status_folder: Path, world_size: int) -> Outcome:
@@ -109,9 +112,8 @@ def run_hosts(commands: Sequence[HostCommand], status_folder: Path, world_size: 
                 _wait_for_statuses(status_folder, world_size)
     finally:
         for host in hosts:  # the end of their stdin ends them, if something went wrong here
-            assert host.process.stdin is not None, "started with a pipe"
             with suppress(OSError):
-                host.process.stdin.close()
+                host.stdin.close()
     codes = {host.command.host: host.process.returncode for host in hosts}
     outcome = _outcome(codes, read_statuses(status_folder), world_size, received)
     return replace(outcome, told_to_end=bool(received))
@@ -129,10 +131,9 @@ def _start(command: HostCommand, status_folder: Path) -> _Host:
         "processes": command.processes,
     }
     assert process.stdin is not None, "started with a pipe"
-    with suppress(OSError):  # it has failed already; its exit code says so
-        process.stdin.write(json.dumps(order).encode() + b"\n")
-        process.stdin.flush()
-    return _Host(command, process)
+    host = _Host(command, process, process.stdin)
+    host.write(json.dumps(order))
+    return host
 
 
 @contextmanager

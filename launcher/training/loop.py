@@ -173,9 +173,7 @@ def _evaluated(setup: Setup, log: RunLog | None, tally: _Tally) -> bool:
     assert setup.data.validation is not None, "asked for without validation data"
 
     def goes_on() -> bool:
-        setup.watchdog.at(
-            "evaluate"
-        )  # before every micro-batch, as the whole may take longer than a hang is waited for
+        setup.watchdog.at("evaluate")  # for each micro-batch: the whole may take longer than a hang is waited for
         return not setup.stop.agreed()
 
     parts = evaluate(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from ...kernels.errors import UserError
@@ -241,12 +240,7 @@ def _build(start: Start, model: dict[str, Any], ds_config: dict[str, Any]) -> tu
     )
     start.fill(module, model)
     optimizer = build_optimizer(module, config.optimizer, topology.tensor_group)
-    try:
-        return build_engine(module, optimizer, ds_config, topology), optimizer
-    except ValidationError as error:  # DeepSpeed's, which knows the keys inside its sections
-        fault = error.errors()[0]
-        key = ".".join(str(part) for part in fault["loc"])
-        raise UserError(f"deepspeed: {key} in {error.title}: {fault['msg']}; correct or remove the key") from error
+    return build_engine(module, optimizer, ds_config, topology), optimizer
 
 
 def last_step(config: RunConfig, progress: Progress, data: PreparedData, batch: BatchPlan) -> int:

@@ -214,9 +214,8 @@ def test_a_dumped_config_loads_back_equal_with_and_without_origins(load):
     text = MINIMAL + (
         "model: {type: gpt, layer_norm_eps: 1e-5}\nobjective: {type: clm}\nseed: 9223372036854775807\n"
         "data: {sources: [{kind: text, path: 'a b.txt', weight: 0.1}, {kind: hf, path: x, weight: 11e-3}], validation: "
-        "{kind: builtin}}\ndeepspeed: {zero_optimization: {stage: 0, offload: {}}, a_list: [1, [2]], tensorboard: {enabled: "
-        "false}}\n"
-    ).replace("a_list: [1, [2]], ", "")
+        "{kind: builtin}}\ndeepspeed: {zero_optimization: {stage: 0, offload_param: {}}, tensorboard: {enabled: false}}\n"
+    )
     loaded = load(text)
     assert load(dump_config(loaded.config)).config == loaded.config
     assert load(dump_config(loaded.config, loaded.origins)).config == loaded.config
