@@ -178,18 +178,26 @@ def _loss_text(loss: float, parts: Mapping[str, float]) -> str:
 
 def _drop_rows_after(path: Path, step: int) -> None:
     """Replace the file in one move by one without rows of later steps and without a last row that is cut short."""
-    if not path.exists():
-        return
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
+    if path.exists():
+        replace_text(path, "".join(line for own, line in rows(path) if own <= step))
+
+
+def rows(path: Path) -> list[tuple[int, str]]:
+    """Return the step and the text of each row of metrics.jsonl, without blank lines and a last one cut short.
+
+    Raises UserError if another line is no row, RefusedError if the file cannot be read.
+    """
+    with refused(f"cannot read {path}", "correct its permissions"):
+        lines = path.read_bytes().splitlines(keepends=True)
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()  # the process was killed while writing it
-    kept = [line for number_, line in enumerate(lines, 1) if _step_of(line, f"{path}:{number_}") <= step]
-    replace_text(path, "".join(kept))
+    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _step_of(line: str, where: str) -> int:
-    """Return the step of a row. Raises UserError if the line is not one."""
+def _row(line: bytes, where: str) -> tuple[int, str]:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{where}: not a row of metrics, got {line.strip()!r}; delete or repair that line") from error
+        text = line.decode()
+        return int(json.loads(text)["step"]), text
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+        shown = repr(line.strip()[:80]).removeprefix("b")
+        raise UserError(f"{where}: not a row of metrics, got {shown}; delete or repair that line") from error

@@ -1,5 +1,6 @@
 """What a run says about itself when it starts and when it ends."""
 
+import shlex
 import textwrap
 from dataclasses import dataclass
 
@@ -7,7 +8,7 @@ from ...recipes.data.stream import PreparedData
 from ...recipes.data.tokenizer import RunTokenizer
 from ..config.batch import BatchPlan
 from ..config.optimizers import OPTIMIZER_TERMS, OptimizerConfig
-from ..config.schema import RunConfig, ScheduleConfig
+from ..config.schema import CheckpointConfig, RunConfig, ScheduleConfig
 from ..optim.optimizer import OPTIMIZERS
 from ..optim.schedule import warmup_length
 from ..processes.words import duration, number
@@ -30,6 +31,7 @@ class StartupFacts:
     """Which path computes the layers, such as "Triton (CUDA device)"."""
     devices: str
     """Such as "2 x NVIDIA H200" or "CPU, 2 threads"."""
+    zero_stage: int
     start_step: int
     max_steps: int
     schedule_steps: int
@@ -73,11 +75,15 @@ def startup_report(facts: StartupFacts) -> str:
         ("kernels", facts.kernels),
         ("devices", facts.devices),
         *_parallel_line(config),
+        ("ZeRO", f"stage {facts.zero_stage}"),
         ("data", _data_text(facts.data)),
+        *_shares_line(config, facts.data),
         ("tokenizer", f"{facts.tokenizer.kind}, {facts.tokenizer.vocab_size:,} symbols"),
         ("steps", _steps_text(facts)),
         ("optimizer", _optimizer_text(config.optimizer)),
         ("schedule", _schedule_text(config.schedule, facts.schedule_steps)),
+        ("saves", _checkpoint_text(config.checkpoint)),
+        *_evaluation_line(config, facts.data),
         ("start", f"from {facts.start}"),
         ("output", str(RunDirectory.of(config).root)),
     ]
@@ -112,10 +118,19 @@ def closing_summary(config: RunConfig, facts: ClosingFacts) -> str:
         *([("held-out", "best loss {:.4f} at step {:,}".format(*facts.best))] if facts.best else []),
         ("checkpoint", facts.checkpoint_id or "none"),
         ("output", str(RunDirectory.of(config).root)),
-        *([("to resume", facts.resume_command)] if facts.checkpoint_id else []),
     ]
-    ending = "finished" if facts.step == facts.max_steps else "stopped as asked"
-    return _aligned(f"run {config.name} {ending}", lines)
+    if facts.step == facts.max_steps:
+        return _aligned(f"run {config.name} finished", lines + _what_to_try(config))
+    resume = [("to resume", facts.resume_command)] if facts.checkpoint_id else []
+    return _aligned(f"run {config.name} stopped as asked", lines + resume)
+
+
+def _what_to_try(config: RunConfig) -> list[tuple[str, str]]:
+    """Return the commands that show what a finished run has made."""
+    root = shlex.quote(str(RunDirectory.of(config).root))
+    ask = f'sample --run {root} --prompt "Once"' if config.model.type == "gpt" else f'fill-mask --run {root} "a [MASK]"'
+    plot = [("to plot", f"tensorboard --logdir {root}")] if config.logging.tensorboard else []
+    return [("to try", f"xformer-train {ask}"), ("to export", f"xformer-train export --run {root} --to DIR"), *plot]
 
 
 def _data_text(data: PreparedData) -> str:
@@ -129,8 +144,42 @@ def _data_text(data: PreparedData) -> str:
 def _steps_text(facts: StartupFacts) -> str:
     done = f", {facts.start_step:,} of them done" if facts.start_step else ""
     # The steps that are done may have been on other data, so epochs are those of the steps to come.
-    samples_to_go = (facts.max_steps - facts.start_step) * facts.batch.train_batch_size
-    return f"{facts.max_steps:,}{done}; {samples_to_go / facts.data.train.num_samples:,.2f} epochs to go"
+    steps_to_go = max(0, facts.max_steps - facts.start_step)
+    epochs = steps_to_go * facts.batch.train_batch_size / facts.data.train.num_samples
+    tokens = facts.batch.train_batch_size * facts.config.data.max_seq_length
+    return (
+        f"{facts.max_steps:,}{done}; {epochs:,.2f} epochs to go, of up to {_millions(tokens)} tokens a step, "
+        f"{_millions(tokens * steps_to_go)} in all"
+    )
+
+
+def _cadence(every_steps: int | None) -> str:
+    return "at the end" if every_steps is None else f"every {_counted(every_steps, 'step')} and at the end"
+
+
+def _checkpoint_text(checkpoint: CheckpointConfig) -> str:
+    kept = "all stay" if checkpoint.keep_last is None else f"the last {checkpoint.keep_last} stay"
+    if checkpoint.keep_last is not None and checkpoint.keep_every_steps is not None:
+        kept += f", and every {_counted(checkpoint.keep_every_steps, 'step')}"
+    return f"{_cadence(checkpoint.save_every_steps)}; {kept}"
+
+
+def _evaluation_line(config: RunConfig, data: PreparedData) -> list[tuple[str, str]]:
+    if data.validation is None:
+        return []
+    most = (
+        f", of at most {_counted(config.eval.batches, 'micro-batch', 'micro-batches')}" if config.eval.batches else ""
+    )
+    return [("evaluates", f"{_cadence(config.eval.every_steps)}{most}")]
+
+
+def _shares_line(config: RunConfig, data: PreparedData) -> list[tuple[str, str]]:
+    """Return which share of the samples each source gives, if there are several."""
+    if len(config.data.sources) == 1:
+        return []
+    names = [f"{source.kind} {source.path}" if source.path else source.kind for source in config.data.sources]
+    parts = [f"{name} {share / sum(data.train.draws):.1%}" for name, share in zip(names, data.train.draws, strict=True)]
+    return [("sources", ", ".join(parts))]
 
 
 def _optimizer_text(optimizer: OptimizerConfig) -> str:

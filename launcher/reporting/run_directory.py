@@ -16,9 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ...kernels.errors import UserError, refused
+from ..config.file import ConfigError, read_tree
 from ..config.loading import dump_config
 from ..config.schema import RunConfig
 from ..processes import console
@@ -94,14 +93,17 @@ def open_run_directory(config: RunConfig, held: ExitStack, *, resume: bool) -> R
     root = directory.root
     previous = None
     if directory.holds_run and directory.config.exists():
-        with refused(f"cannot read {directory.config}", "correct its permissions, or remove it"):
-            previous = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+        try:
+            previous = read_tree(directory.config).values
+        except ConfigError as error:
+            text = f"{error.problems[0]}; which keys have changed since the last start is not told"
+            console.warn(text, logging.getLogger(__name__))
     with refused(f"cannot make {root}", "choose another --output_dir"):
         root.mkdir(parents=True, exist_ok=True)
     held.enter_context(only_run(directory.lock))
     if previous is None:
         return directory
-    return RunDirectory(root, tuple(_differences(previous, yaml.safe_load(dump_config(config)))))
+    return RunDirectory(root, tuple(_differences(previous, config.model_dump(mode="json"))))
 
 
 @contextmanager

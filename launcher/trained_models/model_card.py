@@ -1,7 +1,7 @@
 """README.md of an exported model: what the run's own files say of its training, and how to load it."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ...recipes import RECIPES
 from ..checkpoint import store
 from ..config.loading import load_config
 from ..config.schema import RunConfig
+from ..processes import console
 from ..reporting.run_directory import RunDirectory
 
 
@@ -83,12 +84,25 @@ def _facts(
         f"{engine['precision']}",
     )
     directory = RunDirectory(checkpoint.parent.parent)
-    yield from _losses(directory.metrics, saved["step"])
+    yield from _if_whole(directory.metrics, lambda path: _losses(path, saved["step"]))
     yield "saved", saved["saved_at"]
-    environment = directory.root / "env.json"
-    if environment.is_file():
-        packages = json.loads(environment.read_text(encoding="utf-8"))["packages"]
-        yield "versions", ", ".join(f"{package} {version}" for package, version in packages.items() if version)
+    yield from _if_whole(directory.root / "env.json", _versions)
+
+
+def _if_whole(path: Path, read: Callable[[Path], Iterator[tuple[str, str]]]) -> list[tuple[str, str]]:
+    """Return what a file of the run directory says, nothing with a warning if it is damaged: the model is whole without it."""
+    if not path.is_file():
+        return []
+    try:
+        return list(read(path))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        console.warn(f"{path} cannot be read ({type(error).__name__}: {error}), so the model card leaves it out")
+        return []
+
+
+def _versions(environment: Path) -> Iterator[tuple[str, str]]:
+    packages = json.loads(environment.read_text(encoding="utf-8"))["packages"]
+    yield "versions", ", ".join(f"{package} {version}" for package, version in packages.items() if version)
 
 
 def _source(source: Any) -> str:
@@ -99,10 +113,8 @@ def _source(source: Any) -> str:
 
 def _losses(metrics: Path, step: int) -> Iterator[tuple[str, str]]:
     """The last losses at or before a step. A last row cut short, as of a run that was killed, is none."""
-    if not metrics.is_file():
-        return
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    rows = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
     for label, prefix in (("training loss", ""), ("held-out loss", "val_")):
         found = [row for row in rows if f"{prefix}loss" in row and row["step"] <= step]
         if found:

@@ -32,6 +32,7 @@ from ..processes.kernels import kernels_text
 from ..processes.signals import StopRequest
 from ..processes.topology import Topology, device_name, precision
 from ..processes.watchdog import Watchdog
+from ..reporting.metrics import rows
 from ..reporting.report import StartupFacts, startup_report
 from ..reporting.run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
 from .start import Progress, Start, choose_start
@@ -134,7 +135,13 @@ def prepare(
 
 
 def _open_directory(config: RunConfig, topology: Topology, held: ExitStack, *, resume: bool) -> RunDirectory:
-    directory = by_main(topology, lambda: open_run_directory(config, held, resume=resume))
+    def open_whole() -> RunDirectory:
+        found = open_run_directory(config, held, resume=resume)
+        if found.metrics.exists():
+            rows(found.metrics)  # a line that is none would end the run only when the log is opened
+        return found
+
+    directory = by_main(topology, open_whole)
     check_is_shared(directory, topology)
     agreed(topology, lambda: log_to_file(directory, topology.rank))
     _LOG.info("process %d of %d, pid %d", topology.rank, topology.world_size, os.getpid())
@@ -278,6 +285,7 @@ def _startup_facts(
         precision=f"{setup.precision}: {precision_reason}",
         kernels=kernels_text(config.model, config.layer, runtime_of(config, topology), topology.device),
         devices=", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
+        zero_stage=setup.engine.zero_optimization_stage(),
         start_step=progress.step,
         max_steps=setup.total_steps,
         schedule_steps=setup.schedule_steps,

@@ -7,7 +7,9 @@ from contextlib import ExitStack
 import torch
 
 from ...kernels.errors import RefusedError
+from ..config.batch import solve_batch
 from ..config.loading import LoadedConfig
+from ..config.schema import RunConfig
 from ..processes import console
 from ..processes.signals import StopAsked, StopRequest
 from ..processes.topology import Topology, start_processes, stop_processes
@@ -17,6 +19,7 @@ from .loop import train
 from .prepare import prepare
 
 _LOG = logging.getLogger(__name__)
+_CPU_ALLOCATOR = "DefaultCPUAllocator: "
 
 
 def run(loaded: LoadedConfig, *, resume: bool) -> int:
@@ -34,13 +37,30 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
             return _train(loaded, topology, stop, watchdog, held, started_s, resume=resume)
     except Exception as error:
         _LOG.exception("the run failed")
-        if isinstance(error, torch.OutOfMemoryError):
-            reason = str(error).splitlines()[0].rstrip(".")
-            remedy = "lower training.micro_batch_size, or set training.activation_checkpointing"
-            raise RefusedError(f"{reason}; {remedy}") from error
+        reason = _out_of_memory(error)
+        if reason:
+            raise RefusedError(f"out of memory: {reason}; {_less_memory(loaded.config, topology)}") from error
         raise
     finally:
         stop_processes()
+
+
+def _out_of_memory(error: Exception) -> str:
+    """Return what was asked for in vain, empty if the error is another one. torch has no type for the memory of a CPU."""
+    text = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return text
+    return text.partition(_CPU_ALLOCATOR)[2] if isinstance(error, RuntimeError) else ""
+
+
+def _less_memory(config: RunConfig, topology: Topology) -> str:
+    """Return what the run holds, and the keys by which it would hold less."""
+    training, micro = config.training, solve_batch(config.training, topology.num_replicas).micro_batch_size
+    return (
+        f"lower training.micro_batch_size {micro} or data.max_seq_length {config.data.max_seq_length}, set "
+        f"training.activation_checkpointing, which is {training.activation_checkpointing}, or the flags gelu_checkpoint, "
+        "attn_dropout_checkpoint and normalize_invertible of layer: docs/memory.md has the bytes"
+    )
 
 
 def _train(

@@ -230,7 +230,23 @@ def test_tensorboard_on_a_full_disk_is_given_up_and_the_rows_go_on(tmp_path, mon
     )
 
 
-@pytest.mark.parametrize("line", ["not json", "[1, 2]", '{"loss": 1.0}', '{"step": null}'])
+def test_blank_lines_are_no_rows(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 10}\n\n  \n{"step": 20}\n')
+    RunLog(tmp_path, 100, start_step=15, tensorboard=False).close()
+    assert path.read_text() == '{"step": 10}\n'
+
+
+def test_a_row_that_is_not_utf_8_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 10}\n{"step": 11, "a": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a row of metrics, got '\{\"step\": 11"):
+        RunLog(tmp_path, 100, start_step=15, tensorboard=False)
+
+
+@pytest.mark.parametrize(
+    "line", ["not json", "[1, 2]", '{"loss": 1.0}', '{"step": null}', '{"step": 1e999}', "[" * 100_000]
+)
 def test_a_broken_row_before_the_end_is_refused_by_file_and_line_and_left_in_place(tmp_path, line):
     path = tmp_path / "metrics.jsonl"
     text = f'{{"step": 10}}\n{line}\n{{"step": 20}}\n'

@@ -3,7 +3,14 @@ from types import SimpleNamespace
 
 from xformer_train.launcher.config.batch import BatchPlan
 from xformer_train.launcher.config.optimizers import OptimizerConfig
-from xformer_train.launcher.config.schema import ParallelConfig, RunConfig, ScheduleConfig
+from xformer_train.launcher.config.schema import (
+    CheckpointConfig,
+    EvalConfig,
+    LoggingConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+)
 from xformer_train.launcher.reporting.report import ClosingFacts, StartupFacts, closing_summary, startup_report
 from xformer_train.recipes.config import DataConfig, ModelConfig
 from xformer_train.recipes.data.stream import DataSizes, PreparedData
@@ -31,6 +38,7 @@ STARTUP = StartupFacts(
     precision="bf16: the GPU has it",
     kernels="Triton, for CUDA devices",
     devices="2 x NVIDIA H200",
+    zero_stage=2,
     start_step=1200,
     max_steps=7500,
     schedule_steps=7500,
@@ -87,7 +95,10 @@ def test_the_report_tells_model_data_steps_and_origin():
         "bf16: the GPU has it",
         "3,211 documents, 1,234,567 tokens, 9,600 samples per epoch, 512 samples held out",
         "wordpiece, trained on the sources, 8,192 symbols",
-        "7,500, 1,200 of them done; 168.00 epochs to go",
+        "7,500, 1,200 of them done; 168.00 epochs to go, of up to 32,768 tokens a step, 206.4 M in all",
+        "ZeRO stage 2",
+        "saves at the end; the last 3 stay",
+        "evaluates at the end",
         "lamb, lr 0.011, betas 0.9 0.999, weight decay 0.01, deepspeed convention,"
         " trust ratio from 0.01 to 0.3, no bias correction",
         "EE: warm-up of 450 steps, then x 0.9 every 250 steps, plus 0.001 throughout",
@@ -103,10 +114,41 @@ def test_the_report_of_a_new_run_without_validation_data_claims_nothing_it_does_
     data = dataclasses.replace(DATA, validation=None)
     text = " ".join(report(config, data=data, start_step=0, start="new weights").split())
     assert "9,600 samples per epoch, none held out" in text
-    assert "steps 7,500; 200.00 epochs to go optimizer" in text
+    assert "steps 7,500; 200.00 epochs to go, of up to 32,768 tokens a step, 245.8 M in all optimizer" in text
+    assert "evaluates" not in text
     assert "start from new weights" in text
     assert "trust ratio unbounded" in text
     assert "wsd: no warm-up, then constant, and decay to 0 over the last 20% of 7,500 steps" in text
+
+
+def test_the_report_tells_cadences_and_the_shares_of_sources():
+    config = changed(
+        checkpoint=CheckpointConfig(save_every_steps=100, keep_last=2, keep_every_steps=1000),
+        eval=EvalConfig(every_steps=50, batches=1),
+        data=DataConfig(sources=[{"kind": "builtin"}, {"kind": "text", "path": "a.txt"}]),
+    )
+    data = dataclasses.replace(DATA, train=SimpleNamespace(num_samples=9600, draws=[2400, 7200]))
+    text = " ".join(report(config, data=data).split())
+    assert "saves every 100 steps and at the end; the last 2 stay, and every 1,000 steps" in text
+    assert "evaluates every 50 steps and at the end, of at most 1 micro-batch" in text
+    assert "sources builtin 25.0%, text a.txt 75.0%" in text
+
+
+def test_a_run_that_has_gone_further_than_it_is_asked_to_has_no_epochs_to_go():
+    assert "7,500, 9,000 of them done; 0.00 epochs to go" in report(start_step=9000)
+
+
+def test_a_finished_run_is_told_with_what_can_be_done_with_it():
+    lines = closing_summary(CONFIG, dataclasses.replace(CLOSING, step=7500)).splitlines()
+    assert lines[0] == "run bert_large finished"
+    assert [line.split(maxsplit=2)[2] for line in lines[-3:]] == [
+        'xformer-train fill-mask --run runs/bert_large "a [MASK]"',
+        "xformer-train export --run runs/bert_large --to DIR",
+        "tensorboard --logdir runs/bert_large",
+    ]
+    config = changed(model=ModelConfig(type="gpt"), output_dir="my runs", logging=LoggingConfig(tensorboard=False))
+    lines = closing_summary(config, dataclasses.replace(CLOSING, step=7500)).splitlines()
+    assert lines[-2].endswith("""  xformer-train sample --run 'my runs/bert_large' --prompt "Once\"""")
 
 
 def test_every_schedule_and_a_billion_parameters_can_be_reported():

@@ -6,12 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 from helpers.runs import metrics, write_config
 
 from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.reporting.run_directory import only_run
+from xformer_train.launcher.reporting.run_directory import only_run, open_run_directory
 from xformer_train.launcher.training.train import run
 
 HOLDER = """
@@ -72,3 +73,26 @@ def test_a_file_system_without_locks_is_told_and_keeps_nobody_out(tmp_path, monk
     with only_run(tmp_path / ".lock"):
         pass
     assert f"{tmp_path}/.lock cannot be locked (No locks available), so nothing keeps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1", "a: &a [*a]", "a: \xff", "a: 1\na: 2"])
+def test_a_run_whose_recorded_config_cannot_be_read_is_continued_with_a_warning(tmp_path, capsys, text):
+    config = load_config(write_config(tmp_path), (), world_size=1).config
+    folder = tmp_path / "runs/run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "config.resolved.yaml").write_text(text, encoding="latin-1")
+    with ExitStack() as held:
+        directory = open_run_directory(config, held, resume=True)
+    assert directory.changed_keys == ()
+    said = capsys.readouterr().err
+    assert said.startswith(f"warning: {folder}/config.resolved.yaml") and said.count("\n") == 1
+    assert said.endswith("; which keys have changed since the last start is not told\n")
+
+
+def test_a_resume_with_a_broken_row_of_metrics_is_refused_before_anything_is_prepared(tmp_path):
+    path = write_config(tmp_path, data__sources=[{"kind": "text", "path": "none.txt"}])
+    folder = tmp_path / "runs/run"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "metrics.jsonl").write_bytes(b'{"step": 1}\n\n\xff\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:3: not a row of metrics"):
+        run(load_config(path, (), world_size=1), resume=True)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from xformer_train.launcher.checkpoint.files import read_file
 from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.processes.topology import quiet
+from xformer_train.launcher.trained_models import model_card
 from xformer_train.launcher.trained_models.export import export
 from xformer_train.launcher.trained_models.pretrained import from_checkpoint, open_pretrained
 from xformer_train.launcher.trained_models.sampling import Sampling, fill_mask, sample
@@ -201,6 +202,16 @@ def test_a_run_that_was_killed_while_it_logged_is_exported(root, tmp_path):
     result = invoke("export", "--run", copy, "--to", tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert "training loss | " in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{", b'{"packages": 3}', b"\xff", b"[" * 100_000])
+def test_a_damaged_file_beside_the_checkpoint_is_left_out_of_the_card(tmp_path, capsys, text):
+    (tmp_path / "env.json").write_bytes(text)
+    assert model_card._if_whole(tmp_path / "env.json", model_card._versions) == []
+    assert f"warning: {tmp_path}/env.json cannot be read" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": "x"}\n' + text + b"\n")
+    assert model_card._if_whole(tmp_path / "metrics.jsonl", lambda path: model_card._losses(path, 2)) == []
+    assert f"warning: {tmp_path}/metrics.jsonl cannot be read" in capsys.readouterr().err
 
 
 def test_a_checkpoint_speaks_in_one_line(root, exported):

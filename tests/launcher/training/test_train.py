@@ -403,3 +403,17 @@ def test_what_a_device_or_a_kernel_refuses_is_told_as_something_to_change(error,
 def test_a_key_that_a_section_of_deepspeed_does_not_have_is_named(tmp_path):
     with pytest.raises(UserError, match=r"deepspeed\.zero_optimization\.no_such_key: unknown DeepSpeed key"):
         start(write_config(tmp_path), "deepspeed.zero_optimization.no_such_key=1")
+
+
+def test_a_value_that_only_deepspeed_knows_to_be_wrong_is_named_before_anything_is_prepared(tmp_path):
+    with pytest.raises(UserError, match=r"deepspeed: DeepSpeed refuses these settings .*offload_optimizer\.ratio"):
+        start(write_config(tmp_path), "deepspeed.zero_optimization={stage: 1, offload_optimizer: {ratio: 7}}")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_cpu_without_memory_is_told_what_was_held_and_what_would_hold_less(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "train_step", lambda *args: torch.empty(2**50))
+    said = r"^out of memory: can't allocate memory: you tried to allocate \d+ bytes"
+    with pytest.raises(UserError, match=said) as error:
+        start(write_config(tmp_path, training__micro_batch_size=2))
+    assert "; lower training.micro_batch_size 2 or data.max_seq_length 32, set training.act" in str(error.value)
