@@ -7,8 +7,8 @@ import typer
 
 from ..config.flags import values_by_key
 from .errors import reported_errors
-from .options import ConfigOption, DebugOption, SetOption
-from .train import load, with_flags, world_size
+from .options import ConfigOption, DebugOption, SetOption, load, world_size
+from .train import with_flags
 
 config_app = typer.Typer(help="Show, check or describe run configs.", no_args_is_help=True)
 
@@ -20,7 +20,7 @@ def show(config: ConfigOption = None, sets: SetOption = None, debug: DebugOption
     with reported_errors(debug):
         from ..config.loading import dump_config
 
-        loaded = load(config, sets, values_by_key(flags), world_size(None))
+        loaded = load(config, sets, values_by_key(flags), None)
         typer.echo(dump_config(loaded.config, loaded.origins), nl=False)
 
 
@@ -38,7 +38,7 @@ def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOptio
         from ..config.paths import missing_paths
         from ..reporting.run_directory import taken_text
 
-        found = load(config, sets, values_by_key(flags), world_size(None))
+        found = load(config, sets, values_by_key(flags), None)
         missing = missing_paths(found)
         if missing:
             raise ConfigError(missing)

@@ -57,17 +57,17 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
         )
         slots = choose_hosts(options)
         arguments = ["--config", str(config_file), *(overrides or ())]
-        training = training_options(arguments)
-        config = load_config(training.config, training.sets, training.flags, count_processes(options, slots)).config
+        files, resume = training_options(arguments)
+        config = load_config(**files, world_size=count_processes(options, slots)).config
         planned = plan_launch(options, slots, arguments)
     if print_only:
         typer.echo(planned.text())
         return
     with requeued_by_signals(), reported_errors(debug):
         # Each process would find another run's directory too, but a restart would then go on with that run.
-        folder = check_run_directory(config, resume=training.resume).log.absolute()
+        folder = check_run_directory(config, resume=resume).log.absolute()
         outcome = start(planned, folder)
-        resuming = arguments if training.resume else [*arguments, "--resume", "auto"]
+        resuming = arguments if resume else [*arguments, "--resume", "auto"]
         for restart in range(1, max_restarts + 1):
             if not outcome.may_start_again:
                 break

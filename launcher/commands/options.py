@@ -1,9 +1,16 @@
-"""Options that several commands take."""
+"""Options that several commands take, and the run config that they give."""
 
+import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ...kernels.errors import UserError
+from .errors import leave
+
+if TYPE_CHECKING:
+    from ..config.loading import LoadedConfig
 
 RUN_HELP = "A run directory, its checkpoints folder, or one checkpoint."
 
@@ -80,3 +87,22 @@ LauncherOption = Annotated[
 AddressOption = Annotated[str | None, typer.Option(help="Address of the first host, for all the others.")]
 
 PortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="Port of that host where all processes meet.")]
+
+
+def load(config: Path | None, sets: list[str] | None, flags: dict[str, Any], default: int | None) -> "LoadedConfig":
+    """Return the run config that these options give. It is checked for `world_size(default)` processes."""
+    if config is None:
+        leave("error: no run config is given; use --config FILE, or --help", status=2)
+    from ..config.loading import load_config
+
+    return load_config(config, sets or (), flags, world_size(default))
+
+
+def world_size(default: int | None) -> int | None:
+    """Return the number of processes that a launcher started, `default` without a launcher."""
+    text = os.environ.get("WORLD_SIZE")
+    if text is None:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise UserError(f"environment variable WORLD_SIZE is {text!r}, must be a number of processes, 1 or more")
+    return int(text)

@@ -4,25 +4,16 @@ Torch, DeepSpeed and pydantic are imported only once a command needs them, so th
 """
 
 import inspect
-import os
-import sys
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from ...kernels.errors import UserError
 from ..config.flags import FLAGS, values_by_key
 from .errors import leave, reported_errors, requeued_by_signals
-from .options import ConfigOption, DebugOption, SetOption
+from .options import ConfigOption, DebugOption, SetOption, load
 from .usage import Commands
-
-if TYPE_CHECKING:
-    from ..config.loading import LoadedConfig
 
 TUTORIAL_PANEL = "Flags of DeepSpeed's BERT recipe (with underscores or hyphens)"
 SPELLING = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
@@ -91,13 +82,13 @@ def train(
                 2,
             )
         return
-    if config is None:
-        leave("error: no run config is given; use --config FILE, or --help", status=2)
     _check_resume(resume)
     with requeued_by_signals(), reported_errors(debug):
-        loaded = load(config, sets, values, world_size(1))
+        loaded = load(config, sets, values, 1)
+        from ..processes.console import quieten_libraries
+
         if not debug:
-            _quieten_libraries()
+            quieten_libraries()
         from ..processes.topology import quiet
 
         quiet(debug)  # before `train`, which imports DeepSpeed
@@ -107,25 +98,19 @@ def train(
     raise typer.Exit(status)
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """The options of a training command; `sets` and `flags` as `load_config` takes them."""
+def training_options(arguments: list[str]) -> tuple[dict[str, Any], bool]:
+    """Return the arguments of `load_config` that a command line with --config gives, and whether it has --resume.
 
-    config: Path
-    sets: list[str]
-    flags: dict[str, Any]
-    resume: bool
-
-
-def training_options(arguments: list[str]) -> TrainingOptions:
-    """The options in a command line with --config, which are checked so far. Leaves with status 2 where they are wrong."""
+    The process ends with status 2 where an option is wrong.
+    """
     context = typer.main.get_command(app).make_context("xformer-train", list(arguments))  # which it empties
     words = [*getattr(context, "_protected_args", ()), *context.args]
     if words:
         leave(f"error: got {words[0]!r} behind --, must be options of training, such as --max_steps 10", status=2)
     given = context.params
     _check_resume(given["resume"])
-    return TrainingOptions(given["config"], given["sets"] or [], values_by_key(given), given["resume"] == "auto")
+    files = {"path": given["config"], "sets": given["sets"] or (), "flags": values_by_key(given)}
+    return files, given["resume"] == "auto"
 
 
 def _check_resume(resume: str | None) -> None:
@@ -135,30 +120,3 @@ def _check_resume(resume: str | None) -> None:
             "certain checkpoint",
             status=2,
         )
-
-
-def load(config: Path | None, sets: list[str] | None, flags: dict[str, Any], processes: int | None) -> "LoadedConfig":
-    if config is None:
-        leave("error: no run config is given; use --config FILE, or --help", status=2)
-    from ..config.loading import load_config
-
-    return load_config(config, sets or (), flags, processes)
-
-
-def world_size(default: int | None) -> int | None:
-    """The number of processes that a launcher started."""
-    text = os.environ.get("WORLD_SIZE")
-    if text is None:
-        return default
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"environment variable WORLD_SIZE is {text!r}, must be a number of processes, 1 or more")
-    return int(text)
-
-
-def _quieten_libraries() -> None:
-    """Silences what PyTorch and DeepSpeed say of themselves on import and at start."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if not sys.warnoptions:
-        for module in ("torch", "deepspeed"):
-            for category in (FutureWarning, DeprecationWarning):
-                warnings.filterwarnings("ignore", category=category, module=rf"{module}(\.|$)")

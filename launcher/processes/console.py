@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,15 @@ Say = Callable[[str], None]
 _GONE = (errno.EPIPE, errno.EIO)  # a pipe, a terminal
 # Before there is a log file the console alone speaks of errors, and not through Python's handler of last resort.
 logging.getLogger(__package__.rpartition(".")[0]).addHandler(logging.NullHandler())
+
+
+def quieten_libraries() -> None:
+    """Silence what PyTorch and DeepSpeed say of themselves on import and at start. Call it before either is imported."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not sys.warnoptions:
+        for module in ("torch", "deepspeed"):
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.filterwarnings("ignore", category=category, module=rf"{module}(\.|$)")
 
 
 def say(text: str) -> None:

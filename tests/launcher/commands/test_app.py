@@ -449,8 +449,8 @@ def test_a_scheduler_may_stop_a_run_that_is_still_importing(tmp_path, number):
 def test_library_warnings_are_silent_unless_asked_for(monkeypatch):
     code = (
         "import sys, types, warnings\n"
-        "from xformer_train.launcher.commands.train import _quieten_libraries\n"
-        "_quieten_libraries()\n"
+        "from xformer_train.launcher.processes.console import quieten_libraries\n"
+        "quieten_libraries()\n"
         "for name in ('torch.x', 'torchlike', 'mine'):\n"
         "    warnings.warn_explicit(name, FutureWarning, 'f.py', 1, module=name)\n"
     )
