@@ -54,7 +54,7 @@ def file_access(
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """State of the global generators of torch, numpy and Python, as tensors and plain values."""
+    """Return the state of the global generators of torch, numpy and Python, as tensors and plain values."""
     legacy = np.random.get_state(legacy=False)
     keys = torch.from_numpy(legacy["state"]["key"].astype(np.int64))
     return {

@@ -47,7 +47,7 @@ class HostCopies:
         return _Unpickler(pickled, copies).load()
 
     def _copy(self, tensor: Tensor, storages: dict[tuple[Any, ...], Tensor]) -> Tensor:
-        """storages: copies of the memory of earlier tensors, by address, bytes and dtype."""
+        """Return a copy of a tensor. storages: copies of the memory of earlier tensors, by address, bytes and dtype."""
         storage = tensor.untyped_storage()
         key = (storage.data_ptr(), storage.nbytes(), tensor.dtype)  # empty ones of two dtypes have the same address
         if key not in storages:

@@ -27,7 +27,7 @@ def check(checkpoint: Path, model: Mapping[str, Any], precision: Precision | Non
     """`read_state(checkpoint)`, after making sure that it can be loaded into a run like this.
 
     model: config of the run's model. precision: what the run trains in; None to ask for the weights alone.
-    Raises ValueError for another model, another precision, missing, cut or changed files.
+    Raises UserError for another model, another precision, missing, cut or changed files.
     """
     state = read_state(checkpoint)
     theirs, ours = state["model"], json.loads(json.dumps(dict(model)))
@@ -60,7 +60,7 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
     many replicas. Learning rate, weight decay, clipping and the like stay those of this run. model: config of the run's model.
     With the ZeRO stage, the replicas and the tensor-parallel size of the checkpoint DeepSpeed reads its own files; with others
     weights and moments are put together and divided anew, without a change of a bit.
-    Raises ValueError as `check` does, and for a file that holds more than tensors and plain values.
+    Raises UserError as `check` does, and for a file that holds more than tensors and plain values.
     """
     if engine.load_universal_checkpoint():
         raise UserError("deepspeed.checkpoint.load_universal=true reads files that could run any code; remove the key")
@@ -91,15 +91,15 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
 def load_weights(module: torch.nn.Module, checkpoint: Path, model: Mapping[str, Any], topology: Topology) -> None:
     """Put the weights of `checkpoint` into a module that no engine holds yet, at any ZeRO stage and number of processes.
 
-    model: config of the module. Raises ValueError as `load` does, but asks for no equal stage, processes or precision.
+    model: config of the module. Raises UserError as `load` does, but asks for no equal stage, processes or precision.
     """
     check(checkpoint, model, None)
     module.load_state_dict(own_part(weights(checkpoint), module, topology))
 
 
 def weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The module's whole state dict in `checkpoint`, on the CPU, in fp32: in other precisions what the optimizer steps.
+    """Return the module's whole state dict in `checkpoint`, on the CPU, in fp32: in other precisions what the optimizer steps.
 
-    Raises ValueError for a file that holds more than tensors and plain values.
+    Raises UserError for a file that holds more than tensors and plain values.
     """
     return whole_weights(checkpoint, read_state(checkpoint))

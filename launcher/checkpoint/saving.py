@@ -83,7 +83,7 @@ class CheckpointSaver:
 
         state: JSON values that describe the run at this point; must hold `step` (int) and `model` (the model's config).
         extra_files: name in the checkpoint -> file or folder to copy, or the text itself as a str.
-        Raises ValueError if the id exists or cannot be a folder's name.
+        Raises UserError if the id exists or cannot be a folder's name.
         """
         started_s = time.monotonic()
         self.wait()
@@ -165,7 +165,7 @@ class CheckpointSaver:
         return values
 
     def _tell(self, text: str) -> None:
-        """A warning in the log, and on the console."""
+        """Warn in the log, and on the console of the main process."""
         console.warn(text, _LOG, shown=self._topology.is_main)
 
     def _join(self) -> None:
@@ -179,7 +179,7 @@ class CheckpointSaver:
 
 
 def engine_facts(engine: Any) -> dict[str, Any]:
-    """What a checkpoint notes of the engine that it was made with."""
+    """Return what a checkpoint notes of the engine that it was made with."""
     import deepspeed
 
     precision = "fp16" if engine.fp16_enabled() else "bf16" if engine.bfloat16_enabled() else "fp32"

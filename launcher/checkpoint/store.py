@@ -49,7 +49,7 @@ class Entry(NamedTuple):
 
 
 def sealed(state: Mapping[str, Any]) -> str:
-    """The text of state.json: `state` in JSON and the checksum of that, so that no byte of it changes unnoticed."""
+    """Return the text of state.json: `state` in JSON and the checksum of that, so that no byte of it changes unnoticed."""
     digest = hashlib.sha256(json.dumps(state, indent=1).encode()).hexdigest()
     return json.dumps({**state, _SEAL: digest}, indent=1) + "\n"
 
@@ -60,7 +60,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     That is `engine` (zero_stage, world_size, tensor_parallel, precision), `partitions`, `files` (name -> bytes, sha256) and
     `saved_at`.
 
-    Raises ValueError if `checkpoint` is not a complete checkpoint or its state.json was changed.
+    Raises UserError if `checkpoint` is not a complete checkpoint or its state.json was changed.
     """
     found = _state_or_problem(checkpoint)
     if isinstance(found, str):
@@ -69,7 +69,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def damage(checkpoint: Path, files: Mapping[str, Any], *, contents: bool = True) -> list[str]:
-    """What is wrong with `files` of a checkpoint, entries of `files` in its state: one clause each, that begins with the name.
+    """Return what is wrong with `files`, entries of `files` in a checkpoint's state: a clause each, which begins with the name.
 
     contents: read them through; otherwise only what is missing or cut is found.
     """
@@ -89,7 +89,7 @@ def damage(checkpoint: Path, files: Mapping[str, Any], *, contents: bool = True)
 
 
 def problems_of(checkpoint: Path, *, contents: bool = True) -> list[str]:
-    """What is wrong with a checkpoint, as `damage` says it, or that its state.json cannot be used; empty if it is whole."""
+    """Return what is wrong with a checkpoint as `damage` does, or that its state.json cannot be used; empty if it is whole."""
     found = _state_or_problem(checkpoint)
     return [found] if isinstance(found, str) else damage(checkpoint, found["files"], contents=contents)
 
@@ -114,7 +114,7 @@ def verify_together(checkpoint: Path, topology: "Topology") -> list[str]:
 
 
 def not_verified(checkpoint: Path, files: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of `files` of a checkpoint that `verify_together` has not read, or that have changed since."""
+    """Return those of `files` of a checkpoint that `verify_together` has not read, or that have changed since."""
     return {name: entry for name, entry in files.items() if _fingerprint(checkpoint / name, entry) not in _verified}
 
 
@@ -145,20 +145,20 @@ def _looks_like_one(path: Path) -> bool:
 
 
 def list_ids(folder: Path) -> list[str]:
-    """Ids of the checkpoints in a `checkpoints` folder that can be read, by rising step."""
+    """Return the ids of the checkpoints in a `checkpoints` folder that can be read, by rising step."""
     return [entry.id for entry in entries(folder) if entry.state is not None]
 
 
 def checkpoints_folder(path: Path) -> Path:
-    """The folder of checkpoints that a run directory, or that folder itself, stands for."""
+    """Return the folder of checkpoints that a run directory, or that folder itself, stands for."""
     return path / "checkpoints" if (path / "checkpoints").is_dir() else path
 
 
 def resolve(path: Path, wanted_id: str, names: tuple[str, str] = ("load.path", "load.id")) -> Path:
-    """The one checkpoint meant by `load.path` and `load.id`; whether it is whole is not looked at.
+    """Return the one checkpoint meant by `load.path` and `load.id`; whether it is whole is not looked at.
 
     path: a run directory, its `checkpoints` folder, or one checkpoint. wanted_id: `latest`, an id, or a unique prefix of
-    one. names: of the two for the user. Raises ValueError, listing the ids there are, if none or several match.
+    one. names: of the two for the user. Raises UserError, listing the ids there are, if none or several match.
     """
     if not path.is_dir():
         raise UserError(
@@ -194,7 +194,7 @@ def resolve(path: Path, wanted_id: str, names: tuple[str, str] = ("load.path", "
 
 
 def latest_id(folder: Path) -> str:
-    """What the file `latest` says; empty without it."""
+    """Return what the file `latest` says; empty without it."""
     pointer = folder / LATEST
     return pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else ""
 
@@ -258,7 +258,7 @@ def check_ids(folder: Path, id_format: str, after: int) -> None:
 def surplus(
     folder: Path, keep_last: int, keep_every_steps: int | None = None, *, verified_id: str | None = None
 ) -> list[str]:
-    """Ids that may be removed from `folder`, by rising step.
+    """Return the ids that may be removed from `folder`, by rising step.
 
     The `keep_last` newest stay, those whose step is a multiple of `keep_every_steps`, the one that `latest` names, all that
     cannot be read, and if none of these is whole, the newest that is. verified_id: one that is known to be whole.
@@ -320,7 +320,7 @@ def set_aside(folder: Path, checkpoint_id: str) -> str:
 
 
 def _state_or_problem(checkpoint: Path) -> dict[str, Any] | str:
-    """What state.json holds, or one clause on why that cannot be used."""
+    """Return what state.json holds, or one clause on why that cannot be used."""
     try:
         text = (checkpoint / STATE).read_bytes().decode()
         state = json.loads(text)

@@ -109,7 +109,7 @@ def prune(
 
 
 def _folder(run: Path) -> Path:
-    """The folder of checkpoints that RUN stands for. Raises UserError if it holds none."""
+    """Return the folder of checkpoints that RUN stands for. Raises UserError if it holds none."""
     with refused(f"cannot read {run}", "correct its permissions"):
         folder = store.checkpoints_folder(run)
         found = store.entries(folder)
@@ -150,5 +150,5 @@ def _bytes(state: dict[str, Any]) -> int:
 
 
 def _time(state: dict[str, Any]) -> str:
-    """When the checkpoint was saved, in the time of this machine."""
+    """Return when the checkpoint was saved, in the time of this machine."""
     return datetime.fromisoformat(state["saved_at"]).astimezone().strftime("%Y-%m-%d %H:%M:%S")

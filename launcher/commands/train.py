@@ -22,7 +22,7 @@ app = typer.Typer(name="xformer-train", cls=Commands, pretty_exceptions_enable=F
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with one keyword parameter for each row of FLAGS in the place of its `**flags`."""
+    """Return the command with one keyword parameter for each row of FLAGS in the place of its `**flags`."""
     signature = inspect.signature(command)
     own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
     flags = [

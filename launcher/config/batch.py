@@ -21,9 +21,9 @@ class BatchPlan:
 
 
 def solve_batch(training: TrainingConfig, num_replicas: int) -> BatchPlan:
-    """The batch of a run with `num_replicas` replicas of the model.
+    """Return the batch of a run with `num_replicas` replicas of the model.
 
-    Any two of the three keys give the third. One alone leaves gradient_accumulation_steps at 1. Raises ValueError, with
+    Any two of the three keys give the third. One alone leaves gradient_accumulation_steps at 1. Raises UserError, with
     the nearest consistent values, when the keys contradict each other, and when neither batch size is given.
     """
     train, micro = training.train_batch_size, training.micro_batch_size
@@ -66,7 +66,7 @@ def _contradiction(training: TrainingConfig, num_replicas: int) -> str:
 
 
 def nearest_plans(training: TrainingConfig, num_replicas: int) -> list[BatchPlan]:
-    """Consistent plans near a contradictory one, each of which changes as few of the given keys as it can.
+    """Return consistent plans near a contradictory one, each of which changes as few of the given keys as it can.
 
     First those that keep train_batch_size, where the number of replicas divides it, then its nearest multiples.
     """

@@ -34,7 +34,7 @@ FILE_NAME_RULE = "a plain name: no slash, no white space at its ends, no dot at 
 
 
 def faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
-    """Every broken rule of a run config whose single values are all valid.
+    """Yield every broken rule of a run config whose single values are all valid.
 
     world_size: processes of the run; None: as many as one replica of the model takes.
     """
@@ -54,7 +54,7 @@ def faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether `name` can be one folder or file name on every file system and is not hidden."""
+    """Return whether `name` can be one folder or file name on every file system and is not hidden."""
     return (
         name == name.strip() != ""
         and not name.startswith(".")
@@ -244,7 +244,7 @@ def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Faul
 
 
 def _shared_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
-    """What the processes of parallel.tensor share equally."""
+    """Yield what the processes of parallel.tensor share equally."""
     yield "model.num_attention_heads", config.model.num_attention_heads
     yield "model.intermediate_size", config.model.intermediate_size
     if config.model.vocab_size != "auto":
@@ -291,7 +291,7 @@ def _batch_and_deepspeed_faults(config: RunConfig, world_size: int | None) -> It
 
 
 def num_replicas(config: RunConfig, world_size: int | None) -> int:
-    """Replicas of the model among the processes of a run, at least 1. world_size: as in `faults`."""
+    """Return the number of replicas of the model among the processes of a run, at least 1. world_size: as in `faults`."""
     return max(1, (world_size or config.parallel.tensor) // config.parallel.tensor)
 
 

@@ -20,7 +20,7 @@ NEVER = 2**31
 def deepspeed_config(
     config: RunConfig, batch: BatchPlan, precision: Precision, origins: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """The JSON object to hand to `deepspeed.initialize`, together with our own optimizer object.
+    """Return the JSON object to hand to `deepspeed.initialize`, together with our own optimizer object.
 
     `precision` is what `training.precision` came to on this machine; `origins` (of `LoadedConfig`) lets errors name the
     file and line. Raises ConfigError when the user's part contradicts our sections.
@@ -52,7 +52,7 @@ def deepspeed_config(
 def deepspeed_faults(
     config: RunConfig, batch: BatchPlan | None, precision: Precision | None
 ) -> Iterator[tuple[str, str]]:
-    """Pairs of a key below `deepspeed` and what is wrong with it.
+    """Yield pairs of a key below `deepspeed` and what is wrong with it.
 
     What depends on the batch or the precision is left out where that is None, which is to say not known yet.
     """
@@ -75,7 +75,7 @@ def _given(config: RunConfig) -> dict[str, Any]:
 
 
 def _section(given: Mapping[str, Any], path: str) -> Mapping[str, Any]:
-    """The mapping at a dotted path, empty where there is none."""
+    """Return the mapping at a dotted path, empty where there is none."""
     for name in path.split("."):
         inner = given.get(name)
         given = inner if isinstance(inner, dict) else {}
@@ -83,7 +83,7 @@ def _section(given: Mapping[str, Any], path: str) -> Mapping[str, Any]:
 
 
 def _owned(config: RunConfig, batch: BatchPlan | None, precision: Precision | None) -> Iterator[tuple[str, str, Any]]:
-    """Triples of a DeepSpeed key, our key that decides it, and our value."""
+    """Yield triples of a DeepSpeed key, our key that decides it, and our value."""
     if batch is not None:
         yield "train_batch_size", "training.train_batch_size", batch.train_batch_size
         yield "train_micro_batch_size_per_gpu", "training.micro_batch_size", batch.micro_batch_size

@@ -237,7 +237,7 @@ def dotted(path: KeyPath) -> str:
 
 
 def describe(value: Any) -> str:
-    """A value and its kind, in words for an error: `'4' (text)`, `true`, `an empty list`."""
+    """Return a value and its kind, in words for an error: `'4' (text)`, `true`, `an empty list`."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -250,7 +250,7 @@ def describe(value: Any) -> str:
 
 
 def to_yaml(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> str:
-    """YAML text that reads back to the same values; with `origins`, each value is followed by `# where it comes from`."""
+    """Return YAML text that reads back to the same values; with `origins` each is followed by `# where it comes from`."""
     rows = list(_rows(values, (), ""))
     if origins is None:
         return "".join(text + "\n" for _, text in rows)
@@ -262,7 +262,7 @@ def to_yaml(values: Mapping[str, Any], origins: Mapping[str, str] | None = None)
 
 
 def _rows(value: Mapping[str, Any] | list, path: KeyPath, indent: str) -> Any:
-    """Pairs of key path and YAML line, depth first. A list of mappings is in block style, any other list on one line."""
+    """Return pairs of key path and YAML line, depth first. A list of mappings is in block style, any other list on one line."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value)
     for key, item in items:
         head = "-" if isinstance(key, int) else f"{_flow(key)}:"
@@ -278,7 +278,7 @@ def _rows(value: Mapping[str, Any] | list, path: KeyPath, indent: str) -> Any:
 
 
 def is_leaf(value: Any) -> bool:
-    """Whether a value stands on one line: a scalar, an empty mapping, or a list that holds anything but mappings."""
+    """Return whether a value stands on one line: a scalar, an empty mapping, or a list that holds anything but mappings."""
     if isinstance(value, Mapping):
         return not value
     if isinstance(value, list):

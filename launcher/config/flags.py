@@ -62,6 +62,6 @@ FLAG_OF_KEY = {flag.key: flag.names[0] for flag in FLAGS if flag.key is not None
 
 
 def values_by_key(parsed: dict[str, Any]) -> dict[str, Any]:
-    """The keys of the run config that were set on the command line, from parsed flags by parameter name."""
+    """Return the keys of the run config that were set on the command line, from parsed flags by parameter name."""
     given = {flag.key: parsed[flag.parameter] for flag in FLAGS if flag.key is not None}
     return {key: value for key, value in given.items() if value is not None and value is not False}

@@ -62,7 +62,7 @@ class LoadedConfig:
 def load_config(
     path: Path | str, sets: Sequence[str] = (), flags: Mapping[str, Any] | None = None, world_size: int | None = 1
 ) -> LoadedConfig:
-    """The run config in the YAML or JSON file `path`, changed by `sets` ("a.b=c", c in YAML) and `flags` (key to value).
+    """Return the run config in the YAML or JSON file `path`, changed by `sets` ("a.b=c", c in YAML) and `flags` (key to value).
 
     The batch is checked for `world_size` processes; None: as many as one replica of the model takes. A DeepSpeed file named
     under `deepspeed` is read too, and its contents take the place of its path, so that the resolved config is complete.
@@ -80,7 +80,7 @@ def load_config(
 
 
 def dump_config(config: RunConfig, origins: Mapping[str, str] | None = None) -> str:
-    """YAML with every key of the config, which loads back to an equal one; `origins` are added as trailing comments."""
+    """Return YAML with every key of the config, which loads back to an equal one; `origins` are added as trailing comments."""
     return to_yaml(config.model_dump(mode="json"), origins)
 
 
@@ -100,7 +100,7 @@ class _Layers:
         self._list_single_sources()
 
     def set_from_text(self, text: str) -> None:
-        """Applies one `--set a.b=c`."""
+        """Apply one `--set a.b=c`."""
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
             self.problems.append(f"--set {text}: must be KEY=VALUE, such as --set training.max_steps=100")
@@ -114,7 +114,7 @@ class _Layers:
         self.set(tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in parts), parsed, "--set")
 
     def set(self, path: KeyPath, value: Any, origin: str) -> None:
-        """Puts a value at a path, making the sections on the way to it; what stood there is replaced."""
+        """Put a value at a path, making the sections on the way to it; what stood there is replaced."""
         if isinstance(value, int) and value not in INT64:  # from a flag
             self.problems.append(f"{origin}: {dotted(path)}: got {value}, must fit in 64 bits")
             return
@@ -150,7 +150,7 @@ class _Layers:
         self._list_single_sources()
 
     def include_deepspeed_file(self) -> None:
-        """Replaces the path of a DeepSpeed JSON file by the file's contents.
+        """Replace the path of a DeepSpeed JSON file by the file's contents.
 
         A relative path that the run config gives is looked up beside the run config, then in the current folder; one from
         the command line the other way round.
@@ -181,7 +181,7 @@ class _Layers:
         self.origins |= {("deepspeed", *key): f"{found}:{line}" for key, line in tree.lines.items()}
 
     def validate(self, world_size: int | None) -> RunConfig:
-        """The config, or a ConfigError with what is wrong with single values and between those that are right."""
+        """Return the config. Raise ConfigError with what is wrong with single values and between those that are right."""
         wrong: set[KeyPath] = set()
         config, errors = _try(self.values)
         if config is None:
@@ -202,7 +202,7 @@ class _Layers:
         return config
 
     def _nearest(self, path: KeyPath) -> str:
-        """What set this key, or a key in it or in the same list, or the closest section around it, or else the file."""
+        """Return what set this key, or a key in it or in the same list, or the closest section around it, or else the file."""
         tops = (path, _outside_lists(path))
         below = (origin for top in tops for key, origin in self.origins.items() if key[: len(top)] == top)
         around = (self.origins[path[:length]] for length in range(len(path), 0, -1) if path[:length] in self.origins)
@@ -224,7 +224,7 @@ class _Layers:
                 holder.pop(path[-1], None)
 
     def _forget(self, paths: Collection[KeyPath]) -> None:
-        """Removes the origins of these keys and of all in them."""
+        """Remove the origins of these keys and of all in them."""
         self.origins = {
             key: origin
             for key, origin in self.origins.items()
@@ -232,7 +232,7 @@ class _Layers:
         }
 
     def _list_single_sources(self) -> None:
-        """One mapping where a list of sources belongs becomes a list of one, so that paths through it are of one form."""
+        """Make one mapping where a list of sources belongs a list of one, so that paths through it are of one form."""
         for path in SOURCE_LISTS:
             section = self.values.get(path[0])
             if isinstance(section, dict) and isinstance(section.get(path[1]), dict):
@@ -257,7 +257,7 @@ def _try(values: dict[str, Any]) -> tuple[RunConfig | None, list[ErrorDetails]]:
 
 
 def _merged(errors: list[ErrorDetails], values: Any) -> dict[KeyPath, str]:
-    """One sentence for each wrong key, in the order of the errors. A union reports one error for each of its members."""
+    """Return one sentence for each wrong key, in the order of the errors. A union reports one error for each of its members."""
     texts: dict[KeyPath, list[str]] = {}
     inputs: dict[KeyPath, str] = {}
     for error in errors:
@@ -280,7 +280,7 @@ def _merged(errors: list[ErrorDetails], values: Any) -> dict[KeyPath, str]:
 
 
 def _real_path(error: ErrorDetails, values: Any) -> KeyPath:
-    """The location of an error without the names of union members, which pydantic appends to it."""
+    """Return the location of an error without the names of union members, which pydantic appends to it."""
     if error["type"] in ("extra_forbidden", "missing"):
         return error["loc"]
     length = 0
@@ -317,7 +317,7 @@ def _unknown_key(path: KeyPath) -> str:
 
 
 def _meant(path: KeyPath) -> KeyPath | None:
-    """The key of the schema that an unknown one resembles."""
+    """Return the key of the schema that an unknown one resembles."""
     near = difflib.get_close_matches(str(path[-1]), _section_of(path[:-1]).model_fields, n=1)
     return (*path[:-1], near[0]) if near else None
 
@@ -328,7 +328,7 @@ def _literals(path: KeyPath) -> str:
 
 
 def _section_of(path: KeyPath) -> type[BaseModel]:
-    """The schema class of the section at a path."""
+    """Return the schema class of the section at a path."""
     section: type[BaseModel] = RunConfig
     for part in path:
         if isinstance(part, str):
@@ -353,7 +353,7 @@ def _default(path: KeyPath) -> Any:
 
 
 def _outside_lists(path: KeyPath) -> KeyPath:
-    """The path cut before its first list index: a list with one wrong item is left out as a whole."""
+    """Return the path cut before its first list index: a list with one wrong item is left out as a whole."""
     return tuple(itertools.takewhile(lambda part: isinstance(part, str), path))
 
 

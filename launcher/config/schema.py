@@ -1,6 +1,6 @@
 """The run config: every key of a run, its type, its default and its meaning.
 
-`load_config` (in `config_loading.py`) reads one from YAML or JSON; `config schema` and `docs/config.md` are generated from
+`load_config` (in `loading.py`) reads one from YAML or JSON; `config schema` and `docs/config.md` are generated from
 these classes. No torch import.
 """
 

@@ -66,7 +66,7 @@ def examine(
 
 
 def _checked(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """The findings of a check; what goes wrong in it is a finding too."""
+    """Yield the findings of a check; what goes wrong in it is a finding too."""
     try:
         yield from check()
     except Exception as error:
@@ -76,7 +76,7 @@ def _checked(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
 
 
 def _choose(options: LaunchOptions) -> tuple[Slots | None, int | None, list[Finding]]:
-    """The hosts of the run, its number of processes, and what is wrong with the choice: then both are None."""
+    """Return the hosts of the run, its number of processes, and what is wrong with the choice: then both are None."""
     try:
         slots = choose_hosts(options)
         return slots, count_processes(options, slots), []
@@ -106,7 +106,7 @@ def _examine_config(
 
 
 def bandwidth(options: LaunchOptions, slots: Slots | None, config: RunConfig) -> Iterator[Finding]:
-    """How fast the processes of the run exchange gradients; that they can at all. slots: None for this machine alone."""
+    """Yield whether, and how fast, the processes of the run exchange gradients. slots: None for this machine alone."""
     where = None
     if slots is not None:
         where = Path(config.output_dir).absolute()
@@ -134,7 +134,7 @@ def bandwidth(options: LaunchOptions, slots: Slots | None, config: RunConfig) ->
 
 
 def _local_bandwidth(module: str, result: Path, processes: int) -> str:
-    """What went wrong, if something did. Without DeepSpeed's launcher, which takes longer to start than the check itself."""
+    """Return what went wrong, empty if nothing did. DeepSpeed's launcher is not used: it starts slower than the check runs."""
     place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     started = [
         subprocess.Popen(

@@ -21,7 +21,7 @@ _REPEATS = 5
 
 
 def measure() -> dict[str, float | str]:
-    """Seconds of one all-reduce of so many bytes of fp32, the fastest of five; every process of the group calls it."""
+    """Return the seconds of an all-reduce, the fastest of five, and its bytes of fp32; every process of the group calls it."""
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     device = torch.device("cpu")
     if backend == "nccl":

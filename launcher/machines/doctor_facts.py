@@ -38,7 +38,7 @@ class Questions(TypedDict):
 
 
 def facts(questions: Questions) -> dict[str, Any]:
-    """The answers; sizes in bytes, times in seconds."""
+    """Return the answers; sizes in bytes, times in seconds."""
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     return {
         "time_s": time.time(),
@@ -73,7 +73,7 @@ def _addresses(name: str) -> list[str]:
 
 
 def _gpus() -> list[dict[str, Any]]:
-    """NVIDIA GPUs as their driver lists them; none where there is no driver."""
+    """Return the NVIDIA GPUs as their driver lists them; none where there is no driver."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=_NVIDIA_SMI_LIMIT_S, check=True)
@@ -99,7 +99,7 @@ def _memory_available() -> int:
 
 
 def _folder(folder: Path) -> dict[str, Any]:
-    """Free bytes, and why it cannot be written (None if it can); of the nearest folder above where it has yet to be made."""
+    """Return free bytes, and why it cannot be written (None if it can), of a folder, or the nearest one above that is there."""
     existing = folder.absolute()
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

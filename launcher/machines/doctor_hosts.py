@@ -44,7 +44,7 @@ class Answer:
 def examine_hosts(
     options: LaunchOptions, slots: Slots, config_file: Path | None, config: RunConfig, here: Mapping[str, Any]
 ) -> Iterator[Finding]:
-    """slots: the hosts of the run. config: of config_file, or the default. here: the facts of this machine."""
+    """Ask and judge `slots`, the hosts of the run. config: of config_file, or the default. here: the facts of this machine."""
     hosts = f"{len(slots)} {'host' if len(slots) == 1 else 'hosts'}"
     yield Finding("ok", "hostfile", f"{options.hostfile}: {hosts}, slots: {sum(map(len, slots.values()))}")
     tool = _TOOLS[options.launcher]
@@ -69,7 +69,7 @@ def examine_hosts(
 
 
 def ask_hosts(slots: Slots, asked: Questions, port: int) -> dict[str, Answer]:
-    """The answers by host. port: asked of the first, where processes meet."""
+    """Return the answers by host. port: asked of the first, where processes meet."""
     with ThreadPoolExecutor(min(len(slots), _MOST_HOSTS_AT_ONCE)) as pool:
         futures = {
             host: pool.submit(_ask, host, {**asked, "port": port if rank == 0 else None})
@@ -101,7 +101,7 @@ def _ask(host: str, asked: Questions) -> Answer:
 
 
 def judge_host(host: str, answer: Answer, here: Mapping[str, Any], slots: tuple[int, ...]) -> Iterator[Finding]:
-    """Whether it is like this machine and has what its slots need."""
+    """Yield whether a host is like this machine and has what its slots need."""
     facts = answer.facts
     assert facts is not None, "judged after an answer only"
     different = [
@@ -145,7 +145,7 @@ def judge_host(host: str, answer: Answer, here: Mapping[str, Any], slots: tuple[
 def judge_network(
     host: str, facts: Mapping[str, Any], meeting: tuple[str, int], *, is_master: bool, several: bool
 ) -> Iterator[Finding]:
-    """Whether it finds the other hosts, and they it. meeting: host and port where the processes meet, on the master."""
+    """Yield whether a host finds the other hosts, and they it. meeting: host and port where processes meet, on the master."""
     master, port = meeting
     addresses = facts["names"][master]
     if not addresses:

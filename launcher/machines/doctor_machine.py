@@ -39,7 +39,7 @@ class Finding:
 def questions(
     config: RunConfig, *, port: int | None, files: Sequence[str] = (), names: Sequence[str] = ()
 ) -> Questions:
-    """What this run config has to ask of a machine."""
+    """Return what this run config has to ask of a machine."""
     return {
         "packages": PACKAGES,
         "folders": [config.output_dir, str(cache_folder(config.data.cache_dir))],
@@ -51,7 +51,7 @@ def questions(
 
 
 def software(machine: dict[str, Any]) -> Iterator[Finding]:
-    """Versions, and the requirements of this package on them."""
+    """Judge the versions by the requirements of this package."""
     yield Finding("ok", "python", f"{machine['python']}, {machine['c_library']}")
     versions = machine["packages"]
     yield Finding("ok", "packages", ", ".join(f"{name} {versions[name]}" for name in PACKAGES if versions[name]))
@@ -73,7 +73,7 @@ def software(machine: dict[str, Any]) -> Iterator[Finding]:
 
 
 def devices(machine: dict[str, Any]) -> Iterator[Finding]:
-    """GPUs with their memory, or the CPU."""
+    """Yield the GPUs with their memory, or the CPU."""
     import torch
 
     gpus = machine["gpus"]
@@ -101,7 +101,7 @@ def devices(machine: dict[str, Any]) -> Iterator[Finding]:
 
 
 def kernels(config: RunConfig, machine: dict[str, Any]) -> Iterator[Finding]:
-    """The kernels a run would use, and that they need no compiler on the way."""
+    """Yield the kernels a run would use, and that they need no compiler on the way."""
     import torch
 
     from ...recipes.recipe import Runtime
@@ -125,7 +125,7 @@ def kernels(config: RunConfig, machine: dict[str, Any]) -> Iterator[Finding]:
 
 
 def _triton_needs_compiler() -> bool:
-    """Whether the installed Triton compiles its driver interface with the system's C compiler; older ones do."""
+    """Return whether the installed Triton compiles its driver interface with the system's C compiler; older ones do."""
     found = importlib.util.find_spec("triton")
     if found is None or found.origin is None:
         return False
@@ -134,7 +134,7 @@ def _triton_needs_compiler() -> bool:
 
 
 def system(machine: dict[str, Any], prefix: str = "") -> Iterator[Finding]:
-    """Limits that end runs late. prefix: stands before the name of each finding."""
+    """Judge limits that end runs late. prefix: stands before the name of each finding."""
     limit = machine["open_files"]
     if limit < _OPEN_FILES:
         remedy = f"ulimit -n {_OPEN_FILES}, or LimitNOFILE of the service that starts runs"
@@ -148,7 +148,7 @@ def system(machine: dict[str, Any], prefix: str = "") -> Iterator[Finding]:
 
 
 def folders(machine: dict[str, Any], prefix: str = "") -> Iterator[Finding]:
-    """Whether output and cache can be written, and how much."""
+    """Yield whether output and cache can be written, and how much."""
     for what, (folder, state) in zip(("output_dir", "cache_dir"), machine["folders"].items(), strict=False):
         name, detail = f"{prefix}{what}", f"{folder}, {size(state['free'])} free"
         if state["fault"] is not None:
@@ -166,7 +166,7 @@ def folders(machine: dict[str, Any], prefix: str = "") -> Iterator[Finding]:
 
 
 def port(machine: dict[str, Any], options: LaunchOptions) -> Iterator[Finding]:
-    """Whether processes of this machine can meet at the given port; without one `launch` finds a free one."""
+    """Yield whether processes of this machine can meet at the given port; without one `launch` finds a free one."""
     wanted = options.master_port or DEFAULT_PORT
     if machine["port_free"]:
         yield Finding("ok", "port", f"{wanted} is free")

@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def _start_guard(session: int) -> tuple[int, int]:
-    """A process that ends the session once this one is gone; its id, and the pipe whose end tells it so.
+    """Start a process that ends the session once this one is gone. Return its id, and the pipe whose end tells it so.
 
     It keeps stdin open, by which `launch` knows that it is not done yet.
     """
@@ -83,7 +83,7 @@ def _start_guard(session: int) -> tuple[int, int]:
 
 
 def _environment(order: dict[str, Any]) -> dict[str, str]:
-    """The command's variables: those of this machine, changed by the order, and one thread per core for all processes here."""
+    """Return the command's variables: this machine's, changed by the order, and one thread per core for all processes here."""
     environment = {**os.environ, **order["environment"]}
     for name in _RANK_VARIABLES:
         environment.pop(name, None)  # the launcher sets them, and by them its processes are known
@@ -93,7 +93,7 @@ def _environment(order: dict[str, Any]) -> dict[str, str]:
 
 
 def _pass_signals_on(command: subprocess.Popen[bytes]) -> bool:
-    """Returns when the command has ended (False) or stdin has (True)."""
+    """Return when the command has ended (False) or stdin has (True)."""
     pending = b""
     while command.poll() is None:
         if not select.select([sys.stdin.fileno()], [], [], _POLL_S)[0]:
@@ -108,7 +108,7 @@ def _pass_signals_on(command: subprocess.Popen[bytes]) -> bool:
 
 
 def _send(session: int, number: signal.Signals) -> None:
-    """Sends a signal to the processes of the run, or to the whole session before they are there and where it must kill.
+    """Send a signal to the processes of the run, or to the whole session before they are there and where it must kill.
 
     The launcher between is spared: it would give its processes the signal one after another, and kill them after 30 s.
     """
@@ -127,7 +127,7 @@ def _end(session: int, grace_s: float) -> None:
 
 
 def _wait_until_empty(session: int, timeout_s: float) -> int:
-    """Processes of the session that are left when it is empty or the time is up."""
+    """Return how many processes of the session are left when it is empty or the time is up."""
     deadline = time.monotonic() + timeout_s
     while (left := len(_members(session))) and time.monotonic() < deadline:
         time.sleep(_POLL_S)
@@ -135,7 +135,7 @@ def _wait_until_empty(session: int, timeout_s: float) -> int:
 
 
 def _members(session: int) -> dict[int, int]:
-    """The parent of each process of the session that has not ended."""
+    """Return the parent of each process of the session that has not ended."""
     members = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -150,7 +150,7 @@ def _members(session: int) -> dict[int, int]:
 
 
 def _is_rank(pid: int) -> bool:
-    """Whether a launcher told this process its place in the run, or it was started by one that was told."""
+    """Return whether a launcher told this process its place in the run, or it was started by one that was told."""
     try:
         variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     except OSError:

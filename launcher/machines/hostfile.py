@@ -15,7 +15,7 @@ _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # what ssh and a remote shell
 
 
 def read_hostfile(path: Path) -> Slots:
-    """All slots of each host. Blank lines and lines that begin with # are skipped.
+    """Return all slots of each host. Blank lines and lines that begin with # are skipped.
 
     Raises UserError with every problem in the file.
     """
@@ -73,10 +73,10 @@ def choose_slots(
     num_nodes: int | None = None,
     num_gpus: int | None = None,
 ) -> Slots:
-    """The slots that a run uses.
+    """Return the slots that a run uses.
 
     include, exclude: DeepSpeed's `host[:slot,slot]@host...`. num_nodes: the first hosts. num_gpus: the first slots of each.
-    Raises ValueError if they contradict each other or ask for what the hostfile does not have.
+    Raises UserError if they contradict each other or ask for what the hostfile does not have.
     """
     if include and exclude:
         raise UserError("--include and --exclude exclude each other; give one of them")
@@ -106,12 +106,12 @@ def choose_slots(
 
 
 def _without(slots: tuple[int, ...], excluded: tuple[int, ...]) -> tuple[int, ...]:
-    """What is left of the slots; no excluded slots in particular means all of them."""
+    """Return what is left of the slots; no excluded slots in particular means all of them."""
     return tuple(slot for slot in slots if slot not in excluded) if excluded else ()
 
 
 def _parse_filter(option: str, text: str, hosts: Mapping[str, tuple[int, ...]]) -> Slots:
-    """The slots that a filter names for each host; none for a host that it names as a whole."""
+    """Return the slots that a filter names for each host; none for a host that it names as a whole."""
     named: Slots = {}
     for part in text.split("@"):
         host, colon, numbers = part.partition(":")

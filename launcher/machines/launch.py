@@ -83,7 +83,7 @@ class Launch:
     """For a launcher of DeepSpeed's own: what it passes on to the hosts, from a file that DS_ENV_FILE names."""
 
     def text(self) -> str:
-        """The commands as one would type them, one on a line for each machine that is logged in to."""
+        """Return the commands as one would type them, one on a line for each machine that is logged in to."""
         lines = []
         for command in self.commands:
             line = shlex.join(command.command)
@@ -102,7 +102,7 @@ class Launch:
 
 
 def choose_hosts(options: LaunchOptions) -> Slots | None:
-    """The hosts and slots of the run; None without a hostfile. Raises ValueError as `choose_slots` does."""
+    """Return the hosts and slots of the run; None without a hostfile. Raises UserError as `choose_slots` does."""
     if options.hostfile is None:
         return None
     return choose_slots(
@@ -115,7 +115,7 @@ def choose_hosts(options: LaunchOptions) -> Slots | None:
 
 
 def count_processes(options: LaunchOptions, slots: Slots | None) -> int:
-    """Processes of the run. Raises ValueError if this machine has fewer GPUs than are asked for."""
+    """Return the number of processes of the run. Raises UserError if this machine has fewer GPUs than are asked for."""
     if slots is not None:
         return sum(map(len, slots.values()))
     devices = local_devices()
@@ -125,7 +125,7 @@ def count_processes(options: LaunchOptions, slots: Slots | None) -> int:
 
 
 def local_devices() -> list[str]:
-    """The GPUs of this machine that a run may use; none on a CPU."""
+    """Return the GPUs of this machine that a run may use; none on a CPU."""
     import torch
 
     count = torch.cuda.device_count()
@@ -134,9 +134,9 @@ def local_devices() -> list[str]:
 
 
 def plan_launch(options: LaunchOptions, slots: Slots | None, arguments: Sequence[str], module: str = MODULE) -> Launch:
-    """The commands that start `python -m module arguments` in all processes.
+    """Return the commands that start `python -m module arguments` in all processes.
 
-    slots: from `choose_hosts`. Raises ValueError if the hosts or the arguments do not suit the launcher.
+    slots: from `choose_hosts`. Raises UserError if the hosts or the arguments do not suit the launcher.
     """
     world_size = count_processes(options, slots)
     if slots is None:
@@ -156,7 +156,7 @@ def plan_launch(options: LaunchOptions, slots: Slots | None, arguments: Sequence
 
 
 def start(launch: Launch, folder: Path) -> Outcome:
-    """Runs it to its end, and says how the run ended. Its processes report to `folder`, which all machines see."""
+    """Run a launch to its end, and return how the run ended. Its processes report to `folder`, which all machines see."""
     with refused(f"cannot launch from {folder}", "choose another --output_dir"):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".launch-", dir=folder, ignore_cleanup_errors=True) as status_folder:
@@ -171,14 +171,14 @@ def start(launch: Launch, folder: Path) -> Outcome:
 
 
 def _write_variables(variables: Mapping[str, str], folder: Path) -> Path:
-    """A file that DeepSpeed reads variables from; the folder is for this user's eyes only."""
+    """Write a file that DeepSpeed reads variables from, and return it; the folder is for this user's eyes only."""
     file = folder / "deepspeed_env"
     file.write_text("".join(f"{name}={value}\n" for name, value in variables.items()), encoding="utf-8")
     return file
 
 
 def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that a run on another machine needs of this one's."""
+    """Return the variables that a run on another machine needs of this one's."""
     return {
         name: value
         for name, value in sorted(environment.items())
@@ -187,7 +187,7 @@ def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def is_this_machine(host: str) -> bool:
-    """Whether the name or address is one of this machine's own."""
+    """Return whether the name or address is one of this machine's own."""
     try:
         addresses = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
     except OSError:
@@ -203,7 +203,7 @@ def is_this_machine(host: str) -> bool:
 
 
 def _deepspeed() -> list[str]:
-    """The `deepspeed` of this Python; by its name alone where PATH finds that one."""
+    """Return the `deepspeed` of this Python; by its name alone where PATH finds that one."""
     script = Path(sys.executable).with_name("deepspeed")
     found = shutil.which("deepspeed")
     name = "deepspeed" if found is not None and Path(found) == script else str(script)
@@ -211,7 +211,7 @@ def _deepspeed() -> list[str]:
 
 
 def _defaults() -> dict[str, str]:
-    """Without a GPU, DeepSpeed's search for one would print a warning in every process."""
+    """Return what keeps DeepSpeed from a search for a GPU where there is none: it prints a warning in every process."""
     return {} if local_devices() else {"DS_ACCELERATOR": "cpu"}
 
 
@@ -228,7 +228,7 @@ def _local_options(options: LaunchOptions, world_size: int) -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens on: two runs on one machine must not meet."""
+    """Return a port that nobody listens on: two runs on one machine must not meet."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -256,7 +256,7 @@ def _master_address(host: str) -> str:
 
 
 def _hostfile_options(options: LaunchOptions) -> list[str]:
-    """The hostfile and the choice from it, in DeepSpeed's words."""
+    """Return the hostfile and the choice from it, in DeepSpeed's words."""
     assert options.hostfile is not None, "asked for with a hostfile only"
     given = {
         "--hostfile": options.hostfile.absolute(),
@@ -269,7 +269,7 @@ def _hostfile_options(options: LaunchOptions) -> list[str]:
 
 
 def _ssh_commands(options: LaunchOptions, slots: Slots, rest: Sequence[str]) -> list[HostCommand]:
-    """DeepSpeed's launcher on each host, which starts what `slots` has there and needs no connection to the others."""
+    """Return a DeepSpeed launcher for each host, which starts what `slots` has there and needs no connection to the others."""
     environment = forwarded_environment({**_defaults(), **os.environ})
     path = os.environ.get("PATH", os.defpath)
     own_folder = str(Path(sys.executable).parent)
@@ -291,7 +291,7 @@ def _ssh_commands(options: LaunchOptions, slots: Slots, rest: Sequence[str]) -> 
 def _multi_node_command(
     options: LaunchOptions, slots: Slots, master: Sequence[str], module: str, arguments: Sequence[str]
 ) -> HostCommand:
-    """One `deepspeed` that starts all hosts through a launcher of its own."""
+    """Return one `deepspeed` that starts all hosts through a launcher of its own."""
     launcher = ["--launcher", options.launcher, "--force_multi"]
     if options.launcher_args:
         launcher.append(f"--launcher_args={options.launcher_args}")
@@ -312,7 +312,7 @@ def _multi_node_command(
 
 
 def _check_words(launcher: str, words: Sequence[str]) -> None:
-    """Raises ValueError for a word that would be another one, or several, behind DeepSpeed's way to the hosts."""
+    """Raise UserError for a word that would be another one, or several, behind DeepSpeed's way to the hosts."""
     for word in words:
         if not _SAFE.fullmatch(word) or (launcher == "pdsh" and "%" in word):
             raise UserError(

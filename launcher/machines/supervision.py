@@ -177,7 +177,7 @@ def _wait(hosts: list[_Host]) -> None:
 
 
 def _wait_for_statuses(folder: Path, world_size: int) -> None:
-    """Returns when all ranks have said how they ended, or have been killed: by DeepSpeed's launcher, so long after SIGTERM."""
+    """Return when all processes have said how they ended, or DeepSpeed's launcher has killed them, so long after SIGTERM."""
     deadline = time.monotonic() + host_process.GRACE_S
     while len(read_statuses(folder)) < world_size and time.monotonic() < deadline:
         time.sleep(_POLL_S)
@@ -186,7 +186,7 @@ def _wait_for_statuses(folder: Path, world_size: int) -> None:
 def _outcome(
     codes: dict[str, int], statuses: dict[int, RankStatus], world_size: int, received: Sequence[signal.Signals]
 ) -> Outcome:
-    """codes: exit status of each machine's command."""
+    """Return how the run ended. codes: exit status of each machine's command."""
     silent = [rank for rank in range(world_size) if rank not in statuses]
     failed = {host: _shell_code(code) for host, code in codes.items() if code}
     first = first_failure(statuses)
@@ -220,7 +220,7 @@ def _outcome(
 
 
 def _shell_code(code: int) -> int:
-    """A child's exit status as a shell reports it; the deepspeed launcher makes 256 - N of signal N."""
+    """Return a child's exit status as a shell reports it; the deepspeed launcher makes 256 - N of signal N."""
     lowest = 256 - max(signal.valid_signals())
     return 128 - code if code < 0 else 128 + 256 - code if code >= lowest and code != SSH_FAILED else code
 

@@ -68,7 +68,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def copy_into(source: Path | str, folder: Path, name: str) -> dict[str, FileRecord]:
-    """A copy of a file or folder, or the text itself if `source` is a str, at `folder/name`; its files by name in `folder`."""
+    """Copy a file or folder, or a text if `source` is a str, to `folder/name`. Return its files by name in `folder`."""
     if isinstance(source, str):
         return {name: write_text(folder / name, source)}
     if not source.is_dir():
@@ -83,7 +83,7 @@ def copy_into(source: Path | str, folder: Path, name: str) -> dict[str, FileReco
 
 
 def read_record(path: Path, *, from_disk: bool = False) -> FileRecord:
-    """The record of a file as it is. from_disk: not of the copy that the system has in its memory after a write, on Linux."""
+    """Return the record of a file as it is. from_disk: not that of the copy that Linux has in its memory after a write."""
     with path.open("rb") as file:
         if from_disk and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -98,7 +98,7 @@ def flush_folders(folder: Path) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """As `flush_folders`, for one folder. Windows has no such call, and some network file systems refuse it."""
+    """Do as `flush_folders` for one folder. Windows has no such call, and some network file systems refuse it."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -50,7 +50,7 @@ class RankStatus:
 
 @contextmanager
 def recorded() -> Iterator[None]:
-    """Writes how this process left the block, if `launch` has asked for it; changes nothing else."""
+    """Write how this process left the block, if `launch` has asked for it; change nothing else."""
     exit_code, text = 0, ""
     try:
         yield
@@ -66,7 +66,7 @@ def recorded() -> Iterator[None]:
 
 
 def write_status(exit_code: int, text: str) -> None:
-    """Writes how this process is about to end, if `launch` has asked for it; for an end that `recorded` does not see.
+    """Write how this process is about to end, if `launch` has asked for it; for an end that `recorded` does not see.
 
     Whatever happens here, the process ends as it would have: without its file it is reported as silent.
     """
@@ -80,13 +80,13 @@ def write_status(exit_code: int, text: str) -> None:
 
 
 def read_statuses(folder: Path) -> dict[int, RankStatus]:
-    """The statuses that are there, by rank."""
+    """Return the statuses that are there, by rank."""
     statuses = (RankStatus(**json.loads(path.read_text(encoding="utf-8"))) for path in folder.glob("rank*.json"))
     return {status.rank: status for status in sorted(statuses, key=lambda status: status.rank)}
 
 
 def first_failure(statuses: dict[int, RankStatus]) -> RankStatus | None:
-    """The failure that came first; the later ones follow from it, as a rule: their peer was gone."""
+    """Return the failure that came first; the later ones follow from it, as a rule: their peer was gone."""
     failures = [status for status in statuses.values() if status.exit_code]
     # A process that only left with the others has nothing to say.
     return min(failures, key=lambda status: (not status.text, status.time_s), default=None)

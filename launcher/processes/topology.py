@@ -83,7 +83,7 @@ class Topology:
             dist.barrier()
 
     def meet(self) -> None:
-        """As `barrier`, but however long it takes, and without keeping this process's signal handlers waiting."""
+        """Return as `barrier` does, but however long it takes, and without keeping this process's signal handlers waiting."""
         if self.world_size == 1:
             return
         assert self.store is not None, "several processes have met in one"
@@ -95,7 +95,7 @@ class Topology:
             pause_s = min(_LAST_POLL_S, 1.5 * pause_s)
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Elementwise sum of `tensor` over the replicas, same on each process; the argument is left as it is.
+        """Return the elementwise sum of `tensor` over the replicas, equal on each process; the argument is left as it is.
 
         tensor: equal on the processes of a replica.
         """
@@ -105,7 +105,7 @@ class Topology:
         return total
 
     def broadcast(self, value: Any) -> Any:
-        """The main process's `value`, a small picklable object, on every process."""
+        """Return the main process's `value`, a small picklable object, on every process."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -113,7 +113,7 @@ class Topology:
         return values[0]
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's `value`, small picklable objects, in order of rank, on every process."""
+        """Return every process's `value`, small picklable objects, in order of rank, on every process."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -143,11 +143,11 @@ def quiet(debug: bool) -> None:
 
 
 def start_processes(hang_timeout_s: float, tensor_parallel: int = 1) -> Topology:
-    """This process's place in the run, with the process groups up and DeepSpeed told of them.
+    """Return this process's place in the run, with the process groups up and DeepSpeed told of them.
 
     hang_timeout_s: a process that waits longer than this for another in a collective gives up. tensor_parallel: processes that
     hold one replica of the model together.
-    Raises ValueError if the launcher's environment is incomplete, or tensor_parallel does not divide the processes.
+    Raises UserError if the launcher's environment is incomplete, or tensor_parallel does not divide the processes.
     """
     timeout = timedelta(seconds=hang_timeout_s)
     if dist.is_initialized():
@@ -199,7 +199,7 @@ def start_processes(hang_timeout_s: float, tensor_parallel: int = 1) -> Topology
 
 
 def _own_group(ranks: np.ndarray, rank: int) -> dist.ProcessGroup | None:
-    """The group of this process among groups of one row of `ranks` each, all of which every process must help to make."""
+    """Return this process's group among groups of one row of `ranks` each, all of which every process must help to make."""
     groups = [dist.new_group(row.tolist()) for row in ranks]
     own: dist.ProcessGroup = groups[int(np.argwhere(ranks == rank)[0, 0])]
     return own
@@ -224,9 +224,9 @@ def device_name(device: torch.device) -> str:
 
 
 def precision(requested: Literal["auto", Precision], device: torch.device) -> tuple[Precision, str]:
-    """(fp32 | bf16 | fp16 | fp8, why): the number format that `training.precision` means on this device.
+    """Return (fp32 | bf16 | fp16 | fp8, why), the precision that `training.precision` means on this device.
 
-    Raises ValueError for a format that the device cannot train in.
+    Raises UserError for a precision that the device cannot train in.
     """
     on_gpu = device.type == "cuda"
     if requested == "fp16" and not on_gpu:

@@ -1,7 +1,7 @@
 """Who hangs, and where: a thread in each process that watches its main thread and tells the others that it lives.
 
 Each process writes what it is doing to a file of its own in `log/heartbeats` of the run directory. The store of the process
-groups would not do: it is kept by rank 0, and who asks it while rank 0 is stopped waits for ever.
+groups would not do: it is kept by the main process, and who asks it while that is stopped waits for ever.
 """
 
 import faulthandler
@@ -79,7 +79,7 @@ class Heartbeat:
 
 
 def collective_timeout_s(hang_timeout_s: float) -> float:
-    """How long collectives wait: a little longer than the watchdog, which can say more."""
+    """Return how long collectives wait: a little longer than the watchdog, which can say more."""
     return 1.25 * hang_timeout_s + 5
 
 
@@ -189,7 +189,7 @@ class Watchdog:
         return ""
 
     def _pass_a_signal_on(self, others: Mapping[int, Heartbeat]) -> None:
-        """While data are prepared the others wait for one, which alone can end that."""
+        """Signal this process too while data are prepared: the others wait for one, which alone can end that."""
         told = next((beat.signal for beat in others.values() if beat.signal), 0)
         if told and self._phase == "prepare" and self._stop.received is None:
             os.kill(os.getpid(), told)
@@ -235,7 +235,7 @@ class Watchdog:
         return "\n".join(lines) + "\n"
 
     def _lost(self) -> str:
-        """Which processes do not live any more, after time enough to hear of them."""
+        """Return which processes do not live any more, after time enough to hear of them."""
         first = self._others()
         time.sleep(_LOST_AFTER * self._interval_s)
         later = self._others()
@@ -248,7 +248,7 @@ class Watchdog:
         return _lost_text(lost, later)
 
     def _place(self) -> str:
-        """The collective that some thread waits in, or the innermost line of the main thread."""
+        """Return the collective that some thread waits in, or the innermost line of the main thread."""
         frames = sys._current_frames()
         skipped = {thread.ident for thread in threading.enumerate() if thread.name.startswith(_OWN_THREADS)}
         order = [self._main_thread, *(ident for ident in frames if ident not in {self._main_thread, *skipped})]
@@ -285,7 +285,7 @@ class Watchdog:
             os.fsync(self._file.fileno())
 
     def _others(self) -> dict[int, Heartbeat]:
-        """The heartbeats of the other processes, by rank, as far as they can be read."""
+        """Return the heartbeats of the other processes, by rank, as far as they can be read."""
         beats = {}
         for rank in range(self._topology.world_size):
             if rank != self._topology.rank:
@@ -314,7 +314,7 @@ class _SlowProcesses:
         self._told: set[int] = set()
 
     def news(self, beats: Mapping[int, Heartbeat]) -> list[str]:
-        """Sentences on the processes that became slow since the last call."""
+        """Return sentences on the processes that became slow since the last call."""
         if any(beat.steps < self._before.get(rank, beat).steps + _FEWEST_STEPS for rank, beat in beats.items()):
             self._before = {**beats, **self._before}
             return []
@@ -337,7 +337,7 @@ class _SlowProcesses:
 
 
 def _collective(innermost: FrameType | None) -> str:
-    """Where a thread waits for other processes, empty if it does not."""
+    """Return where a thread waits for other processes, empty if it does not."""
     if innermost is None:
         return ""
     frame: FrameType | None = innermost
@@ -362,12 +362,12 @@ def _short(frame: FrameType) -> str:
 
 
 def _is_peer_error(error: BaseException) -> bool:
-    """Whether a collective failed because of another process: gloo has no error class of its own."""
+    """Return whether a collective failed because of another process: gloo has no error class of its own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _lost_text(ranks: list[int], beats: Mapping[int, Heartbeat]) -> str:
-    """Which processes are gone, empty if none is."""
+    """Return which processes are gone, empty if none is."""
     texts = []
     for rank in ranks:
         beat = beats.get(rank)

@@ -19,7 +19,7 @@ _PEAK_TFLOPS: list[tuple[str, dict[str, float]]] = [
 
 
 def peak_flops(device_name: str, dtype: str) -> float | None:
-    """Dense matrix-multiply peak of one device in FLOP/s; None for what is not in the table, and for a slice of a GPU (MIG).
+    """Return the dense matrix-multiply peak of a device in FLOP/s; None if it is not in the table or a slice of a GPU (MIG).
 
     device_name: as torch.cuda.get_device_name() gives it. dtype: fp32, fp16, bf16 or fp8.
     """

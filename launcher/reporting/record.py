@@ -45,7 +45,7 @@ class StepRecord:
 
 
 def rates_of(record: StepRecord, peak: float | None) -> dict[str, float | None]:
-    """Throughput of the window, to six significant digits; mfu is None where the peak or the operations are unknown."""
+    """Return the throughput of the window, to six significant digits; mfu is None where peak or operations are unknown."""
     seconds = record.step_time_s
     rates: dict[str, float | None] = {
         "seq_per_s": ratio(record.sequences, seconds),
@@ -61,5 +61,5 @@ def rates_of(record: StepRecord, peak: float | None) -> dict[str, float | None]:
 
 
 def ratio(numerator: float, denominator: float) -> float:
-    """Their quotient; NaN over zero, which is written as null."""
+    """Return the quotient; NaN over zero, which is written as null."""
     return numerator / denominator if denominator else math.nan

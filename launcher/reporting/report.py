@@ -220,7 +220,7 @@ def _millions(count: int) -> str:
 
 
 def _aligned(title: str, lines: list[tuple[str, str]], text_width: int | None = None) -> str:
-    """Title and lines, the texts in one column; a text wider than text_width goes on below, None keeps it on one line."""
+    """Return title and lines, the texts in one column; one wider than text_width goes on below, None keeps it on one line."""
     # Paths stay whole, to be copied.
     wrapper = textwrap.TextWrapper(text_width or 0, break_long_words=False, break_on_hyphens=False)
     label_width = max(len(label) for label, _ in lines)

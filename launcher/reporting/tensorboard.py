@@ -46,6 +46,6 @@ class Boards:
         self._by_samples.close()
 
     def _flush(self) -> None:
-        """Nothing; all points are in the files, where the writers alone may hold them back for two minutes."""
+        """Write all points into the files: the writers alone may hold them back for two minutes."""
         self._by_step.flush()
         self._by_samples.flush()

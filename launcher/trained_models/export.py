@@ -21,7 +21,7 @@ CARD_FILE = "README.md"
 
 
 def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
-    """Writes the model of `checkpoint` to `folder`, and says as which class of transformers.
+    """Write the model of `checkpoint` to `folder`, and return the name of its class in transformers.
 
     The folder comes into being whole or not at all; one that is there keeps its other files. The vocabulary ends with the last
     symbol of the tokenizer: rows that only fill it up are cut off. force: replace the files of the same names in `folder`.
@@ -58,7 +58,7 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
 
 
 def _write(folder: Path, trained: Pretrained, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """All files but the card. state, config: of the model in transformers."""
+    """Write all files but the card. state, config: of the model in transformers."""
     from safetensors.torch import save_file
 
     save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})

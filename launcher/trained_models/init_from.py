@@ -29,9 +29,9 @@ _BY_SYMBOL = ("word_embeddings.weight", "mlm_bias")
 
 
 def find_folder(name: str) -> Path:
-    """The folder that model.init_from names: one on this machine, else the files of that hub id, downloaded once.
+    """Return the folder that model.init_from names: one on this machine, else the files of that hub id, downloaded once.
 
-    Raises ValueError if there is no such folder and the hub does not give one.
+    Raises UserError if there is no such folder and the hub does not give one.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -57,9 +57,9 @@ def find_folder(name: str) -> Path:
 
 
 def read_initial(name: str, folder: Path, model: ModelConfig) -> Pretrained:
-    """The model in `folder`, which model.init_from=`name` means.
+    """Return the model in `folder`, which model.init_from=`name` means.
 
-    Raises ValueError if it cannot be read, or is another model than the section `model` describes: all differing keys at once.
+    Raises UserError if it cannot be read, or is another model than the section `model` describes: all differing keys at once.
     """
     try:
         found = from_folder(folder)
@@ -76,9 +76,9 @@ def read_initial(name: str, folder: Path, model: ModelConfig) -> Pretrained:
 
 
 def initial_tokenizer(name: str, initial: Pretrained, config: TokenizerConfig) -> RunTokenizer:
-    """The tokenizer whose symbols the weights belong to: that of the folder, or the given one where the folder has none.
+    """Return the tokenizer whose symbols the weights belong to: that of the folder, or the given one where the folder has none.
 
-    Raises ValueError if neither is there, tokenizer.path is another one, or it has more symbols than the weights.
+    Raises UserError if neither is there, tokenizer.path is another one, or it has more symbols than the weights.
     """
     given = None if config.path is None else load_tokenizer(config.path, lowercase=config.do_lower_case)
     tokenizer = initial.tokenizer or given

@@ -16,7 +16,7 @@ from ..reporting.run_directory import RunDirectory
 
 
 def model_card(checkpoint: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """The text. config: of config.json. state: what is exported.
+    """Return the text of the model card. config: of config.json. state: what is exported.
 
     What the run directory around the checkpoint no longer has (metrics, versions) is left out.
     """
@@ -106,13 +106,13 @@ def _versions(environment: Path) -> Iterator[tuple[str, str]]:
 
 
 def _source(source: Any) -> str:
-    """A source of the data, in the words of the run config."""
+    """Return a source of the data, in the words of the run config."""
     given = source.model_dump(mode="json", exclude_defaults=True)
     return f"`{json.dumps(given, ensure_ascii=False)}`"
 
 
 def _losses(metrics: Path, step: int) -> Iterator[tuple[str, str]]:
-    """The last losses at or before a step. A last row cut short, as of a run that was killed, is none."""
+    """Yield the last losses at or before a step. A last row cut short, as of a run that was killed, is none."""
     lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
     rows = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
     for label, prefix in (("training loss", ""), ("held-out loss", "val_")):

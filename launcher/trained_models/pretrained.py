@@ -41,9 +41,9 @@ class Pretrained:
     left_out: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
-        """The model in fp32, in evaluation mode, on the CPU, without a sentence head.
+        """Return the model in fp32, in evaluation mode, on the CPU, without a sentence head.
 
-        Raises ValueError if another head is missing.
+        Raises UserError if another head is missing.
         """
         objective = ObjectiveConfig(sentence_task="none")
         assert isinstance(self.model.vocab_size, int), "the rows of a trained model are known"
@@ -56,7 +56,7 @@ class Pretrained:
 
 
 def from_checkpoint(checkpoint: Path) -> Pretrained:
-    """The model of a checkpoint of any ZeRO stage and number of processes. Raises ValueError if it is damaged."""
+    """Return the model of a checkpoint of any ZeRO stage and number of processes. Raises UserError if it is damaged."""
     state = store.read_state(checkpoint)
     problems = store.damage(checkpoint, state["files"])
     if problems:
@@ -68,9 +68,9 @@ def from_checkpoint(checkpoint: Path) -> Pretrained:
 
 
 def from_folder(folder: Path) -> Pretrained:
-    """The model in a folder of config.json, weights (safetensors, else pytorch_model.bin) and perhaps a tokenizer.
+    """Return the model in a folder of config.json, weights (safetensors, else pytorch_model.bin) and perhaps a tokenizer.
 
-    Raises ValueError if something is missing or no model here computes what config.json describes.
+    Raises UserError if something is missing or no model here computes what config.json describes.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -97,9 +97,9 @@ def from_folder(folder: Path) -> Pretrained:
 
 
 def open_pretrained(path: Path, checkpoint_id: str | None) -> tuple[Pretrained, str]:
-    """What `--run` and `--id` mean, and where it was found: an exported folder, a run directory or a checkpoint of one.
+    """Return what `--run` and `--id` mean, and where it was found: an exported folder, a run directory or a checkpoint of one.
 
-    Raises ValueError if there is none.
+    Raises UserError if there is none.
     """
     if (path / CONFIG_FILE).is_file():
         if checkpoint_id is not None:
@@ -110,12 +110,12 @@ def open_pretrained(path: Path, checkpoint_id: str | None) -> tuple[Pretrained, 
 
 
 def find_checkpoint(run: Path, checkpoint_id: str | None) -> Path:
-    """The checkpoint that `--run` and `--id` mean; no id is the newest. Raises ValueError if there is none."""
+    """Return the checkpoint that `--run` and `--id` mean; no id is the newest. Raises UserError if there is none."""
     return store.resolve(run, checkpoint_id or store.LATEST, ("--run", "--id"))
 
 
 def _check_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
-    """That the weights, by our names, are floating-point numbers of the sizes that config.json gives."""
+    """Raise UserError unless the weights, by our names, are floating-point numbers of the sizes that config.json gives."""
     assert isinstance(model.vocab_size, int), "config.json says how many rows there are"
     with torch.device("meta"):
         module = RECIPES[model.type].build_model(model, LayerFlags(), ObjectiveConfig(), model.vocab_size)
@@ -129,7 +129,7 @@ def _check_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """The state dict in the files of a folder."""
+    """Return the state dict in the files of a folder."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -60,9 +60,9 @@ class Sampling:
 
 @torch.inference_mode()
 def sample(model: GptForPretraining, tokenizer: RunTokenizer, prompt: str, sampling: Sampling) -> str:
-    """The prompt and what follows it, up to the end of the document.
+    """Return the prompt and what follows it, up to the end of the document.
 
-    The model sees the last max_position_embeddings tokens. Raises ValueError for a prompt without tokens.
+    The model sees the last max_position_embeddings tokens. Raises UserError for a prompt without tokens.
     """
     ids = [int(index) for index in tokenizer.encode_batch([prompt])[0]]
     if not ids:
@@ -81,7 +81,7 @@ def sample(model: GptForPretraining, tokenizer: RunTokenizer, prompt: str, sampl
 
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The next token by its scores (V,)."""
+    """Return the next token by its scores (V,)."""
     if sampling.greedy:
         return int(logits.argmax())
     kept = logits.topk(min(sampling.top_k or len(logits), len(logits)))
@@ -100,9 +100,9 @@ class Candidate:
 
 @torch.inference_mode()
 def fill_mask(model: BertForPretraining, tokenizer: RunTokenizer, text: str, top_k: int) -> list[list[Candidate]]:
-    """The most probable symbols for each mask in the text, best first.
+    """Return the most probable symbols for each mask in the text, best first.
 
-    A mask is written [MASK], or as the tokenizer has it. Raises ValueError if there is none, or the text is too long.
+    A mask is written [MASK], or as the tokenizer has it. Raises UserError if there is none, or the text is too long.
     """
     mask_id = tokenizer.special_id("mask")
     reader = Tokenizer.from_str(tokenizer.tokenizer.to_str())  # unlike that of a run, it reads [MASK] as a symbol
@@ -128,5 +128,5 @@ def fill_mask(model: BertForPretraining, tokenizer: RunTokenizer, text: str, top
 
 
 def _text(tokenizer: RunTokenizer, index: int) -> str:
-    """A symbol without the space around it; white space itself as the tokenizer writes it."""
+    """Return a symbol without the space around it; white space itself as the tokenizer writes it."""
     return tokenizer.decode([index]).strip() or str(tokenizer.tokenizer.id_to_token(index))

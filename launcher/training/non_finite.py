@@ -59,7 +59,7 @@ class NumericsGuard:
         }
 
     def check_step(self, engine: Any, step: int, samples: range, diagnose: Callable[[], str]) -> None:
-        """To be called behind every step.
+        """Judge a step that the engine has ended.
 
         samples: positions of those that the step took. diagnose: says where numbers are not finite; called in an error.
         Raises NotFiniteError if training must stop, RollBack if it must go back.
@@ -90,7 +90,7 @@ class NumericsGuard:
         raise NotFiniteError(f"{what}: {diagnose()}; {_REMEDY}")
 
     def check_loss(self, step: int, loss: float) -> None:
-        """To be called with each loss that is logged. Raises RollBack, or NotFiniteError after too many."""
+        """Judge a loss that is logged. Raises RollBack, or NotFiniteError after too many."""
         factor = self._config.loss_spike_factor
         if factor is None:
             return
@@ -123,7 +123,7 @@ _REMEDY = (
 
 
 def not_finite_places(engine: Any, data: StepData, topology: Topology) -> str:
-    """Where the numbers of that step are not finite first, found by computing it again; every process calls it alike.
+    """Return where the numbers of that step are not finite first, found by computing it again; every process calls it alike.
 
     The weights must be those from before the step. Afterwards the engine holds gradients that no step must use.
     """
@@ -150,7 +150,7 @@ def not_finite_places(engine: Any, data: StepData, topology: Topology) -> str:
 
 
 def _watch_outputs(model: torch.nn.Module, found: list[str]) -> Iterator[Any]:
-    """Hooks that add the name of each module with an output that is not finite, inner modules first."""
+    """Yield hooks that add the name of each module with an output that is not finite, inner modules first."""
     for name, module in model.named_modules():
 
         def look(_: Any, __: Any, output: Any, name: str = name) -> None:

@@ -27,7 +27,7 @@ class Watch:
         self.totals: torch.Tensor | None = None
 
     def timed(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; each step lasts from the request for its item to `step_ends`."""
+        """Yield the items; each step lasts from the request for its item to `step_ends`."""
         iterator = iter(items)
         while True:
             self._started_s = time.perf_counter()
@@ -39,7 +39,7 @@ class Watch:
             yield item
 
     def step_ends(self, totals: torch.Tensor) -> None:
-        """Counts a step. totals: `StepResult.totals`."""
+        """Count a step. totals: `StepResult.totals`."""
         self.num_steps += 1
         self.totals = totals if self.totals is None else self.totals + totals
         self._add(time.perf_counter() - self._started_s)
@@ -49,7 +49,7 @@ class Watch:
         self.training_time_s += seconds
 
     def wait_for_device(self) -> None:
-        """Adds the time that work already handed to a GPU still takes: kernels run behind the host."""
+        """Add the time that work already handed to a GPU still takes: kernels run behind the host."""
         if torch.cuda.is_available():
             started_s = time.perf_counter()
             torch.cuda.synchronize()
@@ -64,7 +64,7 @@ class Watch:
 
 
 def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, float], watch: Watch) -> StepRecord:
-    """The record of the steps since the previous one; losses by part and lr are those of the last."""
+    """Return the record of the steps since the previous one; losses by part and lr are those of the last."""
     watch.wait_for_device()
     num_steps, step_time_s, data_wait_s, totals = watch.take()
     sequences = num_steps * setup.batch.train_batch_size
@@ -92,7 +92,7 @@ def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, f
 
 
 def _flops_per_sample(setup: Setup, predictions: float, real_tokens: float) -> float:
-    """FLOPs of a mean sample; what layer.unpad leaves out is not counted."""
+    """Return the FLOPs of a mean sample; what layer.unpad leaves out is not counted."""
     config = setup.config
     length = real_tokens if config.layer.unpad else config.data.max_seq_length
     return setup.recipe.flops_per_sample(config.model, setup.vocab_size, length, predictions)

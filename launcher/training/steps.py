@@ -35,7 +35,7 @@ class StepResult:
 
 
 def step_positions(first: int, batch: BatchPlan, replica: int) -> list[np.ndarray]:
-    """Positions of each micro-batch of one replica of the model, (micro_batch_size,) int64 each.
+    """Return the positions of each micro-batch of one replica of the model, (micro_batch_size,) int64 each.
 
     first: position of the first sample of the step. Replicas take consecutive blocks, so the samples of a step are the
     same whatever the number of processes.
@@ -51,7 +51,7 @@ def read_step(
     loss_counts: Callable[[Batch], dict[str, int]],
     real_tokens: Callable[[Batch], int],
 ) -> StepData:
-    """The micro-batches at these positions and what the step must know about them; runs in the loader's thread."""
+    """Return the micro-batches at these positions and what the step must know about them; runs in the loader's thread."""
     micro_batches = [stream.batch(micro) for micro in positions]
     counts: dict[str, int] = {}
     for micro_batch in micro_batches:
@@ -96,12 +96,12 @@ def train_step(
 
 
 def _one_if_finite(loss: Tensor) -> Tensor:
-    """1, or NaN: an infinite loss may have a finite gradient, and only the gradient is looked at, on every process alike."""
+    """Return 1, or NaN: an infinite loss may have a finite gradient, and every process looks at the gradient only."""
     return torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def mean_losses(result: StepResult, topology: Topology) -> dict[str, float]:
-    """The step's loss by part, averaged over all replicas; waits for the device."""
+    """Return the step's loss by part, averaged over all replicas; waits for the device."""
     sums = topology.sum(torch.stack([result.sums[part] for part in result.sums]).double())
     means = sums / result.totals[:-1].clamp(min=1)
     return dict(zip(result.sums, means.tolist(), strict=True))
@@ -116,7 +116,7 @@ def evaluate(
     most_batches: int | None,
     goes_on: Callable[[], bool] = lambda: True,
 ) -> dict[str, float] | None:
-    """Mean held-out loss by part over the first pass of the stream, the same samples with the same masks each time.
+    """Return the mean validation loss by part over the first pass of the stream, with the same samples and masks each time.
 
     goes_on: asked before each micro-batch, with the same answer on every process; None is returned once it is False.
     most_batches: look at no more micro-batches per replica. Every replica runs the model equally often, which ZeRO stage 3
