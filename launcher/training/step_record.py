@@ -1,18 +1,26 @@
 """What the loop measures of its steps, and the record that the log makes of it."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 import torch
 
+from ...kernels.errors import UserError
 from ..optim.engine import grad_norm, loss_scale, skipped_steps
 from ..optim.optimizer import OPTIMIZERS
+from ..processes.console import warn
 from ..reporting.record import StepRecord
 from .prepare import Setup
 from .start import Progress
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
+_LOG.addHandler(logging.NullHandler())
+_MOST_UNPREDICTED = (
+    20  # steps in a row: where half of the samples have nothing to predict, one run in a million has so many
+)
 
 
 class Watch:
@@ -20,6 +28,9 @@ class Watch:
 
     def __init__(self) -> None:
         self.training_time_s = 0.0
+        self.unpredicted: torch.Tensor | int = 0
+        """Steps in a row, up to the last one, without any token to predict."""
+        self.told_of_unpredicted = False
         self._clear()
 
     def _clear(self) -> None:
@@ -41,6 +52,7 @@ class Watch:
     def step_ends(self, totals: torch.Tensor) -> None:
         """Count a step. totals: `StepResult.totals`."""
         self.num_steps += 1
+        self.unpredicted = (self.unpredicted + 1) * (totals[0] == 0)  # on the device, so that nobody waits for it
         self.totals = totals if self.totals is None else self.totals + totals
         self._add(time.perf_counter() - self._started_s)
 
@@ -64,8 +76,12 @@ class Watch:
 
 
 def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, float], watch: Watch) -> StepRecord:
-    """Return the record of the steps since the previous one; losses by part and lr are those of the last."""
+    """Return the record of the steps since the previous one; losses by part and lr are those of the last.
+
+    Raises UserError if the last steps had no token to predict.
+    """
     watch.wait_for_device()
+    _check_predicts(setup, progress.step, watch)
     num_steps, step_time_s, data_wait_s, totals = watch.take()
     sequences = num_steps * setup.batch.train_batch_size
     return StepRecord(
@@ -89,6 +105,16 @@ def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, f
         memory_gib=torch.cuda.max_memory_allocated() / 2**30 if setup.topology.device.type == "cuda" else None,
         histograms=OPTIMIZERS[setup.config.optimizer.type].histograms(setup.optimizer),
     )
+
+
+def _check_predicts(setup: Setup, step: int, watch: Watch) -> None:
+    in_a_row = int(watch.unpredicted)
+    what = f"step {step:,}: no token to predict in {in_a_row:,} steps in a row, so there is no loss"
+    if in_a_row >= _MOST_UNPREDICTED:
+        raise UserError(f"{what}; set objective.masking to subword, or take a tokenizer that knows this text")
+    if in_a_row and not watch.told_of_unpredicted:
+        watch.told_of_unpredicted = True
+        warn(what, _LOG, shown=setup.topology.is_main)
 
 
 def _flops_per_sample(setup: Setup, predictions: float, real_tokens: float) -> float:

@@ -101,9 +101,9 @@ def _one_if_finite(loss: Tensor) -> Tensor:
 
 
 def mean_losses(result: StepResult, topology: Topology) -> dict[str, float]:
-    """Return the step's loss by part, averaged over all replicas; waits for the device."""
+    """Return the step's loss by part, averaged over all replicas, NaN for a part without terms; waits for the device."""
     sums = topology.sum(torch.stack([result.sums[part] for part in result.sums]).double())
-    means = sums / result.totals[:-1].clamp(min=1)
+    means = sums / result.totals[:-1]
     return dict(zip(result.sums, means.tolist(), strict=True))
 
 
@@ -116,7 +116,9 @@ def evaluate(
     most_batches: int | None,
     goes_on: Callable[[], bool] = lambda: True,
 ) -> dict[str, float] | None:
-    """Return the mean validation loss by part over the first pass of the stream, with the same samples and masks each time.
+    """Return the mean validation loss by part, NaN for one without terms.
+
+    It is over the first pass of the stream: the same samples with the same masks each time.
 
     goes_on: asked before each micro-batch, with the same answer on every process; None is returned once it is False.
     most_batches: look at no more micro-batches per replica. Every replica runs the model equally often, which ZeRO stage 3
@@ -141,7 +143,7 @@ def evaluate(
                 totals[part] = totals.get(part, torch.zeros_like(seen)) + (seen if len(positions) else 0 * seen)
     engine.train()
     whole = topology.sum(torch.stack(list(totals.values())))  # (parts, 2)
-    return dict(zip(totals, (whole[:, 0] / whole[:, 1].clamp(min=1)).tolist(), strict=True))
+    return dict(zip(totals, (whole[:, 0] / whole[:, 1]).tolist(), strict=True))
 
 
 def _on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:

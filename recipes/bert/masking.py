@@ -23,7 +23,8 @@ class MaskingRule:
 
     unit: subword, each token by itself; whole_word, all tokens of a word or none; span, runs of whole words.
     probability: share of a row's tokens, special ones counted, to predict; at least one, at most max_predictions.
-    is_special, word_start: (V,) bool; plain_ids: (P,) int64, the tokens that may replace another one.
+    is_special, word_start, word_end: (V,) bool, the last one None where no token ends a word by itself; plain_ids: (P,) int64,
+        the tokens that may replace another one.
     """
 
     unit: Masking
@@ -33,6 +34,7 @@ class MaskingRule:
     is_special: np.ndarray
     word_start: np.ndarray
     plain_ids: np.ndarray
+    word_end: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,8 @@ def mask_rows(rows: np.ndarray, lengths: np.ndarray, keys: np.ndarray, rule: Mas
     if rule.unit != "subword":
         after_gap = np.ones_like(candidates)
         after_gap[:, 1:] = ~candidates[:, :-1]
+        if rule.word_end is not None:
+            after_gap[:, 1:] |= rule.word_end[rows[:, :-1]]
         starts = candidates & (rule.word_start[rows] | after_gap)
     word = np.cumsum(starts, axis=1) - 1  # (B, S), number of each candidate's word in its row
     flat_word = (word + np.arange(B)[:, None] * S)[candidates]

@@ -263,14 +263,16 @@ def collate(task: DataTask) -> Collate:
     tokenizer, objective = task.tokenizer, task.objective
     is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
     is_special[tokenizer.special_ids] = True
+    word_start, word_end = tokenizer.word_borders
     rule = MaskingRule(
         unit=objective.masking,
         probability=objective.mlm_probability,
         max_predictions=_max_predictions(task.data, objective),
         mask_id=tokenizer.special_id("mask"),
         is_special=is_special,
-        word_start=tokenizer.word_start,
+        word_start=word_start,
         plain_ids=np.flatnonzero(~is_special),
+        word_end=word_end,
     )
 
     def batch_of(rows: Rows, keys: np.ndarray) -> dict[str, np.ndarray]:

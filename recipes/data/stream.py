@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...kernels.errors import UserError
 from ..config import DataConfig, ObjectiveConfig, SourceConfig
 from ..recipe import Collate, DataTask, Recipe, Report, Rows, Samples
 from .cache import cache_folder
@@ -22,6 +23,7 @@ from .tokenizer import RunTokenizer, check_suits
 
 ORDER_VERSION = 1  # raise it when the same settings would give another sequence of samples
 
+_LOOKED_AT = 256  # samples
 _ORDER, _ORDER_IN_SOURCE, _CONTENT = range(3)
 
 
@@ -57,8 +59,8 @@ def prepare_data(
     """Return training and held-out samples; what the cache does not have is prepared now, which can take long.
 
     unpad: batches say where their tokens stand; the samples are the same.
-    Raises UserError for every fault of the sources (see `sources.py`), text too short for one sample, a tokenizer without
-    the special tokens needed, a damaged cache.
+    Raises UserError for every fault of the sources (see `sources.py`), text too short for one sample, samples most of which
+    have no token to predict, a tokenizer without the special tokens needed, a damaged cache.
     """
     check_suits(recipe, tokenizer)
     cache, rules = cache_folder(data.cache_dir), recipe.samples
@@ -79,6 +81,9 @@ def prepare_data(
         validation = stream([first for first, _ in held_out], data.validation, seed)
     elif data.validation_fraction > 0:
         validation = stream([second for _, second in stores], data.sources, seed)
+    _check_predictions(train, recipe, objective, "data.sources")
+    if validation is not None:
+        _check_predictions(validation, recipe, objective, "the validation data")
     sizes = DataSizes(
         documents=sum(first.num_documents for first, _ in stores),
         tokens=sum(len(first.tokens) for first, _ in stores),
@@ -86,17 +91,35 @@ def prepare_data(
     )
     digests = [first.digest for first, _ in stores]
     settings = rules.settings(data, objective)
-    facts = [ORDER_VERSION, recipe.name, digests, train.draws, settings, _symbols(tokenizer), seed]
+    symbols = _symbols(tokenizer, by_word=objective.masking != "subword")
+    facts = [ORDER_VERSION, recipe.name, digests, train.draws, settings, symbols, seed]
     fingerprint = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
     return PreparedData(train, validation, fingerprint, sizes)
 
 
-def _symbols(tokenizer: RunTokenizer) -> list[Any]:
+def _check_predictions(stream: "SampleStream", recipe: Recipe, objective: ObjectiveConfig, sources: str) -> None:
+    """Raise UserError if more than half of the samples, of up to 256 from all over the first epoch, have nothing to predict."""
+    positions = np.unique(np.linspace(0, stream.num_samples - 1, _LOOKED_AT).astype(np.int64))
+    # The first part of the loss is the one over the vocabulary.
+    counts = [next(iter(recipe.loss_counts(stream.batch(one), objective).values())) for one in positions[:, None]]
+    share = counts.count(0) / len(counts)
+    if share > 0.5:
+        raise UserError(
+            f"{sources}: {share:.0%} of the samples have no token to predict, with objective.masking={objective.masking}; "
+            f"choose subword where words are longer than max_predictions_per_seq, and else a tokenizer that knows this text"
+        )
+
+
+def _symbols(tokenizer: RunTokenizer, *, by_word: bool) -> list[Any]:
     """What of the tokenizer samples depend on beside the tokens. Not its file: another version of the library writes another
     one, and a run must be continued with it."""
     specials = {name: tokenizer.tokenizer.token_to_id(token) for name, token in tokenizer.specials.items()}
     word_start = hashlib.blake2b(tokenizer.word_start.tobytes(), digest_size=16).hexdigest()
-    return [specials, tokenizer.special_ids.tolist(), word_start]
+    starts, ends = tokenizer.word_borders
+    borders = []
+    if by_word and (ends.any() or not np.array_equal(starts, tokenizer.word_start)):
+        borders = [hashlib.blake2b(starts.tobytes() + ends.tobytes(), digest_size=16).hexdigest()]
+    return [specials, tokenizer.special_ids.tolist(), word_start, *borders]
 
 
 def draws_per_epoch(sizes: list[int], sources: Sequence[SourceConfig]) -> list[int]:

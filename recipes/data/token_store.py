@@ -58,8 +58,8 @@ def tokenise(
     """Return the training and the held-out documents of a source, tokenised now unless the cache has them.
 
     layout: `sentences` keeps where sentences start, `stream` puts the end-of-document token after each document.
-    held_out: share of the documents to hold out. Raises ValueError if the source holds no text, or either part is empty
-    though it should not be.
+    held_out: share of the documents to hold out. Raises UserError if the source holds no text, its text gives special tokens,
+    or either part is empty though it should not be.
     """
     known = json.dumps([FORMAT_VERSION, source.identity, tokenizer.fingerprint, layout, held_out])
     folder = cache / "tokens" / hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
@@ -67,14 +67,24 @@ def tokenise(
 
     def build(partial: Path) -> dict[str, Any]:
         report(f"tokenising {source.name}")
-        unknown = tokenizer.special_id("unk") if "unk" in tokenizer.specials else None
-        with _Writer(partial, "train", dtype, unknown) as train, _Writer(partial, "held_out", dtype, unknown) as rest:
+        with (
+            _Writer(partial, "train", dtype, tokenizer) as train,
+            _Writer(partial, "held_out", dtype, tokenizer) as rest,
+        ):
             for batch in _batches(_with_progress(source, train, rest, report)):
                 chosen = [is_held_out(text, held_out) for text in batch]
                 encoded = _encode(batch, tokenizer, layout)
                 for writer, wanted in ((train, False), (rest, True)):
                     writer.add([ids for ids, is_out in zip(encoded, chosen, strict=True) if is_out == wanted])
         _check_parts(source.name, train.num_documents, rest.num_documents, held_out)
+        specials = train.num_special + rest.num_special
+        if layout == "stream":
+            specials -= train.num_documents + rest.num_documents
+        if specials:
+            raise UserError(
+                f"data source {source.name}: {specials:,} special tokens come out of its text, where they would be taken for "
+                f"masks or the ends of documents; remove them from the text, or take another tokenizer"
+            )
         num_tokens = train.num_tokens + rest.num_tokens
         report(f"tokenised {source.name}: {num_tokens:,} tokens")
         share = (train.num_unknown + rest.num_unknown) / num_tokens
@@ -111,14 +121,17 @@ def _check_parts(name: str, num_train: int, num_held_out: int, held_out: float) 
 
 
 class _Writer:
-    """Appends documents to the three files of one part. unknown: the id of [UNK], if there is one, to count."""
+    """Append documents to the three files of one part, and count their unknown tokens and the other special ones."""
 
-    def __init__(self, folder: Path, part: str, dtype: str, unknown: int | None) -> None:
+    def __init__(self, folder: Path, part: str, dtype: str, tokenizer: RunTokenizer) -> None:
         self._files = {name: (folder / f"{part}.{name}").open("wb") for name in ("tokens", "documents", "sentences")}
         self._dtype = dtype
         self._hash = hashlib.blake2b(dtype.encode(), digest_size=16)
-        self._unknown = -1 if unknown is None else unknown
-        self.num_tokens = self.num_documents = self.num_unknown = 0
+        self._is_special, self._is_unknown = np.zeros((2, tokenizer.vocab_size), dtype=bool)
+        self._is_special[tokenizer.special_ids] = True
+        self._is_unknown[list(tokenizer.unknown_ids)] = True
+        self._is_special &= ~self._is_unknown
+        self.num_tokens = self.num_documents = self.num_unknown = self.num_special = 0
 
     def __enter__(self) -> "_Writer":
         return self
@@ -148,7 +161,8 @@ class _Writer:
         self._write("documents", starts[firsts])
         self.num_tokens = int(ends[-1])
         self.num_documents += len(documents)
-        self.num_unknown += int(np.count_nonzero(tokens == self._unknown))
+        self.num_unknown += int(np.count_nonzero(self._is_unknown[tokens]))
+        self.num_special += int(np.count_nonzero(self._is_special[tokens]))
 
     def _write(self, name: str, numbers: np.ndarray) -> None:
         content = numbers.tobytes()

@@ -3,23 +3,24 @@
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ...kernels.errors import UserError, refused
 from ..config import DataConfig, SpecialToken, TokenizerConfig, TokenizerKind
 from ..recipe import Recipe, Report
 from .cache import cache_folder, open_or_build, whole_folder
 from .sources import Source, is_held_out, open_source
+from .words import NUM_BYTES, SPACE_MARKERS, borders_of_words, byte_symbols
 
 TRAINING_BYTES = 200 * 2**20  # of text, shared equally among the sources: vocabularies hardly change beyond it
 _TRAINING_VERSION = 1  # raise it when the same sources and settings would give another tokenizer
-_NUM_BYTES = 256
 _LONGEST_TEXT = 100_000  # characters tokenised as one text: a whole book as one would need gigabytes
 
 _TOKENIZER_FILE = "tokenizer.json"
@@ -34,7 +35,6 @@ _USUAL_NAMES = {
     "mask": ("[MASK]", "<mask>"),
     "eos": ("<|endoftext|>", "</s>", "<eos>"),
 }
-_SPACE_MARKERS = ("Ġ", "Ċ", "ĉ", "▁")  # how byte-level BPE writes space, newline and tab; SentencePiece's space
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,14 @@ class RunTokenizer:
         return np.array(sorted(ids | {self._id(token) for token in self.specials.values()}), np.int64)
 
     @functools.cached_property
+    def unknown_ids(self) -> set[int]:
+        """Ids of what stands for text that the tokenizer does not know: its model's own, and the one called unk."""
+        model = json.loads(self.tokenizer.to_str())["model"]
+        tokens = {self.specials.get("unk"), model.get("unk_token")} - {None}
+        by_number = {model["unk_id"]} if model.get("unk_id") is not None else set()
+        return by_number | {index for token in tokens if (index := self.tokenizer.token_to_id(token)) is not None}
+
+    @functools.cached_property
     def word_start(self) -> np.ndarray:
         """Whether a word starts with each token, (vocab_size,) bool.
 
@@ -78,14 +86,39 @@ class RunTokenizer:
         starts = np.zeros(self.vocab_size, dtype=bool)
         continuation = json.loads(self.tokenizer.to_str())["model"].get("continuing_subword_prefix")
         for token, index in self.tokenizer.get_vocab(with_added_tokens=True).items():
-            starts[index] = not token.startswith(continuation) if continuation else token.startswith(_SPACE_MARKERS)
+            starts[index] = not token.startswith(continuation) if continuation else token.startswith(SPACE_MARKERS)
         starts[self.special_ids] = True
         return starts
 
     @functools.cached_property
+    def word_borders(self) -> tuple[np.ndarray, np.ndarray]:
+        """Whether a word starts with each token, and whether one ends with it, (vocab_size,) bool each."""
+        return borders_of_words(self.tokenizer, self.word_start)
+
+    @functools.cached_property
+    def _of_plain_text(self) -> Tokenizer:
+        """The tokenizer, where its model cannot find special tokens that a text writes out; else a copy that parts them.
+
+        The copy parts a text behind the first character of each special token, after all other steps before the model.
+        """
+        tokens = [str(self.tokenizer.id_to_token(index)) for index in self.special_ids]
+        parted = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
+        ids = set(self.special_ids.tolist()) - self.unknown_ids
+        probes = [text for token in parted for text in (token, f"a {token} a", f"a{token}a", 2 * token)]
+        if all(ids.isdisjoint(one.ids) for one in self.tokenizer.encode_batch(probes, add_special_tokens=False)):
+            return self.tokenizer
+        copy = Tokenizer.from_str(self.tokenizer.to_str())
+        copy.encode_special_tokens = True
+        pattern = Regex("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in parted))
+        split = pre_tokenizers.Split(pattern, "isolated")
+        steps = [split] if copy.pre_tokenizer is None else [copy.pre_tokenizer, split]
+        copy.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        return copy
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Equal for tokenizers that turn every text into the same ids."""
-        content = json.dumps([json.loads(self.tokenizer.to_str()), self.specials], sort_keys=True)
+        content = json.dumps([json.loads(self._of_plain_text.to_str()), self.specials], sort_keys=True)
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     def equals(self, other: "RunTokenizer") -> bool:
@@ -100,7 +133,7 @@ class RunTokenizer:
         """The ids of each text without special tokens, uint32; on several threads unless TOKENIZERS_PARALLELISM=false."""
         if self.kind == "bytes":
             return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._of_plain_text.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -215,7 +248,7 @@ def _prepared(tokenizer: Tokenizer, settings: dict[str, Any]) -> RunTokenizer:
 def _kind(tokenizer: Tokenizer) -> str:
     model = json.loads(tokenizer.to_str())["model"]
     kind: str = model["type"].lower()
-    is_bytes = kind == "bpe" and not model["merges"] and len(model["vocab"]) == _NUM_BYTES
+    is_bytes = kind == "bpe" and not model["merges"] and len(model["vocab"]) == NUM_BYTES
     return "bytes" if is_bytes else kind
 
 
@@ -263,7 +296,7 @@ def train_tokenizer(
     Raises UserError if the text is empty or has too few different symbols for the size asked for.
     """
     if kind == "bytes":
-        tokenizer = _byte_level(models.BPE(vocab=_byte_symbols(), merges=[]))
+        tokenizer = _byte_level(models.BPE(vocab=byte_symbols(), merges=[]))
         tokenizer.add_special_tokens(list(specials.values()))
         return _prepared(tokenizer, _settings(specials))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bpe" else []
@@ -301,13 +334,6 @@ def _counted(documents: Iterable[str]) -> Iterator[str]:
         yield document
     if empty:
         raise UserError("data.sources hold no text to train a tokenizer on; add text")
-
-
-def _byte_symbols() -> dict[str, int]:
-    """The symbol that byte-level BPE writes for each byte: printable Latin-1 for itself, then U+0100 and on for the rest."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = [byte for byte in range(_NUM_BYTES) if byte not in printable]
-    return {chr(byte if byte in printable else 0x100 + others.index(byte)): byte for byte in range(_NUM_BYTES)}
 
 
 def _trained_once(

@@ -205,3 +205,18 @@ def test_a_tokenizer_file_of_another_form_leaves_the_fingerprint_as_it_is(prepar
     assert same_symbols.fingerprint != tokenizers[model_type].fingerprint
     monkeypatch.setitem(tokenizers, model_type, same_symbols)
     assert prepare(objective).fingerprint == before
+
+
+def test_samples_without_a_token_to_predict_are_refused_before_training(tmp_path, prepare):
+    rng = np.random.default_rng(0)
+    genome = ["".join(rng.choice(list("acgt"), 300)) for _ in range(20)]
+    (tmp_path / "genome.txt").write_text("\n\n".join(genome))
+    source = SourceConfig(kind="text", path=str(tmp_path / "genome.txt"))
+    for masking in ("whole_word", "span"):
+        objective = ObjectiveConfig(sentence_task="none", masking=masking)
+        with pytest.raises(ValueError, match=rf"100% of the samples have no token to predict, .*masking={masking}"):
+            prepare(objective, source)
+    good = write_text(tmp_path / "good.txt")
+    prepare(ObjectiveConfig(sentence_task="none", masking="span"), [good])
+    with pytest.raises(ValueError, match="the validation data: 100% of the samples have no"):
+        prepare(ObjectiveConfig(sentence_task="none", masking="span"), [good], validation=[source])

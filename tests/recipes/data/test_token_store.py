@@ -10,10 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers.prepared_data import CLM, WORDS, equal, store_documents, write_text
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from xformer_train.recipes.config import DataConfig, SourceConfig
 from xformer_train.recipes.data import token_store, tokenizer
-from xformer_train.recipes.data.token_store import split_sentences
+from xformer_train.recipes.data.sources import open_source
+from xformer_train.recipes.data.token_store import split_sentences, tokenise
+from xformer_train.recipes.data.tokenizer import load_tokenizer
 
 
 def test_a_second_preparation_does_no_work(prepare, monkeypatch):
@@ -173,3 +176,21 @@ def test_the_manifest_says_what_the_folder_holds(tmp_path, prepare):
     assert {f"{part}.{name}" for part in ("train", "held_out") for name in ("tokens", "documents", "sentences")} == set(
         sizes
     )
+
+
+def test_a_special_token_that_no_cut_keeps_out_of_the_text_is_refused(tmp_path):
+    made = Tokenizer(models.WordLevel({"<unk>": 0, "¶": 1, "a": 2}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(["¶"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "¶"}')
+    tokenizer = load_tokenizer(tmp_path)
+
+    def stored(text):
+        (tmp_path / "a.txt").write_text(text)
+        source = open_source(SourceConfig(kind="text", path=str(tmp_path / "a.txt")), tmp_path / "cache")
+        return tokenise(source, tokenizer, "stream", 0.0, tmp_path / "cache", lambda _: None)[0]
+
+    assert stored("a b a\n\na").tokens.tolist() == [2, 0, 2, 1, 2, 1]
+    with pytest.raises(ValueError, match="2 special tokens come out of its text"):
+        stored("a ¶ a\n\na ¶")

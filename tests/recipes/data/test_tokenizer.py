@@ -205,3 +205,81 @@ def test_equal_configs_get_the_same_wordpiece_although_its_training_does_not_rep
     assert len(told) == 1  # trained once
     other = build_tokenizer(RECIPES["bert"], TokenizerConfig(vocab_size=190), data, told.append)
     assert other.vocab_size == 190
+
+
+CHINESE = ["你好世界。", "今天天气很好", "我喜欢学习语言"] * 40
+
+
+def loaded(tmp_path, tokenizer, specials):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    names = {f"{name}_token": token for name, token in specials.items()}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(names))
+    return load_tokenizer(tmp_path)
+
+
+def words_of(tokenizer, text):
+    ids = tokenizer.encode_batch([text])[0]
+    starts, ends = tokenizer.word_borders
+    begins = starts[ids] | np.append(True, ends[ids][:-1])
+    return len(ids), int(begins.sum())
+
+
+@pytest.mark.parametrize("kind", ["bpe", "bytes", "wordpiece"])
+def test_each_character_of_a_script_without_spaces_can_start_a_word(kind):
+    tokenizer = train(kind, texts=CHINESE, vocab_size=400)
+    _, count = words_of(tokenizer, "今天你好")
+    assert 2 <= count <= 4
+    latin, spaced = words_of(train(kind), "naïve café")
+    assert spaced <= latin and spaced in (2, 3)
+
+
+@pytest.mark.parametrize("marker", ["▁", "_"])
+def test_words_are_found_whatever_sign_a_tokenizer_marks_them_with(tmp_path, marker):
+    pieces = [("<unk>", 0.0), (f"{marker}the", -1.0), (f"{marker}fox", -2.0), ("es", -2.0), ("你", -3.0), ("好", -3.0)]
+    unigram = Tokenizer(models.Unigram(pieces, unk_id=0))
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace(replacement=marker)
+    assert words_of(loaded(tmp_path, unigram, {}), "the foxes你好") == (5, 4)
+
+
+def test_words_are_found_where_their_ends_are_marked_or_tokens_are_words(tmp_path):
+    vocab = {"f": 0, "o": 1, "x</w>": 2, "a</w>": 3}
+    bpe = Tokenizer(models.BPE(vocab, [], end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert words_of(loaded(tmp_path, bpe, {}), "fox a fox") == (7, 3)
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1, "b": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    assert words_of(loaded(tmp_path, words, {}), "a b a") == (3, 3)
+
+
+def made_of_pieces(kind):
+    """A tokenizer whose model has </s> and <mask> among its own pieces, as transformers saves them."""
+    names = ["<unk>", "</s>", "<mask>"]
+    letters = [f"{space}{letter}" for letter in "aefgdoxmsk</>" for space in ("", "▁")] + ["▁"]
+    if kind == "unigram":
+        made = Tokenizer(models.Unigram([(name, 0.0) for name in names] + [(one, -3.0) for one in letters], unk_id=0))
+        made.pre_tokenizer = pre_tokenizers.Metaspace()
+    elif kind == "bpe":
+        vocab = {token: index for index, token in enumerate([*names, *letters, "</", "</s"])}
+        made = Tokenizer(models.BPE(vocab, [("<", "/"), ("</", "s"), ("</s", ">")], unk_token="<unk>"))
+    elif kind == "ignoring_merges":
+        vocab = {token: index for index, token in enumerate([*names, *letters])}
+        made = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", ignore_merges=True))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    else:
+        model = {"wordpiece": models.WordPiece, "words": models.WordLevel}[kind]
+        made = Tokenizer(model({token: index for index, token in enumerate([*names, "fox"])}, unk_token="<unk>"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    made.add_special_tokens(names)
+    return made
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "ignoring_merges", "wordpiece", "words"])
+def test_special_tokens_in_a_text_stay_text_whatever_the_model(tmp_path, kind):
+    made = made_of_pieces(kind)
+    tokenizer = loaded(tmp_path, made, {"unk": "<unk>", "eos": "</s>", "mask": "<mask>"})
+    for text in ("fox </s> <mask> dog", "</s>", "a</s></s>e<mask>", "<mask></s>"):
+        ids = set(tokenizer.encode_batch([text])[0].tolist())
+        assert not ids & {1, 2}, (text, ids)
+    made.encode_special_tokens = True
+    plain = "fox dog / mask > < s"
+    assert tokenizer.encode_batch([plain])[0].tolist() == made.encode(plain, add_special_tokens=False).ids
