@@ -1,9 +1,19 @@
 """What holds for every test: the numbers it draws, and the process it may leave behind."""
 
 import os
+import signal
 import sys
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers_from_before():
+    """A command leaves SIGTERM and SIGUSR1 without effect, as its process ends with it."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.hookimpl(tryfirst=True)  # before the fixtures, which draw too

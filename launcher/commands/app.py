@@ -3,6 +3,7 @@
 What takes long to import is imported only once a command needs it.
 """
 
+from ..processes.console import open_missing_streams
 from ..processes.rank_status import recorded
 from . import doctor, export, fill_mask, launch, sample, usage
 from .checkpoints import checkpoints_app
@@ -23,5 +24,6 @@ app.command("fill-mask")(fill_mask.fill_mask)
 
 def main() -> None:
     """Run the command line of this process and exit with its status."""
+    open_missing_streams()
     with recorded(), reported_faults():
         app()

@@ -2,15 +2,15 @@
 
 import os
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
 import typer
 
 from ...kernels.errors import UserError
+from ..processes.console import write_now
 from ..processes.rank_status import REQUEUE, USAGE_ERROR, Exit, traceback_text
 
 
@@ -44,23 +44,26 @@ def reported_faults() -> Iterator[None]:
 
 @contextmanager
 def requeued_by_signals() -> Iterator[None]:
-    """Handle SIGTERM and SIGUSR1 until a run does: a scheduler may want the machine back before everything is imported."""
+    """Let SIGTERM and SIGUSR1 end the process with status 75 inside, until a run handles them.
+
+    A scheduler may want the machine back before everything is imported. Afterwards both have no effect, to the very end of the
+    process: Python gives signals that it handles itself back to the system, which would end the process by them, whatever
+    status it was about to end with.
+    """
 
     def requeue(number: int, frame: FrameType | None) -> None:
         if os.environ.get("RANK", "0") == "0":
-            with suppress(OSError):  # what ends a run may have ended its console
-                os.write(
-                    sys.stderr.fileno(), f"{signal.Signals(number).name}: stopped before the first step\n".encode()
-                )
+            write_now(f"{signal.Signals(number).name}: stopped before the first step\n")
         raise SystemExit(REQUEUE)
 
-    before = {number: signal.signal(number, requeue) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handled = (signal.SIGTERM, signal.SIGUSR1)
+    for number in handled:
+        signal.signal(number, requeue)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is requeue:
-                signal.signal(number, handler)
+        for number in handled:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def leave(message: str, status: int) -> NoReturn:

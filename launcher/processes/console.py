@@ -7,13 +7,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
 
 Say = Callable[[str], None]
-_GONE = (errno.EPIPE, errno.EIO)  # a pipe, a terminal
+_GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a pipe, a terminal, one that was closed
 # Before there is a log file the console alone speaks of errors, and not through Python's handler of last resort.
 logging.getLogger(__package__.rpartition(".")[0]).addHandler(logging.NullHandler())
 
@@ -25,6 +24,20 @@ def quieten_libraries() -> None:
         for module in ("torch", "deepspeed"):
             for category in (FutureWarning, DeprecationWarning):
                 warnings.filterwarnings("ignore", category=category, module=rf"{module}(\.|$)")
+
+
+def open_missing_streams() -> None:
+    """Open those of stdin, stdout and stderr that the process was started without, on the null device.
+
+    Otherwise the next file that is opened takes the number of the missing one, and gets what libraries write there.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            nowhere = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(nowhere, True)
+            stream = os.fdopen(nowhere, mode, encoding="utf-8")
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
 
 
 def say(text: str) -> None:
@@ -60,5 +73,8 @@ def surviving(stream: TextIO) -> Iterator[None]:
     except OSError as error:
         if error.errno in _GONE:
             # For all that writes there later, and for Python's own flush at the end, which would change the exit status.
-            with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
-                os.dup2(nowhere.fileno(), stream.fileno())
+            with suppress(OSError):
+                nowhere = os.open(os.devnull, os.O_RDWR)
+                if nowhere != stream.fileno():
+                    os.dup2(nowhere, stream.fileno())
+                    os.close(nowhere)

@@ -26,9 +26,9 @@ class StopAsked(KeyboardInterrupt):
 class StopRequest:
     """A context in which the first SIGINT, SIGTERM or SIGUSR1 asks for a stop and a second SIGINT ends the process at once.
 
-    Enter it on the main thread of every process alike. On leaving it the handlers from before come back. If a scheduler stopped
-    the run, SIGTERM and SIGUSR1 have no effect from then on: the process ends by itself, and launchers send SIGTERM to other
-    processes once one has ended.
+    Enter it on the main thread of every process alike. On leaving it the handlers from before come back. After a run that ended
+    without an error, SIGTERM and SIGUSR1 have no effect instead: the process ends by itself with its status, and launchers send
+    SIGTERM to other processes once one has ended, or pass a Ctrl-C on as SIGTERM.
     """
 
     def __init__(self, topology: Topology) -> None:
@@ -51,8 +51,7 @@ class StopRequest:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for number, handler in self._previous.items():
-            leaving = self.exit_status == REQUEUE and number != signal.SIGINT
-            signal.signal(number, _nothing if leaving else handler)
+            signal.signal(number, _nothing if error is None and number != signal.SIGINT else handler)
 
     @property
     def exit_status(self) -> int:

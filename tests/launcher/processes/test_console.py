@@ -46,3 +46,28 @@ def test_a_console_that_nobody_reads_any_more_keeps_no_process_from_its_end(monk
     with os.fdopen(writing, "w") as stream:
         monkeypatch.setattr(sys, "stderr", stream)
         console.write_now("the run hangs\n")
+
+
+def test_a_process_that_is_started_without_streams_keeps_its_files_clean_and_its_exit_status(tmp_path):
+    code = (
+        "import os, subprocess, sys; from xformer_train.launcher.processes import console\n"
+        "console.open_missing_streams()\n"
+        f"file = open({str(tmp_path / 'metrics')!r}, 'w')\n"
+        "console.say('one'); console.warn('two'); console.write_now('three'); print('of a library')\n"
+        "os.write(1, b'of C'); os.write(2, b'of C'); assert sys.stdin.read() == ''\n"
+        "subprocess.run([sys.executable, '-c', 'import sys; sys.stdout.write(str(1)); sys.stderr.write(str(2))'], check=True)\n"
+        "file.write('rows'); sys.exit(75)"
+    )
+    closed = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    done = subprocess.run([*closed, sys.executable, "-c", code], check=False)
+    assert (done.returncode, (tmp_path / "metrics").read_text()) == (75, "rows")
+
+
+def test_a_stream_that_is_closed_under_a_run_is_survived():
+    code = (
+        "import os, sys; from xformer_train.launcher.processes import console\n"
+        "os.close(1); os.close(2)\n"
+        "console.say('one'); console.warn('two'); console.write_now('three'); print('of a library')\n"
+        "sys.exit(75)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 75
