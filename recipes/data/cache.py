@@ -41,6 +41,7 @@ def write_atomically(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
         partial.write_text(text)
+        _flush(partial)
         partial.replace(path)
     except OSError as error:
         raise _unusable(path.parents[1], error) from error
@@ -57,6 +58,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     try:
         partial.chmod(0o755)  # others may read it, which mkdtemp forbids
         yield partial
+        _flush(*partial.iterdir(), partial)
         if folder.exists():
             for path in partial.iterdir():
                 path.replace(folder / path.name)
@@ -64,6 +66,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _flush(*paths: Path) -> None:
+    """Bring files, and the names in folders, to the disk.
+
+    A power cut leaves zeros in a file that was renamed before, of the right size.
+    """
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no folders
+                raise
+        finally:
+            os.close(descriptor)
 
 
 def _unusable(cache: Path, error: OSError) -> RefusedError:
@@ -113,8 +131,10 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
         facts = build(partial)
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         (partial / _MANIFEST).write_text(json.dumps({"facts": facts, "bytes": sizes}, indent=1))
+        _flush(*partial.iterdir(), partial)
         try:
             partial.rename(folder)
+            _flush(folder.parent)
         except OSError:
             if not folder.exists():  # else another machine was faster
                 raise

@@ -1,12 +1,14 @@
 import errno
 import fcntl
+import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from xformer_train.recipes.data.cache import cache_folder, open_or_build, read_array, write_atomically
+from xformer_train.recipes.data.cache import cache_folder, open_or_build, read_array, whole_folder, write_atomically
 
 
 def build_one(partial):
@@ -73,6 +75,45 @@ def test_the_first_of_two_machines_to_finish_wins(tmp_path):
 
     assert open_or_build(folder, overtaken, pytest.fail) == {"by": "the other"}
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["key"]
+
+
+@pytest.mark.parametrize("way", ["prepared", "exported", "small"])
+def test_files_are_on_the_disk_before_they_get_their_names(tmp_path, monkeypatch, way):
+    """A power cut leaves zeros of the right size in a file that was renamed before it was flushed."""
+    done, fsync = [], os.fsync
+
+    def flush(descriptor):
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    def noting(function):
+        def rename(path, target):
+            done.append("renamed")
+            return function(path, target)
+
+        return rename
+
+    monkeypatch.setattr(os, "fsync", flush)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, noting(getattr(Path, name)))
+    written = []
+
+    def build(folder):
+        for name in ("a.tokens", "b.tokens"):
+            (folder / name).write_bytes(b"1234")
+        written.extend([*folder.iterdir(), folder])
+        return {}
+
+    if way == "prepared":
+        open_or_build(tmp_path / "cache/data/x", build, [].append)
+        written.append(written[-1] / "manifest.json")
+    elif way == "exported":
+        with whole_folder(tmp_path / "x") as folder:
+            build(folder)
+    else:
+        write_atomically(tmp_path / "cache/data/x", "text")
+    before = done[: done.index("renamed")]
+    assert set(written) <= set(before) and before
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
