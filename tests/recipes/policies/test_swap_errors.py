@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from helpers.hf_models import MODELS
-from helpers.hf_swap import build, inputs
+from helpers.hf_swap import SIZES, build, inputs
 from helpers.own_policies import MODELS_WITH_POLICIES, OpenAIGPTPolicy
 from torch import nn
 
@@ -92,8 +92,8 @@ def test_everything_that_cannot_be_honoured_comes_in_one_error():
         "the activation is 'relu'; it must be gelu, gelu_python, gelu_new",
         "attn_qkv names 3 projections that the layer has; a fused layer has qkv alone",
         "a fused layer has no place for ln_cross_attn.weight (15,)",
-        "supported: layers of self-attention and one MLP, with biases and two LayerNorms, of bert, camembert, distilbert, "
-        "electra, gpt2, roberta, roberta_prelayernorm, xlm_roberta; docs/huggingface.md has the list of options",
+        "supported: layers of self-attention and one MLP, with biases and two LayerNorms, of "
+        f"{', '.join(sorted(SIZES))}; docs/huggingface.md has the list of options",
     ):
         assert text in message, (text, message)
 
