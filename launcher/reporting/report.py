@@ -4,6 +4,7 @@ import shlex
 import textwrap
 from dataclasses import dataclass
 
+from ...recipes import RECIPES
 from ...recipes.data.stream import PreparedData
 from ...recipes.data.tokenizer import RunTokenizer
 from ..config.batch import BatchPlan
@@ -128,7 +129,8 @@ def closing_summary(config: RunConfig, facts: ClosingFacts) -> str:
 def _what_to_try(config: RunConfig) -> list[tuple[str, str]]:
     """Return the commands that show what a finished run has made."""
     root = shlex.quote(str(RunDirectory.of(config).root))
-    ask = f'sample --run {root} --prompt "Once"' if config.model.type == "gpt" else f'fill-mask --run {root} "a [MASK]"'
+    command = RECIPES[config.model.type].command
+    ask = f"{command} --run {root} " + {"sample": '--prompt "Once"', "fill-mask": '"a [MASK]"'}[command]
     plot = [("to plot", f"tensorboard --logdir {root}")] if config.logging.tensorboard else []
     return [("to try", f"xformer-train {ask}"), ("to export", f"xformer-train export --run {root} --to DIR"), *plot]
 
