@@ -111,7 +111,7 @@ USES = {
     "torch.ops.mkldnn._linear_pointwise": "kernels/ops",
     "torch.Tensor._post_accumulate_grad_hooks": "kernels/ops",
     "torch.Tensor._version": "kernels/fp8 kernels/te recipes/policies",
-    "torch.UntypedStorage._cdata": "kernels/layers",
+    "torch.UntypedStorage._cdata": "scripts/bench",
     "torch.utils._pytree.tree_leaves": "recipes/policies",
     "torch.utils._pytree.tree_map": "recipes/policies",
     "datasets:Dataset._fingerprint": "recipes/data",

@@ -2,7 +2,10 @@
 
   peaks   the peak of a step of DeepSpeed with LAMB, beside the estimate below, at the largest micro-batch that should fit
   layers  what one layer keeps for backward under every choice of flags, beside the formula of
-          kernels/layers/saved_activations.py
+  layers  what one layer keeps for backward under every choice of flags, beside the formula of
+          saved_activations.py
+          saved_activations.py
+  steps   what the parts of a step hold, for a BERT-Large of two layers on a CPU
   steps   what the parts of a step hold, for a BERT-Large of two layers on a CPU
   limits  the largest micro-batch of each choice of flags on GPUs of several sizes, estimated
   cards   the flags that every micro-batch needs on them, estimated
@@ -27,11 +30,11 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # of the profiler, which counts
 
 import torch
 from bench_device import machine_line
+from saved_activations import count_saved_bytes, saved_activations
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
-from xformer_train.kernels.layers.saved_activations import count_saved_bytes, saved_activations
 from xformer_train.launcher.config.batch import BatchPlan
 from xformer_train.launcher.config.deepspeed import deepspeed_config
 from xformer_train.launcher.config.loading import load_config

@@ -6,9 +6,8 @@ from typing import Protocol
 
 import torch
 from bench_task import Row, Task
+from saved_activations import count_saved_bytes
 from torch import Tensor
-
-from xformer_train.kernels.layers.saved_activations import count_saved_bytes
 
 # More than the L2 cache of a GPU holds at the large shapes; it would otherwise hand over the input of the step before.
 GPU_INPUT_SETS = 4

@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 from bench_device import default_device, machine_line, synchronize
+from saved_activations import count_saved_bytes
 from torch import Tensor, nn
 
-from xformer_train.kernels.layers.saved_activations import count_saved_bytes
 from xformer_train.recipes.policies import swap
 
 WARMUP_TURNS = 2  # the first compiles the kernels and makes the optimizer's state

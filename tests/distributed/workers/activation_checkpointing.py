@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from helpers.spawn import PATIENCE_S
 from helpers.tiny import ACCUMULATION, MICRO_BATCH, tiny_config, whole_weights
+from saved_activations import count_saved_bytes
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
-from xformer_train.kernels.layers.saved_activations import count_saved_bytes
 from xformer_train.kernels.parallel.collectives import TensorParallel
 from xformer_train.launcher.optim.engine import build_engine
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes

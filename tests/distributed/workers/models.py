@@ -9,10 +9,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from helpers.spawn import PATIENCE_S
+from saved_activations import count_saved_bytes, saved_activations
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
-from xformer_train.kernels.layers.saved_activations import count_saved_bytes, saved_activations
 from xformer_train.kernels.ops.mlp import mlp
 from xformer_train.kernels.parallel.collectives import TensorParallel
 from xformer_train.kernels.parallel.sharding import Partition, partitions_of, shard_state_dict

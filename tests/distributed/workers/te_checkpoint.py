@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers.spawn import PATIENCE_S
+from saved_activations import count_saved_bytes
 from torch import Tensor, nn
 
 from xformer_train.kernels import te
-from xformer_train.kernels.layers.saved_activations import count_saved_bytes
 from xformer_train.kernels.te.rng_tracker import RngStatesTracker, seed_tensor_parallel
 
 S, B, HIDDEN, FFN, HEADS = 8, 2, 32, 64, 4

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from saved_activations import count_saved_bytes, saved_activations
 
 from xformer_train.kernels import (
     AttentionMask,
@@ -12,7 +13,6 @@ from xformer_train.kernels import (
     LayerConfig,
     TransformerLayer,
 )
-from xformer_train.kernels.layers.saved_activations import count_saved_bytes, saved_activations
 from xformer_train.kernels.ops.attention import attention
 from xformer_train.kernels.ops.mlp import mlp
 from xformer_train.kernels.ops.norm import residual_norm

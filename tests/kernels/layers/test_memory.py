@@ -11,10 +11,10 @@ import types
 
 import pytest
 import torch
+from saved_activations import count_saved_bytes, saved_activations
 from torch.profiler import ProfilerActivity, profile
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack, TransformerLayer
-from xformer_train.kernels.layers.saved_activations import count_saved_bytes, saved_activations
 from xformer_train.kernels.ops.attention import attention
 
 BATCH, LENGTH = 3, 7

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from saved_activations import count_saved_bytes
 from torch import nn
 
 from xformer_train.kernels import te
-from xformer_train.kernels.layers.saved_activations import count_saved_bytes
 from xformer_train.kernels.ops.region import active_region
 from xformer_train.kernels.te.rng_tracker import RngStatesTracker
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-from ..ops.choices import ActivationCheckpointing
-from .config import LayerConfig
+from xformer_train.kernels.layers.config import LayerConfig
+from xformer_train.kernels.ops.choices import ActivationCheckpointing
 
 _SEED_BYTES = 8
 
