@@ -20,6 +20,7 @@ device lets a collective run beside a product; with NCCL on Hopper that takes CU
 Sources: Shoeybi et al., arXiv 1909.08053 (tensor parallelism); Korthikanti et al., arXiv 2205.05198 (SP).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +35,7 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Group = dist.ProcessGroup | None
+Compute = Callable[..., Tensor]
 
 
 def group_size(group: Group) -> int:
@@ -94,7 +96,10 @@ class Pending:
 
 
 def start_all_reduce_(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> Pending:
-    """x reduced over the group, without autograd; in the memory of x if that is contiguous, so use only what `wait` returns."""
+    """Return x reduced over the group, without autograd.
+
+    The result is in the memory of x if that is contiguous, so use only what `wait` returns.
+    """
     if group is None or group.size() == 1:
         return Pending(x)
     result = x.contiguous()
@@ -102,7 +107,7 @@ def start_all_reduce_(x: Tensor, group: Group, op: Any = dist.ReduceOp.SUM) -> P
 
 
 def start_all_gather(x: Tensor, group: Group) -> Pending:
-    """The x of all processes one after the other along dim 0, without autograd; x: equal shapes everywhere."""
+    """Return the x of all processes one after the other along dim 0, without autograd; x: equal shapes everywhere."""
     if group is None or group.size() == 1:
         return Pending(x)
     result = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
@@ -110,7 +115,7 @@ def start_all_gather(x: Tensor, group: Group) -> Pending:
 
 
 def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
-    """This process's part along dim 0 of the sum of x over the group, without autograd.
+    """Return this process's part along dim 0 of the sum of x over the group, without autograd.
 
     Raises ValueError if the processes cannot share dim 0 equally.
     """
@@ -122,7 +127,7 @@ def start_reduce_scatter(x: Tensor, group: Group) -> Pending:
 
 
 def check_divisible(size: int, group: Group, name: str) -> None:
-    """Raises ValueError if the processes of the group cannot share `size` equally; name: what has that size."""
+    """Raise ValueError if the processes of the group cannot share `size` equally; name: what has that size."""
     if size % group_size(group):
         raise UserError(
             f"{name} is {size}, which the {group_size(group)} processes of the group cannot share equally; pad it to a "
@@ -131,46 +136,46 @@ def check_divisible(size: int, group: Group, name: str) -> None:
 
 
 def copy_to_group(x: Tensor, group: Group) -> Tensor:
-    """x itself; backward sums dy over the group. Where a replicated tensor enters computations that differ by rank."""
-    return x if group_size(group) == 1 else _CopyToGroup.apply(x, group)
+    """Return x itself; backward sums dy over the group. Where a replicated tensor enters computations that differ by rank."""
+    return x if group_size(group) == 1 else _Conjugates.apply(x, _itself, reduce_from_group, group)
 
 
 def reduce_from_group(x: Tensor, group: Group) -> Tensor:
-    """The sum of x over the group; backward passes dy on. Where partial results become a replicated tensor."""
-    return x if group_size(group) == 1 else _ReduceFromGroup.apply(x, group)
+    """Return the sum of x over the group; backward passes dy on. Where partial results become a replicated tensor."""
+    return x if group_size(group) == 1 else _Conjugates.apply(x, _sum, copy_to_group, group)
 
 
 def gather_from_sequence(x: Tensor, group: Group) -> Tensor:
-    """All parts of x along dim 0, (S, ...) of (S/t, ...); backward reduce-scatters dy: computations on it differ by rank."""
-    return x if group_size(group) == 1 else _GatherFromSequence.apply(x, group)
+    """Return all parts of x along dim 0, (S, ...) of (S/t, ...); backward reduce-scatters dy, which differs by rank."""
+    return x if group_size(group) == 1 else _Conjugates.apply(x, _all_parts, reduce_scatter_to_sequence, group)
 
 
 def reduce_scatter_to_sequence(x: Tensor, group: Group) -> Tensor:
-    """This process's part along dim 0 of the sum of x, (S/t, ...) of (S, ...); backward all-gathers dy.
+    """Return this process's part along dim 0 of the sum of x, (S/t, ...) of (S, ...); backward all-gathers dy.
 
     Raises ValueError if t does not divide S.
     """
-    return x if group_size(group) == 1 else _ReduceScatterToSequence.apply(x, group)
+    return x if group_size(group) == 1 else _Conjugates.apply(x, _own_rows_of_sum, gather_from_sequence, group)
 
 
 def scatter_to_group(x: Tensor, group: Group, dim: int = -1) -> Tensor:
-    """This process's part of a replicated x along dim, contiguous; backward all-gathers dy.
+    """Return this process's part of a replicated x along dim, contiguous; backward all-gathers dy.
 
     Raises ValueError if t does not divide that dim.
     """
-    return x if group_size(group) == 1 else _ScatterToGroup.apply(x, group, dim)
+    return x if group_size(group) == 1 else _Conjugates.apply(x, _own_part, gather_from_group, group, dim)
 
 
 def gather_from_group(x: Tensor, group: Group, dim: int = -1) -> Tensor:
-    """All parts of x along dim, contiguous and replicated; backward takes this process's part of dy.
+    """Return all parts of x along dim, contiguous and replicated; backward takes this process's part of dy.
 
     What follows must be computed alike on every process: `gather_from_sequence` is for what differs.
     """
-    return x if group_size(group) == 1 else _GatherFromGroup.apply(x, group, dim)
+    return x if group_size(group) == 1 else _Conjugates.apply(x, _all_parts, scatter_to_group, group, dim)
 
 
 def sum_gradient_over(parameter: nn.Parameter, group: Group) -> None:
-    """Makes every backward sum the parameter's gradient over the group before it is accumulated, and marks the parameter.
+    """Make every backward sum the parameter's gradient over the group before it is accumulated, and marks the parameter.
 
     For replicated parameters that act on parts of the sequence, under SP: of LayerNorms, and biases of row-parallel layers.
     Each process then sees the gradient of its own tokens only. Call it once per parameter, and again for a copy: deepcopy
@@ -188,76 +193,43 @@ def sum_gradient_over(parameter: nn.Parameter, group: Group) -> None:
 
 
 def _owned(x: Tensor) -> Tensor:
-    """A contiguous copy that a collective may write into."""
+    """Return a contiguous copy that a collective may write into."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
 # Each backward below is the forward of the conjugate, so that the pairs can be differentiated any number of times.
 
 
-class _CopyToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
+class _Conjugates(torch.autograd.Function):
+    """Apply compute(x, *place), without autograd, and conjugate(dy, *place), one of the functions above, in backward."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return reduce_from_group(dy, ctx.group), None
-
-
-class _ReduceFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return start_all_reduce_(_owned(x), group).wait()
+    def forward(ctx: Any, x: Tensor, compute: Compute, conjugate: Compute, *place: Any) -> Tensor:
+        ctx.conjugate, ctx.place = conjugate, place
+        return compute(x, *place)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return copy_to_group(dy, ctx.group), None
+        return ctx.conjugate(dy, *ctx.place), None, None, *[None] * len(ctx.place)
 
 
-class _GatherFromSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return start_all_gather(x, group).wait()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return reduce_scatter_to_sequence(dy, ctx.group), None
+def _itself(x: Tensor, _: Group) -> Tensor:
+    return x.view_as(x)
 
 
-class _ReduceScatterToSequence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return start_reduce_scatter(x, group).wait()
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return gather_from_sequence(dy, ctx.group), None
+def _sum(x: Tensor, group: Group) -> Tensor:
+    return start_all_reduce_(_owned(x), group).wait()
 
 
-class _ScatterToGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        check_divisible(x.shape[dim], group, f"dim {dim} of x")
-        return _owned(x.chunk(group.size(), dim)[group.rank()])
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return gather_from_group(dy, ctx.group, ctx.dim), None, None
+def _own_rows_of_sum(x: Tensor, group: Group) -> Tensor:
+    return start_reduce_scatter(x, group).wait()
 
 
-class _GatherFromGroup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
-        ctx.group, ctx.dim = group, dim
-        gathered = start_all_gather(x, group).wait()
-        return gathered if dim in (0, -x.dim()) else torch.cat(gathered.chunk(group.size()), dim)
+def _own_part(x: Tensor, group: dist.ProcessGroup, dim: int) -> Tensor:
+    check_divisible(x.shape[dim], group, f"dim {dim} of x")
+    return _owned(x.chunk(group.size(), dim)[group.rank()])
 
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return scatter_to_group(dy, ctx.group, ctx.dim), None, None
+
+def _all_parts(x: Tensor, group: dist.ProcessGroup, dim: int = 0) -> Tensor:
+    gathered = start_all_gather(x, group).wait()
+    return gathered if dim in (0, -x.dim()) else torch.cat(gathered.chunk(group.size()), dim)
