@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.amax_triton import magnitude_bits, raise_amax
 from .layout import empty_cast, padded
 
 TILE_ROWS, TILE_COLUMNS = 64, 128  # of a cast with a transpose
@@ -17,18 +18,6 @@ def current_scale(amax_ptr, LARGEST: tl.constexpr):
     usable = (amax > 0.0) & (amax < float("inf"))
     scale = tl.where(usable, tl.div_rn(LARGEST, tl.where(usable, amax, 1.0)), 1.0)
     return tl.minimum(scale, 3.4028234663852886e38)
-
-
-@triton.jit
-def magnitude_bits(x):
-    """Return the bits of |x|, x fp32, as int32: they compare as magnitudes do, with NaN above infinity."""
-    return tl.abs(x).to(tl.int32, bitcast=True)
-
-
-@triton.jit
-def raise_amax(amax_ptr, bits):
-    """Set amax to max(amax, the number of these bits)."""
-    tl.atomic_max(amax_ptr.to(tl.pointer_type(tl.int32)), bits, sem="relaxed")
 
 
 @triton.jit

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..ops.amax import largest_magnitude
 from ..ops.linear import linear, weight_gradient
 from ..ops.main_grad import add_to_main_grad, into_main_grad
 from ..ops.region import active_region
 from .layout import Fp8Tensor
-from .products import check_fp8_features, dgrad, fp8_path, fprop, largest_magnitude, quantize, wgrad
+from .products import check_fp8_features, dgrad, fp8_path, fprop, quantize, wgrad
 from .scaling import (
     DelayedScaling,
     Float8CurrentScaling,

@@ -5,10 +5,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.amax_triton import magnitude_bits, raise_amax
 from ..ops.choices import Activation
 from ..ops.mlp.mlp_triton import gelu, gelu_and_slope
 from ..ops.norm.residual_norm_triton import sum_partials
-from .cast_triton import TILE_COLUMNS, TILE_ROWS, current_scale, magnitude_bits, quantize, raise_amax, store_cast
+from .cast_triton import TILE_COLUMNS, TILE_ROWS, current_scale, quantize, store_cast
 from .layout import empty_cast, padded
 
 _BLOCK = 4096

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..ops.amax import largest_magnitude
 from ..ops.operator import operator
 from .alignment import FP8_MULTIPLE
 from .layout import Fp8Tensor, empty_cast, padded
@@ -65,11 +66,6 @@ def fp8_path(device: torch.device) -> str:
 def has_scaled_mm(device: torch.device) -> bool:
     """Return whether the device multiplies FP8 numbers; if so Triton casts there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-
-
-def largest_magnitude(x: Tensor) -> Tensor:
-    """Return max |x|, (), fp32; 0 where x is empty."""
-    return x.abs().amax().float() if x.numel() else torch.zeros((), device=x.device)
 
 
 def quantize_reference(

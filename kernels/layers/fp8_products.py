@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..fp8.linear import Fp8State, breaks_graph, check_fp8_features
-from ..fp8.norm import norm_before, residual_norm_before
+from ..fp8.norm import norm_before
 from ..fp8.project import project, project_mlp, runs_fp8
 from ..ops.parallel_linear import ParallelMode
 from ..parallel.collectives import TensorParallel
@@ -38,11 +38,11 @@ class Fp8Products(Products):
         self._amax: Tensor | None = None
 
     def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor, **options: Any) -> Tensor:
-        y, self._amax = norm_before(self._before_attention, z, weight, norm_bias, **options)
+        _, y, self._amax = norm_before(self._before_attention, None, None, z, weight, norm_bias, **options)
         return y
 
     def residual_norm(self, x: Tensor, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-        z, y, self._amax = residual_norm_before(self._before_mlp, x, *tensors, **options)
+        z, y, self._amax = norm_before(self._before_mlp, x, *tensors, **options)
         return z, y
 
     def project(self, x: Tensor, projection: Any, mode: ParallelMode, parallel: TensorParallel) -> Tensor:

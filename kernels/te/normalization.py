@@ -33,7 +33,7 @@ def normalize_before(
 ) -> tuple[Tensor, Tensor | None]:
     """Return what `normalize` gives, and of a LayerNorm the amax where the next product, that of fp8, makes use of it."""
     if bias is not None:
-        return norm_before(fp8, inp, weight, bias, eps=eps)
+        return norm_before(fp8, None, None, inp, weight, bias, eps=eps)[1:]
     wide = torch.promote_types(inp.dtype, torch.float32)
     return F.rms_norm(inp.to(wide), weight.shape, weight.to(wide), eps).to(inp.dtype), None
 

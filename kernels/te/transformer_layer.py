@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..fp8.linear import Fp8State
-from ..fp8.norm import residual_norm_before
+from ..fp8.norm import norm_before
 from ..ops.attention.attention import AttentionMask
 from ..ops.norm.residual_norm import dropout, residual_add
 from ..parallel.collectives import group_rank
@@ -191,9 +191,7 @@ class TransformerLayer(ProjectionModule):
             z = residual + dropped * self._kept_samples(out, now.cu_seqlens)
         elif norm is not None and norm[1] is not None:
             weight, norm_bias = norm[0], norm[1]
-            return residual_norm_before(
-                behind, out, bias, residual, weight, norm_bias, eps=eps, p=p, seed=seed, site=site
-            )
+            return norm_before(behind, out, bias, residual, weight, norm_bias, eps=eps, p=p, seed=seed, site=site)
         else:
             z = residual_add(out, bias, residual, p=p, seed=seed, site=site)
         return (z, z, None) if norm is None else (z, *normalize_before(behind, z, *norm, eps))

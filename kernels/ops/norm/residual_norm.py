@@ -7,13 +7,14 @@ dbias = sum_T dx;  dweight = sum_T dy * x_hat;  dnorm_bias = sum_T dy.
 Source of the norm: Ba et al., Layer Normalization, arXiv 1607.06450.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..amax import largest_magnitude
 from ..choices import Kernels, uses_triton
 from ..dropout import keep_mask, keep_scale
 from ..operator import operator
@@ -47,20 +48,32 @@ def residual_norm(  # noqa: PLR0913 - the tensors of two ops
     by nobody. Only for parameters that `are_invertible` allows; with others their gradients are wrong.
     Raises ValueError for shapes that do not fit, and on a GPU for float64 or H over 8192.
     """
-    check_shapes(x, bias, residual, weight, norm_bias)
     options = make_options(eps, p, seed, site, invertible, kernels)
-    return _ResidualNorm.apply(  # type: ignore[no-any-return, no-untyped-call]
-        x, bias, residual, weight, norm_bias, seed if options.p > 0 else None, options
-    )
+    return sum_norm_and_amax(x, bias, residual, weight, norm_bias, seed, options)[:2]
 
 
 def norm(
     z: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float, invertible: bool = False, kernels: Kernels = "auto"
 ) -> Tensor:
     """Return LayerNorm(z) * weight + norm_bias, with the shape and dtype of z: `residual_norm` without anything to add."""
-    check_shapes(None, None, z, weight, norm_bias)
     options = make_options(eps, 0.0, None, 0, invertible, kernels)
-    return _ResidualNorm.apply(None, None, z, weight, norm_bias, None, options)  # type: ignore[no-any-return, no-untyped-call]
+    return sum_norm_and_amax(None, None, z, weight, norm_bias, None, options)[1]
+
+
+def sum_norm_and_amax(
+    x: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    seed: Tensor | None,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return z and y of `residual_norm`, or without x residual and its `norm`, and with options.amax max |y|, (), fp32."""
+    check_shapes(x, bias, residual, weight, norm_bias)
+    drawn = seed if options.p > 0 else None
+    z, y, amax = _ResidualNorm.apply(x, bias, residual, weight, norm_bias, drawn, options)  # type: ignore[no-untyped-call]
+    return residual if x is None else z, y, amax
 
 
 def residual_add(
@@ -131,12 +144,19 @@ def residual_norm_forward_reference(
     norm_bias: Tensor,
     seed: Tensor | None,
     options: Options,
+    amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return z and y (T, H), mean and rstd (T,), from x and residual (T, H); without x, z is residual."""
+    """Return z and y (T, H), mean and rstd (T,), from x and residual (T, H); without x, z is residual.
+
+    amax: (), fp32, becomes max |y|.
+    """
     z = residual if x is None else residual_add_forward_reference(x, bias, residual, seed, options)
     wide = torch.promote_types(z.dtype, torch.float32)
     y, mean, rstd = torch.native_layer_norm(z.to(wide), weight.shape, weight.to(wide), norm_bias.to(wide), options.eps)
-    return z, y.to(z.dtype), mean.flatten(), rstd.flatten()
+    y = y.to(z.dtype)
+    if amax is not None:
+        amax.copy_(largest_magnitude(y))
+    return z, y, mean.flatten(), rstd.flatten()
 
 
 def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved, options: Options) -> Gradients:
@@ -167,33 +187,36 @@ def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved
     return dx_out, dbias, dresidual_out, dweight.to(weight.dtype), dnorm_bias.to(norm_bias.dtype)
 
 
-OPTIONS_SCHEMA = "float eps, float p, int site, bool inverted, str kernels"
-FORWARD_SCHEMA = (
-    "(Tensor? x, Tensor? bias, Tensor residual, Tensor weight, Tensor norm_bias, Tensor? seed, "
-    + OPTIONS_SCHEMA
-    + ") -> "
-)
+_OPTIONS_SCHEMA = "float eps, float p, int site, bool inverted, str kernels, bool amax=False"
 
 
-def fake_norm_forward(x: Tensor | None, _: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Return z, y, mean and rstd without values."""
+def _fake_norm_forward(x: Tensor | None, _: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     wide = torch.promote_types(residual.dtype, torch.float32)
     z = residual.new_empty(0 if x is None else residual.shape)
     mean, rstd = (residual.new_empty(residual.shape[0], dtype=wide) for _ in range(2))
-    return z, residual.new_empty(residual.shape), mean, rstd
+    amax = residual.new_empty(() if Options(*rest[3:]).amax else 0, dtype=torch.float32)
+    return z, residual.new_empty(residual.shape), mean, rstd, amax
 
 
-@operator(f"residual_norm_forward{FORWARD_SCHEMA}(Tensor, Tensor, Tensor, Tensor)", fake_norm_forward)
+@operator(
+    "residual_norm_forward(Tensor? x, Tensor? bias, Tensor residual, Tensor weight, Tensor norm_bias, Tensor? seed, "
+    f"{_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_norm_forward,
+)
 def _norm_forward(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Return z, y (T, H), mean and rstd (T,) on the path that the options and the device choose. Without x, z is empty."""
+    """Return z, y (T, H), mean and rstd (T,) on the path that the options and the device choose, and amax.
+
+    Without x z is empty, and without options.amax amax is.
+    """
     weight, norm_bias, seed, *values = rest
     options = Options(*values)
+    forward = residual_norm_forward_reference
     if uses_triton(residual, options.kernels):
         from .residual_norm_triton import residual_norm_forward as forward
-    else:
-        forward = residual_norm_forward_reference
-    z, *others = forward(x, bias, residual, weight, norm_bias, seed, options)
-    return residual.new_empty(0) if x is None else z, *others
+    amax = residual.new_zeros(() if options.amax else 0, dtype=torch.float32)
+    asked = amax if options.amax else None
+    z, *others = forward(x, bias, residual, weight, norm_bias, seed, options, asked)
+    return residual.new_empty(0) if x is None else z, *others, amax
 
 
 def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -207,7 +230,7 @@ def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tens
 
 @operator(
     "residual_norm_backward(Tensor? dz, Tensor dy, Tensor kept, Tensor? mean, Tensor rstd, Tensor weight, "
-    f"Tensor norm_bias, Tensor? bias, Tensor? seed, {OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor norm_bias, Tensor? bias, Tensor? seed, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_norm_backward,
 )
 def _norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -223,7 +246,7 @@ def _norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, .
 
 
 @operator(
-    "residual_add_forward(Tensor x, Tensor? bias, Tensor residual, Tensor? seed, " + OPTIONS_SCHEMA + ") -> Tensor",
+    "residual_add_forward(Tensor x, Tensor? bias, Tensor residual, Tensor? seed, " + _OPTIONS_SCHEMA + ") -> Tensor",
     lambda x, *_: x.new_empty(x.shape),
 )
 def _add_forward(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, *values: Any) -> Tensor:
@@ -242,7 +265,7 @@ def _fake_add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *_:
 
 
 @operator(
-    f"residual_add_backward(Tensor dz, Tensor? bias, Tensor? seed, {OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
+    f"residual_add_backward(Tensor dz, Tensor? bias, Tensor? seed, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor)",
     _fake_add_backward,
 )
 def _add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *values: Any) -> tuple[Tensor, Tensor]:
@@ -257,50 +280,37 @@ def _add_backward(dz: Tensor, bias: Tensor | None, seed: Tensor | None, *values:
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """`residual_norm`; without x `norm`, which gives y alone."""
+    """`sum_norm_and_amax`; what that has not is None here."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> Any:
-        return forward_and_save(ctx, _norm_forward, *arguments)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        x, bias, residual, weight, norm_bias, seed, options = arguments
+        rows = residual.reshape(-1, residual.shape[-1])
+        x_rows = None if x is None else x.reshape(rows.shape)
+        z, y, mean, rstd, amax = _norm_forward(x_rows, bias, rows, weight, norm_bias, seed, *options)
+        kept = y if options.inverted else rows if x is None else z
+        ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
+        ctx.options, ctx.adds = options, x is not None
+        ctx.set_materialize_grads(False)
+        if options.amax:
+            ctx.mark_non_differentiable(amax)
+        given = z.view(residual.shape) if ctx.adds else None
+        return given, y.view(residual.shape), amax if options.amax else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        return norm_gradients(ctx, *gradients)
-
-
-def forward_and_save(ctx: Any, compute: Callable[..., tuple[Tensor, ...]], *arguments: Any) -> Any:
-    """Return what a norm's autograd function returns: z, without x none, then y, then what `compute` gives besides.
-
-    compute: an operator that gives z, y, mean and rstd. arguments: x, bias, residual, weight, norm_bias, seed, options.
-    """
-    x, bias, residual, weight, norm_bias, seed, options = arguments
-    rows = residual.reshape(-1, residual.shape[-1])
-    x_rows = None if x is None else x.reshape(rows.shape)
-    z, y, mean, rstd, *more = compute(x_rows, bias, rows, weight, norm_bias, seed, *options)
-    kept = y if options.inverted else rows if x is None else z
-    ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
-    ctx.options, ctx.adds = options, x is not None
-    ctx.set_materialize_grads(False)
-    outputs = [y] if x is None else [z, y]
-    outputs = [output.view(residual.shape) for output in outputs] + more
-    return tuple(outputs) if len(outputs) > 1 else y.view(residual.shape)
-
-
-def norm_gradients(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return the gradients of the arguments of `forward_and_save`. gradients: of z, without x none, and of y."""
-    dz, dy = gradients if ctx.adds else (None, *gradients)
-    given = dy if dz is None else dz
-    if given is None:
-        return (None,) * 7
-    saved = Saved(*ctx.saved_tensors)
-    dz_rows = None if dz is None else dz.reshape(saved.kept.shape)
-    dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(saved.kept.shape)
-    dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(dz_rows, dy_rows, *saved, *ctx.options)
-    dresidual = dresidual.view(given.shape)
-    # without dropout one object for both, so that autograd sees that it is shared
-    dx_out = (dresidual if saved.seed is None else dx.view(given.shape)) if ctx.adds else None
-    return dx_out, None if saved.bias is None else dbias, dresidual, dweight, dnorm_bias, None, None
+    def backward(ctx: Any, dz: Tensor | None, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        given = dy if dz is None else dz
+        if given is None:
+            return (None,) * 7
+        saved = Saved(*ctx.saved_tensors)
+        dz_rows = None if dz is None else dz.reshape(saved.kept.shape)
+        dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(saved.kept.shape)
+        dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(dz_rows, dy_rows, *saved, *ctx.options)
+        dresidual = dresidual.view(given.shape)
+        # without dropout one object for both, so that autograd sees that it is shared
+        dx_out = (dresidual if saved.seed is None else dx.view(given.shape)) if ctx.adds else None
+        return dx_out, None if saved.bias is None else dbias, dresidual, dweight, dnorm_bias, None, None
 
 
 class _ResidualAdd(torch.autograd.Function):

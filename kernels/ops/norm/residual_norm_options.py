@@ -14,6 +14,7 @@ class Options(NamedTuple):
     """What the ops are asked for besides tensors, as a tuple: torch 2.11 cannot trace dataclasses.astuple on Python 3.11.
 
     p: 0 means no dropout, and then seed is None. inverted: the backward pass gets y instead of z and mean.
+    amax: the norm's forward pass gives max |y| as well.
     """
 
     eps: float
@@ -21,6 +22,7 @@ class Options(NamedTuple):
     site: int
     inverted: bool
     kernels: Kernels
+    amax: bool = False
 
 
 class Saved(NamedTuple):
@@ -40,7 +42,7 @@ class Saved(NamedTuple):
 
 
 def make_options(eps: float, p: float, seed: Tensor | None, site: int, inverted: bool, kernels: Kernels) -> Options:
-    """Raise ValueError for a p that is no probability."""
+    """Return the options of one call; raises ValueError for a p that is no probability."""
     if not 0 <= p < 1:
         raise UserError(f"p={p} is not a dropout probability; it must be in [0, 1)")
     return Options(eps, 0.0 if seed is None else p, site, inverted, kernels)

@@ -7,7 +7,7 @@ from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer, 
 from xformer_train.kernels.fp8 import norm as fp8_norm
 from xformer_train.kernels.fp8 import products as fp8_products
 from xformer_train.kernels.fp8.linear import DelayedScaling, Float8CurrentScaling, Fp8State, fp8_autocast, fp8_linear
-from xformer_train.kernels.fp8.norm import norm_before, residual_norm_before
+from xformer_train.kernels.fp8.norm import norm_before
 from xformer_train.kernels.ops.norm.residual_norm import norm, residual_norm
 
 H = 32
@@ -31,8 +31,9 @@ def test_the_amax_is_that_of_the_rounded_output_and_nothing_else_changes(shape, 
     *_, residual, weight, norm_bias = inputs
     dz, dy = torch.randn(2, *shape, H).to(dtype)
     with fp8_autocast():
-        z, y, amax = residual_norm_before(Fp8State(), *inputs, invertible=invertible, **DROPOUT)
-        alone, alone_amax = norm_before(Fp8State(), residual, weight, norm_bias, eps=1e-5, invertible=invertible)
+        z, y, amax = norm_before(Fp8State(), *inputs, invertible=invertible, **DROPOUT)
+        parameters = residual, weight, norm_bias
+        _, alone, alone_amax = norm_before(Fp8State(), None, None, *parameters, eps=1e-5, invertible=invertible)
     expected_z, expected = residual_norm(*inputs, invertible=invertible, **DROPOUT)
     for ours, theirs in ((amax, y), (alone_amax, alone)):
         assert ours.dtype == torch.float32 and ours.shape == () and not ours.requires_grad
@@ -49,7 +50,7 @@ def test_it_is_given_to_products_with_current_scaling_alone():
     *_, residual, weight, norm_bias = draw(5)
 
     def amax(state):
-        return norm_before(state, residual, weight, norm_bias, eps=1e-5)[1]
+        return norm_before(state, None, None, residual, weight, norm_bias, eps=1e-5)[2]
 
     state = Fp8State()
     assert amax(state) is None
@@ -74,7 +75,7 @@ def test_no_number_among_the_outputs_reaches_the_product():
     *_, residual, weight, norm_bias = draw(5)
     with torch.no_grad(), fp8_autocast():
         residual[2, 3] = torch.nan
-        y, amax = norm_before(Fp8State(), residual, weight, norm_bias, eps=1e-5)
+        _, y, amax = norm_before(Fp8State(), None, None, residual, weight, norm_bias, eps=1e-5)
         assert amax.isnan()
         out = fp8_linear(y, torch.randn(16, H), None, Fp8State(), amax=amax)
     assert out[2].isnan().all() and out[[0, 1, 3, 4]].isfinite().all()
@@ -130,9 +131,9 @@ def test_layers_hand_it_over_and_compute_the_same(name, monkeypatch):
 @pytest.mark.parametrize("invertible", [False, True])
 def test_the_operator_keeps_torchs_rules(invertible):
     x, vector = torch.randn(2, 5, H), torch.rand(H)
-    options = 1e-5, 0.3, 2, invertible, "auto"
+    options = 1e-5, 0.3, 2, invertible, "auto", True
     arguments = x[0], vector, x[1], vector, vector, torch.tensor(3), *options
-    operator = torch.ops.xformer_train.fp8_norm_forward.default
+    operator = torch.ops.xformer_train.residual_norm_forward.default
     torch.library.opcheck(operator, arguments)
     *_, y, _, _, amax = operator(*arguments)
     assert amax == y.abs().max()
@@ -143,9 +144,9 @@ def test_it_is_traced():
 
     def function(x, bias, residual, weight, norm_bias, matrix):
         with fp8_autocast():
-            y, amax = norm_before(state, x, weight, norm_bias, eps=1e-5)
+            _, y, amax = norm_before(state, None, None, x, weight, norm_bias, eps=1e-5)
             first = fp8_linear(y, matrix, None, state, amax=amax)
-            z, y, amax = residual_norm_before(state, first, bias, residual, weight, norm_bias, **DROPOUT)
+            z, y, amax = norm_before(state, first, bias, residual, weight, norm_bias, **DROPOUT)
             return z + fp8_linear(y, matrix, None, state, amax=amax)
 
     state, inputs = Fp8State(), [*draw(5), torch.randn(H, H, requires_grad=True)]
