@@ -1,4 +1,4 @@
-"""GPU kernels of products.py: a tensor cast to FP8, its transpose and its amax, from one read of the tensor."""
+"""GPU kernels of products.py: a tensor, or its GELU, cast to FP8, its transpose and its amax, from one read of the tensor."""
 
 import torch
 import triton
@@ -6,9 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.amax_triton import magnitude_bits, raise_amax
+from ..ops.choices import Activation
+from ..ops.mlp.mlp_triton import gelu
 from .layout import empty_cast, padded
 
-TILE_ROWS, TILE_COLUMNS = 64, 128  # of a cast with a transpose
+_TILE_ROWS, _TILE_COLUMNS = 64, 128  # of a cast with a transpose
 
 
 @triton.jit
@@ -18,6 +20,12 @@ def current_scale(amax_ptr, LARGEST: tl.constexpr):
     usable = (amax > 0.0) & (amax < float("inf"))
     scale = tl.where(usable, tl.div_rn(LARGEST, tl.where(usable, amax, 1.0)), 1.0)
     return tl.minimum(scale, 3.4028234663852886e38)
+
+
+@triton.jit
+def rounded_gelu(f, TANH: tl.constexpr):
+    """Return GELU(f), fp32, rounded to the dtype of f."""
+    return gelu(f.to(tl.float32), TANH).to(f.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -53,6 +61,7 @@ def _quantize_kernel(
     C,
     LARGEST: tl.constexpr,
     CURRENT: tl.constexpr,
+    GELU: tl.constexpr,  # the activation whose values are cast in place of x; None: x itself
     WITH_ROWS: tl.constexpr,
     WITH_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -62,7 +71,8 @@ def _quantize_kernel(
     row_tile, column_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    x = tl.load(x_ptr + row * C + column, mask=(row < num_rows) & (column < C), other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * C + column, mask=(row < num_rows) & (column < C), other=0.0)
+    x = x.to(tl.float32) if GELU is None else rounded_gelu(x, GELU == "gelu_tanh")
     if not CURRENT:
         raise_amax(amax_ptr, tl.max(magnitude_bits(x)))
     store_cast(
@@ -74,9 +84,18 @@ def _quantize_kernel(
 
 
 def quantize(
-    x: Tensor, scale: Tensor | None, amax: Tensor | None, dtype: torch.dtype, rows: bool, columns: bool
+    x: Tensor,
+    scale: Tensor | None,
+    amax: Tensor | None,
+    dtype: torch.dtype,
+    rows: bool,
+    columns: bool,
+    activation: Activation | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute what quantize_reference in products.py does; without scale and amax, a pass of torch's reads the amax first."""
+    """Compute what quantize_reference in products.py does; without scale and amax, a pass of torch's reads the amax first.
+
+    activation: cast GELU(x) in place of x. It needs the amax of that, or a scale.
+    """
     x = x.contiguous()
     rows_q, columns_q, own_amax, scale_inv = empty_cast(x, dtype, rows, columns)
     if scale is not None or not x.numel():
@@ -85,7 +104,7 @@ def quantize(
         torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32, out=own_amax)
     R, C = x.shape
     padded_rows = padded(R)
-    grid = (max(1, triton.cdiv(padded_rows, TILE_ROWS)), triton.cdiv(C, TILE_COLUMNS))
+    grid = (max(1, triton.cdiv(padded_rows, _TILE_ROWS)), triton.cdiv(C, _TILE_COLUMNS))
     known = own_amax if amax is None else amax
     _quantize_kernel[grid](
         x,
@@ -99,9 +118,11 @@ def quantize(
         C,
         LARGEST=torch.finfo(dtype).max,
         CURRENT=scale is None,
+        GELU=activation,
         WITH_ROWS=rows,
         WITH_COLUMNS=columns,
-        ROWS=TILE_ROWS,
-        COLUMNS=TILE_COLUMNS,
+        ROWS=_TILE_ROWS,
+        COLUMNS=_TILE_COLUMNS,
+        num_warps=4 if activation is None else 8,
     )
     return rows_q, columns_q, own_amax, scale_inv

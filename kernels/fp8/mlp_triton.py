@@ -7,21 +7,15 @@ from torch import Tensor
 
 from ..ops.amax_triton import magnitude_bits, raise_amax
 from ..ops.choices import Activation
-from ..ops.mlp.mlp_triton import gelu, gelu_and_slope
+from ..ops.mlp.mlp_triton import gelu_and_slope
 from ..ops.norm.residual_norm_triton import sum_partials
-from .cast_triton import TILE_COLUMNS, TILE_ROWS, current_scale, quantize, store_cast
+from .cast_triton import quantize, rounded_gelu, store_cast
 from .layout import empty_cast, padded
 
 _BLOCK = 4096
 _AMAX_PROGRAMS = 1056  # each raises one amax in memory, which the device does one after the other
 _BACKWARD_ROWS, _BACKWARD_COLUMNS = 64, 64  # half a cast's tile, for two operands
 _ROW_PARTS = 64  # programs per strip of columns in backward, the same on every GPU
-
-
-@triton.jit
-def _rounded_gelu(f, TANH: tl.constexpr):
-    """Return GELU(f), fp32, rounded to the dtype of f."""
-    return gelu(f.to(tl.float32), TANH).to(f.dtype).to(tl.float32)
 
 
 @triton.jit(do_not_specialize=["tiles"])
@@ -38,41 +32,8 @@ def _gelu_amax_kernel(
     for tile in range(first, first + tiles):
         offsets = tile * BLOCK + tl.arange(0, BLOCK)
         f = tl.load(f_ptr + offsets, mask=offsets < elements, other=0.0)
-        largest = tl.maximum(largest, magnitude_bits(_rounded_gelu(f, TANH)))
+        largest = tl.maximum(largest, magnitude_bits(rounded_gelu(f, TANH)))
     raise_amax(amax_ptr, tl.max(largest))
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _gelu_quantize_kernel(
-    f_ptr,  # (T, F)
-    scale_ptr,  # () fp32; unused with CURRENT
-    amax_ptr,  # () fp32; without CURRENT out, and zero before
-    rows_ptr,  # (T, F) FP8 out
-    columns_ptr,  # (F, T') FP8 out; unused without WITH_COLUMNS
-    scale_inv_ptr,  # () fp32 out
-    num_rows,
-    num_padded,  # T', a multiple of 16
-    F,
-    LARGEST: tl.constexpr,
-    CURRENT: tl.constexpr,
-    TANH: tl.constexpr,
-    WITH_COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    scale = current_scale(amax_ptr, LARGEST) if CURRENT else tl.load(scale_ptr)
-    row_tile, column_tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    a = _rounded_gelu(tl.load(f_ptr + row * F + column, mask=(row < num_rows) & (column < F), other=0.0), TANH)
-    if not CURRENT:
-        raise_amax(amax_ptr, tl.max(magnitude_bits(a)))
-    store_cast(
-        a, scale, rows_ptr, columns_ptr, row_tile, column_tile, num_rows, num_padded, F,
-        LARGEST, True, WITH_COLUMNS, ROWS, COLUMNS,
-    )  # fmt: skip
-    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
-        tl.store(scale_inv_ptr, tl.div_rn(1.0, scale))
 
 
 @triton.jit(do_not_specialize=["num_rows", "tiles"])
@@ -133,34 +94,15 @@ def gelu_quantize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute what gelu_quantize_reference does; without a scale a first pass over f finds the amax of GELU(f)."""
     f = f.contiguous()
-    rows_q, columns_q, amax, scale_inv = empty_cast(f, dtype, True, columns)
-    amax.zero_()
-    T, F = f.shape
-    tanh = activation == "gelu_tanh"
+    amax = None
     if scale is None:
+        amax = f.new_zeros((), dtype=torch.float32)
         tiles = max(1, triton.cdiv(triton.cdiv(f.numel(), _BLOCK), _AMAX_PROGRAMS))
         programs = max(1, triton.cdiv(f.numel(), _BLOCK * tiles))
+        tanh = activation == "gelu_tanh"
         _gelu_amax_kernel[(programs,)](f, amax, f.numel(), tiles, BLOCK=_BLOCK, TANH=tanh, num_warps=8)
-    grid = (max(1, triton.cdiv(T, TILE_ROWS)), triton.cdiv(F, TILE_COLUMNS))
-    _gelu_quantize_kernel[grid](
-        f,
-        amax if scale is None else scale,
-        amax,
-        rows_q,
-        columns_q,
-        scale_inv,
-        T,
-        padded(T),
-        F,
-        LARGEST=torch.finfo(dtype).max,
-        CURRENT=scale is None,
-        TANH=tanh,
-        WITH_COLUMNS=columns,
-        ROWS=TILE_ROWS,
-        COLUMNS=TILE_COLUMNS,
-        num_warps=8,
-    )
-    return rows_q, columns_q, amax, scale_inv
+    rows_q, columns_q, own_amax, scale_inv = quantize(f, scale, amax, dtype, True, columns, activation)
+    return rows_q, columns_q, own_amax if amax is None else amax, scale_inv
 
 
 def gelu_backward_quantize(

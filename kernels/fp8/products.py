@@ -97,10 +97,9 @@ def quantize_reference(
 def _quantize(
     x: Tensor, scale: Tensor | None, amax: Tensor | None, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cast = quantize_reference
     if has_scaled_mm(x.device):
         from .cast_triton import quantize as cast
-    else:
-        cast = quantize_reference
     return cast(x, scale, amax, dtype, rows, columns)
 
 
