@@ -36,6 +36,10 @@ _LOG = logging.getLogger(__name__)
 
 # Phases that may take as long as they like, as long as every process lives: hours of tokenising, gigabytes to a slow disk.
 _UNLIMITED = frozenset({"start", "prepare", "save"})
+# States of a process for which another one in such a phase waits in vain. Before the first step nobody may end alone, not even
+# without an error; after the last one the main process may still remove checkpoints.
+_OVER = {"start": ("stuck", "failed", "left", "ended"), "save": ("stuck", "failed")}
+_OVER["prepare"] = _OVER["start"]
 _LONGEST_INTERVAL_S = 5.0
 _INTERVALS_PER_TIMEOUT = 20
 _LOST_AFTER = 4  # intervals without a word
@@ -179,8 +183,13 @@ class Watchdog:
         if self._phase in _UNLIMITED:
             others = self._others()
             self._pass_a_signal_on(others)
-            lost = [rank for rank, beat in others.items() if self._silence_s(rank, beat) > self._patience_s]
-            return f"rank {lost[0]} has not been heard of for {self._patience_s:.1f} s {setting}" if lost else ""
+            for rank, beat in others.items():
+                silence_s = self._silence_s(rank, beat)
+                if beat.state in _OVER[self._phase] and silence_s > _LOST_AFTER * self._interval_s:
+                    return f"rank {rank} has left the run alone"
+                if silence_s > self._patience_s:
+                    return f"rank {rank} has not been heard of for {self._patience_s:.1f} s {setting}"
+            return ""
         if waited_s > self._patience_s:
             return f"no progress for {waited_s:.1f} s {setting}"
         if waited_s > _LOST_AFTER * self._interval_s:

@@ -245,7 +245,7 @@ def _build(start: Start, model: dict[str, Any], ds_config: dict[str, Any]) -> tu
     module = RECIPES[config.model.type].build_model(
         config.model, config.layer, config.objective, model["vocab_size"], runtime_of(config, topology)
     )
-    start.fill(module, model)
+    agreed(topology, lambda: start.fill(module, model))
     optimizer = build_optimizer(module, config.optimizer, topology.tensor_group)
     return build_engine(module, optimizer, ds_config, topology), optimizer
 

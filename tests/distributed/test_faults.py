@@ -87,6 +87,13 @@ def test_a_signal_to_one_process_just_after_another_prepared_the_data_ends_both(
     assert "stopped before the first step; nothing was trained" in pair.texts()[0]
 
 
+def test_a_process_that_ends_alone_before_the_first_step_is_named_and_not_waited_for(config):
+    with Pair(config, "alone") as pair:
+        assert pair.processes[1].wait(timeout=60) == 0, pair.texts()
+        assert pair.processes[0].wait(timeout=60) == 1, pair.texts()
+    assert "the run hangs: rank 1 has left the run alone" in pair.texts()[0]
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_defect_in_one_process_ends_both_with_one_traceback(rank, tmp_path):
     with Pair(write_config(tmp_path), f"defect{rank}") as pair:

@@ -2,7 +2,8 @@
 
 FAULT: none; slow: the data of process 1 take 0.2 s longer; prepare: preparing data takes a minute; hang: process 1 never
 comes back from the sixth setting of a learning rate; save: process 1 is stopped from outside as it begins to save; defect0
-and defect1: preparing data meets a defect in that process; told: process 1 gets SIGTERM once process 0 has prepared the data.
+and defect1: preparing data meets a defect in that process; told: process 1 gets SIGTERM once process 0 has prepared the data;
+alone: process 1 ends, as if all was well, where the others wait for it.
 """
 
 import os
@@ -13,6 +14,7 @@ import time
 from xformer_train.launcher.commands.errors import reported_errors, reported_faults
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.processes.rank_status import recorded
+from xformer_train.launcher.processes.signals import StopAsked, StopRequest
 from xformer_train.launcher.processes.topology import quiet
 from xformer_train.launcher.training import loop
 from xformer_train.launcher.training import prepare as setup
@@ -61,6 +63,12 @@ def main() -> int:
             os.kill(os.getpid(), signal.SIGTERM)
         return result
 
+    def end_alone(*args):
+        StopRequest.agreed_now = lambda stop: True
+        raise StopAsked
+
+    if fault == "alone" and rank == 1:
+        setup._open_data = end_alone
     if fault.startswith("defect"):
         setup.prepare_data = defective
     if fault == "told" and rank == 1:
