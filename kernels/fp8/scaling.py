@@ -19,6 +19,7 @@ from ..ops.region import active_region, in_regions, open_regions
 from ..ops.replay import at_end_of_backward, remembered, will_have_gradients
 
 _SLOTS = ("input", "weight", "grad_output")
+_FIELDS = ("scale", "amax_history", "updates")  # of an Fp8State in a state dict
 
 
 class Format(Enum):
@@ -358,15 +359,27 @@ class Fp8State(nn.Module):
             destination[f"{prefix}amax_history"] = torch.stack([slot.amax_history for slot in slots], dim=1)
             destination[f"{prefix}updates"] = torch.tensor([slot.updates for slot in slots])
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, _: Any, __: bool, ___: Any, ____: Any, error_msgs: list[str]
+    ) -> None:
         self.weight_cache = self._last_use = None
         self._slots = {}
-        if f"{prefix}scale" in state_dict:
-            scale, history, updates = (state_dict[f"{prefix}{name}"] for name in ("scale", "amax_history", "updates"))
-            self._slots = {
-                name: _Slot(scale[i].float().clone(), history[:, i].float().clone(), int(updates[i]))
-                for i, name in enumerate(_SLOTS)
-            }
+        found = {name: state_dict[prefix + name] for name in _FIELDS if prefix + name in state_dict}
+        if not found:
+            return
+        shapes = {name: tuple(getattr(value, "shape", ())) for name, value in found.items()}
+        length = (shapes.get("amax_history") or (0,))[0]
+        if length == 0 or shapes != {"scale": (3,), "amax_history": (length, 3), "updates": (3,)}:
+            error_msgs.append(
+                f"{prefix.rstrip('.')} has an FP8 state of the shapes {shapes}, must have scale (3,), amax_history (L, 3) and "
+                "updates (3,); remove these keys to start it afresh"
+            )
+            return
+        scale, history, updates = (found[name] for name in _FIELDS)
+        self._slots = {
+            name: _Slot(scale[i].float().clone(), history[:, i].float().clone(), int(updates[i]))
+            for i, name in enumerate(_SLOTS)
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the last pass, with its process group, and the cached weight out of copies."""

@@ -6,6 +6,7 @@ compares the three conventions in use.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -133,14 +134,15 @@ class Lamb(torch.optim.Optimizer):
         return self._trust_ratios
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of state_dict, bit by bit."""
+        """Take the state of state_dict, bit by bit. Raises UserError, and changes nothing, if it is not that of a Lamb."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        _check_state(state_dict, self.defaults, params)
         super().load_state_dict(state_dict)
         # The base class casts moments to the dtype of their parameter, which rounds those of bf16 and fp16 parameters.
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
         for saved_id, param in zip(saved_ids, params, strict=True):
             saved = state_dict["state"].get(saved_id)
-            if saved is not None and param.dtype != _state_dtype(param):
+            if saved and param.dtype != _state_dtype(param):
                 for name in ("exp_avg", "exp_avg_sq"):
                     self.state[param][name] = saved[name].to(param.device, _state_dtype(param), copy=True)
 
@@ -305,8 +307,30 @@ def _state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
+def _check_state(state_dict: dict[str, Any], options: dict[str, Any], params: list[Tensor]) -> None:
+    """Raise UserError for a state dict that lacks an option or a moment, or has one that a Lamb of params cannot step with."""
+    remedy = "load the state of a Lamb of the same parameters, or start with a new one"
+    for group in state_dict["param_groups"]:
+        missing = sorted(options.keys() - group.keys())
+        if missing:
+            raise UserError(f"the state to load has no {', '.join(missing)} among the options of a group; {remedy}")
+        _check_options(group)
+    saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+    for number, param in zip(saved_ids, params, strict=False):  # the base class tells of another number of them
+        state = state_dict["state"].get(number)
+        found = {name: tuple(value.shape) for name, value in (state or {}).items() if isinstance(value, Tensor)}
+        wanted = {"step": (), "exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
+        if state and wanted.items() - found.items():
+            raise UserError(
+                f"the state to load holds the tensors {found} of parameter {number}, must hold {wanted}; {remedy}"
+            )
+
+
 def _check_options(group: dict[str, Any]) -> None:
     """Raise UserError if an option is out of its range."""
+    for name in ("lr", "eps", "weight_decay"):
+        if not isinstance(group[name], Real):
+            raise UserError(f"Lamb option {name} is a {type(group[name]).__name__}, must be a number; give a float")
     beta1, beta2 = group["betas"]
     lower, upper = group["min_coeff"], group["max_coeff"]
     rules = {

@@ -317,6 +317,31 @@ def test_state_dicts_hold_the_scales_only_after_delayed_scaling():
     assert list(fresh.state_dict()) == ["weight"]
 
 
+@pytest.mark.parametrize("used", [True, False])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"fp8.scale": None},
+        {"fp8.amax_history": None},
+        {"fp8.updates": None},
+        {"fp8.scale": None, "fp8.updates": None},
+        {"fp8.scale": torch.ones(2)},
+        {"fp8.amax_history": torch.ones(3)},
+        {"fp8.amax_history": torch.ones(0, 3)},
+        {"fp8.updates": torch.ones(())},
+        {"fp8.scale": 1.0},
+    ],
+)
+def test_a_state_with_a_field_missing_or_of_another_shape_is_refused_when_it_is_loaded(changes, used):
+    saved = used_layer(DelayedScaling(amax_history_len=3)).state_dict()
+    saved = {name: value for name, value in (saved | changes).items() if value is not None}
+    layer = used_layer(DelayedScaling()) if used else Layer()
+    with pytest.raises(
+        RuntimeError, match=r"fp8 has an FP8 state of the shapes .*, must have scale \(3,\), amax_history"
+    ):
+        layer.load_state_dict(saved)
+
+
 @pytest.mark.parametrize("cast", ["bfloat16", "half", "double"])
 def test_casts_of_the_layer_leave_scales_in_fp32(cast):
     layer = used_layer(DelayedScaling(amax_history_len=3))

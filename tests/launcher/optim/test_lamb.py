@@ -275,6 +275,46 @@ def test_an_option_out_of_range_is_refused_in_the_constructor_and_in_a_group(opt
         Lamb([{"params": params, **options}])
 
 
+@pytest.mark.parametrize("name", ["lr", "eps", "weight_decay"])
+def test_an_option_that_is_a_tensor_is_refused_in_the_constructor_and_at_loading(name):
+    with pytest.raises(ValueError, match=f"Lamb option {name} is a Tensor, must be a number"):
+        Lamb(make_params(), **{name: torch.tensor(0.1)})
+    optimizer = Lamb(make_params())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0][name] = torch.tensor(0.1)
+    with pytest.raises(ValueError, match=f"Lamb option {name} is a Tensor, must be a number"):
+        optimizer.load_state_dict(saved)
+
+
+def foreign_states():
+    """State dicts that no Lamb of one parameter (7, 5) can step with, by what is wrong."""
+    param = torch.nn.Parameter(torch.randn(7, 5))
+    param.grad = torch.randn(7, 5)
+    optimizer = Lamb([param])
+    optimizer.step()
+    ours, state = optimizer.state_dict(), optimizer.state_dict()["state"][0]
+    for other in (torch.optim.SGD([param], momentum=0.9), torch.optim.AdamW([param])):
+        other.step()
+        yield f"options of {type(other).__name__}", other.state_dict()
+        yield f"state of {type(other).__name__}", ours | {"state": other.state_dict()["state"]}
+    yield "another shape", ours | {"state": {0: state | {"exp_avg": torch.zeros(5, 7)}}}
+    yield "no step", ours | {"state": {0: {name: state[name] for name in ("exp_avg", "exp_avg_sq")}}}
+    yield "a step that is no tensor", ours | {"state": {0: state | {"step": 3}}}
+
+
+@pytest.mark.parametrize(("what", "saved"), [pytest.param(*pair, id=pair[0]) for pair in foreign_states()])
+def test_the_state_of_another_optimizer_is_refused_at_loading_and_changes_nothing(what, saved):
+    (param,) = make_params(shapes=[(7, 5)])
+    optimizer = Lamb([param], lr=0.5)
+    if what == "state of AdamW":  # means the same
+        optimizer.load_state_dict(saved)
+        assert torch.equal(optimizer.state[param]["exp_avg"], saved["state"][0]["exp_avg"])
+        return
+    with pytest.raises(ValueError, match=r"the state to load (has no|holds) .*; load the state of a Lamb"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.5 and not optimizer.state
+
+
 def test_step_returns_what_the_closure_returns():
     param = torch.nn.Parameter(torch.ones(3))
 
