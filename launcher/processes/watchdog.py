@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -56,30 +56,30 @@ class LostProcessError(RefusedError):
     """Another process of the run has ended or does not answer; the text says which, and where it was."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Heartbeat:
     """What a process says of itself in its file."""
 
     rank: int
     host: str
     pid: int
-    beat: int
+    beat: int = 0
     """A count that rises while the process lives."""
-    state: str
+    state: str = "running"
     """running; stuck, by its watchdog; failed; left, because another process did; ended."""
-    step: int
-    phase: str
-    phase_s: float
+    step: int = 0
+    phase: str = "start"
+    phase_s: float = 0.0
     """For how long its main thread has been in that phase."""
-    where: str
+    where: str = ""
     """The collective that a stuck process waits in, or its innermost line."""
-    signal: int
+    signal: int = 0
     """The number of the signal that asked the process to stop; 0 if none did."""
-    steps: int
+    steps: int = 0
     """The steps that the process has trained since it started. They took step_s, of which own_s was not spent waiting for
     other processes."""
-    step_s: float
-    own_s: float
+    step_s: float = 0.0
+    own_s: float = 0.0
 
 
 def collective_timeout_s(hang_timeout_s: float) -> float:
@@ -99,9 +99,9 @@ class Watchdog:
         # All that follows takes its time too, and when the timeout is over all should have ended.
         self._patience_s = hang_timeout_s - (_LOST_AFTER + 2) * self._interval_s
         self._own_phases: tuple[str, ...] = ("data",)
-        self._phase, self._since, self._step = "start", time.monotonic(), 0
+        self._says = Heartbeat(topology.rank, platform.node(), os.getpid())
+        self._since = time.monotonic()  # in the phase
         self._times: defaultdict[str, float] = defaultdict(float)
-        self._steps, self._beat, self._state, self._where = 0, 0, "running", ""
         self._main_thread = threading.get_ident()
         self._heard: dict[int, tuple[int, float]] = {}  # by rank, the last beat and when it was new
         self._slow = _SlowProcesses()
@@ -111,11 +111,11 @@ class Watchdog:
     def at(self, phase: str, step: int | None = None) -> None:
         """Note what the main thread does from now on, and, once per step, in which step."""
         now = time.monotonic()
-        self._times[self._phase] += now - self._since
-        self._phase, self._since = phase, now
+        self._times[self._says.phase] += now - self._since
+        self._says.phase, self._since = phase, now
         if step is not None:
-            self._steps += 1
-            self._step = step
+            self._says.steps += 1
+            self._says.step = step
 
     def start(self, folder: Path, *, forward_is_own: bool) -> None:
         """Begin to watch; all processes come here.
@@ -156,7 +156,7 @@ class Watchdog:
         self._ended.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._state = "ended" if error is None else "left" if lost else "failed"
+        self._says.state = "ended" if error is None else "left" if lost else "failed"
         self._write()
         self._file.close()
         self._log.close()
@@ -180,7 +180,7 @@ class Watchdog:
         """Return what is wrong, empty if nothing is."""
         setting = f"(reliability.hang_timeout_s is {self._timeout_s:g})"
         waited_s = time.monotonic() - self._since
-        if self._phase in _UNLIMITED:
+        if self._says.phase in _UNLIMITED:
             others = self._others()
             self._pass_a_signal_on(others)
             for rank, beat in others.items():
@@ -200,13 +200,12 @@ class Watchdog:
     def _pass_a_signal_on(self, others: Mapping[int, Heartbeat]) -> None:
         """Signal this process too while data are prepared: the others wait for one, which alone can end that."""
         told = next((beat.signal for beat in others.values() if beat.signal), 0)
-        if told and self._phase == "prepare" and self._stop.received is None:
+        if told and self._says.phase == "prepare" and self._stop.received is None:
             os.kill(os.getpid(), told)
 
     def _give_up(self, reason: str) -> None:
         """End this process with its stack in the log. The first process that still lives prints where all of them are."""
-        self._where = self._place()
-        self._state = "stuck"
+        self._says.where, self._says.state = self._place(), "stuck"
         self._write()
         with suppress(OSError):
             self._log.write(f"\ngiving up: {reason}; all stacks of this process:\n".encode())
@@ -269,25 +268,16 @@ class Watchdog:
         return f"is in {inner.f_code.co_name} ({_short(inner)})"
 
     def _own(self) -> Heartbeat:
-        received = self._stop.received
-        return Heartbeat(
-            rank=self._topology.rank,
-            host=platform.node(),
-            pid=os.getpid(),
-            beat=self._beat,
-            state=self._state,
-            step=self._step,
-            phase=self._phase,
+        return replace(
+            self._says,
             phase_s=round(time.monotonic() - self._since, 1),
-            where=self._where,
-            signal=0 if received is None else int(received),
-            steps=self._steps,
+            signal=int(self._stop.received or 0),
             step_s=round(sum(self._times[name] for name in self._times if name not in _UNLIMITED), 4),
             own_s=round(sum(self._times[name] for name in self._own_phases), 4),
         )
 
     def _write(self) -> None:
-        self._beat += 1
+        self._says.beat += 1
         text = json.dumps(asdict(self._own())).encode()
         with suppress(OSError):  # the others look at it only when something is wrong
             os.pwrite(self._file.fileno(), text.ljust(_BYTES), 0)
