@@ -6,14 +6,16 @@ DeepSpeed is imported in functions here and in its neighbours: its import must c
 import contextlib
 import pickle
 import random
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed import DistError
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ..processes.durable_files import DurableFile, FileRecord
 
 
@@ -89,6 +91,24 @@ def write_file(value: Any, path: Path) -> FileRecord:
     return file.record
 
 
+@contextlib.contextmanager
+def understood(path: Path) -> Iterator[None]:
+    """Raise UserError for what goes wrong inside with contents of `path` that are whole, but not what they should be.
+
+    Libraries meet such contents with errors of many types, so all are taken that mean a value of another kind.
+    """
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+
+    other_kind = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError, DistError):
+        raise
+    except (*other_kind, ZeRORuntimeException) as error:
+        said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        raise UserError(f"{path} holds something else than this program writes ({said}); choose another") from error
+
+
 def listed(checkpoint: Path, state: Mapping[str, Any], name: str) -> Path:
     """Return the path of a file of a checkpoint with this state.
 
@@ -109,7 +129,8 @@ def read_file(path: Path, *, mapped: bool = False) -> Any:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     # All that DeepSpeed's files hold beside tensors and plain values.
-    with torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]):
+    ours = torch.serialization.safe_globals([DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address])
+    with ours, understood(path), refused(f"cannot read {path}", "choose another checkpoint"):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
@@ -117,7 +138,7 @@ def read_file(path: Path, *, mapped: bool = False) -> Any:
                 f"{path} is no file of tensors and plain values alone, so it is not loaded: it could run any code; choose "
                 "another checkpoint"
             ) from error
-        except (RuntimeError, EOFError) as error:
+        except (RuntimeError, EOFError, struct.error) as error:
             raise UserError(
                 f"{path} cannot be read ({str(error).splitlines()[0]}); choose another checkpoint"
             ) from error

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...kernels.errors import UserError
 from ..config.schema import Precision
 from ..processes.topology import Topology
-from .files import file_access, listed, read_file, restore_random_state
+from .files import file_access, listed, read_file, restore_random_state, understood
 from .resharding import load_resharded, own_part, whole_weights
 from .saving import engine_facts
 from .store import damage, not_verified, read_state
@@ -70,11 +70,12 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
     optimizer = engine.basic_optimizer
     settings = [{key: group[key] for key in optimizer.defaults} for group in optimizer.param_groups]
     clipping = getattr(engine.optimizer, "clip_grad", None)
-    if all(theirs[fact] == ours[fact] for fact in ("zero_stage", "world_size", "tensor_parallel")):
-        with file_access(engine, load=lambda name: read_file(listed(checkpoint, state, name))):
-            engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    else:
-        load_resharded(engine, checkpoint, state, topology)
+    with understood(checkpoint):
+        if all(theirs[fact] == ours[fact] for fact in ("zero_stage", "world_size", "tensor_parallel")):
+            with file_access(engine, load=lambda name: read_file(listed(checkpoint, state, name))):
+                engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        else:
+            load_resharded(engine, checkpoint, state, topology)
     # DeepSpeed and torch bring these back from the checkpoint, which would silently undo a change in the run config.
     for group, setting in zip(engine.optimizer.param_groups, settings, strict=True):
         group.update(setting)
@@ -84,7 +85,8 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
     same_replicas = bool(theirs["world_size"] // theirs["tensor_parallel"] == topology.num_replicas)
     if same_replicas:
         own = listed(checkpoint, state, f"rng_replica{topology.replica}.pt")
-        restore_random_state(read_file(own), topology.device)
+        with understood(own):
+            restore_random_state(read_file(own), topology.device)
     return same_replicas
 
 
@@ -94,7 +96,8 @@ def load_weights(module: torch.nn.Module, checkpoint: Path, model: Mapping[str, 
     model: config of the module. Raises UserError as `load` does, but asks for no equal stage, processes or precision.
     """
     check(checkpoint, model, None)
-    module.load_state_dict(own_part(weights(checkpoint), module, topology))
+    with understood(checkpoint):
+        module.load_state_dict(own_part(weights(checkpoint), module, topology))
 
 
 def weights(checkpoint: Path) -> dict[str, Tensor]:
@@ -102,4 +105,5 @@ def weights(checkpoint: Path) -> dict[str, Tensor]:
 
     Raises UserError for a file that holds more than tensors and plain values.
     """
-    return whole_weights(checkpoint, read_state(checkpoint))
+    with understood(checkpoint):
+        return whole_weights(checkpoint, read_state(checkpoint))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...kernels.errors import UserError, refused
 from ..processes.durable_files import FileRecord, flush_folder, read_record, replace_text
+from .state_types import is_ours
 
 if TYPE_CHECKING:
     from ..processes.topology import Topology  # imports torch
@@ -328,12 +329,12 @@ def _state_or_problem(checkpoint: Path) -> dict[str, Any] | str:
         return f"{STATE} is missing"
     except OSError as error:
         return f"{STATE} cannot be read ({error.strerror})"
-    except ValueError:
+    except (ValueError, RecursionError):
         state = None
     if isinstance(state, dict) and {*_REQUIRED, _SEAL} <= state.keys():
         del state[_SEAL]
         if sealed(state) == text:
-            return state
+            return state if is_ours(state) else f"{STATE} says what no save of this project writes"
     return f"{STATE} is not as it was written"
 
 

@@ -18,7 +18,7 @@ from ...recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
 from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
 from ...recipes.transformers_format.convert import from_huggingface, model_config_of, sentence_task_of
 from ..checkpoint import store
-from ..checkpoint.files import read_file
+from ..checkpoint.files import read_file, understood
 from ..checkpoint.loading import weights as checkpoint_weights
 
 CONFIG_FILE = "config.json"
@@ -62,9 +62,13 @@ def from_checkpoint(checkpoint: Path) -> Pretrained:
     if problems:
         raise UserError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
     facts = dict(state["model"])
-    task = facts.pop("sentence_task")
-    tokenizer = load_tokenizer(checkpoint / "tokenizer")
-    return Pretrained(ModelConfig(**facts), task, checkpoint_weights(checkpoint), tokenizer)
+    with understood(checkpoint):
+        task = facts.pop("sentence_task")
+        tokenizer = load_tokenizer(checkpoint / "tokenizer")
+        found = Pretrained(ModelConfig(**facts), task, checkpoint_weights(checkpoint), tokenizer)
+        _check_layers(found.model, found.weights)
+        _check_weights(found.model, found.weights)
+    return found
 
 
 def from_folder(folder: Path) -> Pretrained:
@@ -81,19 +85,25 @@ def from_folder(folder: Path) -> Pretrained:
         content = path.read_bytes()
     try:
         config = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}); correct it") from None
     if not isinstance(config, dict):
         raise UserError(f"{path} is a {type(config).__name__}, not an object of keys and values; correct it")
     try:
-        model = model_config_of(config)
-        weights, left_out = from_huggingface(_read_weights(folder), config)
-        _check_weights(model, weights)
+        with understood(path):
+            model, task = model_config_of(config), sentence_task_of(config)
+        with understood(folder):
+            state = _read_weights(folder)
+            _check_layers(model, state)
+            weights, left_out = from_huggingface(state, config)
+            _check_weights(model, weights)
     except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+        text = str(error)
+        raise UserError(text if text.startswith(str(folder)) else f"{folder}: {text}") from error
     has_tokenizer = any((folder / name).is_file() for name in TOKENIZER_FILES)
-    tokenizer = load_tokenizer(folder) if has_tokenizer else None
-    return Pretrained(model, sentence_task_of(config), weights, tokenizer, tuple(left_out))
+    with understood(folder):
+        tokenizer = load_tokenizer(folder) if has_tokenizer else None
+    return Pretrained(model, task, weights, tokenizer, tuple(left_out))
 
 
 def open_pretrained(path: Path, checkpoint_id: str | None) -> tuple[Pretrained, str]:
@@ -114,6 +124,14 @@ def find_checkpoint(run: Path, checkpoint_id: str | None) -> Path:
     return store.resolve(run, checkpoint_id or store.LATEST, ("--run", "--id"))
 
 
+def _check_layers(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    """Raise UserError for more layers than there are weights, which would take for ever to build."""
+    if model.num_hidden_layers > len(weights):
+        raise UserError(
+            f"num_hidden_layers is {model.num_hidden_layers}, and there are {len(weights)} weights in all; give a whole model"
+        )
+
+
 def _check_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     """Raise UserError unless the weights, by our names, are floating-point numbers of the sizes that config.json gives."""
     assert isinstance(model.vocab_size, int), "config.json says how many rows there are"
@@ -126,6 +144,8 @@ def _check_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
             raise UserError(f"{name} is {tuple(weight.shape)}, and {shape} by {CONFIG_FILE}; give a whole folder")
         if not weight.is_floating_point():
             raise UserError(f"{name} is {weight.dtype}, as quantized weights are; give the model before quantization")
+        if weight.is_meta or weight.layout != torch.strided:
+            raise UserError(f"{name} is a tensor without a number for each place; give a whole folder")
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -156,8 +176,10 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            except (ValueError, KeyError, TypeError, AttributeError):
+                files = {
+                    Path(file).name for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                }
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{index.name} does not say which files hold the weights; fetch it again") from None
             yield from (folder / file for file in sorted(files))
             return

@@ -149,7 +149,7 @@ class NextPhase(FromCheckpoint):
 
     def progress(self, data_fingerprint: str) -> Progress:
         saved = replace(self.saved, best_loss=None, best_step=0, guard={})  # of the other run's losses
-        if self.state["data_fingerprint"] != data_fingerprint:
+        if self.state.get("data_fingerprint") != data_fingerprint:
             saved = replace(saved, position=0)
         if self.config.load.rewarmup:
             saved = replace(saved, phase_start=saved.step, phase_start_samples=saved.samples)
@@ -172,7 +172,7 @@ class Continued(NextPhase):
     """A start where a checkpoint of this very run stands: training goes on as if it had not stopped."""
 
     def progress(self, data_fingerprint: str) -> Progress:
-        if self.state["data_fingerprint"] != data_fingerprint:
+        if self.state.get("data_fingerprint") != data_fingerprint:
             raise UserError(
                 f"run {self.config.name} stopped at step {self.saved.step:,} on other data, another sequence length or another "
                 f"seed, so it cannot be continued exactly; start a new run with --job_name and --load_training_checkpoint"

@@ -1,0 +1,46 @@
+"""The types that the values of a state.json have. No torch."""
+
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+_COUNTS = ("step", "samples", "position", "phase_start", "phase_start_samples", "best_step", "train_batch_size")
+_ENGINE_COUNTS = {"zero_stage": 0, "world_size": 1, "tensor_parallel": 1}
+
+
+def is_ours(state: dict[str, Any]) -> bool:
+    """Return whether the values of a state.json have the types that a save gives them: its seal anyone can compute."""
+    engine, files, partitions = state["engine"], state["files"], state["partitions"]
+    return (
+        all(_is_count(state.get(key, 0)) for key in _COUNTS)
+        and isinstance(state["model"], dict)
+        and isinstance(engine, dict)
+        and all(_is_count(engine.get(key), least) for key, least in _ENGINE_COUNTS.items())
+        and engine["world_size"] % engine["tensor_parallel"] == 0
+        and isinstance(engine.get("precision"), str)
+        and isinstance(partitions, dict)
+        and all(isinstance(cut, list) and len(cut) == 2 and _is_count(cut[0]) for cut in partitions.values())
+        and isinstance(files, dict)
+        and all(_is_inside(name) and _is_record(entry) for name, entry in files.items())
+        and _is_time(state["saved_at"])
+    )
+
+
+def _is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _is_inside(name: str) -> bool:
+    path = Path(name)
+    return not path.is_absolute() and path.parts != () and ".." not in path.parts
+
+
+def _is_record(entry: Any) -> bool:
+    return isinstance(entry, dict) and entry.keys() == {"bytes", "sha256"} and _is_count(entry["bytes"])
+
+
+def _is_time(text: Any) -> bool:
+    try:
+        return datetime.fromisoformat(text).tzinfo is not None
+    except (TypeError, ValueError):
+        return False
