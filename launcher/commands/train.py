@@ -85,8 +85,11 @@ def train(
     _check_resume(resume)
     with requeued_by_signals(), reported_errors(debug):
         loaded = load(config, sets, values, 1)
-        from ..processes.console import quieten_libraries
+        from ..processes.console import quieten_libraries, say
+        from ..processes.rank_status import process_rank
 
+        if process_rank() in (None, "0"):
+            say(f"run {loaded.config.name}: loading PyTorch and DeepSpeed")
         if not debug:
             quieten_libraries()
         from ..processes.topology import quiet

@@ -71,12 +71,17 @@ def write_status(exit_code: int, text: str) -> None:
     Whatever happens here, the process ends as it would have: without its file it is reported as silent.
     """
     folder = os.environ.get(FOLDER_VARIABLE)
-    rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), None)
+    rank = process_rank()
     if folder is None or rank is None or not rank.isdecimal():
         return
     status = RankStatus(int(rank), platform.node(), exit_code, time.time(), text)
     with suppress(OSError):
         replace_text(Path(folder) / f"rank{status.rank}.json", json.dumps(asdict(status)))
+
+
+def process_rank() -> str | None:
+    """Return what a launcher says that the rank of this process is, None without a launcher."""
+    return next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), None)
 
 
 def read_statuses(folder: Path) -> dict[int, RankStatus]:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from .record import StepRecord, rates_of, ratio
 from .tensorboard import Boards
 
 _LOG = logging.getLogger(__name__)
+_LONG_S = 5.0  # without a line on the console
 _ETA_RECORDS = 20  # records that the remaining time is judged by
 
 
@@ -48,6 +50,8 @@ class RunLog:
         self._max_steps = max_steps
         self._peak_flops = peak_flops
         self._recent: deque[tuple[int, float]] = deque(maxlen=_ETA_RECORDS)
+        self._beside_s, self._steps = 0.0, 0
+        self._opened_s = time.monotonic()
         path = run_dir / "metrics.jsonl"
         with refused(f"cannot write {path}", "free space there, or make it writable"):
             _drop_rows_after(path, start_step)
@@ -64,6 +68,27 @@ class RunLog:
                 bar_format="{percentage:3.0f}% |{bar:10}| {desc}",
                 dynamic_ncols=True,
             )
+
+    def step_taken(self, step: int) -> None:
+        """Move the bar on by a step, or say of a first step that took long that the run is under way."""
+        first, self._steps = self._steps == 0, self._steps + 1
+        if self._bar is not None:
+            with console.surviving(sys.stderr):
+                self._bar.update(step - self._bar.n)
+        elif first and time.monotonic() - self._opened_s > _LONG_S:
+            console.say(
+                f"step {step:,}/{self._max_steps:,} | taken after {duration(time.monotonic() - self._opened_s)}"
+            )
+
+    def passed_beside(self, seconds: float) -> None:
+        """Count time of evaluations and saves, which the steps that remain will have too."""
+        self._beside_s += seconds
+
+    def evaluation_begins(self, step: int) -> None:
+        """Say on a bar that an evaluation is under way."""
+        if self._bar is not None:
+            with console.surviving(sys.stderr):
+                self._bar.set_description_str(f"step {step:,}/{self._max_steps:,} | evaluating")
 
     def log_step(self, record: StepRecord) -> None:
         """Write one row, one point per series and one line."""
@@ -86,9 +111,8 @@ class RunLog:
         self._write_row(row)
         self._draw(lambda boards: boards.add_step(record, rates))
         self._recent.append((record.num_steps, record.step_time_s))
-        eta_s = (self._max_steps - record.step) * ratio(
-            sum(seconds for _, seconds in self._recent), sum(steps for steps, _ in self._recent)
-        )
+        step_s = ratio(sum(seconds for _, seconds in self._recent), sum(steps for steps, _ in self._recent))
+        eta_s = (self._max_steps - record.step) * (step_s + self._beside_s / max(1, self._steps))
         position = f"step {record.step:,}/{self._max_steps:,}"
         fields = _console_fields(record, rates) | {"eta": f"eta {duration(eta_s)}"}
         if self._bar is None:

@@ -90,6 +90,8 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: _T
                 samples = range(tally.progress.position, tally.progress.position + batch_size)
                 tally.progress = progress = _after_step(tally, batch_size)
                 watch.step_ends(result.totals)
+                if log is not None:
+                    log.step_taken(progress.step)
                 watchdog.at("log")
                 diagnose = partial(not_finite_places, setup.engine, data, topology)
                 guard.check_step(setup.engine, progress.step, samples, diagnose)
@@ -101,11 +103,14 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: _T
                     if log is not None:
                         log.log_step(record)
                     guard.check_loss(progress.step, record.loss)
+                beside_s = time.monotonic()
                 if setup.data.validation is not None and _is_due(config.eval.every_steps, progress.step, finished):
                     stopped |= not _evaluated(setup, log, tally)
                 if _is_due(config.checkpoint.save_every_steps, progress.step, stopped or finished):
                     watchdog.at("save")
                     tally.saved_id = _save(setup, saver, replace(tally.progress, guard=guard.state()))
+                if log is not None:
+                    log.passed_beside(time.monotonic() - beside_s)
                 if stopped:
                     break
                 watchdog.at("data", progress.step + 1)
@@ -176,6 +181,8 @@ def _evaluated(setup: Setup, log: RunLog | None, tally: _Tally) -> bool:
         setup.watchdog.at("evaluate")  # for each micro-batch: the whole may take longer than a hang is waited for
         return not setup.stop.agreed()
 
+    if log is not None:
+        log.evaluation_begins(tally.progress.step)
     parts = evaluate(
         setup.engine,
         setup.data.validation,

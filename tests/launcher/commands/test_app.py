@@ -67,6 +67,7 @@ def test_a_config_alone_trains(runs):
     [(loaded, resume, debug)] = runs
     assert loaded.config == load_config("run.yaml").config
     assert (resume, debug) == (False, False)
+    assert result.stdout == "run run: loading PyTorch and DeepSpeed\n"  # at once, before seconds of imports
 
 
 @pytest.mark.parametrize("option", ["--config", "--config-file", "--config_file", "--cf"])
@@ -439,6 +440,7 @@ def test_a_scheduler_may_stop_a_run_that_is_still_importing(tmp_path, number):
     process = subprocess.Popen(
         command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    assert process.stdout.readline() == "run run: loading PyTorch and DeepSpeed\n"
     assert process.stdout.readline() == "importing\n"
     process.send_signal(number)
     _, err = process.communicate(timeout=60)

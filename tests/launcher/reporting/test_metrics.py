@@ -3,7 +3,9 @@ import io
 import json
 import subprocess
 import sys
+import time
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from xformer_train.launcher.processes.words import duration, number
+from xformer_train.launcher.reporting import metrics
 from xformer_train.launcher.reporting.metrics import RunLog
 from xformer_train.launcher.reporting.peak_flops import peak_flops
 from xformer_train.launcher.reporting.record import StepRecord
@@ -230,6 +233,31 @@ def test_tensorboard_on_a_full_disk_is_given_up_and_the_rows_go_on(tmp_path, mon
     )
 
 
+def test_the_remaining_time_counts_evaluations_and_saves(tmp_path, capsys):
+    with closing(RunLog(tmp_path, 7500, tensorboard=False)) as log:
+        for step in range(1196, 1201):
+            log.step_taken(step)
+        log.log_step(RECORD)
+        log.passed_beside(50.0)  # ten seconds for each of five steps
+        log.log_step(RECORD)
+    first, second = (line.rpartition("eta ")[2] for line in capsys.readouterr().out.splitlines())
+    assert (first, second) == ("42m00s", "18h12m")  # 6,300 steps
+
+
+def test_a_first_step_that_takes_long_is_told_before_the_first_losses(tmp_path, monkeypatch, capsys):
+    with closing(RunLog(tmp_path, 100, tensorboard=False)) as log:
+        log.step_taken(1)
+    assert capsys.readouterr().out == ""
+    now = time.monotonic()
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now))
+    with closing(RunLog(tmp_path, 100, tensorboard=False)) as log:
+        now += 64
+        log.step_taken(1)
+        now += 64
+        log.step_taken(2)
+    assert capsys.readouterr().out == "step 1/100 | taken after 1m04s\n"
+
+
 def test_blank_lines_are_no_rows(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10}\n\n  \n{"step": 20}\n')
@@ -276,9 +304,12 @@ def test_a_terminal_gets_a_bar_on_stderr_and_nothing_on_stdout(tmp_path, monkeyp
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setenv("COLUMNS", "200")
     with closing(RunLog(tmp_path, 7500, start_step=1100, tensorboard=False)) as log:
+        log.step_taken(1199)
+        log.evaluation_begins(1199)
         log.log_step(RECORD)
         log.log_evaluation(1200, 307_200, {"loss": 1.0})
     assert capsys.readouterr().out == ""
+    assert "step 1,199/7,500 | evaluating" in terminal.getvalue()
     assert " 16% |" in terminal.getvalue() and "step 1,200/7,500 | eta 42m00s | loss 1.842" in terminal.getvalue()
     assert "step 1,200/7,500 | held-out loss 1.000\n" in terminal.getvalue()
     assert len(rows(tmp_path)) == 2
