@@ -185,7 +185,7 @@ class Watchdog:
             self._pass_a_signal_on(others)
             for rank, beat in others.items():
                 silence_s = self._silence_s(rank, beat)
-                if beat.state in _OVER[self._phase] and silence_s > _LOST_AFTER * self._interval_s:
+                if beat.state in _OVER[self._says.phase] and silence_s > _LOST_AFTER * self._interval_s:
                     return f"rank {rank} has left the run alone"
                 if silence_s > self._patience_s:
                     return f"rank {rank} has not been heard of for {self._patience_s:.1f} s {setting}"
