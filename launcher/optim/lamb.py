@@ -134,9 +134,16 @@ class Lamb(torch.optim.Optimizer):
         return self._trust_ratios
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the state of state_dict, bit by bit. Raises UserError, and changes nothing, if it is not that of a Lamb."""
+        """Take the state of state_dict, bit by bit; options that it does not have, as Adam's, stay those of this optimizer.
+
+        Raises UserError, and changes nothing, if a Lamb cannot step with it.
+        """
         params = [param for group in self.param_groups for param in group["params"]]
-        _check_state(state_dict, self.defaults, params)
+        options = [{name: group[name] for name in self.defaults} for group in self.param_groups]
+        groups = [{**own, **saved} for own, saved in zip(options, state_dict["param_groups"], strict=False)]
+        _check_state(groups, state_dict["state"], params)
+        if len(groups) == len(state_dict["param_groups"]):  # else the base class refuses it
+            state_dict = {**state_dict, "param_groups": groups}
         super().load_state_dict(state_dict)
         # The base class casts moments to the dtype of their parameter, which rounds those of bf16 and fp16 parameters.
         saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
@@ -307,22 +314,19 @@ def _state_dtype(param: Tensor) -> torch.dtype:
     return torch.promote_types(param.dtype, torch.float32)
 
 
-def _check_state(state_dict: dict[str, Any], options: dict[str, Any], params: list[Tensor]) -> None:
-    """Raise UserError for a state dict that lacks an option or a moment, or has one that a Lamb of params cannot step with."""
-    remedy = "load the state of a Lamb of the same parameters, or start with a new one"
-    for group in state_dict["param_groups"]:
-        missing = sorted(options.keys() - group.keys())
-        if missing:
-            raise UserError(f"the state to load has no {', '.join(missing)} among the options of a group; {remedy}")
+def _check_state(groups: list[dict[str, Any]], states: dict[int, dict[str, Any]], params: list[Tensor]) -> None:
+    """Raise UserError for options out of range, and for moments that are missing or of another shape than their parameter."""
+    for group in groups:
         _check_options(group)
-    saved_ids = [saved_id for group in state_dict["param_groups"] for saved_id in group["params"]]
+    saved_ids = [saved_id for group in groups for saved_id in group["params"]]
     for number, param in zip(saved_ids, params, strict=False):  # the base class tells of another number of them
-        state = state_dict["state"].get(number)
+        state = states.get(number)
         found = {name: tuple(value.shape) for name, value in (state or {}).items() if isinstance(value, Tensor)}
         wanted = {"step": (), "exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
         if state and wanted.items() - found.items():
             raise UserError(
-                f"the state to load holds the tensors {found} of parameter {number}, must hold {wanted}; {remedy}"
+                f"the state to load holds the tensors {found} of parameter {number}, must hold {wanted}; load the state of a "
+                "Lamb of the same parameters, or start with a new one"
             )
 
 

@@ -290,29 +290,38 @@ def foreign_states():
     """State dicts that no Lamb of one parameter (7, 5) can step with, by what is wrong."""
     param = torch.nn.Parameter(torch.randn(7, 5))
     param.grad = torch.randn(7, 5)
-    optimizer = Lamb([param])
-    optimizer.step()
-    ours, state = optimizer.state_dict(), optimizer.state_dict()["state"][0]
-    for other in (torch.optim.SGD([param], momentum=0.9), torch.optim.AdamW([param])):
-        other.step()
-        yield f"options of {type(other).__name__}", other.state_dict()
-        yield f"state of {type(other).__name__}", ours | {"state": other.state_dict()["state"]}
-    yield "another shape", ours | {"state": {0: state | {"exp_avg": torch.zeros(5, 7)}}}
-    yield "no step", ours | {"state": {0: {name: state[name] for name in ("exp_avg", "exp_avg_sq")}}}
-    yield "a step that is no tensor", ours | {"state": {0: state | {"step": 3}}}
+    ours, sgd = Lamb([param]), torch.optim.SGD([param], momentum=0.9)
+    ours.step()
+    sgd.step()
+    saved, state = ours.state_dict(), ours.state_dict()["state"][0]
+    yield "SGD's", sgd.state_dict()
+    yield "SGD's moments", saved | {"state": sgd.state_dict()["state"]}
+    yield "another shape", saved | {"state": {0: state | {"exp_avg": torch.zeros(5, 7)}}}
+    yield "no step", saved | {"state": {0: {name: state[name] for name in ("exp_avg", "exp_avg_sq")}}}
+    yield "a step that is no tensor", saved | {"state": {0: state | {"step": 3}}}
 
 
-@pytest.mark.parametrize(("what", "saved"), [pytest.param(*pair, id=pair[0]) for pair in foreign_states()])
-def test_the_state_of_another_optimizer_is_refused_at_loading_and_changes_nothing(what, saved):
+@pytest.mark.parametrize("saved", [pytest.param(saved, id=what) for what, saved in foreign_states()])
+def test_a_state_that_it_cannot_step_with_is_refused_at_loading_and_changes_nothing(saved):
     (param,) = make_params(shapes=[(7, 5)])
     optimizer = Lamb([param], lr=0.5)
-    if what == "state of AdamW":  # means the same
-        optimizer.load_state_dict(saved)
-        assert torch.equal(optimizer.state[param]["exp_avg"], saved["state"][0]["exp_avg"])
-        return
-    with pytest.raises(ValueError, match=r"the state to load (has no|holds) .*; load the state of a Lamb"):
+    with pytest.raises(ValueError, match=r"the state to load holds the tensors .*; load the state of a Lamb"):
         optimizer.load_state_dict(saved)
     assert optimizer.param_groups[0]["lr"] == 0.5 and not optimizer.state
+
+
+def test_it_goes_on_from_the_moments_of_adam_with_its_own_other_options():
+    params = make_params()
+    adam = torch.optim.AdamW(params, lr=0.25)
+    set_grads(params, 0)
+    adam.step()
+    lamb = Lamb(params, convention="nvidia", max_coeff=None)
+    lamb.load_state_dict(adam.state_dict())
+    (group,) = lamb.param_groups
+    assert (group["lr"], group["convention"], group["max_coeff"]) == (0.25, "nvidia", None)
+    assert all(torch.equal(lamb.state[param]["exp_avg"], adam.state[param]["exp_avg"]) for param in params)
+    lamb.step()
+    assert all(lamb.state[param]["step"] == 2 for param in params)
 
 
 def test_step_returns_what_the_closure_returns():
