@@ -4,7 +4,7 @@ saving.py makes them, store.py finds them; docs/resume.md is the page for users.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ...kernels.errors import UserError
 from ..config.schema import Precision
 from ..processes.topology import Topology
 from .files import file_access, listed, read_file, restore_random_state, understood
-from .resharding import load_resharded, own_part, whole_weights
+from .resharding import Saved, load_resharded, own_part, whole_weights
 from .saving import engine_facts
 from .store import damage, not_verified, read_state
 
@@ -51,6 +51,18 @@ def check(checkpoint: Path, model: Mapping[str, Any], precision: Precision | Non
     if problems:
         raise UserError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
     return state
+
+
+def check_optimizer(checkpoint: Path, moments: Set[str], kind: str) -> None:
+    """Raise UserError if an optimizer of this kind, which keeps these moments, cannot go on from a verified checkpoint."""
+    with understood(checkpoint):
+        theirs = Saved(checkpoint, read_state(checkpoint)).moments()
+    if theirs and theirs != moments:
+        raise UserError(
+            f"{checkpoint} was trained by another optimizer, which kept {', '.join(sorted(theirs))} of each parameter; "
+            f"optimizer.type={kind} keeps {', '.join(sorted(moments)) or 'nothing'}: set that of the checkpoint, or "
+            "load.what=weights to start a new run from its weights"
+        )
 
 
 def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topology) -> bool:

@@ -115,6 +115,11 @@ class Saved:
         state: Mapping[str, Tensor] = self._optimizer(part.replica, 0)["state"].get(part.number, {})
         return state
 
+    def moments(self) -> set[str]:
+        """Return the names of the tensors that the optimizer kept of each parameter; empty before its first step."""
+        states = (self.state(name) for name in self.names)
+        return next(filter(None, states), {}).keys() - {"step"}
+
     def model_file(self, tensor_rank: int) -> dict[str, Any]:
         """Return DeepSpeed's file of the module and the counters."""
         name = f"mp_rank_{tensor_rank:02d}_model_states.pt"

@@ -13,6 +13,8 @@ def is_ours(state: dict[str, Any]) -> bool:
     engine, files, partitions = state["engine"], state["files"], state["partitions"]
     return (
         all(_is_count(state.get(key, 0)) for key in _COUNTS)
+        and (state.get("best_loss") is None or _is_number(state["best_loss"]))
+        and _is_guard(state.get("guard", {}))
         and isinstance(state["model"], dict)
         and isinstance(engine, dict)
         and all(_is_count(engine.get(key), least) for key, least in _ENGINE_COUNTS.items())
@@ -28,6 +30,21 @@ def is_ours(state: dict[str, Any]) -> bool:
 
 def _is_count(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_guard(value: Any) -> bool:
+    """Return whether a value is such as the numerics guard writes."""
+    return (
+        isinstance(value, dict)
+        and all(_is_count(value.get(key, 0)) for key in ("skipped_in_a_row", "rollbacks"))
+        and isinstance(value.get("losses", []), list)
+        and all(map(_is_number, value.get("losses", [])))
+        and isinstance(value.get("in_spike", False), bool)
+    )
 
 
 def _is_inside(name: str) -> bool:

@@ -19,3 +19,12 @@ def build_optimizer(
     Raises UserError if nothing is trainable, or if the optimizer does not have what the config asks for.
     """
     return OPTIMIZERS[config.type].build(model, config, tensor_group)
+
+
+def moments_of(config: OptimizerConfig) -> set[str]:
+    """Return the names of the tensors that the config's optimizer keeps of a parameter from step to step."""
+    module = torch.nn.ParameterList([torch.zeros(1, 1)])
+    optimizer = build_optimizer(module, config)
+    module[0].grad = torch.ones(1, 1)
+    optimizer.step()
+    return {name for state in optimizer.state.values() for name in state} - {"step"}

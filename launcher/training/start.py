@@ -18,6 +18,7 @@ from ..checkpoint import loading, store
 from ..config.batch import BatchPlan
 from ..config.deepspeed import Precision
 from ..config.schema import RunConfig
+from ..optim.optimizer import moments_of
 from ..processes import console
 from ..processes.agreement import agreed, by_main
 from ..processes.console import Say
@@ -146,6 +147,8 @@ class NextPhase(FromCheckpoint):
 
     def check(self, model: Mapping[str, Any], precision: Precision) -> None:
         loading.check(self.checkpoint, model, precision)
+        optimizer = self.config.optimizer
+        loading.check_optimizer(self.checkpoint, moments_of(optimizer), optimizer.type)
 
     def progress(self, data_fingerprint: str) -> Progress:
         saved = replace(self.saved, best_loss=None, best_step=0, guard={})  # of the other run's losses

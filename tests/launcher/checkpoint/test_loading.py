@@ -95,6 +95,21 @@ def test_a_state_without_a_count_of_steps_is_brought_to_another_stage(alone, tmp
         assert moved.whole(name, "momentum_buffer").equal(saved.whole(name, "momentum_buffer")), name
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_an_optimizer_with_other_moments_is_refused(alone, tmp_path, stage, precision):
+    engine = tiny_engine(alone, stage, precision)
+    save(engine, tmp_path, "new", 0, alone)
+    loading.check_optimizer(tmp_path / "new", {"momentum_buffer"}, "sgd")  # it has none yet
+    train(engine, alone, 0, 1)
+    save(engine, tmp_path, "a", 1, alone)
+    loading.check_optimizer(tmp_path / "a", {"exp_avg", "exp_avg_sq"}, "adamw")
+    for moments, told in (({"exp_avg"}, "exp_avg"), ({"momentum_buffer"}, "momentum_buffer"), (set(), "nothing")):
+        message = rf"kept exp_avg, exp_avg_sq of each parameter; optimizer\.type=x keeps {told}: set that of the check"
+        with pytest.raises(ValueError, match=message):
+            loading.check_optimizer(tmp_path / "a", moments, "x")
+
+
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")

@@ -12,6 +12,8 @@ from helpers.runs import BERT, GPT, losses, merged, metrics, weights, write_conf
 from xformer_train.kernels.errors import UserError
 from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.config.loading import load_config
+from xformer_train.launcher.optim.kind import OptimizerKind
+from xformer_train.launcher.optim.optimizer import OPTIMIZERS
 from xformer_train.launcher.processes.topology import quiet
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.data.stream import prepare_data
@@ -300,6 +302,26 @@ def test_a_start_that_is_refused_leaves_the_resolved_config_of_the_run(tmp_path)
     with pytest.raises(ValueError, match=r"another model"):
         start(path, "model.num_hidden_layers=3", resume=True)
     assert resolved.read_text() == before
+
+
+def test_an_optimizer_that_keeps_something_else_is_refused_before_data_are_prepared(tmp_path, monkeypatch):
+    path = write_config(tmp_path)
+    start(path, "training.max_steps=2")
+    start(path, "name=other", "optimizer.type=lamb", f"load.path={tmp_path}/runs/run", "training.max_steps=3")
+
+    def sgd(model, config, group):
+        return torch.optim.SGD(model.parameters(), lr=config.lr, momentum=0.9)
+
+    monkeypatch.setitem(OPTIMIZERS, "lamb", OptimizerKind(sgd))
+    shutil.rmtree(tmp_path / "cache")
+    where = ("optimizer.type=lamb", f"load.path={tmp_path}/runs/run")
+    for sets in (where, (*where, "name=second")):
+        with pytest.raises(
+            ValueError, match=r"kept exp_avg, exp_avg_sq of each .* optimizer\.type=lamb keeps momentum_buffer"
+        ):
+            start(path, *sets, resume=True)
+    assert not (tmp_path / "cache").exists()
+    start(path, *where, "name=third", "load.what=weights", "training.max_steps=1")
 
 
 def test_a_wrong_id_lists_the_ids_there_are(tmp_path):
