@@ -103,7 +103,11 @@ class TokenizerConfig(Section):
     vocab_size: PositiveInt = 8192
     """Size of the vocabulary to train; unused when `path` is given."""
     do_lower_case: bool = True
-    """Lower-case text and strip accents before WordPiece; unused by bpe and bytes."""
+    """Lower-case text before WordPiece; unused by bpe and bytes, as the two keys below."""
+    strip_accents: bool | None = None
+    """Strip accents before WordPiece; null strips them where text is lower-cased."""
+    tokenize_chinese_chars: bool = True
+    """Take each Chinese character for a word of its own before WordPiece."""
 
 
 class SourceConfig(Section):

@@ -13,8 +13,8 @@ from ..kernels.parallel.collectives import ONE_PROCESS, TensorParallel
 from .config import DataConfig, ModelConfig, ObjectiveConfig, SpecialToken
 
 if TYPE_CHECKING:
+    from .data.run_tokenizer import RunTokenizer
     from .data.token_store import TokenStore
-    from .data.tokenizer import RunTokenizer
     from .shared.transformers_form import TransformersForm
 
 Batch = Mapping[str, Tensor]

@@ -5,8 +5,8 @@ import textwrap
 from dataclasses import dataclass
 
 from ...recipes import RECIPES
+from ...recipes.data.run_tokenizer import RunTokenizer
 from ...recipes.data.stream import PreparedData
-from ...recipes.data.tokenizer import RunTokenizer
 from ..config.batch import BatchPlan
 from ..config.optimizers import OPTIMIZER_TERMS, OptimizerConfig
 from ..config.schema import CheckpointConfig, RunConfig, ScheduleConfig

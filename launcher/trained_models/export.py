@@ -1,17 +1,17 @@
 """A checkpoint as a folder that transformers loads: safetensors, config.json, tokenizer, model card."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from ...kernels.errors import RefusedError, UserError
 from ...recipes import RECIPES
 from ...recipes.config import ModelConfig
 from ...recipes.data.cache import whole_folder
-from ...recipes.data.tokenizer import RunTokenizer
+from ...recipes.data.run_tokenizer import RunTokenizer
 from ...recipes.transformers_format.convert import config_json, to_huggingface
 from .model_card import model_card
 from .pretrained import CONFIG_FILE, Pretrained, from_checkpoint
@@ -61,9 +61,9 @@ def _write(folder: Path, trained: Pretrained, state: dict[str, Tensor], config: 
     """Write all files but the card. state, config: of the model in transformers."""
     from safetensors.torch import save_file
 
-    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / WEIGHTS_FILE).chmod(0o644)
     _write_json(folder / CONFIG_FILE, config)
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    shutil.copymode(folder / CONFIG_FILE, folder / WEIGHTS_FILE)  # safetensors keeps others out whatever the umask says
     assert trained.tokenizer is not None, "every checkpoint has its tokenizer"
     generation = RECIPES[trained.model.type].transformers.generation
     if generation:
@@ -74,7 +74,7 @@ def _write(folder: Path, trained: Pretrained, state: dict[str, Tensor], config: 
 
 def _write_tokenizer(folder: Path, tokenizer: RunTokenizer, model: ModelConfig) -> None:
     """Write the files of a tokenizer that adds the special tokens to a text that the recipe adds to its samples."""
-    copy = Tokenizer.from_str(tokenizer.tokenizer.to_str())
+    copy = tokenizer.reader()
     form = RECIPES[model.type].transformers
     copy.post_processor = form.post_processor(tokenizer)
     (folder / "tokenizer.json").write_text(copy.to_str(pretty=True), encoding="utf-8")

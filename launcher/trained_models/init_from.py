@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ...kernels.errors import UserError
 from ...recipes.config import ModelConfig, TokenizerConfig
-from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
+from ...recipes.data.run_tokenizer import RunTokenizer
+from ...recipes.data.tokenizer import given_tokenizer
 from ..checkpoint.loading import FREE_MODEL_KEYS
 from ..checkpoint.resharding import own_part
 from ..config.paths import HUB_ID
@@ -80,7 +81,7 @@ def initial_tokenizer(name: str, initial: Pretrained, config: TokenizerConfig) -
 
     Raises UserError if neither is there, tokenizer.path is another one, or it has more symbols than the weights.
     """
-    given = None if config.path is None else load_tokenizer(config.path, lowercase=config.do_lower_case)
+    given = None if config.path is None else given_tokenizer(config)
     tokenizer = initial.tokenizer or given
     if tokenizer is None:
         raise UserError(

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from ...kernels.errors import UserError, refused
 from ...recipes import RECIPES
 from ...recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
-from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
+from ...recipes.data.run_tokenizer import RunTokenizer
+from ...recipes.data.tokenizer import load_tokenizer
 from ...recipes.transformers_format.convert import from_huggingface, model_config_of, sentence_task_of
 from ..checkpoint import store
 from ..checkpoint.files import read_file, understood

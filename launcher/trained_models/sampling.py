@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from ...kernels.errors import UserError
 from ...recipes import RECIPES
 from ...recipes.bert.model import BertForPretraining
-from ...recipes.data.tokenizer import RunTokenizer
+from ...recipes.data.run_tokenizer import RunTokenizer
 from ...recipes.gpt.model import GptForPretraining
 from .pretrained import open_pretrained
 
@@ -105,8 +104,7 @@ def fill_mask(model: BertForPretraining, tokenizer: RunTokenizer, text: str, top
     A mask is written [MASK], or as the tokenizer has it. Raises UserError if there is none, or the text is too long.
     """
     mask_id = tokenizer.special_id("mask")
-    reader = Tokenizer.from_str(tokenizer.tokenizer.to_str())  # unlike that of a run, it reads [MASK] as a symbol
-    inner = reader.encode(text.replace(MASK, tokenizer.specials["mask"]), add_special_tokens=False).ids
+    inner = tokenizer.reader().encode(text.replace(MASK, tokenizer.specials["mask"]), add_special_tokens=False).ids
     if mask_id not in inner:
         raise UserError(f"the text has no {MASK}; write it in the place of a word")
     ids = [tokenizer.special_id("cls"), *inner, tokenizer.special_id("sep")]

@@ -16,8 +16,9 @@ from ...kernels.errors import UserError
 from ...kernels.parallel.collectives import TensorParallel
 from ...kernels.parallel.sharding import is_sharded
 from ...recipes import RECIPES
+from ...recipes.data.run_tokenizer import RunTokenizer
 from ...recipes.data.stream import PreparedData, prepare_data
-from ...recipes.data.tokenizer import RunTokenizer, load_tokenizer
+from ...recipes.data.tokenizer import load_tokenizer
 from ...recipes.recipe import Batch, Recipe, Runtime
 from ..checkpoint import store
 from ..config.batch import BatchPlan, solve_batch

@@ -13,7 +13,8 @@ from torch import nn
 
 from ...kernels.errors import UserError, refused
 from ...recipes import RECIPES
-from ...recipes.data.tokenizer import RunTokenizer, build_tokenizer, check_suits, load_tokenizer
+from ...recipes.data.run_tokenizer import RunTokenizer
+from ...recipes.data.tokenizer import build_tokenizer, check_suits, given_tokenizer, load_tokenizer
 from ..checkpoint import loading, store
 from ..config.batch import BatchPlan
 from ..config.deepspeed import Precision
@@ -115,7 +116,7 @@ class FromCheckpoint(Start):
 
     def tokenizer(self, say: Say) -> RunTokenizer:
         tokenizer, given = load_tokenizer(self.checkpoint / "tokenizer"), self.config.tokenizer
-        if given.path is not None and not tokenizer.equals(load_tokenizer(given.path, lowercase=given.do_lower_case)):
+        if given.path is not None and not tokenizer.equals(given_tokenizer(given)):
             raise UserError(
                 f"tokenizer.path={given.path} is another tokenizer than that of checkpoint {self.checkpoint}; remove the key "
                 "to use the checkpoint's"

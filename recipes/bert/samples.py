@@ -17,8 +17,8 @@ from ...kernels.errors import UserError
 from ..config import DataConfig, ObjectiveConfig, SentenceTask
 from ..data.cache import open_or_build, read_array
 from ..data.counter_rng import below, uniform
+from ..data.run_tokenizer import RunTokenizer
 from ..data.token_store import TokenStore
-from ..data.tokenizer import RunTokenizer
 from ..recipe import Collate, DataTask, Report, Rows
 from .masking import MaskingRule, mask_rows
 

@@ -13,7 +13,7 @@ from ..shared.transformers_form import Architecture, TransformersForm
 from .model import NUM_TOKEN_TYPES
 
 if TYPE_CHECKING:
-    from ..data.tokenizer import RunTokenizer
+    from ..data.run_tokenizer import RunTokenizer
 
 _PRE_LN_NOTE = """\
 Pad to the right: this architecture counts positions without padding, and the training did not know padding on the left.

@@ -2,13 +2,14 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import socket
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -54,9 +55,10 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     A new `folder` comes into being whole. In one that exists, files of the same names are replaced and others stay.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    # Not of tempfile, which keeps others out whatever the umask says.
+    partial = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}")
+    partial.mkdir()
     try:
-        partial.chmod(0o755)  # others may read it, which mkdtemp forbids
         yield partial
         _flush(*partial.iterdir(), partial)
         if folder.exists():
@@ -107,7 +109,7 @@ def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], report:
             _wait_for(lock, folder.parents[1], report)
             if not folder.exists():
                 _build(folder, build)
-    return _checked_facts(folder)
+    return _checked_facts(folder, report)
 
 
 def _wait_for(lock: IO[str], cache: Path, report: Callable[[str], None]) -> None:
@@ -129,8 +131,10 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     try:
         partial.mkdir()
         facts = build(partial)
-        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        (partial / _MANIFEST).write_text(json.dumps({"facts": facts, "bytes": sizes}, indent=1))
+        paths = sorted(partial.iterdir())
+        sizes = {path.name: path.stat().st_size for path in paths}
+        written = {path.name: [path.stat().st_mtime_ns, _digest(path)] for path in paths}
+        (partial / _MANIFEST).write_text(json.dumps({"facts": facts, "bytes": sizes, "written": written}, indent=1))
         _flush(*partial.iterdir(), partial)
         try:
             partial.rename(folder)
@@ -150,7 +154,12 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _checked_facts(folder: Path) -> dict[str, Any]:
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def _checked_facts(folder: Path, report: Report) -> dict[str, Any]:
     remedy = f"remove {folder} to have it prepared again"
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
@@ -161,6 +170,15 @@ def _checked_facts(folder: Path) -> dict[str, Any]:
         found = path.stat().st_size if path.exists() else 0
         if found != size:
             raise UserError(f"prepared data: {path} has {found:,} bytes, must have {size:,}; {remedy}")
+    for name, (time_ns, digest) in manifest.get("written", {}).items():  # not in folders of older versions
+        path = folder / name
+        if path.stat().st_mtime_ns == time_ns:
+            continue
+        report(f"prepared data: {path} has another time than when it was written; comparing what it holds")
+        if _digest(path) != digest:
+            raise UserError(f"prepared data: {path} does not hold what was written there; {remedy}")
+        with suppress(OSError):  # a cache of somebody else; then it is compared each time
+            os.utime(path, ns=(time_ns, time_ns))
     facts: dict[str, Any] = manifest["facts"]
     return facts
 

@@ -11,20 +11,47 @@ _SUFFIXES = {
     "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
     "parquet": (".parquet",),
 }
+_NOT_READ = (
+    ".zst",
+    ".zstd",
+    ".xz",
+    ".lzma",
+    ".bz2",
+    ".lz4",
+    ".zip",
+    ".7z",
+    ".br",
+    ".Z",
+)  # compressed in ways not read here
 
 
 def find_files(source: SourceConfig) -> list[Path]:
     """Return the files of a text, jsonl or parquet source, in order of their names.
 
-    Raises UserError if the path is none, the folder holds none of that kind, or the pattern matches none.
+    Hidden files, and those in hidden folders, count only where a path or pattern names them. Raises UserError if the path is
+    none, the folder holds none of that kind, the pattern matches none, or a file is compressed otherwise than by gzip.
     """
     name, given = f"{source.kind} {source.path}", str(source.path)
-    suffixes = _SUFFIXES[source.kind]
+    found = _matching(name, given, _SUFFIXES[source.kind])
+    for path in found:
+        if path.name.endswith(_NOT_READ):
+            raise UserError(
+                f"data source {name}: {path} is compressed in a way that is not read; unpack it, or use gzip"
+            )
+    return found
+
+
+def _matching(name: str, given: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the files that a path means, which for a folder are compressed ones of its kind too. name: for messages."""
     path = Path(given)
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(inner for inner in path.rglob("*") if inner.name.endswith(suffixes) and inner.is_file())
+        endings = (*suffixes, *(suffix + packed for suffix in suffixes for packed in _NOT_READ))
+        below = (inner for inner in path.rglob("*") if inner.name.endswith(endings) and inner.is_file())
+        found = sorted(
+            inner for inner in below if not any(part.startswith(".") for part in inner.relative_to(path).parts)
+        )
         if not found:
             raise UserError(
                 f"data source {name}: the folder holds no {' or '.join(suffixes)} file; name another, or a glob"

@@ -20,6 +20,8 @@ from .files import find_files
 READER_VERSION = 1  # raise it when the same files would give other documents
 
 _TITLE = re.compile(r"\s*= ?[^=\s](.*[^=\s])? ?=\s*")  # `= Title =`, not `== Section ==` or `= = Section = =`
+# How compressed files begin that are no text: gzip, Zstandard, xz, bzip2, zip, LZ4.
+_PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"BZh", b"PK\x03\x04", b"\x04\x22\x4d\x18")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -38,7 +40,7 @@ class Source:
 
 
 def open_source(source: SourceConfig, cache: Path) -> Source:
-    """The documents of one source; files are found and hashed now, and read when the documents are.
+    """Return the documents of one source; files are found and hashed now, and read when the documents are.
 
     cache: folder where the hashes of files are remembered. Raises UserError, here or while documents are read, for a
     missing file, a pattern that matches none, text that is not UTF-8, a broken JSON line, a missing column or an
@@ -50,6 +52,9 @@ def open_source(source: SourceConfig, cache: Path) -> Source:
     if source.kind == "hf":
         return _open_dataset(source, name)
     paths = find_files(source)
+    if source.kind != "parquet":
+        for path in paths:
+            _check_name(path)
     hashes = [_content_hash(path, cache / "file_hashes") for path in paths]
     field = source.text_field
     cut_by = source.documents if source.kind == "text" else field
@@ -76,6 +81,19 @@ def is_held_out(document: str, fraction: float) -> bool:
 def _each(paths: list[Path], read: Callable[[Path], Iterator[str]]) -> Iterator[str]:
     for path in paths:
         yield from read(path)
+
+
+def _check_name(path: Path) -> None:
+    """Raise UserError if a file is compressed and its name does not say so, or the reverse: names decide how files are read."""
+    with _readable(path), path.open("rb") as file:
+        start = file.read(8)
+    if path.suffix == ".gz":
+        if start and not start.startswith(_PACKED[0]):
+            raise UserError(f"{path}: damaged gzip file (it does not begin as one); fetch it again")
+    elif start.startswith(_PACKED):
+        raise UserError(
+            f"{path}: the file is compressed, not text; unpack it, or give gzip files names that end in .gz"
+        )
 
 
 def _content_hash(path: Path, memory: Path) -> str:
@@ -119,16 +137,18 @@ def _sound(file: BinaryIO, path: Path) -> Iterator[bytes]:
 
 
 def _text_documents(path: Path) -> Iterator[str]:
-    """Documents end at a blank line; in a file with title lines (`= Title =`, as in WikiText) they end before a title."""
+    """Yield documents that end at a blank line, or before a title in a file that begins with one (`= Title =`, as WikiText)."""
     document: list[str] = []
-    titled, blank_before = False, True
+    titled: bool | None = None
+    blank_before = True
     for _, line in _lines(path):
         is_title = blank_before and _TITLE.fullmatch(line) is not None
         blank_before = not line.strip()
-        if is_title or (blank_before and not titled):
+        if titled is None and not blank_before:
+            titled = is_title
+        if is_title if titled else blank_before:
             yield from _joined(document)
             document = []
-        titled = titled or is_title
         document.append(line)
     yield from _joined(document)
 
@@ -183,11 +203,14 @@ def _open_parquet(path: Path, field: str) -> Any:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
+    with _readable(path), path.open("rb"):
+        pass
     try:
-        with _readable(path):
-            file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path)
     except pyarrow.ArrowInvalid as error:
-        raise UserError(f"{path}: not a parquet file ({error}); correct data.sources") from None
+        raise UserError(f"{path}: not a parquet file ({_one_line(error)}); correct data.sources") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path}: damaged parquet file ({_one_line(error)}); fetch it again") from None
     if field not in file.schema_arrow.names:
         raise _no_field(str(path), field, file.schema_arrow.names)
     return file
@@ -208,15 +231,12 @@ def _parquet_documents(path: Path, field: str) -> Iterator[str]:
 def _open_dataset(source: SourceConfig, name: str) -> Source:
     import datasets
 
+    datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # versions before 4 may ask to run a dataset's own program
     path = str(source.path)
     saved = Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file()
     try:
         if saved:
-            dataset = datasets.load_from_disk(path)
-            if isinstance(dataset, dict):
-                if source.split not in dataset:
-                    raise UserError(f'Unknown split "{source.split}". Should be one of {list(dataset)}.')
-                dataset = dataset[source.split]
+            dataset = _part_of_saved(datasets.load_from_disk(path), source)
         else:
             dataset = datasets.load_dataset(path, source.subset, split=source.split, streaming=source.streaming)
         if isinstance(dataset, datasets.IterableDataset):
@@ -240,6 +260,30 @@ def _open_dataset(source: SourceConfig, name: str) -> Source:
             yield from _checked(row[source.text_field], f"data source {name}", source.text_field)
 
     return Source(name, documents, json.dumps([READER_VERSION, name, source.text_field, version]), total)
+
+
+def _part_of_saved(saved: Any, source: SourceConfig) -> Any:
+    """Return the split, or the slice of one or several (`train[:90%]`, `train+test`), of what `save_to_disk` has written.
+
+    Raises ValueError if there is none of that name, or a subset is asked for, which such a folder does not have.
+    """
+    import datasets
+
+    if source.subset is not None:
+        raise ValueError(f'A dataset from save_to_disk has no subsets, and "{source.subset}" is asked for')
+    whole = str(saved.split) if isinstance(saved, datasets.Dataset) and saved.split else "train"
+    splits = saved if isinstance(saved, dict) else {whole if whole.isidentifier() else "train": saved}
+    if source.split in splits:
+        return splits[source.split]
+    try:
+        wanted = datasets.ReadInstruction.from_spec(source.split)
+        parts = wanted.to_absolute({name: len(split) for name, split in splits.items()})
+    except (ValueError, AssertionError):  # the latter for a slice that is none
+        raise ValueError(
+            f'Unknown split "{source.split}". Should be one of {list(splits)}, or a slice of one'
+        ) from None
+    chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
+    return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
 
 
 def _rows(dataset: Any, name: str) -> Iterator[dict[str, Any]]:

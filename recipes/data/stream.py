@@ -17,9 +17,10 @@ from ..config import DataConfig, ObjectiveConfig, SourceConfig
 from ..recipe import Collate, DataTask, Recipe, Report, Rows, Samples
 from .cache import cache_folder
 from .counter_rng import hash64, permute
+from .run_tokenizer import RunTokenizer
 from .sources import open_source
 from .token_store import TokenStore, tokenise
-from .tokenizer import RunTokenizer, check_suits
+from .tokenizer import check_suits
 
 ORDER_VERSION = 1  # raise it when the same settings would give another sequence of samples
 

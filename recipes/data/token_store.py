@@ -16,8 +16,9 @@ from tqdm import tqdm
 from ...kernels.errors import UserError
 from ..recipe import Layout, Report
 from .cache import open_or_build, read_array
+from .run_tokenizer import RunTokenizer
 from .sources import Source, is_held_out
-from .tokenizer import RunTokenizer, pieces
+from .tokenizer import pieces
 
 FORMAT_VERSION = 1  # raise it when the same documents would give other files
 
@@ -91,7 +92,7 @@ def tokenise(
         if share >= _MANY_UNKNOWN:
             report(
                 f"warning: {share:.0%} of the tokens of {source.name} are unknown to the tokenizer, so nothing is learnt from "
-                f"them; take one that knows this text, or train one by removing tokenizer.path"
+                f"them; take a tokenizer that knows this text (a WordPiece from a file knows no word above 100 characters)"
             )
         return {"digests": {"train": train.digest, "held_out": rest.digest}}
 

@@ -1,31 +1,32 @@
-"""Tokenizers: loaded from a file or trained on the sources; WordPiece, byte-level BPE and plain bytes."""
+"""Tokenizers of a run: loaded from a file or trained on the sources; WordPiece, byte-level BPE and plain bytes."""
 
-import functools
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from ...kernels.errors import UserError, refused
 from ..config import DataConfig, SpecialToken, TokenizerConfig, TokenizerKind
 from ..recipe import Recipe, Report
-from .cache import cache_folder, open_or_build, whole_folder
+from .cache import cache_folder, open_or_build
+from .run_tokenizer import SPECIALS_FILE, TOKENIZER_FILE, RunTokenizer, specials_settings
 from .sources import Source, is_held_out, open_source
-from .words import NUM_BYTES, SPACE_MARKERS, borders_of_words, byte_symbols
+from .words import NUM_BYTES, byte_symbols
 
 TRAINING_BYTES = 200 * 2**20  # of text, shared equally among the sources: vocabularies hardly change beyond it
 _TRAINING_VERSION = 1  # raise it when the same sources and settings would give another tokenizer
 _LONGEST_TEXT = 100_000  # characters tokenised as one text: a whole book as one would need gigabytes
 
-_TOKENIZER_FILE = "tokenizer.json"
-_SPECIALS_FILE = "tokenizer_config.json"  # names and place as in `transformers`, which can read the folder
+_SPECIALS_MAP = "special_tokens_map.json"
 _UNKNOWN = "[UNK]"  # of WordPiece
+_LONGEST_WORD = 100  # characters; models.WordPiece takes a longer one for unknown
+_LONGEST_TRAINED = (
+    1_000  # characters without white space that a tokenizer is trained on: its time grows with the square
+)
 # Tried in this order on a tokenizer without a specials file.
 _USUAL_NAMES = {
     "pad": ("[PAD]", "<pad>", "<|padding|>"),
@@ -37,122 +38,6 @@ _USUAL_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class RunTokenizer:
-    """A tokenizer and the special tokens the recipes use.
-
-    kind: wordpiece, bpe, bytes, or what else a loaded file holds; specials: the tokens called pad, unk, cls, sep, mask and
-    eos, those it has. Special tokens written out in a text are read as plain text.
-    """
-
-    tokenizer: Tokenizer
-    kind: str
-    specials: dict[str, str]
-
-    @functools.cached_property
-    def vocab_size(self) -> int:
-        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
-
-    def special_id(self, name: SpecialToken) -> int:
-        """The id of a special token. Raises KeyError if the tokenizer does not have it."""
-        return self._id(self.specials[name])
-
-    def _id(self, token: str) -> int:
-        index = self.tokenizer.token_to_id(token)
-        assert index is not None, f"special token {token} is not in the vocabulary"
-        return int(index)
-
-    @functools.cached_property
-    def special_ids(self) -> np.ndarray:
-        """Ids of all tokens that stand for no text, ascending, int64."""
-        ids = {index for index, token in self.tokenizer.get_added_tokens_decoder().items() if token.special}
-        return np.array(sorted(ids | {self._id(token) for token in self.specials.values()}), np.int64)
-
-    @functools.cached_property
-    def unknown_ids(self) -> set[int]:
-        """Ids of what stands for text that the tokenizer does not know: its model's own, and the one called unk."""
-        model = json.loads(self.tokenizer.to_str())["model"]
-        tokens = {self.specials.get("unk"), model.get("unk_token")} - {None}
-        by_number = {model["unk_id"]} if model.get("unk_id") is not None else set()
-        return by_number | {index for token in tokens if (index := self.tokenizer.token_to_id(token)) is not None}
-
-    @functools.cached_property
-    def word_start(self) -> np.ndarray:
-        """Whether a word starts with each token, (vocab_size,) bool.
-
-        WordPiece: tokens without the ## of a continuation. Otherwise tokens that begin with white space (which BPE and
-        SentencePiece keep in front of a word), so that punctuation belongs to the word before it.
-        """
-        starts = np.zeros(self.vocab_size, dtype=bool)
-        continuation = json.loads(self.tokenizer.to_str())["model"].get("continuing_subword_prefix")
-        for token, index in self.tokenizer.get_vocab(with_added_tokens=True).items():
-            starts[index] = not token.startswith(continuation) if continuation else token.startswith(SPACE_MARKERS)
-        starts[self.special_ids] = True
-        return starts
-
-    @functools.cached_property
-    def word_borders(self) -> tuple[np.ndarray, np.ndarray]:
-        """Whether a word starts with each token, and whether one ends with it, (vocab_size,) bool each."""
-        return borders_of_words(self.tokenizer, self.word_start)
-
-    @functools.cached_property
-    def _of_plain_text(self) -> Tokenizer:
-        """The tokenizer, where its model cannot find special tokens that a text writes out; else a copy that parts them.
-
-        The copy parts a text behind the first character of each special token, after all other steps before the model.
-        """
-        tokens = [str(self.tokenizer.id_to_token(index)) for index in self.special_ids]
-        parted = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
-        ids = set(self.special_ids.tolist()) - self.unknown_ids
-        probes = [text for token in parted for text in (token, f"a {token} a", f"a{token}a", 2 * token)]
-        if all(ids.isdisjoint(one.ids) for one in self.tokenizer.encode_batch(probes, add_special_tokens=False)):
-            return self.tokenizer
-        copy = Tokenizer.from_str(self.tokenizer.to_str())
-        copy.encode_special_tokens = True
-        pattern = Regex("|".join(f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in parted))
-        split = pre_tokenizers.Split(pattern, "isolated")
-        steps = [split] if copy.pre_tokenizer is None else [copy.pre_tokenizer, split]
-        copy.pre_tokenizer = pre_tokenizers.Sequence(steps)
-        return copy
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """Equal for tokenizers that turn every text into the same ids."""
-        content = json.dumps([json.loads(self._of_plain_text.to_str()), self.specials], sort_keys=True)
-        return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
-
-    def equals(self, other: "RunTokenizer") -> bool:
-        """Whether both turn every text into the same ids, whatever each of them adds to texts elsewhere."""
-        return self._content() == other._content()
-
-    def _content(self) -> dict[str, Any]:
-        unused = {"post_processor": None}  # `encode_batch` adds no special tokens
-        return {**json.loads(self.tokenizer.to_str()), **unused, "specials": self.specials}
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text without special tokens, uint32; on several threads unless TOKENIZERS_PARALLELISM=false."""
-        if self.kind == "bytes":
-            return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.uint32) for text in texts]
-        encodings = self._of_plain_text.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of these ids, special tokens included."""
-        text: str = self.tokenizer.decode([int(index) for index in ids], skip_special_tokens=False)
-        return text
-
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json; `folder` comes into being whole or not at all."""
-        folder = Path(folder)
-        with (
-            refused(f"cannot write {folder}", "free space there, or make it writable"),
-            whole_folder(folder) as partial,
-        ):
-            (partial / _TOKENIZER_FILE).write_text(self.tokenizer.to_str(pretty=True), encoding="utf-8")
-            config = {"tokenizer_class": "PreTrainedTokenizerFast", **_settings(self.specials)}
-            (partial / _SPECIALS_FILE).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
-
-
 def build_tokenizer(recipe: Recipe, config: TokenizerConfig, data: DataConfig, report: Report) -> RunTokenizer:
     """Return the tokenizer of a new run: loaded if tokenizer.path is given, else trained on the sources.
 
@@ -161,12 +46,23 @@ def build_tokenizer(recipe: Recipe, config: TokenizerConfig, data: DataConfig, r
     Raises UserError if it lacks a special token the model needs, or there is no text to train on.
     """
     if config.path is not None:
-        tokenizer = load_tokenizer(config.path, lowercase=config.do_lower_case)
+        tokenizer = given_tokenizer(config)
     else:
         kind = recipe.tokenizer.trained if config.type == "auto" else config.type
         tokenizer = _trained_once(recipe, kind, config, data, report)
     check_suits(recipe, tokenizer, config.path)
     return tokenizer
+
+
+def given_tokenizer(config: TokenizerConfig) -> RunTokenizer:
+    """Return the tokenizer that tokenizer.path names. Raises UserError as `load_tokenizer` does."""
+    assert config.path is not None, "asked for without a path"
+    return load_tokenizer(
+        config.path,
+        lowercase=config.do_lower_case,
+        strip_accents=config.strip_accents,
+        tokenize_chinese_chars=config.tokenize_chinese_chars,
+    )
 
 
 def check_suits(recipe: Recipe, tokenizer: RunTokenizer, path: str | None = None) -> None:
@@ -181,16 +77,19 @@ def check_suits(recipe: Recipe, tokenizer: RunTokenizer, path: str | None = None
         )
 
 
-def load_tokenizer(path: str | Path, *, lowercase: bool = True) -> RunTokenizer:
-    """The tokenizer in a tokenizer.json, a folder that holds one, or a WordPiece vocab.txt.
+def load_tokenizer(
+    path: str | Path, *, lowercase: bool = True, strip_accents: bool | None = None, tokenize_chinese_chars: bool = True
+) -> RunTokenizer:
+    """Return the tokenizer in a tokenizer.json, a folder that holds one, or a WordPiece vocab.txt.
 
-    lowercase: for vocab.txt only, unless a tokenizer_config.json beside it says do_lower_case.
+    lowercase, strip_accents, tokenize_chinese_chars: as in `TokenizerConfig`, for a vocab.txt, where no tokenizer_config.json
+    beside it says them. Names of special tokens come from there too, else from special_tokens_map.json.
 
-    Raises ValueError if there is no such file or it does not hold a tokenizer.
+    Raises UserError if there is no such file or it does not hold a tokenizer.
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        found = [path / name for name in (_TOKENIZER_FILE, "vocab.txt") if (path / name).is_file()]
+        found = [path / name for name in (TOKENIZER_FILE, "vocab.txt") if (path / name).is_file()]
         if not found:
             raise UserError(
                 f"tokenizer.path={path}: it holds neither tokenizer.json nor vocab.txt; name a folder that does"
@@ -200,9 +99,19 @@ def load_tokenizer(path: str | Path, *, lowercase: bool = True) -> RunTokenizer:
         raise UserError(
             f"tokenizer.path={path}: there is no such file or folder; correct it, or remove it to train one"
         )
-    settings = _read_settings(path.with_name(_SPECIALS_FILE))
+    settings = _read_settings(path.with_name(_SPECIALS_MAP)) | _read_settings(path.with_name(SPECIALS_FILE))
     if path.suffix == ".txt":
-        tokenizer = _from_vocabulary(path, lowercase=settings.get("do_lower_case", lowercase))
+        chosen = [
+            settings.get("do_lower_case", lowercase),
+            settings.get("strip_accents", strip_accents),
+            settings.get("tokenize_chinese_chars", tokenize_chinese_chars),
+        ]
+        if any(not isinstance(value, bool | None) for value in chosen):
+            raise UserError(
+                f"tokenizer.path: {path.with_name(SPECIALS_FILE)}: do_lower_case, strip_accents, tokenize_chinese_chars must "
+                f"be true or false; correct it"
+            )
+        tokenizer = _wordpiece(_read_vocabulary(path), *chosen)
     else:
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -252,10 +161,10 @@ def _kind(tokenizer: Tokenizer) -> str:
     return "bytes" if is_bytes else kind
 
 
-def _from_vocabulary(path: Path, *, lowercase: bool) -> Tokenizer:
+def _read_vocabulary(path: Path) -> models.WordPiece:
     try:
         with refused(f"tokenizer.path: {path} cannot be read", "correct its permissions"):
-            tokens = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+            tokens = path.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"tokenizer.path={path}: byte {error.start:,} is not UTF-8; convert the file") from None
     if _UNKNOWN not in tokens:
@@ -263,12 +172,14 @@ def _from_vocabulary(path: Path, *, lowercase: bool) -> Tokenizer:
             f"tokenizer.path={path}: the vocabulary has no {_UNKNOWN}; it must be BERT's, one token per line"
         )
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return _wordpiece(models.WordPiece(vocabulary, unk_token=_UNKNOWN), lowercase=lowercase)
+    return models.WordPiece(vocabulary, unk_token=_UNKNOWN)
 
 
-def _wordpiece(model: models.WordPiece, *, lowercase: bool) -> Tokenizer:
+def _wordpiece(model: models.WordPiece, lowercase: bool, strip_accents: bool | None, chinese: bool) -> Tokenizer:
     tokenizer = Tokenizer(model)
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     return tokenizer
@@ -298,7 +209,7 @@ def train_tokenizer(
     if kind == "bytes":
         tokenizer = _byte_level(models.BPE(vocab=byte_symbols(), merges=[]))
         tokenizer.add_special_tokens(list(specials.values()))
-        return _prepared(tokenizer, _settings(specials))
+        return _prepared(tokenizer, specials_settings(specials))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bpe" else []
     smallest = len(alphabet) + len(specials)
     if config.vocab_size <= smallest:
@@ -309,31 +220,52 @@ def train_tokenizer(
     symbols = list(specials.values())
     settings: dict[str, Any] = {"vocab_size": config.vocab_size, "special_tokens": symbols, "show_progress": False}
     if kind == "wordpiece":
-        tokenizer = _wordpiece(models.WordPiece(unk_token=_UNKNOWN), lowercase=config.do_lower_case)
+        tokenizer = _wordpiece(
+            models.WordPiece(unk_token=_UNKNOWN),
+            config.do_lower_case,
+            config.strip_accents,
+            config.tokenize_chinese_chars,
+        )
+        usual = tokenizer.pre_tokenizer
+        # A word longer than WordPiece takes is cut into parts, each a word.
+        cut = pre_tokenizers.Split(Regex(f".{{{_LONGEST_WORD}}}"), "isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([usual, cut])
         trainer: Any = trainers.WordPieceTrainer(**settings)
     else:
         tokenizer = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(initial_alphabet=alphabet, **settings)
-    tokenizer.train_from_iterator(_counted(documents), trainer)
+    lengths = _Lengths()
+    tokenizer.train_from_iterator(lengths.of(documents), trainer)
+    if kind == "wordpiece" and not lengths.long_word:
+        tokenizer.pre_tokenizer = usual
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise UserError(
             f"tokenizer.vocab_size={config.vocab_size}: too few for the characters of the text; set at least "
             f"{tokenizer.get_vocab_size()}"
         )
-    return _prepared(tokenizer, _settings(specials))
+    return _prepared(tokenizer, specials_settings(specials))
 
 
-def _settings(specials: Mapping[Any, str]) -> dict[str, str]:
-    return {f"{name}_token": token for name, token in specials.items()}
+class _Lengths:
+    """Whether a text that is passed on has a word that is too long for WordPiece."""
 
+    long_word = False
 
-def _counted(documents: Iterable[str]) -> Iterator[str]:
-    empty = True
-    for document in documents:
-        empty = False
-        yield document
-    if empty:
-        raise UserError("data.sources hold no text to train a tokenizer on; add text")
+    def of(self, documents: Iterable[str]) -> Iterator[str]:
+        """Yield the documents, cut behind _LONGEST_TRAINED characters without a space. Raises UserError if none is there."""
+        empty = True
+        for document in documents:
+            empty = False
+            self.long_word = self.long_word or re.search(rf"\S{{{_LONGEST_WORD + 1}}}", document) is not None
+            start = 0
+            if self.long_word:
+                for match in re.finditer(rf"\S{{{_LONGEST_TRAINED}}}", document):
+                    yield document[start : match.end()]
+                    start = match.end()
+            if start < len(document):
+                yield document[start:]
+        if empty:
+            raise UserError("data.sources hold no text to train a tokenizer on; add text")
 
 
 def _trained_once(
@@ -344,7 +276,9 @@ def _trained_once(
         return train_tokenizer(kind, config, (), report, specials=specials)
     cache = cache_folder(data.cache_dir)
     sources = [open_source(source, cache) for source in data.sources]
-    settings = [config.vocab_size, config.do_lower_case, data.validation_fraction]
+    settings: list[Any] = [config.vocab_size, config.do_lower_case, data.validation_fraction]
+    if (config.strip_accents, config.tokenize_chinese_chars) != (None, True):
+        settings += [config.strip_accents, config.tokenize_chinese_chars]
     facts = [_TRAINING_VERSION, kind, recipe.name, *settings, [source.identity for source in sources]]
     name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
@@ -359,16 +293,23 @@ def _trained_once(
 
 def _training_text(sources: list[Source], validation_fraction: float) -> Iterator[str]:
     """The first documents of each source, up to its share of TRAINING_BYTES, without held-out ones."""
-    share = TRAINING_BYTES // len(sources)
+    share, held_out, trained = TRAINING_BYTES // len(sources), 0, 0
     for source in sources:
         left = share
         for document in source.documents():
             if is_held_out(document, validation_fraction):
+                held_out += 1
                 continue
+            trained += 1
             yield from pieces(document[:left])
             left -= len(document.encode())
             if left <= 0:
                 break
+    if held_out and not trained:
+        raise UserError(
+            f"data.validation_fraction={validation_fraction} holds out all of the {held_out:,} documents of data.sources, and "
+            f"equal ones are on the same side; change it, or give held-out text as data.validation"
+        )
 
 
 def pieces(text: str) -> Iterator[str]:

@@ -10,7 +10,7 @@ from ..config import ModelConfig, ObjectiveConfig, SpecialToken
 if TYPE_CHECKING:
     from tokenizers.processors import PostProcessor
 
-    from ..data.tokenizer import RunTokenizer
+    from ..data.run_tokenizer import RunTokenizer
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "gelu": "gelu",

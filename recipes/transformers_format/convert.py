@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels.errors import UserError
 from .. import RECIPES
 from ..config import ModelConfig
-from ..data.tokenizer import RunTokenizer
+from ..data.run_tokenizer import RunTokenizer
 from ..shared.transformers_form import ACTIVATIONS, WRITTEN_ACTIVATIONS, Architecture
 
 _OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # checkpoints of 2018

@@ -163,3 +163,27 @@ def test_small_files_are_replaced_whole(tmp_path):
     write_atomically(tmp_path / "new" / "file", "one")
     write_atomically(tmp_path / "new" / "file", "two")
     assert [path.read_text() for path in (tmp_path / "new").iterdir()] == ["two"]
+
+
+def test_a_file_that_was_written_again_is_compared_with_what_was_prepared(tmp_path):
+    folder, told = tmp_path / "cache" / "tokens" / "key", []
+    open_or_build(folder, build_one, pytest.fail)
+    os.utime(folder / "numbers", ns=(1, 1))
+    assert open_or_build(folder, build_one, told.append) == {"count": 2}
+    assert len(told) == 1 and "numbers has another time than when it was written" in told[0]
+    open_or_build(folder, build_one, pytest.fail)  # it is not compared again
+    (folder / "numbers").write_bytes(bytes(4))
+    with pytest.raises(ValueError, match=r"numbers does not hold what was written there; remove .* prepared again"):
+        open_or_build(folder, build_one, told.append)
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o002, 0o077])
+def test_a_whole_folder_has_the_mode_that_the_umask_gives(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "new") as partial:
+            (partial / "file").write_text("")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o777 & ~umask
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]

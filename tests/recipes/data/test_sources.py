@@ -146,6 +146,9 @@ def test_a_hub_dataset_that_cannot_be_reached_is_named(documents, monkeypatch):
         ),
         ("jsonl", "a.json.gz", gzip.compress(b'{"text": "x"}\n' * 9, mtime=0)[:-9], r"a\.json\.gz: damaged gzip"),
         ("jsonl", "a.json.gz", b"not gzip", r"a\.json\.gz: damaged gzip"),
+        ("text", "a.txt", gzip.compress(b"text"), r"a\.txt: the file is compressed, not text; .* end in \.gz"),
+        ("text", "a.txt", b"\x28\xb5\x2f\xfd0123", r"a\.txt: the file is compressed"),
+        ("jsonl", "a.jsonl.zst", b"\x28\xb5\x2f\xfd0123", r"a\.jsonl\.zst is compressed in a way that is not read"),
         ("parquet", "a.parquet", b"PAR0", r"a\.parquet: not a parquet file"),
     ],
 )
@@ -157,7 +160,7 @@ def test_bad_files_are_named_with_the_place_and_the_remedy(tmp_path, documents, 
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("damage", ["compression", "text"])
+@pytest.mark.parametrize("damage", ["compression", "text", "footer"])
 def test_a_damaged_parquet_file_is_named(tmp_path, documents, damage):
     path = tmp_path / "a.parquet"
     if damage == "text":
@@ -167,7 +170,10 @@ def test_a_damaged_parquet_file_is_named(tmp_path, documents, damage):
         lines = [f"line {number} of many" for number in range(999)]
         pyarrow.parquet.write_table(pyarrow.table({"text": lines}), path, compression="snappy")
         content = bytearray(path.read_bytes())
-        content[500:1500] = bytes(1000)
+        if damage == "footer":
+            content[-40:-10] = b"\xff" * 30
+        else:
+            content[500:1500] = bytes(1000)
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.parquet: damaged parquet file \(.+\); fetch it again$"):
         documents("parquet", "a.parquet")
@@ -212,3 +218,59 @@ def test_held_out_documents_are_chosen_by_content_in_the_given_share():
     assert abs(len(out) - 400) < 4 * (4000 * 0.1 * 0.9) ** 0.5
     assert out < {text for text in texts if is_held_out(text, 0.2)}
     assert not any(is_held_out(text, 0.0) for text in texts)
+
+
+def test_a_line_like_a_title_does_not_join_the_documents_of_a_file_that_begins_without_one(tmp_path, documents):
+    (tmp_path / "a.txt").write_text("One.\n\n= 12 =\n\nTwo.\n\nThree.\n")
+    assert documents("text", "a.txt") == ["One.", "= 12 =", "Two.", "Three."]
+
+
+def test_hidden_files_of_a_folder_are_left_out(tmp_path, documents):
+    for name in ("a.txt", ".b.txt", "._a.txt", ".git/c.txt", "d/.e/f.txt", "d/g.txt"):
+        (tmp_path / "in.folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in.folder" / name).write_text(name)
+    assert documents("text", "in.folder") == ["a.txt", "d/g.txt"]
+    assert documents("text", "in.folder/.b.txt") == [".b.txt"]
+
+
+@pytest.mark.parametrize("ending", [".zst", ".xz", ".bz2"])
+def test_a_folder_is_not_read_by_half(tmp_path, documents, ending):
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "d" / f"b.jsonl{ending}").write_bytes(b"packed")
+    with pytest.raises(ValueError, match=rf"b\.jsonl\{ending} is compressed in a way that is not read; unpack it"):
+        documents("jsonl", "d")
+
+
+def test_text_under_a_name_of_gzip_is_refused_though_it_was_prepared_under_another(tmp_path, documents):
+    (tmp_path / "a.txt").write_text("text")
+    assert documents("text", "a.txt") == ["text"]
+    (tmp_path / "a.txt.gz").write_text("text")
+    with pytest.raises(ValueError, match=r"a\.txt\.gz: damaged gzip file"):
+        documents("text", "a.txt.gz")
+
+
+def test_splits_and_slices_of_saved_datasets_are_what_they_say(tmp_path, documents):
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    texts = [str(number) for number in range(10)]
+    whole = datasets.Dataset.from_dict({"text": texts})
+    whole.save_to_disk(str(tmp_path / "one"))
+    datasets.DatasetDict({"train": whole, "test": whole.select([3, 4])}).save_to_disk(str(tmp_path / "two"))
+    for folder in ("one", "two"):
+        assert documents("hf", folder) == texts
+        assert documents("hf", folder, split="train[:90%]") == texts[:9]
+        assert documents("hf", folder, split="train[90%:]") == ["9"]
+        assert documents("hf", folder, split="train[-3:-1]") == ["7", "8"]
+        assert documents("hf", folder, split="train[:2]+train[8:]") == ["0", "1", "8", "9"]
+        for split in ("valid", "train[", "train[:300%]", "train[:90%]x", ""):
+            with pytest.raises(ValueError, match=r"Unknown split .*correct data.sources"):
+                documents("hf", folder, split=split)
+        with pytest.raises(ValueError, match='has no subsets, and "en" is asked for'):
+            documents("hf", folder, subset="en")
+    assert documents("hf", "two", split="train[:1]+test") == ["0", "3", "4"]
+    identities = {
+        open_source(SourceConfig(kind="hf", path=str(tmp_path / "one"), split=split), tmp_path / "cache").identity
+        for split in ("train", "train[:90%]", "train[90%:]")
+    }
+    assert len(identities) == 3

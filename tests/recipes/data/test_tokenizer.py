@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import DataConfig, SourceConfig, TokenizerConfig
@@ -283,3 +283,94 @@ def test_special_tokens_in_a_text_stay_text_whatever_the_model(tmp_path, kind):
     made.encode_special_tokens = True
     plain = "fox dog / mask > < s"
     assert tokenizer.encode_batch([plain])[0].tolist() == made.encode(plain, add_special_tokens=False).ids
+
+
+def masked_from_text(tokenizer, reader, text, word):
+    """The ids of a sentence with a word masked, by text and as in training, where the word is one token."""
+    ids = tokenizer.encode_batch([text])[0].tolist()
+    at = [index for index, one in enumerate(ids) if tokenizer.decode([one]).strip() == word]
+    assert len(at) == 1, (ids, word)
+    ids[at[0]] = tokenizer.special_id("mask")
+    return reader.encode(text.replace(word, tokenizer.specials["mask"]), add_special_tokens=False).ids, ids
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "unigram_first"])
+@pytest.mark.parametrize("text", ["the old fox ran.", "fox ran the old", "the old, fox"])
+@pytest.mark.parametrize("word", ["old", "fox"])
+def test_a_mask_in_a_text_has_the_ids_of_a_masked_sample(tmp_path, kind, text, word):
+    if kind.startswith("unigram"):
+        letters = [(letter, -9.0) for letter in "theoldfxran.,▁"]
+        words = [(f"▁{one}", -2.0) for one in ("the", "old", "fox", "ran")]
+        unigram = Tokenizer(models.Unigram([("<unk>", 0.0), *words, *letters], unk_id=0))
+        scheme = "first" if kind.endswith("first") else "always"
+        unigram.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+        unigram.decoder = decoders.Metaspace()
+        unigram.add_special_tokens(["<mask>"])
+        tokenizer = loaded(tmp_path, unigram, {"mask": "<mask>"})
+    else:
+        tokenizer = train(kind, texts=["the old fox ran. fox ran the old, fox.", "fox ran"] * 30, vocab_size=300)
+    before = tokenizer.fingerprint
+    found, expected = masked_from_text(tokenizer, tokenizer.reader(), text, word)
+    assert found == expected
+    assert tokenizer.fingerprint == before
+    tokenizer.reader().save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"mask_token": tokenizer.specials["mask"]}))
+    again = load_tokenizer(tmp_path)
+    assert again._content() | {"specials": 0} == tokenizer._content() | {"specials": 0}
+
+
+def test_a_vocab_txt_follows_the_settings_beside_it(tmp_path):
+    vocabulary = ["\ufeff[PAD]", "[UNK]", "[CLS]", "[SEP]", "<m>", "schön", "schon", "##好", "你", "你好"]
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+
+    def ids(text, **settings):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        return load_tokenizer(tmp_path).encode_batch([text])[0].tolist()
+
+    assert ids("Schön") == [6]
+    assert ids("Schön", strip_accents=False) == [5]
+    assert ids("schön", do_lower_case=False) == [5]
+    assert ids("schön", do_lower_case=False, strip_accents=True) == [6]
+    assert ids("你好") == [8, 1] and ids("你好", tokenize_chinese_chars=False) == [9]
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: .*strip_accents, .* must be true or false"):
+        ids("a", strip_accents="no")
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert "mask" not in load_tokenizer(tmp_path).specials and load_tokenizer(tmp_path).specials["pad"] == "[PAD]"
+    (tmp_path / "special_tokens_map.json").write_text('{"mask_token": {"content": "<m>", "lstrip": true}}')
+    assert load_tokenizer(tmp_path).special_id("mask") == 4
+
+
+def test_a_wordpiece_can_be_trained_with_accents_and_without_chinese_characters_as_words():
+    text = ["schön 你好"] * 30
+    vocabulary = train("wordpiece", texts=text, strip_accents=False, tokenize_chinese_chars=False).tokenizer.get_vocab()
+    assert {"schön", "你好"} <= vocabulary.keys()
+    assert not {"schön", "你好"} & train("wordpiece", texts=text).tokenizer.get_vocab().keys()
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
+def test_words_of_any_length_are_known_to_a_tokenizer_trained_on_them(kind):
+    rng = np.random.default_rng(0)
+    genome = "".join(rng.choice(list("acgt"), 100_000))
+    tokenizer = train(kind, texts=[genome, "some words"], vocab_size=400)
+    ids = tokenizer.encode_batch([genome])[0]
+    assert not tokenizer.unknown_ids & set(ids.tolist()) and len(ids) < 60_000
+    assert "".join(tokenizer.decode(ids).replace("#", "").split()) == genome
+
+
+def test_a_tokenizer_of_short_words_is_the_same_as_ever():
+    made = json.loads(train("wordpiece").tokenizer.to_str())
+    assert made["pre_tokenizer"] == {"type": "BertPreTokenizer"}
+
+
+def test_equal_documents_that_are_all_held_out_are_told_as_such(tmp_path):
+    text = next(text for text in map(str, range(99)) if is_held_out(text, 0.5))
+    (tmp_path / "a.txt").write_text(f"{text}\n\n" * 7)
+    data = DataConfig(
+        sources=[SourceConfig(kind="text", path=str(tmp_path / "a.txt"))],
+        validation_fraction=0.5,
+        cache_dir=str(tmp_path / "cache"),
+    )
+    with pytest.raises(
+        ValueError, match=r"data.validation_fraction=0.5 holds out all of the 7 documents of data.sources"
+    ):
+        build_tokenizer(RECIPES["bert"], TokenizerConfig(), data, quiet)
