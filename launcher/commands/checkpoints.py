@@ -98,12 +98,13 @@ def prune(
     with reported_errors(debug):
         folder = _folder(run)
         names = store.surplus(folder, keep_last, keep_every)
-        freed = sum(_bytes(store.read_state(folder / name)) for name in names)
+        links = [name for name in names if (folder / name).is_symlink()]  # what they point to stays
+        freed = sum(_bytes(store.read_state(folder / name)) for name in names if name not in links)
         for name in names:
             if not dry_run:
                 with refused(f"cannot remove {folder / name}", "make the folder writable"):
                     store.remove(folder, name)
-            typer.echo(f"{'would remove' if dry_run else 'removed'} {name}")
+            typer.echo(f"{'would remove' if dry_run else 'removed'} {'the link ' if name in links else ''}{name}")
         stay = len(store.entries(folder)) - (len(names) if dry_run else 0)
         typer.echo(f"{stay} left, {size(freed)} {'would be freed' if dry_run else 'freed'}")
 

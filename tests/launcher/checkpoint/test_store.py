@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.checkpoints import bare_checkpoint, flip_byte
+from helpers.checkpoints import bare_checkpoint, changed_state, flip_byte
 from helpers.permissions import bound_by_permissions
 
 from xformer_train.launcher.checkpoint import store
@@ -316,3 +316,24 @@ def test_a_broken_state_file_is_refused(tmp_path, content):
     assert store.problems_of(tmp_path)[0].startswith("state.json ")
     with pytest.raises(ValueError, match=r"state\.json is missing"):
         store.read_state(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "forged",
+    [
+        {"best_loss": "low"},
+        {"best_step": -1},
+        {"guard": []},
+        {"guard": {"losses": ["low"]}},
+        {"guard": {"rollbacks": 1.5}},
+        {"guard": {"in_spike": "no"}},
+    ],
+)
+def test_what_the_loop_remembers_is_of_its_types(tmp_path, forged):
+    path = bare_checkpoint(tmp_path, "step1", 1)
+    with changed_state(path) as state:
+        state.update(best_loss=0.5, best_step=1, guard={"losses": [1.5, 2], "rollbacks": 1, "in_spike": False})
+    assert store.problems_of(path) == []
+    with changed_state(path) as state:
+        state.update(forged)
+    assert store.problems_of(path) == ["state.json says what no save of this project writes"]

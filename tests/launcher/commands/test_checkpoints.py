@@ -72,6 +72,16 @@ def test_prune_says_what_it_removes_and_a_dry_run_removes_nothing(run):
     assert store.list_ids(folder) == ["step200", "step300"]
 
 
+def test_prune_removes_of_a_checkpoint_on_another_disk_the_link_alone(run, tmp_path):
+    folder = run / "checkpoints"
+    (folder / "step100").rename(tmp_path / "disk")
+    (folder / "step100").symlink_to(tmp_path / "disk")
+    result = invoke("prune", run, "--keep-last", 1)
+    assert result.output == "removed the link step100\nremoved step200\n1 left, 2.0 KiB freed\n"
+    assert store.problems_of(tmp_path / "disk") == []
+    assert store.list_ids(folder) == ["step300"]
+
+
 def test_prune_leaves_the_last_whole_one(run):
     flip_byte(run / "checkpoints/step300/weights.pt")
     result = invoke("prune", run, "--keep-last", 1)
