@@ -249,6 +249,17 @@ def describe(value: Any) -> str:
     return "a mapping" if isinstance(value, Mapping) else "a list" if value else "an empty list"
 
 
+def plain_values(values: Mapping[str, Any], path: KeyPath = ()) -> dict[str, bool | int | float | str]:
+    """Return the values by dotted key; lists and nulls as YAML text."""
+    found: dict[str, bool | int | float | str] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= plain_values(value, (*path, key))
+        else:
+            found[dotted((*path, key))] = value if isinstance(value, bool | int | float | str) else _flow(value)
+    return found
+
+
 def to_yaml(values: Mapping[str, Any], origins: Mapping[str, str] | None = None) -> str:
     """Return YAML text that reads back to the same values; with `origins` each is followed by `# where it comes from`."""
     rows = list(_rows(values, (), ""))

@@ -31,7 +31,7 @@ class RunLog:
     max_steps: the step at which the run ends, for progress and remaining time.
     peak_flops: of all devices of the run together, per second; None where unknown, and then MFU is null and n/a.
     start_step, start_samples: where the run continues; rows and points of later steps, which a resumed run writes again,
-    leave metrics.jsonl and the view of TensorBoard.
+    leave metrics.jsonl and the files of TensorBoard. hparams: the run config by dotted key, for TensorBoard.
     The console is a bar on stderr where that is a terminal, else one line per record on stdout.
     A full disk gives a warning, and training goes on: rows wait until there is space, TensorBoard gets no more points.
     Raises UserError if metrics.jsonl holds a line that is not JSON, other than a last one cut short.
@@ -46,6 +46,7 @@ class RunLog:
         start_step: int = 0,
         start_samples: int = 0,
         tensorboard: bool = True,
+        hparams: Mapping[str, bool | int | float | str] | None = None,
     ) -> None:
         self._max_steps = max_steps
         self._peak_flops = peak_flops
@@ -59,7 +60,7 @@ class RunLog:
         self._unwritten = b""
         self._told_of_rows = False
         with refused(f"cannot write {run_dir / 'tb'}", "free space there, or set logging.tensorboard to false"):
-            self._boards = Boards(run_dir / "tb", start_step, start_samples) if tensorboard else None
+            self._boards = Boards(run_dir / "tb", start_step, start_samples, hparams or {}) if tensorboard else None
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             self._bar = tqdm(

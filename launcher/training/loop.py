@@ -11,6 +11,7 @@ from functools import partial
 from ...recipes.data.prefetch import prefetch
 from ..checkpoint import store
 from ..checkpoint.saving import CheckpointSaver
+from ..config.file import plain_values
 from ..optim.engine import set_learning_rate
 from ..optim.schedule import learning_rate
 from ..processes import console
@@ -170,6 +171,7 @@ def _open_log(setup: Setup, start: Progress) -> RunLog:
         start_step=start.step,
         start_samples=start.samples,
         tensorboard=setup.config.logging.tensorboard,
+        hparams=plain_values(setup.config.model_dump(mode="json")),
     )
 
 

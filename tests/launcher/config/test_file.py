@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from xformer_train.launcher.config.file import parse_value, read_tree
+from xformer_train.launcher.config.file import parse_value, plain_values, read_tree
 from xformer_train.launcher.config.loading import ConfigError, LoadedConfig, dump_config, load_config
 from xformer_train.launcher.config.schema import RunConfig
 
@@ -220,3 +220,8 @@ def test_a_dumped_config_loads_back_equal_with_and_without_origins(load):
     assert load(dump_config(loaded.config)).config == loaded.config
     assert load(dump_config(loaded.config, loaded.origins)).config == loaded.config
     assert re.search(r"^  layer_norm_eps: 1e-05 +# run.yaml:2$", dump_config(loaded.config, loaded.origins), re.M)
+
+
+def test_plain_values_have_dotted_keys_and_text_for_what_is_not_plain():
+    values = {"a": 1, "b": {"c": True, "d": {"e": None}, "f": [1, 2]}, "g": {}, "h": "x"}
+    assert plain_values(values) == {"a": 1, "b.c": True, "b.d.e": "null", "b.f": "[1, 2]", "g": "{}", "h": "x"}

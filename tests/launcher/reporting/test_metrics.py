@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
 from xformer_train.launcher.processes.words import duration, number
@@ -48,8 +49,7 @@ def rows(run_dir):
 
 
 def points(run_dir, tag, kind="Scalars"):
-    directory = run_dir / "tb" / "samples" if tag.startswith("Train/Samples/") else run_dir / "tb"
-    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0, "histograms": 0}).Reload()
+    accumulator = EventAccumulator(str(run_dir / "tb"), size_guidance={"scalars": 0, "histograms": 0}).Reload()
     return [(event.step, event) for event in getattr(accumulator, kind)(tag)]
 
 
@@ -182,6 +182,31 @@ def test_a_resumed_log_drops_what_lies_after_its_start_and_keeps_what_lies_befor
     assert [step for step, _ in points(tmp_path, "Train/lamb_coeffs", "Histograms")] == [10, 20]
 
 
+def test_a_run_is_one_entry_of_tensorboard_and_has_its_config_there(tmp_path):
+    for start in (0, 10):
+        with closing(RunLog(tmp_path, 100, start_step=start, hparams={"optimizer.lr": 0.1, "name": "a"})) as log:
+            log.log_step(record_at(start + 10))
+    assert {path.parent for path in tmp_path.rglob("*tfevents*")} == {tmp_path / "tb"}
+    assert not list(tmp_path.rglob("*.partial"))
+    accumulator = EventAccumulator(str(tmp_path / "tb")).Reload()
+    content = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    found = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (found["optimizer.lr"].number_value, found["name"].string_value) == (0.1, "a")
+    raw = b"".join(path.read_bytes() for path in tmp_path.rglob("*tfevents*"))
+    assert raw.count(b"_hparams_/session_start_info") == 1
+
+
+def test_points_that_a_kill_has_cut_short_do_not_end_a_resume(tmp_path):
+    with closing(RunLog(tmp_path, 100)) as log:
+        log.log_step(record_at(10))
+        log.log_step(record_at(20))
+    [path] = (tmp_path / "tb").iterdir()
+    path.write_bytes(path.read_bytes()[:-5])
+    with closing(RunLog(tmp_path, 100, start_step=20, start_samples=5120)) as log:
+        log.log_step(record_at(30))
+    assert [step for step, _ in scalars(tmp_path, "Train/loss")] == [10, 20, 30]
+
+
 def test_a_last_row_cut_short_by_a_kill_is_dropped_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 10, "loss": 1.0}\n{"step": 2')
@@ -224,7 +249,7 @@ def test_tensorboard_on_a_full_disk_is_given_up_and_the_rows_go_on(tmp_path, mon
         raise OSError(28, "No space left on device")
 
     with closing(RunLog(tmp_path, 100)) as log:
-        monkeypatch.setattr(log._boards._by_step.file_writer.event_writer, "flush", full)
+        monkeypatch.setattr(log._boards._writer.file_writer.event_writer, "flush", full)
         log.log_step(record_at(10))
         log.log_step(record_at(20))
     assert len(rows(tmp_path)) == 2
