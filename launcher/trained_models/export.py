@@ -13,7 +13,7 @@ from ...recipes.config import ModelConfig
 from ...recipes.data.cache import whole_folder
 from ...recipes.data.run_tokenizer import RunTokenizer
 from ...recipes.transformers_format.convert import config_json, to_huggingface
-from .model_card import model_card
+from .model_card import model_card, read_run
 from .pretrained import CONFIG_FILE, Pretrained, from_checkpoint
 
 WEIGHTS_FILE = "model.safetensors"
@@ -44,11 +44,12 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
         raise UserError(f"{checkpoint}: {error}") from None
     state = to_huggingface(trained.weights, trained.model, config)
     config["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    card = model_card(checkpoint, config, state)
+    run = read_run(checkpoint)
+    card = model_card(checkpoint, run, config, state)
 
     try:
         with whole_folder(folder) as partial:
-            _write(partial, trained, state, config)
+            _write(partial, trained, state, config, run.data.max_seq_length)
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -57,8 +58,10 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
     return name
 
 
-def _write(folder: Path, trained: Pretrained, state: dict[str, Tensor], config: dict[str, Any]) -> None:
-    """Write all files but the card. state, config: of the model in transformers."""
+def _write(
+    folder: Path, trained: Pretrained, state: dict[str, Tensor], config: dict[str, Any], trained_length: int
+) -> None:
+    """Write all files but the card. state, config: of the model in transformers. trained_length: tokens of a sample."""
     from safetensors.torch import save_file
 
     _write_json(folder / CONFIG_FILE, config)
@@ -69,20 +72,23 @@ def _write(folder: Path, trained: Pretrained, state: dict[str, Tensor], config: 
     if generation:
         ids = {key: trained.tokenizer.special_id(name) for key, name in generation.items()}
         _write_json(folder / "generation_config.json", ids)
-    _write_tokenizer(folder, trained.tokenizer, trained.model)
+    _write_tokenizer(folder, trained.tokenizer, trained.model, trained_length)
 
 
-def _write_tokenizer(folder: Path, tokenizer: RunTokenizer, model: ModelConfig) -> None:
+def _write_tokenizer(folder: Path, tokenizer: RunTokenizer, model: ModelConfig, trained_length: int) -> None:
     """Write the files of a tokenizer that adds the special tokens to a text that the recipe adds to its samples."""
     copy = tokenizer.reader()
     form = RECIPES[model.type].transformers
     copy.post_processor = form.post_processor(tokenizer)
     (folder / "tokenizer.json").write_text(copy.to_str(pretty=True), encoding="utf-8")
     specials = {f"{name}_token": token for name, token in tokenizer.specials.items()}
+    if "pad_token_id" in form.generation:
+        specials.setdefault("pad_token", tokenizer.specials[form.generation["pad_token_id"]])
     _write_json(folder / "special_tokens_map.json", specials)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.max_position_embeddings,
+        "model_max_length": trained_length,  # positions beyond it have not been trained
+        "padding_side": form.padding_side,
         "model_input_names": form.inputs,
         "clean_up_tokenization_spaces": False,
         **specials,

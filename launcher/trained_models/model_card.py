@@ -14,15 +14,21 @@ from ..config.schema import RunConfig
 from ..processes import console
 from ..reporting.run_directory import RunDirectory
 
+_RUN_CONFIG_FILE = "config.resolved.yaml"
 
-def model_card(checkpoint: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
-    """Return the text of the model card. config: of config.json. state: what is exported.
+
+def read_run(checkpoint: Path) -> RunConfig:
+    """Return the run config of a checkpoint. Raises UserError if it is damaged."""
+    world_size = store.read_state(checkpoint)["engine"]["world_size"]
+    return load_config(checkpoint / _RUN_CONFIG_FILE, world_size=world_size).config
+
+
+def model_card(checkpoint: Path, run: RunConfig, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+    """Return the text of the model card. run: of the checkpoint. config: of config.json. state: what is exported.
 
     What the run directory around the checkpoint no longer has (metrics, versions) is left out.
     """
     saved = store.read_state(checkpoint)
-    resolved = checkpoint / "config.resolved.yaml"
-    run = load_config(resolved, world_size=saved["engine"]["world_size"]).config
     name, form = config["architectures"][0], RECIPES[run.model.type].transformers
     facts = "\n".join(f"| {label} | {text} |" for label, text in _facts(checkpoint, saved, run, config, state))
     return f"""\
@@ -53,7 +59,7 @@ The vocabulary is the tokenizer's {config["vocab_size"]:,} symbols; rows that fi
 ## Run config
 
 ```yaml
-{resolved.read_text(encoding="utf-8").strip()}
+{(checkpoint / _RUN_CONFIG_FILE).read_text(encoding="utf-8").strip()}
 ```
 """
 

@@ -19,12 +19,9 @@ _PRE_LN_NOTE = """\
 Pad to the right: this architecture counts positions without padding, and the training did not know padding on the left.
 """
 _PRE_LN_SENTENCES = """\
-`AutoModelForSequenceClassification` loads the sentence head: label 0 is {zero}, label 1 {one}.
+The sentence head of the training stands beside the weights as `sentence_head`. No class of transformers has a place for it; for
+fine-tuning, `AutoModelForSequenceClassification` starts with a new classifier of any number of labels.
 """
-_SENTENCES = {
-    "nsp": ("a second part that follows the first", "a second part from elsewhere"),
-    "sop": ("two parts in their order", "two parts in exchanged order"),
-}
 _BODY = {
     "word_embeddings": "embeddings.word_embeddings",
     "position_embeddings": "embeddings.position_embeddings",
@@ -82,12 +79,12 @@ def _roberta(model_type: str, base: str, layer: Mapping[str, tuple[str, ...]], *
         base=base,
         body=_BODY | ({"final_norm": "LayerNorm"} if pre_layer_norm else {}),
         layer=layer,
-        # Its classes for pretraining have no sentence task; that for classification has pooler and classifier in its head.
+        # Its classes for pretraining have no sentence task, and a head for classification is of whatever task it was tuned for.
         heads={
             "mlm_transform": "lm_head.dense",
             "mlm_norm": "lm_head.layer_norm",
-            "pooler": "classifier.dense",
-            "sentence_classifier": "classifier.out_proj",
+            "pooler": "sentence_head.dense",
+            "sentence_classifier": "sentence_head.out_proj",
         },
         # transformers 4 loads the first and then puts the second over it
         bias=("lm_head.bias", "lm_head.decoder.bias"),
@@ -133,8 +130,7 @@ def _notes(model: ModelConfig, objective: ObjectiveConfig) -> list[str]:
         return []
     if objective.sentence_task == "none":
         return [_PRE_LN_NOTE]
-    zero, one = _SENTENCES[objective.sentence_task]
-    return [_PRE_LN_NOTE, _PRE_LN_SENTENCES.format(zero=zero, one=one)]
+    return [_PRE_LN_NOTE, _PRE_LN_SENTENCES]
 
 
 BERT_IN_TRANSFORMERS = TransformersForm(
@@ -149,6 +145,7 @@ BERT_IN_TRANSFORMERS = TransformersForm(
     written_as=_written_as,
     inputs=("input_ids", "token_type_ids", "attention_mask"),
     generation={},
+    padding_side="right",
     post_processor=_post_processor,
     pipeline_tag="fill-mask",
     auto_class="AutoModelForMaskedLM",

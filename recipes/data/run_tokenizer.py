@@ -113,7 +113,11 @@ class RunTokenizer:
         content = _with_first_space_only(json.loads(self.tokenizer.to_str()))
         # `encode_batch` adds no special tokens and finds none.
         added = [token | {"lstrip": False} if token["special"] else token for token in content["added_tokens"]]
-        return {**content, "post_processor": None, "added_tokens": added, "specials": self.specials}
+        # An export of a GPT pads with eos, which is no symbol of its own.
+        specials = {
+            name: token for name, token in self.specials.items() if name == "eos" or token != self.specials.get("eos")
+        }
+        return {**content, "post_processor": None, "added_tokens": added, "specials": specials}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text without special tokens, uint32; on several threads unless TOKENIZERS_PARALLELISM=false."""

@@ -5,6 +5,9 @@ from ..shared.transformers_form import Architecture, TransformersForm
 _NOTE = """\
 In training, documents were packed into rows, each token saw its own document alone, and positions began at 0 in each document.
 The exported model reads its input as one document.
+
+The tokenizer pads on the left with the end-of-document token, as `generate` needs it for a batch. For fine-tuning set
+`tokenizer.padding_side = "right"`, so that positions begin at 0.
 """
 _GPT2 = Architecture(
     model_type="gpt2",
@@ -41,7 +44,7 @@ _GPT2 = Architecture(
         "add_cross_attention": False,
         "tie_word_embeddings": True,
     },
-    symbols={"bos_token_id": "eos", "eos_token_id": "eos"},
+    symbols={"bos_token_id": "eos", "eos_token_id": "eos", "pad_token_id": "eos"},
     copies={"embd_pdrop": "hidden_dropout_prob"},
     ignored=("lm_head.weight", ".attn.bias", ".attn.masked_bias"),  # of layers: the causal mask, in old checkpoints
     classes=("GPT2LMHeadModel",),
@@ -54,6 +57,7 @@ GPT_IN_TRANSFORMERS = TransformersForm(
     written_as=lambda _: _GPT2,
     inputs=("input_ids", "attention_mask"),  # GPT-2 would add embeddings for token types
     generation={"bos_token_id": "eos", "eos_token_id": "eos", "pad_token_id": "eos"},
+    padding_side="left",  # so that all texts of a batch go on at its end
     post_processor=lambda _: None,
     pipeline_tag="text-generation",
     auto_class="AutoModelForCausalLM",

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ...kernels.ops.choices import Activation
 from ..config import ModelConfig, ObjectiveConfig, SpecialToken
@@ -98,6 +98,7 @@ class TransformersForm:
         architecture computes what the model does.
     inputs: the tensors that a model takes from its tokenizer.
     generation: keys of generation_config.json that hold the id of a special token; empty where there is no such file.
+    padding_side: where padding stands that does not change what the model says, of a text or going on from one.
     post_processor(tokenizer): what puts the special tokens of a sample around a text; None where samples have none.
     pipeline_tag, auto_class, objective(objective), notes(model, objective): of the model card: the task and class under which
         transformers finds the model, the objective in words, and what its user must know, in paragraphs.
@@ -107,6 +108,7 @@ class TransformersForm:
     written_as: Callable[[ModelConfig], Architecture]
     inputs: tuple[str, ...]
     generation: Mapping[str, SpecialToken]
+    padding_side: Literal["left", "right"]
     post_processor: "Callable[[RunTokenizer], PostProcessor | None]"
     pipeline_tag: str
     auto_class: str

@@ -136,10 +136,8 @@ def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     """
     architecture = _architecture_of(config)
     state = {_modern(name, architecture.base): tensor for name, tensor in state.items()}
-    heads, refused = {*architecture.heads, "mlm_bias"}, set[str]()
-    classifier = state.get(f"{architecture.heads.get('sentence_classifier')}.weight")
-    if sentence_task_of(config) == "none" or (classifier is not None and len(classifier) != 2):
-        refused = {"pooler", "sentence_classifier"}  # a classifier of the same name may be of any task
+    heads = {*architecture.heads, "mlm_bias"}
+    refused = {"pooler", "sentence_classifier"} if sentence_task_of(config) == "none" else set()
     missing, converted, taken = [], {}, set[str]()
     for name, parts in architecture.names(model_config_of(config).num_hidden_layers):
         absent = [part for part in parts if part not in state]
@@ -180,4 +178,6 @@ def _modern(name: str, base: str) -> str:
     """A parameter's name as classes with heads have it today."""
     for old, new in _OLD_SUFFIXES.items():
         name = name.removesuffix(old) + new if name.endswith(old) else name
-    return name if name.startswith((f"{base}.", "cls.", "lm_head.", "classifier.")) else f"{base}.{name}"
+    return (
+        name if name.startswith((f"{base}.", "cls.", "lm_head.", "classifier.", "sentence_head.")) else f"{base}.{name}"
+    )

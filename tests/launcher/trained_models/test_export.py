@@ -15,7 +15,7 @@ from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.processes.topology import quiet
 from xformer_train.launcher.trained_models import model_card
 from xformer_train.launcher.trained_models.export import export
-from xformer_train.launcher.trained_models.pretrained import from_checkpoint, open_pretrained
+from xformer_train.launcher.trained_models.pretrained import from_checkpoint, from_folder, open_pretrained
 from xformer_train.launcher.trained_models.sampling import Sampling, fill_mask, sample
 
 transformers = pytest.importorskip("transformers")
@@ -125,6 +125,40 @@ def test_generate_says_what_our_sampler_says(exported, name):
     ours = sample(trained.build(), trained.tokenizer, "the first", Sampling(max_new_tokens=25, greedy=True))
     assert tokenizer.decode(theirs[0], skip_special_tokens=True) == ours
     assert len(ours) > len("the first")
+
+
+@pytest.mark.parametrize("labels", [1, 2, 3])
+@pytest.mark.parametrize("name", ["bert", "post", "gpt"])
+def test_an_export_is_fine_tuned_from_text_with_any_number_of_labels(exported, name, labels, tmp_path):
+    folder, trained = exported(name)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=labels)
+    batch = tokenizer(["te ti ta", "some", "word " * 99], padding=True, truncation=True, return_tensors="pt")
+    assert batch["input_ids"].shape == (3, 32) and tokenizer.model_max_length == 32  # as it was trained
+    targets = torch.zeros(3) if labels == 1 else torch.zeros(3, dtype=torch.long)
+    model(**batch, labels=targets).loss.backward()
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    (found,) = transformers.pipeline("text-classification", model=str(tmp_path))("te ti ta")
+    assert found["label"].startswith("LABEL_")
+    again = from_folder(tmp_path)
+    assert not any(weight.startswith("sentence_classifier") for weight in again.weights)
+    assert any("score" in weight or "classifier" in weight for weight in again.left_out)
+    assert again.tokenizer.equals(trained.tokenizer)
+
+
+def test_generate_goes_on_from_each_text_of_a_batch_as_from_it_alone(exported):
+    folder, _ = exported("gpt")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+
+    def go_on(texts):
+        batch = tokenizer(texts, padding=True, return_tensors="pt")
+        said = model.generate(**batch, max_new_tokens=9, do_sample=False)
+        return tokenizer.batch_decode(said, skip_special_tokens=True)
+
+    texts = ["the first", "a", "some text to read and more"]
+    assert go_on(texts) == [go_on([text])[0] for text in texts]
 
 
 def test_the_card_says_what_the_run_recorded(exported, root):

@@ -129,12 +129,17 @@ def test_transformers_loads_an_export_and_has_our_logits(kind, task, tmp_path):
     torch.testing.assert_close(found[mask], our_logits(model, ids, mask, types)[mask][:, :symbols], **TOLERANCE)
     if task == "none":
         return
-    post_ln = kind.startswith("post")
-    auto = transformers.AutoModelForPreTraining if post_ln else transformers.AutoModelForSequenceClassification
-    theirs, told = auto.from_pretrained(tmp_path, output_loading_info=True)
+    for labels in (1, 2, 3):  # a new classifier, whatever the sentence head was for
+        auto = transformers.AutoModelForSequenceClassification
+        theirs, told = auto.from_pretrained(tmp_path, num_labels=labels, output_loading_info=True)
+        assert "classifier" in "".join(told["missing_keys"]) and theirs(ids).logits.shape == (3, labels)
+        tuned, _ = from_huggingface(theirs.state_dict(), theirs.config.to_dict())
+        assert not any(name.startswith("sentence_classifier") for name in tuned)
+    if not kind.startswith("post"):
+        return
+    theirs, told = transformers.AutoModelForPreTraining.from_pretrained(tmp_path, output_loading_info=True)
     assert not told["missing_keys"]
-    output = theirs(ids, attention_mask=mask.long(), **extra)
-    found = output.seq_relationship_logits if post_ln else output.logits
+    found = theirs(ids, attention_mask=mask.long(), **extra).seq_relationship_logits
     torch.testing.assert_close(found, model.sentence_logits(model.encode(ids, types, mask)[:, 0]), **TOLERANCE)
 
 
