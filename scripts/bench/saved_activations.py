@@ -48,7 +48,7 @@ def saved_activations(
         return {"input": rows * H * size} | seed
     kept = {"input": rows * H * size, "qkv": 3 * rows * H * size, "context": rows * H * size}
     if triton_attention:
-        kept["log_sum_exp"] = N * rows * wide
+        kept["log_sum_exp"] = N * ((rows + 15) // 16 * 16) * wide
     elif drops_probabilities:
         kept["probabilities"] = 0 if activation_checkpointing == "selective" else batch * N * length**2 * size
         kept["dropped_probabilities"] = 0 if config.attn_dropout_checkpoint else kept["probabilities"]

@@ -150,7 +150,7 @@ def _attention_cases() -> Iterator[Case]:
         (128, 64, ("lengths", "causal", "bias"), (0.0,)),
         (512, 64, tuple(_ATTENTION_MASKS), (0.1,)),
         (512, 64, ("lengths", "causal", "bias"), (0.0,)),
-        (512, 128, ("lengths", "causal", "bias"), (0.1, 0.0)),
+        (512, 128, ("lengths", "causal", "bias", "causal segments"), (0.1, 0.0)),
     ):
         for name in names:
             for p in probabilities:
@@ -180,7 +180,10 @@ def _attention_case(S: int, D: int, mask: str, p: float, dtype: torch.dtype, sto
 
 
 def _stack_cases() -> Iterator[Case]:
-    """Two layers of a stack, whose seeds lie eight bytes apart; sizes and masks that no other case has."""
+    """Launches that must share their kernels: two layers of a stack, whose seeds lie eight bytes apart, and packed batches.
+
+    Their sizes and masks are those of no other case.
+    """
     x, vector, row = (
         torch.empty(_ROWS, 512, dtype=torch.bfloat16),
         torch.empty(512, dtype=torch.bfloat16),
@@ -205,6 +208,14 @@ def _stack_cases() -> Iterator[Case]:
             out, lse = attention_triton.forward(qkv, p=0.1, seed=seed)
             attention_backward_triton.backward(out, qkv, out, lse, p=0.1, seed=seed)
 
+    def packed_attention() -> None:
+        masks = {"cu_seqlens": torch.zeros(3, dtype=torch.int32), "max_length": 512, "p": 0.1, "seed": _SEED}
+        for num_tokens in (16, 1000, 1024):
+            qkv = torch.empty(num_tokens, 3, 2, 32, dtype=torch.bfloat16)
+            out, lse = attention_triton.forward(qkv, **masks)
+            attention_backward_triton.backward(out, qkv, out, lse, **masks)
+
+    yield Case("attention of three packed batches", packed_attention, dot_kernels=_ATTENTION_DOTS)
     yield Case("norms of two layers", norms)
     yield Case("additions of two layers", adds)
     yield Case("attention of two layers", attention, dot_kernels=_ATTENTION_DOTS)

@@ -45,6 +45,16 @@ def test_instructions_are_counted_loop_by_loop():
     assert all(row["MUFU"])
 
 
+@needs_triton
+def test_packed_batches_of_any_number_of_tokens_share_their_kernels():
+    rows = _rows(90, "--cases", "attention of three packed batches")
+    assert [row["kernel"] for row in rows] == [
+        "attention_forward",
+        "attention_backward_queries",
+        "attention_backward_keys",
+    ]
+
+
 @pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])

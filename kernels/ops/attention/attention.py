@@ -219,7 +219,8 @@ def _unpadded(x: Tensor, rows: Tensor | None) -> Tensor:
 
 def _fake_triton_forward(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     tokens, (heads, size) = qkv.shape[:-3], qkv.shape[-2:]
-    return qkv.new_empty((*tokens, heads * size)), qkv.new_empty((heads, math.prod(tokens)), dtype=torch.float32)
+    rows = (math.prod(tokens) + 15) // 16 * 16
+    return qkv.new_empty((*tokens, heads * size)), qkv.new_empty((heads, rows), dtype=torch.float32)
 
 
 @operator(

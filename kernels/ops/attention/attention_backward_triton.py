@@ -10,11 +10,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language import target_info
 
 from ..dropout_triton import SEED
+from .attention_dropout_triton import drop, drop_transposed, dropout_key
+from .attention_tiles import Tiles
 from .attention_triton import (
     LN_2,
+    NUMBERS,
     _hide,
     _key_range,
     _load,
@@ -22,21 +24,20 @@ from .attention_triton import (
     _offset,
     _sequence,
     _store,
-    drop,
-    drop_transposed,
+    choose_tiles,
     sequence_grid,
     shared_arguments,
 )
 
 
-@triton.jit(do_not_specialize_on_alignment=SEED)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=SEED)
 def attention_backward_queries(
     dout_ptr,  # (B, S, N * D) or (T, N * D)
     dout_stride_batch,
     dout_stride_row,
     qkv_ptr,  # (B, S, 3, N, D) or (T, 3, N, D)
     out_ptr,  # like dout, contiguous
-    lse_ptr,  # (N, B * S) or (N, T) fp32
+    lse_ptr,  # (N, row_blocks * 16) fp32
     delta_ptr,  # like lse, out: rowsum(dO O) / r
     dqkv_ptr,  # like qkv, contiguous
     lengths_ptr,
@@ -46,7 +47,7 @@ def attention_backward_queries(
     key_bias_ptr,
     seed_ptr,
     size,
-    num_rows,
+    row_blocks,
     stride_batch,
     stride_row,
     stride_part,
@@ -74,9 +75,9 @@ def attention_backward_queries(
     v_ptr = k_ptr + stride_part
     dout_ptr += _offset(first, dout_stride_batch, dout_stride_row, cu_seqlens_ptr) + head * D
     query = query_start + tl.arange(0, Q)
-    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+    dropout, salt = dropout_key(seed_ptr, site, stream)
     hidden = tl.num_programs(1) * D
-    row = head.to(tl.int64) * num_rows + first + query
+    row = head.to(tl.int64) * (row_blocks * 16) + first + query
 
     q = _load(q_ptr, stride_row, query_start, num_queries, Q, D, D_PADDED)
     dout = _load(dout_ptr, dout_stride_row, query_start, num_queries, Q, D, D_PADDED)
@@ -102,14 +103,14 @@ def attention_backward_queries(
             p = tl.math.exp2(scores * score_scale - lse[:, None])
             dp = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
             if seed_ptr is not None:
-                dp = tl.where(drop(p, seed, site, stream, query_start, key_start, threshold) > 0, dp, 0.0)
+                dp = drop(dp, dropout, salt, query_start, key_start, threshold)
             ds = p * (dp - delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="tf32x3")
     dq = dq * (score_scale * scale * LN_2)
     _store(dqkv_ptr + first * (3 * hidden) + head * D, 3 * hidden, query_start, num_queries, dq, D)
 
 
-@triton.jit(do_not_specialize_on_alignment=SEED)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=SEED)
 def attention_backward_keys(
     dout_ptr,
     dout_stride_batch,
@@ -127,7 +128,7 @@ def attention_backward_keys(
     key_bias_ptr,
     seed_ptr,
     size,
-    num_rows,
+    row_blocks,
     stride_batch,
     stride_row,
     stride_part,
@@ -159,9 +160,9 @@ def attention_backward_keys(
     k_ptr = q_ptr + stride_part
     dout_ptr += _offset(first, dout_stride_batch, dout_stride_row, cu_seqlens_ptr) + head * D
     dq_ptr = dqkv_ptr + first * (3 * hidden) + head * D
-    lse_row = head.to(tl.int64) * num_rows + first
+    lse_row = head.to(tl.int64) * (row_blocks * 16) + first
     key = key_start + tl.arange(0, K)[:, None]
-    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+    dropout, salt = dropout_key(seed_ptr, site, stream)
     gradient_scale = score_scale * scale * LN_2
 
     begin = key_start // Q * Q if CAUSAL else 0
@@ -193,12 +194,11 @@ def attention_backward_keys(
         p = tl.math.exp2(scores * score_scale - lse[None, :])
         kept = p
         if seed_ptr is not None:
-            kept = drop_transposed(p, seed, site, stream, query_start, key_start, threshold)
+            kept = drop_transposed(p, dropout, salt, query_start, key_start, threshold)
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
         dp = tl.dot(v, tl.trans(dout), input_precision="tf32x3")
         if seed_ptr is not None:
-            # a kept P that underflowed to 0 counts as dropped; its dS is 0 either way
-            dp = tl.where(kept > 0, dp, 0.0)
+            dp = drop_transposed(dp, dropout, salt, query_start, key_start, threshold)
         ds = (p * (dp - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="tf32x3")
         if WITH_DQ:
@@ -219,30 +219,6 @@ def attention_backward_keys(
     _store(dk_ptr + hidden, 3 * hidden, key_start, num_queries, tl.where(seen, dv * scale, 0.0), D)
 
 
-def _query_tile(qkv: Tensor) -> tuple[int, int, int, int]:
-    """(queries, keys, warps, pipeline stages) of the dQ kernel: tiles that spill no registers on sm_80 and sm_90."""
-    large = qkv.shape[-1] > 64
-    if qkv.dtype == torch.float32:
-        return (16, 32, 4, 1) if large else (32, 32, 4, 2)
-    return (128, 32, 8, 2) if large else (64, 32, 4, 2)
-
-
-def _key_tile(qkv: Tensor, biased: bool) -> tuple[int, int, int, int]:
-    """The same of the dK and dV kernel; fp32 with D > 64 does spill, at any tile."""
-    large = qkv.shape[-1] > 64
-    if qkv.dtype == torch.float32:
-        return (16, 32, 4, 1) if large else (16, 32, 4, 2)
-    if large:
-        return (16 if biased and not _has_wgmma() else 32), 64, 8, 2
-    return 32, 64, 4, 2
-
-
-def _has_wgmma() -> bool:
-    """Whether this is a Hopper GPU, which multiplies from shared memory and so has registers left for larger tiles."""
-    target = target_info.current_target()  # None in triton's interpreter
-    return target is not None and target.arch == 90
-
-
 def backward(
     dout: Tensor,
     qkv: Tensor,
@@ -260,6 +236,7 @@ def backward(
     seed: Tensor | None = None,
     site: int = 0,
     stochastic: bool = False,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """dqkv, contiguous, in shape and dtype of qkv; 0 for keys that no query sees and queries that see no key.
 
@@ -274,31 +251,25 @@ def backward(
         dout = dout.contiguous()
     douts = (dout, 0 if cu_seqlens is not None else dout.stride(0), dout.stride(-2))
     dqkv = qkv.new_empty(qkv.shape)
-    narrow = qkv.shape[-1] <= 64 and qkv.dtype != torch.float32
-    if narrow and length <= 128:
-        keys = 64 if length <= 64 else 128
-        queries, num_stages = (32, 1) if _has_wgmma() else (16, 2)
+    rows, keys = (tiles or choose_tiles(qkv, length, segment_ids))[1:]
+    if rows is None:
         attention_backward_keys[(1, num_heads, num_sequences)](
-            *douts,
-            *(qkv, out, lse, None, None, dqkv),
-            *shared,
-            *(queries, keys, True),
-            num_warps=keys // 16,
-            num_stages=num_stages,
+            *douts, qkv, out, lse, None, None, dqkv, *shared, keys.queries, keys.keys, True, **keys.options()
         )
         return dqkv
-    queries, keys, num_warps, num_stages = _key_tile(qkv, key_bias is not None)
-    grid = (triton.cdiv(length, keys), num_heads, num_sequences)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    if stochastic and narrow and seed is not None and p > 0:
+    grid = (triton.cdiv(length, keys.keys), num_heads, num_sequences)
+    if stochastic and qkv.shape[-1] <= 64 and qkv.dtype != torch.float32 and seed is not None and p > 0:
         dq = torch.zeros_like(out, dtype=torch.float32)
-        attention_backward_keys[grid](*douts, qkv, out, lse, None, dq, dqkv, *shared, queries, keys, True, **options)
+        attention_backward_keys[grid](
+            *douts, qkv, out, lse, None, dq, dqkv, *shared, keys.queries, keys.keys, True, **keys.options()
+        )
         dqkv.select(-3, 0).copy_(dq.unflatten(-1, qkv.shape[-2:]))
         return dqkv
     delta = torch.empty_like(lse)
-    rows, columns, num_warps, num_stages = _query_tile(qkv)
-    attention_backward_queries[(triton.cdiv(length, rows), num_heads, num_sequences)](
-        *douts, qkv, out, lse, delta, dqkv, *shared, rows, columns, num_warps=num_warps, num_stages=num_stages
+    attention_backward_queries[(triton.cdiv(length, rows.queries), num_heads, num_sequences)](
+        *douts, qkv, out, lse, delta, dqkv, *shared, rows.queries, rows.keys, **rows.options()
     )
-    attention_backward_keys[grid](*douts, qkv, None, lse, delta, None, dqkv, *shared, queries, keys, False, **options)
+    attention_backward_keys[grid](
+        *douts, qkv, None, lse, delta, None, dqkv, *shared, keys.queries, keys.keys, False, **keys.options()
+    )
     return dqkv

@@ -21,73 +21,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language import target_info
 
 from ...errors import UserError
 from ..dropout import drop_threshold, keep_scale
 from ..dropout_triton import SEED
+from .attention_dropout_triton import drop, dropout_key
+from .attention_tiles import Tiles, tiles_for
 
 LN_2 = tl.constexpr(math.log(2))
+# Kernels take numbers by these names, with no variants for 1 and for multiples of 16: packed batches have any number of
+# rows, and training would stop for seconds to compile.
+NUMBERS = ["row_blocks", "site", "threshold"]
 _LARGEST_BATCH = 65535  # CUDA's limit for the third dim of a grid
-
-
-@triton.jit
-def drop(p, seed, site, stream, query_start, key_start, threshold):
-    """p (Q, K) with the dropped elements 0; query_start and Q multiples of 16, key_start and K multiples of 32.
-
-    One Philox call decides on eight places: a = query // 16 * 8 + query % 8 and b = key // 32 * 8 + key % 8 make the counter
-    (b, a, stream, site), bit 3 of the key and bit 3 of the query choose the word, bit 4 of the key its half. Places eight
-    apart, because one thread holds those in the result layout of a matrix product, so that nothing moves between threads.
-    Decisions depend on neither tile shape nor memory layout.
-    """
-    Q: tl.constexpr = p.shape[0]
-    K: tl.constexpr = p.shape[1]
-    a = query_start // 2 + tl.arange(0, Q // 2)[:, None]
-    b = key_start // 4 + tl.arange(0, K // 4)[None, :]
-    r0, r1, r2, r3 = _draw(seed, site, stream, a, b, Q // 2, K // 4)
-    p = tl.permute(tl.reshape(p, (Q // 16, 2, 8, K // 32, 2, 2, 8)), (0, 2, 3, 6, 1, 5, 4))
-    low, high = tl.split(tl.reshape(p, (Q // 2, K // 4, 2, 2, 2)))
-    low = _keep(low, r0 & 0xFFFF, r1 & 0xFFFF, r2 & 0xFFFF, r3 & 0xFFFF, threshold)
-    high = _keep(high, r0 >> 16, r1 >> 16, r2 >> 16, r3 >> 16, threshold)
-    p = tl.reshape(tl.join(low, high), (Q // 16, 8, K // 32, 8, 2, 2, 2))
-    return tl.reshape(tl.permute(p, (0, 4, 1, 2, 6, 5, 3)), (Q, K))
-
-
-@triton.jit
-def drop_transposed(p, seed, site, stream, query_start, key_start, threshold):
-    """`drop` of p (K, Q). Here a thread holds no two keys 16 apart, so it can use but four of eight decisions."""
-    K: tl.constexpr = p.shape[0]
-    Q: tl.constexpr = p.shape[1]
-    key = tl.arange(0, K // 2)[:, None]
-    b = key_start // 4 + key // 16 * 8 + key % 8
-    a = query_start // 2 + tl.arange(0, Q // 2)[None, :]
-    half = key // 8 % 2 * 16
-    r0, r1, r2, r3 = _draw(seed, site, stream, a, b, K // 2, Q // 2)
-    p = tl.permute(tl.reshape(p, (K // 16, 2, 8, Q // 16, 2, 8)), (0, 2, 3, 5, 4, 1))
-    p = tl.reshape(p, (K // 2, Q // 2, 2, 2))
-    p = _keep(p, r0 >> half & 0xFFFF, r1 >> half & 0xFFFF, r2 >> half & 0xFFFF, r3 >> half & 0xFFFF, threshold)
-    p = tl.reshape(p, (K // 16, 8, Q // 16, 8, 2, 2))
-    return tl.reshape(tl.permute(p, (0, 5, 1, 2, 4, 3)), (K, Q))
-
-
-@triton.jit
-def _draw(seed, site, stream, a, b, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Four random words, uint32 (ROWS, COLUMNS), for each pair of a and b."""
-    c0 = tl.broadcast_to(b.to(tl.uint32), (ROWS, COLUMNS))
-    c1 = tl.broadcast_to(a.to(tl.uint32), (ROWS, COLUMNS))
-    return tl.philox(seed, c0, c1, tl.zeros_like(c0) + stream, tl.zeros_like(c0) + site, 7)
-
-
-@triton.jit
-def _keep(p, r0, r1, r2, r3, threshold):
-    """p (..., 2, 2), by the query's bit and the key's, with zeros where the draw of a place falls below the threshold."""
-    p02, p13 = tl.split(p)
-    p0, p2 = tl.split(p02)
-    p1, p3 = tl.split(p13)
-    p0 = tl.where(r0.to(tl.int32) >= threshold, p0, 0.0)
-    p1 = tl.where(r1.to(tl.int32) >= threshold, p1, 0.0)
-    p2 = tl.where(r2.to(tl.int32) >= threshold, p2, 0.0)
-    p3 = tl.where(r3.to(tl.int32) >= threshold, p3, 0.0)
-    return tl.join(tl.join(p0, p2), tl.join(p1, p3))
 
 
 @triton.jit
@@ -185,11 +131,11 @@ def _key_range(
     return full, end
 
 
-@triton.jit(do_not_specialize_on_alignment=SEED)
+@triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=SEED)
 def attention_forward(
     qkv_ptr,  # (B, S, 3, N, D), or (T, 3, N, D) packed
     out_ptr,  # (B, S, N * D) or (T, N * D)
-    lse_ptr,  # (N, B * S) or (N, T) fp32
+    lse_ptr,  # (N, row_blocks * 16) fp32
     lengths_ptr,  # (B,) int32 or None
     cu_seqlens_ptr,  # (B + 1,) int32 or None
     key_mask_ptr,  # (B, S) bool or None
@@ -197,7 +143,7 @@ def attention_forward(
     key_bias_ptr,  # (B, S) fp32 or None
     seed_ptr,  # () int64 or None
     size,  # S of a padded batch
-    num_rows,  # B * S or T
+    row_blocks,  # ceil(B * S / 16) or ceil(T / 16): rows of lse start at multiples of 16, so that loads of it can be wide
     stride_batch,
     stride_row,
     stride_part,
@@ -225,7 +171,7 @@ def attention_forward(
     k_ptr = q_ptr + stride_part
     v_ptr = k_ptr + stride_part
     query = query_start + tl.arange(0, Q)
-    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
+    dropout, salt = dropout_key(seed_ptr, site, stream)
 
     full, end = _key_range(query_start, num_keys, key_mask_ptr, segment_ids_ptr, key_bias_ptr, CAUSAL, Q, K)
     q = _load(q_ptr, stride_row, query_start, num_queries, Q, D, D_PADDED)
@@ -251,7 +197,7 @@ def attention_forward(
             highest = new_highest
             total = total * decay + tl.sum(p, 1)
             if seed_ptr is not None:
-                p = drop(p, seed, site, stream, query_start, key_start, threshold)
+                p = drop(p, dropout, salt, query_start, key_start, threshold)
             v = _load(v_ptr, stride_row, key_start, num_keys, K, D, D_PADDED)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="tf32x3")
 
@@ -262,8 +208,13 @@ def attention_forward(
     lse = tl.where(empty, float("inf"), highest + tl.math.log2(total))
     hidden = tl.num_programs(1) * D
     _store(out_ptr + first * hidden + head * D, hidden, query_start, num_queries, out, D)
-    lse_rows = lse_ptr + head.to(tl.int64) * num_rows + first
+    lse_rows = lse_ptr + head.to(tl.int64) * (row_blocks * 16) + first
     tl.store(lse_rows + query, lse, mask=query < num_queries)
+
+
+def row_blocks(qkv: Tensor) -> int:
+    """How many blocks of 16 hold the rows of qkv, (B, S, 3, N, D) or (T, 3, N, D)."""
+    return triton.cdiv(math.prod(qkv.shape[:-3]), 16)
 
 
 def shared_arguments(
@@ -292,7 +243,7 @@ def shared_arguments(
         *(None if mask is None else mask.expand(qkv.shape[:-3]).contiguous() for mask in by_token),
         seed if drops else None,
         0 if packed else qkv.shape[1],
-        math.prod(qkv.shape[:-3]),
+        row_blocks(qkv),
         stride_batch,
         stride_row,
         stride_part,
@@ -322,14 +273,11 @@ def sequence_grid(qkv: Tensor, cu_seqlens: Tensor | None, max_length: int | None
     return length, qkv.shape[-2], num_sequences
 
 
-def _tile(qkv: Tensor, length: int) -> tuple[int, int, int, int]:
-    """(queries, keys, warps, pipeline stages) of a program: the largest that spill no registers on sm_80 and sm_90."""
-    large = qkv.shape[-1] > 64
-    if qkv.dtype == torch.float32:
-        return (32, 32, 4, 1) if large else (32, 32, 4, 2)
-    if large:
-        return 128, 32, 8, 3
-    return (64, 64, 4, 3) if length <= 64 else (128, 64, 8, 3)
+def choose_tiles(qkv: Tensor, length: int, segment_ids: Tensor | None) -> Tiles:
+    """Return the tiles of this device for sequences of up to `length` tokens."""
+    target = target_info.current_target()  # None in triton's interpreter
+    limited = qkv.dtype == torch.bfloat16 and segment_ids is None
+    return tiles_for(80 if target is None else target.arch, 8 * qkv.itemsize, qkv.shape[-1], length, limited)
 
 
 def forward(
@@ -345,6 +293,7 @@ def forward(
     p: float = 0.0,
     seed: Tensor | None = None,
     site: int = 0,
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse): the attention output before its projection, and what `backward` needs besides.
 
@@ -359,15 +308,17 @@ def forward(
         are (T,) when packed.
     p, seed, site: dropout of the probabilities as in `kernels.dropout`, seed an int64 scalar on the device; None: no dropout.
         Decisions depend on seed, site, sequence number, head, and places of query and key within their sequence.
+    tiles: None for those that `attention_tiles` has for this device.
     out: (B, S, N * D) or (T, N * D), contiguous, in the dtype of qkv; 0 for a query without a visible key.
-    lse: (N, B * S) or (N, T) fp32, log2 of the sum of exp of the scaled scores; inf for a query without a visible key.
+    lse: (N, B * S or T, rounded up to a multiple of 16) fp32, log2 of the sum of exp of the scaled scores; inf for a query
+        without a visible key.
     """
     length, num_heads, num_sequences = sequence_grid(qkv, cu_seqlens, max_length)
     shared = shared_arguments(qkv, lengths, key_mask, segment_ids, key_bias, cu_seqlens, causal, p, seed, site)
     out = qkv.new_empty((*qkv.shape[:-3], num_heads * qkv.shape[-1]))
-    lse = qkv.new_empty((num_heads, math.prod(qkv.shape[:-3])), dtype=torch.float32)
-    queries, keys, num_warps, num_stages = _tile(qkv, length)
-    attention_forward[(triton.cdiv(length, queries), num_heads, num_sequences)](
-        qkv, out, lse, *shared, queries, keys, num_warps=num_warps, num_stages=num_stages
+    lse = qkv.new_empty((num_heads, row_blocks(qkv) * 16), dtype=torch.float32)
+    tile = (tiles or choose_tiles(qkv, length, segment_ids)).forward
+    attention_forward[(triton.cdiv(length, tile.queries), num_heads, num_sequences)](
+        qkv, out, lse, *shared, tile.queries, tile.keys, **tile.options()
     )
     return out, lse

@@ -6,6 +6,7 @@ allocates, since the autograd function around it decides what is kept; and on a 
 
 import dataclasses
 import itertools
+import math
 import sys
 import types
 
@@ -121,7 +122,7 @@ def attention_of_triton(monkeypatch):
     """On a CPU, _TritonAttention runs with a stand-in for the kernel's launch function."""
 
     def forward(qkv, **_):
-        rows = qkv.shape[:-3].numel()
+        rows = math.ceil(qkv.shape[:-3].numel() / 16) * 16
         out = qkv.new_empty((*qkv.shape[:-3], qkv.shape[-2] * qkv.shape[-1]))
         return out, qkv.new_empty((qkv.shape[-2], rows), dtype=torch.float32)
 
