@@ -4,7 +4,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-_COUNTS = ("step", "samples", "position", "phase_start", "phase_start_samples", "best_step", "train_batch_size")
+_COUNTS = (
+    *("step", "samples", "position", "phase_start", "phase_start_samples", "best_step"),
+    *("train_batch_size", "schedule_steps"),
+)
 _ENGINE_COUNTS = {"zero_stage": 0, "world_size": 1, "tensor_parallel": 1}
 
 

@@ -217,6 +217,7 @@ def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
     state = {
         **asdict(progress),
         "train_batch_size": setup.batch.train_batch_size,
+        "schedule_steps": setup.schedule_steps,
         "data_fingerprint": setup.data.fingerprint,
         "model": model_facts(config, setup.vocab_size),
     }

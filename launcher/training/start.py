@@ -63,6 +63,8 @@ class Start:
     """What the run takes, for the start-up report; complete after `restore`."""
     step = 0
     """The step that the run starts from."""
+    schedule_steps: int | None = None
+    """The length of the schedule that has led there, if there was one."""
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self.config, self.topology = config, topology
@@ -144,7 +146,7 @@ class NextPhase(FromCheckpoint):
         # Checkpoints that were written before a field was there lack it.
         known = Progress.__dataclass_fields__.keys() & self.state.keys()
         self.saved = Progress(**{name: self.state[name] for name in known})
-        self.step = self.saved.step
+        self.step, self.schedule_steps = self.saved.step, self.state.get("schedule_steps")
 
     def check(self, model: Mapping[str, Any], precision: Precision) -> None:
         loading.check(self.checkpoint, model, precision)

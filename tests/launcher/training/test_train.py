@@ -439,3 +439,13 @@ def test_a_cpu_without_memory_is_told_what_was_held_and_what_would_hold_less(tmp
     with pytest.raises(UserError, match=said) as error:
         start(write_config(tmp_path, training__micro_batch_size=2))
     assert "; lower training.micro_batch_size 2 or data.max_seq_length 32, set training.act" in str(error.value)
+
+
+def test_a_finished_schedule_that_is_made_longer_is_told_with_the_jump_of_the_learning_rate(tmp_path, capsys):
+    path = write_config(tmp_path, training__max_steps=4, schedule={"type": "cosine"}, optimizer__lr=1e-3)
+    start(path)
+    start(path, resume=True)
+    assert "jumps" not in capsys.readouterr().err
+    start(path, "training.max_steps=8", resume=True)
+    said = "the schedule was 4 steps long and is 8 now, so the learning rate jumps from 0.00e+00 to 5.00e-04; "
+    assert said in capsys.readouterr().err
