@@ -104,6 +104,9 @@ class Watchdog:
         self._times: defaultdict[str, float] = defaultdict(float)
         self._main_thread = threading.get_ident()
         self._heard: dict[int, tuple[int, float]] = {}  # by rank, the last beat and when it was new
+        self._seen: set[int] = (
+            set()
+        )  # ranks that ran in this start: NFS may show the heartbeats of the one before for a while
         self._slow = _SlowProcesses()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
