@@ -24,6 +24,7 @@ from .tokenizer import check_suits
 
 ORDER_VERSION = 1  # raise it when the same settings would give another sequence of samples
 
+_BLOCK_TOKENS = 2**24
 _LOOKED_AT = 256  # samples
 _ORDER, _ORDER_IN_SOURCE, _CONTENT = range(3)
 
@@ -92,7 +93,7 @@ def prepare_data(
     )
     digests = [first.digest for first, _ in stores]
     settings = rules.settings(data, objective)
-    symbols = _symbols(tokenizer, by_word=objective.masking != "subword")
+    symbols = _symbols(tokenizer, [first for first, _ in stores] if objective.masking != "subword" else [])
     facts = [ORDER_VERSION, recipe.name, digests, train.draws, settings, symbols, seed]
     fingerprint = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
     return PreparedData(train, validation, fingerprint, sizes)
@@ -111,14 +112,21 @@ def _check_predictions(stream: "SampleStream", recipe: Recipe, objective: Object
         )
 
 
-def _symbols(tokenizer: RunTokenizer, *, by_word: bool) -> list[Any]:
+def _symbols(tokenizer: RunTokenizer, by_word: Sequence[TokenStore]) -> list[Any]:
     """What of the tokenizer samples depend on beside the tokens. Not its file: another version of the library writes another
     one, and a run must be continued with it."""
     specials = {name: tokenizer.tokenizer.token_to_id(token) for name, token in tokenizer.specials.items()}
     word_start = hashlib.blake2b(tokenizer.word_start.tobytes(), digest_size=16).hexdigest()
     starts, ends = tokenizer.word_borders
     borders = []
-    if by_word and (ends.any() or not np.array_equal(starts, tokenizer.word_start)):
+    other = ends | (
+        starts != tokenizer.word_start
+    )  # where masking by words differs from what it was before `word_borders`
+    if other.any() and any(
+        other[store.tokens[first : first + _BLOCK_TOKENS]].any()
+        for store in by_word
+        for first in range(0, len(store.tokens), _BLOCK_TOKENS)
+    ):
         borders = [hashlib.blake2b(starts.tobytes() + ends.tobytes(), digest_size=16).hexdigest()]
     return [specials, tokenizer.special_ids.tolist(), word_start, *borders]
 

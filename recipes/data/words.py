@@ -35,7 +35,7 @@ def borders_of_words(tokenizer: Tokenizer, word_start: np.ndarray) -> tuple[np.n
         text = _token_text(token, byte_of)
         starts[index] |= model["type"] == "WordLevel" or bool(_UNSPACED.match(text))
         starts[index] |= not prefix and (token.startswith(spaces) or text[:1].isspace())
-        ends[index] = bool(suffix and token.endswith(suffix)) or bool(_UNSPACED.match(text[-1:]))
+        ends[index] = bool(suffix and token.endswith(suffix)) or bool(not prefix and _UNSPACED.match(text[-1:]))
     return starts, ends
 
 

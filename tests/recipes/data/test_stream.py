@@ -1,5 +1,6 @@
 """Prepared data of any objective: which sample comes when, from which source, and what is refused."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,9 @@ from helpers.prepared_data import CLM, each_objective, equal, rows, store_docume
 from tokenizers import Tokenizer, decoders
 
 from xformer_train.recipes import RECIPES
-from xformer_train.recipes.config import DataConfig, ObjectiveConfig, SourceConfig
+from xformer_train.recipes.config import DataConfig, ObjectiveConfig, SourceConfig, TokenizerConfig
 from xformer_train.recipes.data.stream import draws_per_epoch, prepare_data
+from xformer_train.recipes.data.tokenizer import train_tokenizer
 
 
 @each_objective
@@ -220,3 +222,20 @@ def test_samples_without_a_token_to_predict_are_refused_before_training(tmp_path
     prepare(ObjectiveConfig(sentence_task="none", masking="span"), [good])
     with pytest.raises(ValueError, match="the validation data: 100% of the samples have no"):
         prepare(ObjectiveConfig(sentence_task="none", masking="span"), [good], validation=[source])
+
+
+def test_word_borders_are_part_of_the_fingerprint_only_where_the_text_has_them(
+    tmp_path, prepare, tokenizers, monkeypatch
+):
+    made = train_tokenizer("bytes", TokenizerConfig(), (), lambda _: None, specials=RECIPES["bert"].tokenizer.specials)
+    monkeypatch.setitem(tokenizers, "bert", made)
+    (tmp_path / "chinese.txt").write_text("\n\n".join([" a b c 你好 d e f" * 9] * 50))
+    chinese = SourceConfig(kind="text", path=str(tmp_path / "chinese.txt"))
+    for source, masking, expected in ((None, "span", True), (chinese, "span", False), (chinese, "subword", True)):
+        objective = ObjectiveConfig(sentence_task="none", masking=masking)
+        tokenizers["bert"] = replace(made)
+        found = prepare(objective, source).fingerprint
+        with monkeypatch.context() as patch:
+            patch.setattr("xformer_train.recipes.data.words._UNSPACED", re.compile("(?!)"))
+            tokenizers["bert"] = replace(made)
+            assert (prepare(objective, source).fingerprint == found) == expected
