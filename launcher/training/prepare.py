@@ -134,28 +134,24 @@ def prepare(
     say(startup_report(_startup_facts(setup, progress, tokenizer, why, devices, start.text)))
     for change in directory.changed_keys:
         say(f"changed since the last start of this run: {change}")
-    jump = _schedule_jump(setup, progress, start.schedule_steps)
-    if jump:
-        console.warn(jump, _LOG, shown=topology.is_main)
+    _warn_of_schedule_jump(setup, progress, start.schedule_steps)
     return setup, progress
 
 
-def _schedule_jump(setup: Setup, progress: Progress, then: int | None) -> str:
-    """Return how the learning rate jumps where a schedule goes on with another length, empty if it does not.
-
-    then: its length before, None if there was none.
-    """
+def _warn_of_schedule_jump(setup: Setup, progress: Progress, then: int | None) -> None:
+    """Warn if the learning rate jumps because the schedule goes on with another length than `then`, its length before."""
     config, clock = setup.config, progress.step - progress.phase_start
     if then is None or clock == 0:
-        return ""
+        return
     lengths = (then, setup.schedule_steps)
     before, now = (learning_rate(config.schedule, config.optimizer.lr, length, clock) for length in lengths)
-    if abs(now - before) <= 0.01 * config.optimizer.lr:
-        return ""
-    return (
-        f"the schedule was {then:,} steps long and is {setup.schedule_steps:,} now, so the learning rate jumps from "
-        f"{before:.2e} to {now:.2e}; another run with load.path and load.rewarmup begins a schedule anew"
-    )
+    if abs(now - before) > 0.01 * config.optimizer.lr:
+        console.warn(
+            f"the schedule was {then:,} steps long and is {setup.schedule_steps:,} now, so the learning rate jumps from "
+            f"{before:.2e} to {now:.2e}; another run with load.path and load.rewarmup begins a schedule anew",
+            _LOG,
+            shown=setup.topology.is_main,
+        )
 
 
 def _open_directory(config: RunConfig, topology: Topology, held: ExitStack, *, resume: bool) -> RunDirectory:
