@@ -87,8 +87,7 @@ def prepare(
 ) -> tuple[Setup, Progress]:
     """Return everything the loop needs, and where it begins; print the start-up report.
 
-    held: keeps the run directory until it is closed. Raises StopAsked on every process if one is told to stop while data
-    are prepared.
+    held: keeps the run directory until it is closed. Raises StopAsked on every process if one is told to stop meanwhile.
     """
     config = loaded.config
     dtype, why = agreed(topology, lambda: precision(config.training.precision, topology.device))

@@ -2,8 +2,8 @@
 
 A shape is `batch x tokens` of `heads x columns`. Backward of ours gives the gradient of the packed qkv, that of torch those of
 q, k and v apart. Every line is printed, and written to --out as JSON, as soon as it is measured; a tile that does not fit the
-GPU, or whose result differs from that of the kernels as they are, is a line that says so. Last come the best tiles, in the form
-of the kernels' own table.
+GPU, or whose result differs from that of the kernels as they are, is a line that says so. Last come the best tiles, as
+kernels/ops/attention/attention_tiles.py, which holds the table of the kernels, writes them.
 
 On a CPU it needs TRITON_INTERPRET=1, and takes shapes so small that it shows only that it runs.
 """
@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from xformer_train.kernels.ops.attention import attention_backward_triton, attention_triton
+from xformer_train.kernels.ops.attention.attention_tiles import Tile, Tiles
+from xformer_train.kernels.ops.attention.attention_triton import choose_tiles
 
-Tile = tuple[int, int, int, int]
-"""Queries, keys, warps and pipeline stages of a program."""
 GPU_SHAPES = {
     "64x128 of 16x64": AttentionShape(64, 128, 16, 64),
     "16x512 of 16x64": AttentionShape(16, 512, 16, 64),
@@ -43,30 +43,34 @@ CPU_SHAPES = {
 P = 0.1
 LARGEST_DIFFERENCE = 0.01  # relative, of bf16 in another order of additions
 BACKENDS = (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
-CHOOSERS: dict[str, tuple[Any, str]] = {
-    "forward": (attention_triton, "_tile"),
-    "queries": (attention_backward_triton, "_query_tile"),
-    "keys": (attention_backward_triton, "_key_tile"),
-}
-"""The function of each kernel that chooses its tile."""
-# Kernel and columns of a head -> tiles that may be better than the kernel's own, the most promising first.
+# Kernel and columns of a head -> tiles that may be better than the kernel's own, the most promising first. `whole` is the
+# kernel that does all of backward for short sequences; elsewhere `queries` makes dQ, and `keys` dK and dV.
 CANDIDATES: dict[tuple[str, int], list[Tile]] = {
-    ("forward", 64): [(128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 4, 3), (128, 64, 8, 2)],
-    ("queries", 64): [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 2)],
-    ("keys", 64): [(64, 64, 4, 2), (32, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 3)],
-    ("forward", 128): [(128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 128, 8, 2)],
-    ("queries", 128): [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 64, 8, 2)],
-    ("keys", 128): [(32, 128, 8, 2), (64, 128, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2)],
+    ("forward", 64): [Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(64, 64, 4, 3), Tile(128, 64, 4, 3)],
+    ("whole", 64): [Tile(64, 128, 8, 1), Tile(32, 128, 8, 1), Tile(64, 128, 8, 2), Tile(32, 128, 4, 2)],
+    ("queries", 64): [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 32, 4, 3)],
+    ("keys", 64): [Tile(64, 64, 4, 2), Tile(32, 128, 8, 2), Tile(64, 128, 8, 2), Tile(32, 64, 4, 3)],
+    ("forward", 128): [Tile(128, 64, 8, 3), Tile(128, 32, 8, 3), Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)],
+    ("queries", 128): [Tile(128, 32, 8, 2), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(64, 64, 8, 2)],
+    ("keys", 128): [Tile(64, 128, 8, 2), Tile(32, 64, 8, 2), Tile(32, 64, 4, 2), Tile(64, 64, 8, 2)],
 }
 
 
 class Ours:
-    """Our kernels on the sets of inputs of a shape, in turns."""
+    """Our kernels on the sets of inputs of a shape, in turns. tiles: None for their own."""
 
-    def __init__(self, shape: AttentionShape, sets: Sequence[tuple[Tensor, Tensor]], calls: int) -> None:
+    def __init__(
+        self, shape: AttentionShape, sets: Sequence[tuple[Tensor, Tensor]], calls: int, tiles: Tiles | None = None
+    ) -> None:
         self._sets, self._calls, self._device = sets, calls, sets[0][0].device
         seed = torch.tensor(7, device=self._device)
-        self._arguments = {"causal": shape.causal, "p": shape.p, "seed": seed, "site": 1}
+        self._arguments: dict[str, Any] = {
+            "causal": shape.causal,
+            "p": shape.p,
+            "seed": seed,
+            "site": 1,
+            "tiles": tiles,
+        }
         self._results = [attention_triton.forward(qkv, **self._arguments) for qkv, _ in sets]
         self._turns = itertools.cycle(range(len(sets)))
 
@@ -96,17 +100,25 @@ def lines(name: str, shape: AttentionShape, device: torch.device) -> Iterator[di
             with failing_alone(record):
                 record["forward_s"], record["backward_s"] = measure()
             yield record
-    ours = Ours(case, sets, calls)
-    for kernel, tiles in candidates(shape, on_gpu).items():
-        function = ours.forward if kernel == "forward" else ours.backward
-        wanted = function(0)
-        for tile in [None, *tiles]:
-            record = {"shape": name, "p": P, "kernel": kernel, "tile": tile}
-            with failing_alone(record), tiled(kernel, tile):
-                found = function(0)
+    own = choose_tiles(sets[0][0], shape.length, None)
+    for kernel in (name for name, tile in own._asdict().items() if tile is not None):
+        tried = CANDIDATES[
+            "whole" if kernel == "keys" and own.queries is None else kernel, 64 if shape.width <= 64 else 128
+        ]
+        wanted = one_result(Ours(case, sets, calls, own), kernel)
+        for tile in dict.fromkeys([getattr(own, kernel), *tried[: None if on_gpu else 1]]):
+            record = {"shape": name, "p": P, "kernel": kernel, "tile": tile, "own": tile == getattr(own, kernel)}
+            with failing_alone(record):
+                ours = Ours(case, sets, calls, own._replace(**{kernel: tile}))
+                found = one_result(ours, kernel)
                 record["off"] = ((found - wanted).norm() / wanted.norm()).item()
-                record["s"] = ours.seconds(function)
+                record["s"] = ours.seconds(ours.forward if kernel == "forward" else ours.backward)
             yield record
+
+
+def one_result(ours: Ours, kernel: str) -> Tensor:
+    """Return the output, or for a kernel of backward the gradient."""
+    return (ours.forward if kernel == "forward" else ours.backward)(0)
 
 
 def rows(
@@ -121,28 +133,6 @@ def rows(
     return {"ours": ours} | {backend.name: functools.partial(times, backend, shape, sets) for backend in BACKENDS}
 
 
-def candidates(shape: AttentionShape, on_gpu: bool) -> dict[str, list[Tile]]:
-    """The tiles to try for each kernel that works on a shape, in the interpreter one of each."""
-    kernels = ["forward"]
-    if shape.length > 128 or shape.width > 64:  # else one kernel does all of backward
-        kernels += ["queries", "keys"]
-    width = 64 if shape.width <= 64 else 128
-    return {kernel: CANDIDATES[kernel, width][: None if on_gpu else 1] for kernel in kernels}
-
-
-@contextlib.contextmanager
-def tiled(kernel: str, tile: Tile | None) -> Iterator[None]:
-    """Lets a kernel have this tile in the block; None: its own."""
-    module, chooser = CHOOSERS[kernel]
-    own = getattr(module, chooser)
-    if tile is not None:
-        setattr(module, chooser, lambda *_: tile)
-    try:
-        yield
-    finally:
-        setattr(module, chooser, own)
-
-
 @contextlib.contextmanager
 def failing_alone(record: dict[str, Any]) -> Iterator[None]:
     """Notes a failure of the block in the record, of whatever kind it is: the other lines go on."""
@@ -155,8 +145,10 @@ def failing_alone(record: dict[str, Any]) -> Iterator[None]:
 
 def words(record: dict[str, Any]) -> str:
     """The record for a person."""
-    what = record["row"] if "row" in record else f"{record['kernel']} {record['tile'] or 'as it is'}"
-    head = f"{record['shape']:26} p={record['p']:<4} {what:28}"
+    what = (
+        record["row"] if "row" in record else f"{record['kernel']} {tuple(record['tile'])}{', its own' * record['own']}"
+    )
+    head = f"{record['shape']:26} p={record['p']:<4} {what:42}"
     if "failed" in record:
         return f"{head} failed: {record['failed']}"
     if "row" in record:
@@ -170,12 +162,14 @@ def is_wrong(record: dict[str, Any]) -> bool:
 
 
 def best_tiles(records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The best tile of each kernel on each shape, and what it gains."""
+    """The best tile of each kernel on each shape, as attention_tiles.py writes it, and what it gains."""
     tried = [record for record in records if "s" in record and not is_wrong(record)]
     for (shape, kernel), group in itertools.groupby(tried, key=lambda record: (record["shape"], record["kernel"])):
-        own, *others = sorted(group, key=lambda record: record["tile"] is not None)
-        best = min([own, *others], key=lambda record: record["s"])
-        yield f"{shape:26} {kernel:8} {best['tile'] or 'as it is'}: {own['s'] / best['s']:.2f} times as fast as it is"
+        times = {record["tile"]: record["s"] for record in group}
+        own, best = next(iter(times)), min(times, key=lambda tile: times[tile])
+        numbers = ", ".join(str(number) for number in best if number is not None)
+        gain = "its own" if best == own else f"{times[own] / times[best]:.2f} times as fast as its own"
+        yield f"{shape:26} {kernel:8} Tile({numbers}), {gain}"
 
 
 def main() -> None:
