@@ -22,7 +22,7 @@ _LARGEST_H = 8192
 _TILE_ELEMENTS = 2048  # 8 warps of 8 elements a thread: one 128-bit load of a 16-bit type
 _FORWARD_TILES = 4  # tiles per program: the parameters' loads are shared by them
 _BACKWARD_PROGRAMS = 264  # two per SM of an H100 or H200
-_SUM_COLUMNS = 32
+_SUM_ROWS, _SUM_COLUMNS = 256, 32  # nearly all rows of a column at once: loads of the next ones would wait for these
 _NUMBERS = ["num_rows", "tiles", "site", "threshold"]
 
 
@@ -200,7 +200,8 @@ def sum_partials(partial: Tensor, like: list[Tensor]) -> list[Tensor]:
     results = [torch.empty(width, dtype=tensor.dtype, device=partial.device) for tensor in like]
     grid = (triton.cdiv(width, _SUM_COLUMNS), sums)
     pointers = [*results, *results[:1] * (3 - sums)]
-    _sum_partials_kernel[grid](partial, *pointers, programs, sums, width, ROWS=32, COLUMNS=_SUM_COLUMNS, num_warps=8)
+    tile = {"ROWS": _SUM_ROWS, "COLUMNS": _SUM_COLUMNS}
+    _sum_partials_kernel[grid](partial, *pointers, programs, sums, width, **tile, num_warps=8)
     return results
 
 

@@ -334,6 +334,18 @@ def test_gelu_kernels_equal_the_reference(activation, size, dtype, recompute):
         assert torch.equal(results[2], a)
 
 
+def test_gelu_is_as_exact_as_fp32_everywhere_and_keeps_what_is_no_number():
+    f = torch.linspace(-12, 12, 9001)
+    exact = f.double() * 0.5 * (1 + torch.erf(f.double() / math.sqrt(2)))
+    assert ((gelu_forward(f, "gelu") - exact).abs() <= 3e-7 * f.abs().clamp(min=1)).all()
+    values = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38])
+    limits = torch.tensor(
+        [math.inf, math.nan, math.nan, 3e38, 0.0]
+    )  # x Phi(x); PyTorch's own erf GELU makes inf of 3e38
+    for activation in ("gelu", "gelu_tanh"):
+        torch.testing.assert_close(gelu_forward(values, activation), limits, equal_nan=True)
+
+
 @pytest.mark.parametrize(
     ("V", "dtype"), [(1, torch.float32), (63, torch.float16), (1000, torch.float32), (9001, torch.float32)]
 )
