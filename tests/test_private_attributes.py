@@ -81,6 +81,7 @@ USES = {
     "deepspeed.ops.transformer:DeepSpeedTransformerConfig": "scripts/bench",
     "deepspeed.ops.transformer:DeepSpeedTransformerLayer": "scripts/bench",
     "deepspeed.ops.__compatible_ops__": "launcher/processes",
+    "deepspeed.runtime.zero.utils.ZeRORuntimeException": "launcher/checkpoint",
     "deepspeed.runtime.config.DeepSpeedConfig": "launcher/optim",
     "deepspeed.runtime.config.DeepSpeedConfigError": "launcher/optim",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": "launcher/checkpoint",

@@ -13,16 +13,16 @@ _ENGINE_COUNTS = {"zero_stage": 0, "world_size": 1, "tensor_parallel": 1}
 
 def is_ours(state: dict[str, Any]) -> bool:
     """Return whether the values of a state.json have the types that a save gives them: its seal anyone can compute."""
-    engine, files, partitions = state["engine"], state["files"], state["partitions"]
+    run, files, partitions = state["engine"], state["files"], state["partitions"]
     return (
         all(_is_count(state.get(key, 0)) for key in _COUNTS)
         and (state.get("best_loss") is None or _is_number(state["best_loss"]))
         and _is_guard(state.get("guard", {}))
         and isinstance(state["model"], dict)
-        and isinstance(engine, dict)
-        and all(_is_count(engine.get(key), least) for key, least in _ENGINE_COUNTS.items())
-        and engine["world_size"] % engine["tensor_parallel"] == 0
-        and isinstance(engine.get("precision"), str)
+        and isinstance(run, dict)
+        and all(_is_count(run.get(key), least) for key, least in _ENGINE_COUNTS.items())
+        and run["world_size"] % run["tensor_parallel"] == 0
+        and isinstance(run.get("precision"), str)
         and isinstance(partitions, dict)
         and all(isinstance(cut, list) and len(cut) == 2 and _is_count(cut[0]) for cut in partitions.values())
         and isinstance(files, dict)

@@ -110,4 +110,4 @@ def test_nothing_but_the_runs_own_lines_is_printed(tmp_path):
     done = train("--config", str(write_config(tmp_path, training__max_steps=2)))
     assert done.returncode == 0
     assert done.stderr == ""
-    assert done.stdout.splitlines()[-1].lstrip().startswith("to resume")
+    assert done.stdout.splitlines()[-1].lstrip().startswith("to export")
