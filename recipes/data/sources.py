@@ -2,12 +2,13 @@
 
 import gzip
 import hashlib
+import io
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -25,18 +26,28 @@ _PACKED = (b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"\xfd7zXZ\0", b"BZh", b"PK\x03\x04
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
+@dataclass
+class Read:
+    """Bytes of a source's files that were read so far, compressed ones as they are on the disk."""
+
+    amount: int = 0
+
+
 @dataclass(frozen=True)
 class Source:
     """An opened source.
 
     name: for messages; documents: starts a new pass over them, always in the same order; identity: equal if and only if the
-    documents are; total: number of documents where it is known without reading them.
+    documents are; total: number of documents where it is known without reading them; size: bytes that a pass reads, where it
+    is known and `read` counts them.
     """
 
     name: str
     documents: Callable[[], Iterator[str]]
     identity: str
     total: int | None = None
+    size: int | None = None
+    read: Read = field(default_factory=Read)
 
 
 def open_source(source: SourceConfig, cache: Path) -> Source:
@@ -62,14 +73,19 @@ def open_source(source: SourceConfig, cache: Path) -> Source:
     if source.kind == "parquet":
         total = sum(_open_parquet(path, field).metadata.num_rows for path in paths)
         return Source(name, lambda: _each(paths, lambda path: _parquet_documents(path, field)), identity, total)
-    if source.kind == "jsonl":
-        return Source(name, lambda: _each(paths, lambda path: _jsonl_documents(path, field)), identity)
-    read = {
-        "auto": _text_documents,
-        "line": lambda path: (document for _, line in _lines(path) for document in _joined([line])),
-        "file": lambda path: _joined([line for _, line in _lines(path)]),
-    }[source.documents]
-    return Source(name, lambda: _each(paths, read), identity)
+    read = Read()
+    documents = {
+        "jsonl": lambda lines, path: _jsonl_documents(lines, path, field),
+        "auto": lambda lines, _: _text_documents(lines),
+        "line": lambda lines, _: (document for _, line in lines for document in _joined([line])),
+        "file": lambda lines, _: _joined([line for _, line in lines]),
+    }["jsonl" if source.kind == "jsonl" else source.documents]
+    size = sum(path.stat().st_size for path in paths)
+
+    def each_of(path: Path) -> Iterator[str]:
+        return documents(_lines(path, read), path)
+
+    return Source(name, lambda: _each(paths, each_of), identity, size=size, read=read)
 
 
 def is_held_out(document: str, fraction: float) -> bool:
@@ -109,10 +125,24 @@ def _content_hash(path: Path, memory: Path) -> str:
     return digest
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+class _Counted(io.FileIO):
+    """A file that adds the bytes that are read from it to `read`."""
+
+    def __init__(self, path: Path, read: Read) -> None:
+        super().__init__(path)
+        self._read = read
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        self._read.amount += count
+        return count
+
+
+def _lines(path: Path, read: Read) -> Iterator[tuple[int, str]]:
     """Line numbers from 1 and lines without their end, of a UTF-8 file, gzip-compressed if its name ends so."""
     offset = 0
-    with _readable(path), cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb") as file:
+    with _readable(path), io.BufferedReader(_Counted(path, read), 2**16) as raw:
+        file = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if path.suffix == ".gz" else raw
         for number, line in enumerate(_sound(file, path), start=1):
             try:
                 text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode()
@@ -136,12 +166,12 @@ def _sound(file: BinaryIO, path: Path) -> Iterator[bytes]:
         raise UserError(f"{path}: damaged gzip file ({error}); fetch it again") from None
 
 
-def _text_documents(path: Path) -> Iterator[str]:
+def _text_documents(lines: Iterator[tuple[int, str]]) -> Iterator[str]:
     """Yield documents that end at a blank line, or before a title in a file that begins with one (`= Title =`, as WikiText)."""
     document: list[str] = []
     titled: bool | None = None
     blank_before = True
-    for _, line in _lines(path):
+    for _, line in lines:
         is_title = blank_before and _TITLE.fullmatch(line) is not None
         blank_before = not line.strip()
         if titled is None and not blank_before:
@@ -159,8 +189,8 @@ def _joined(lines: list[str]) -> Iterator[str]:
         yield text
 
 
-def _jsonl_documents(path: Path, field: str) -> Iterator[str]:
-    for number, line in _lines(path):
+def _jsonl_documents(lines: Iterator[tuple[int, str]], path: Path, field: str) -> Iterator[str]:
+    for number, line in lines:
         if not line.strip():
             continue
         try:

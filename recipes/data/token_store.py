@@ -3,19 +3,17 @@
 import hashlib
 import json
 import re
-import sys
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ...kernels.errors import UserError
 from ..recipe import Layout, Report
 from .cache import open_or_build, read_array
+from .progress import with_progress
 from .run_tokenizer import RunTokenizer
 from .sources import Source, is_held_out
 from .tokenizer import pieces
@@ -24,7 +22,6 @@ FORMAT_VERSION = 1  # raise it when the same documents would give other files
 
 _BATCH_TEXTS = 1024
 _BATCH_CHARACTERS = 2**22
-_REPORT_EVERY_S = 60.0
 _MANY_UNKNOWN = 0.05  # of the tokens; text that a tokenizer was made for has nearly none
 # A run of marks is tried at its first one (behind an initial at its second) and never again: a page of dots takes no hour.
 _SENTENCE_END = re.compile(
@@ -72,7 +69,11 @@ def tokenise(
             _Writer(partial, "train", dtype, tokenizer) as train,
             _Writer(partial, "held_out", dtype, tokenizer) as rest,
         ):
-            for batch in _batches(_with_progress(source, train, rest, report)):
+
+            def so_far() -> str:
+                return f", {train.num_tokens + rest.num_tokens:,} tokens"
+
+            for batch in _batches(with_progress(source, f"tokenising {source.name}", report, so_far)):
                 chosen = [is_held_out(text, held_out) for text in batch]
                 encoded = _encode(batch, tokenizer, layout)
                 for writer, wanted in ((train, False), (rest, True)):
@@ -212,16 +213,3 @@ def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _with_progress(source: Source, train: _Writer, rest: _Writer, report: Report) -> Iterator[str]:
-    """The documents; on a terminal a bar shows how far they are, elsewhere a line a minute."""
-    on_terminal = sys.stderr.isatty()
-    told_s = time.monotonic()
-    bar = tqdm(source.documents(), source.name, source.total, unit=" documents", disable=not on_terminal, leave=False)
-    for number, document in enumerate(bar):
-        if not on_terminal and time.monotonic() - told_s > _REPORT_EVERY_S:
-            told_s = time.monotonic()
-            of = f" of {source.total:,}" if source.total else ""
-            report(f"tokenising {source.name}: {number:,}{of} documents, {train.num_tokens + rest.num_tokens:,} tokens")
-        yield document

@@ -13,6 +13,7 @@ from ...kernels.errors import UserError, refused
 from ..config import DataConfig, SpecialToken, TokenizerConfig, TokenizerKind
 from ..recipe import Recipe, Report
 from .cache import cache_folder, open_or_build
+from .progress import with_progress
 from .run_tokenizer import SPECIALS_FILE, TOKENIZER_FILE, RunTokenizer, specials_settings
 from .sources import Source, is_held_out, open_source
 from .words import NUM_BYTES, byte_symbols
@@ -283,7 +284,7 @@ def _trained_once(
     name = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
 
     def build(partial: Path) -> dict[str, Any]:
-        text = _training_text(sources, data.validation_fraction)
+        text = _training_text(sources, data.validation_fraction, report)
         train_tokenizer(kind, config, text, report, specials=specials).save(partial)
         return {}
 
@@ -291,12 +292,12 @@ def _trained_once(
     return load_tokenizer(cache / "tokenizers" / name)
 
 
-def _training_text(sources: list[Source], validation_fraction: float) -> Iterator[str]:
+def _training_text(sources: list[Source], validation_fraction: float, report: Report) -> Iterator[str]:
     """The first documents of each source, up to its share of TRAINING_BYTES, without held-out ones."""
     share, held_out, trained = TRAINING_BYTES // len(sources), 0, 0
     for source in sources:
         left = share
-        for document in source.documents():
+        for document in with_progress(source, f"counting words of {source.name}", report):
             if is_held_out(document, validation_fraction):
                 held_out += 1
                 continue
@@ -310,6 +311,7 @@ def _training_text(sources: list[Source], validation_fraction: float) -> Iterato
             f"data.validation_fraction={validation_fraction} holds out all of the {held_out:,} documents of data.sources, and "
             f"equal ones are on the same side; change it, or give held-out text as data.validation"
         )
+    report("counted the words of the text; choosing the symbols among their parts")
 
 
 def pieces(text: str) -> Iterator[str]:
