@@ -24,6 +24,11 @@ class _Linear(NamedTuple):
 
     weight: Tensor
     bias: Tensor
+    std: float
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.std)
+        nn.init.zeros_(self.bias)
 
 
 class _LayerNorm(NamedTuple):
@@ -59,10 +64,10 @@ class DeepSpeedTransformerLayer(TransformerLayer):
 
     # What TransformerLayer computes with, looked up in the flat parameters at each use, so that there is one copy of them
     # and replacing one (functional_call, parametrize, a data-parallel replica) reaches the computation.
-    qkv: Any = property(lambda layer: _Linear(layer.attn_qkvw, layer.attn_qkvb))
-    attention_output: Any = property(lambda layer: _Linear(layer.attn_ow, layer.attn_ob))
-    intermediate: Any = property(lambda layer: _Linear(layer.inter_w, layer.inter_b))
-    output: Any = property(lambda layer: _Linear(layer.output_w, layer.output_b))
+    qkv: Any = property(lambda layer: _Linear(layer.attn_qkvw, layer.attn_qkvb, layer.config.initializer_range))
+    attention_output: Any = property(lambda layer: _Linear(layer.attn_ow, layer.attn_ob, layer.config.output_range))
+    intermediate: Any = property(lambda layer: _Linear(layer.inter_w, layer.inter_b, layer.config.initializer_range))
+    output: Any = property(lambda layer: _Linear(layer.output_w, layer.output_b, layer.config.output_range))
     attention_norm: Any = property(lambda layer: layer._layer_norm(first=True))
     mlp_norm: Any = property(lambda layer: layer._layer_norm(first=False))
 

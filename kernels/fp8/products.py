@@ -136,6 +136,6 @@ def product_reference(
     a: Tensor, b: Tensor, a_inv: Tensor, b_inv: Tensor, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """Return what _product gives, from fp32 products of the same FP8 numbers."""
-    with torch.autocast(a.device.type, enabled=False):
+    with torch.autocast("cpu" if a.is_meta else a.device.type, enabled=False):  # torch has none of the meta device
         y = a.float().mm(b.float().t()).mul_(a_inv).mul_(b_inv)
     return (y if bias is None else y.add_(bias)).to(out_dtype)

@@ -1,5 +1,6 @@
 """What a transformer layer is built from."""
 
+import math
 from dataclasses import dataclass
 
 from ..errors import UserError
@@ -42,6 +43,11 @@ class LayerConfig:
     gelu_checkpoint: bool = False
     attn_dropout_checkpoint: bool = False
     stochastic_mode: bool = False
+
+    @property
+    def output_range(self) -> float:
+        """Return the standard deviation from which the two projections that write to the residual stream start."""
+        return self.initializer_range / (math.sqrt(2.0 * self.num_hidden_layers) if self.adjust_init_range else 1.0)
 
     def __post_init__(self) -> None:
         for field in ("hidden_size", "num_attention_heads", "intermediate_size", "num_hidden_layers"):

@@ -1,6 +1,5 @@
 """The transformer layer: attention and feed-forward halves around one residual stream, pre-LN or post-LN."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -96,6 +95,9 @@ class TransformerLayer(nn.Module):
         self.mlp_norm = nn.LayerNorm(size, eps=eps)
         self.intermediate = Projection(size, config.intermediate_size)
         self.output = Projection(config.intermediate_size, size)
+        inward, outward = (self.qkv, self.intermediate), (self.attention_output, self.output)
+        for projection in (*inward, *outward):
+            projection.std = config.initializer_range if projection in inward else config.output_range
         self.reset_parameters()
         self.parallel = parallel
         columns, fused = Partition(0), Partition(0, (size,) * 3)
@@ -105,28 +107,16 @@ class TransformerLayer(nn.Module):
         shard_parameters(self, partitions, parallel.group)
         for projection in (self.qkv, self.attention_output, self.intermediate, self.output):
             projection.out_features, projection.in_features = projection.weight.shape
+            projection.parallel = parallel
 
     def reset_parameters(self) -> None:
         """Draw weights from N(0, initializer_range), see LayerConfig.adjust_init_range; biases are 0, LayerNorms the identity.
 
         Raises ValueError where processes share the layer: they hold shards, and weights are drawn whole.
         """
-        if self.parallel.size > 1:
-            raise ValueError(
-                f"{self.parallel.size} processes share the layer, whose weights cannot be drawn again; build a new layer"
-            )
-        config = self.config
-        output_std = config.initializer_range
-        if config.adjust_init_range:
-            output_std /= math.sqrt(2.0 * config.num_hidden_layers)
-        for inner in (self.qkv, self.intermediate):
-            nn.init.normal_(inner.weight, std=config.initializer_range)
-        for outer in (self.attention_output, self.output):
-            nn.init.normal_(outer.weight, std=output_std)
-        for projection in (self.qkv, self.attention_output, self.intermediate, self.output):
-            nn.init.zeros_(projection.bias)
-        for layer_norm in (self.attention_norm, self.mlp_norm):
-            layer_norm.reset_parameters()
+        projections = self.qkv, self.intermediate, self.attention_output, self.output
+        for part in (*projections, self.attention_norm, self.mlp_norm):
+            part.reset_parameters()
 
     def forward(
         self,

@@ -4,18 +4,38 @@ from typing import Any
 
 from torch import nn
 
+from ..parallel.collectives import ONE_PROCESS
+
 
 class Projection(nn.Linear):
     """A linear layer whose state dict also holds what FP8 products keep from step to step, once there is such a thing.
 
     fp8: None until the first pass inside fp8_autocast, or until a state dict brings it; see fp8_products.py.
+    std: of the normal distribution that the weight starts from. parallel: the processes that hold shards of it.
     """
 
     fp8: Any
+    std: float | None = None
+    parallel = ONE_PROCESS
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
         self.register_module("fp8", None)
+
+    def reset_parameters(self) -> None:
+        """Draw the weight from N(0, std) and set the bias to 0; without a std as torch does.
+
+        Raises ValueError where processes share the weight: they hold shards, and weights are drawn whole.
+        """
+        if self.std is None:
+            super().reset_parameters()
+            return
+        if self.parallel.size > 1:
+            raise ValueError(
+                f"{self.parallel.size} processes share the layer, whose weights cannot be drawn again; build a new layer"
+            )
+        nn.init.normal_(self.weight, std=self.std)
+        nn.init.zeros_(self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if f"{prefix}fp8.scale" in state_dict:

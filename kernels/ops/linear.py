@@ -26,14 +26,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has last dim {x.shape[-1]}, weight is {tuple(weight.shape)}; the last dims must be equal")
-    if not _takes_onednn(x):
+    if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a @ b.T + bias, (M, N), without autograd; a: (M, K), b: (N, K), either may be a transposed view; bias: (N,)."""
-    if _takes_onednn(a) and a.numel() > 0:
+    if _takes_onednn(a, b) and a.numel() > 0:
         return _onednn_product(a, b, bias)
     return a.mm(b.t()) if bias is None else torch.addmm(bias, a, b.t())
 
@@ -50,7 +50,7 @@ def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """Return dy.T @ x, (N, K), without autograd; dy: (T, N), x: (T, K)."""
-    if _takes_onednn(x) and dy.numel() > x.numel() + dy.shape[1] * x.shape[1]:
+    if _takes_onednn(x, dy) and dy.numel() > x.numel() + dy.shape[1] * x.shape[1]:
         # oneDNN copies its first operand if that is transposed; here it is cheaper to copy x and to transpose the result
         return product(x.t(), dy.t()).t().contiguous()
     return product(dy.t(), x.t())
@@ -63,8 +63,8 @@ def cpu_library() -> str:
     return "MKL" if torch.backends.mkl.is_available() else "torch's BLAS"
 
 
-def _takes_onednn(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == torch.float32 and _PREFERS_ONEDNN
+def _takes_onednn(a: Tensor, b: Tensor) -> bool:
+    return a.is_cpu and b.is_cpu and a.dtype == torch.float32 and _PREFERS_ONEDNN
 
 
 def _is_amd_with_avx512() -> bool:

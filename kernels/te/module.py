@@ -130,17 +130,10 @@ class ProjectionModule(nn.Module):
                 self._draw(name)
 
     def reset_parameters(self) -> None:
-        """Draw all parameters of this module and of those inside it again, in the order in which they were drawn first.
-
-        That is what a module built on the device `meta` needs after `to_empty`.
-        """
+        """Draw this module's own parameters again, those on `meta` on torch's default device."""
         for name in self._start:
-            if not getattr(self, name).is_meta:
-                self._draw(name)
-        for child in self.children():
-            reset = getattr(child, "reset_parameters", None)
-            if reset is not None:
-                reset()
+            self.register_parameter(name, with_memory(getattr(self, name)))
+            self._draw(name)
 
     def _allocate(
         self,
@@ -259,6 +252,15 @@ class ProjectionModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def with_memory(parameter: nn.Parameter) -> nn.Parameter:
+    """Return the parameter, in place of one on `meta` a new one on torch's default device, without values."""
+    if not parameter.is_meta:
+        return parameter
+    new = nn.Parameter(torch.empty_like(parameter, device=torch.get_default_device()), parameter.requires_grad)
+    vars(new).update(vars(parameter))
+    return new
+
+
 def autocast(inp: Tensor) -> Tensor:
     """Return the input in the dtype of torch.autocast, or as it is."""
     dtype = autocast_dtype(inp.device)
@@ -272,7 +274,11 @@ def cast_like(inp: Tensor, parameter: Tensor) -> Tensor:
 
 
 def check_dtype(inp: Tensor, parameter: Tensor) -> None:
-    """Raise ValueError where the dtypes differ outside torch.autocast."""
+    """Raise ValueError where the dtypes differ outside torch.autocast, or the parameter has no values."""
+    if parameter.is_meta and not inp.is_meta:
+        raise ValueError(
+            "the parameters are on meta and have no values; call reset_parameters(), or to_empty() and load_state_dict()"
+        )
     if parameter.dtype != inp.dtype and autocast_dtype(inp.device) is None:
         raise ValueError(
             f"the input is {inp.dtype}, the parameters are {parameter.dtype}; convert one of them, or use torch.autocast"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..fp8.linear import Fp8State
 from ..fp8.norm import norm_before
-from .module import Initializer, ProjectionModule, autocast, check_dtype, check_positive
+from .module import Initializer, ProjectionModule, autocast, check_dtype, check_positive, with_memory
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
 
@@ -73,16 +73,19 @@ class LayerNorm(nn.Module):
         self.weight: Tensor
         self.bias: Tensor | None = None
         for name in self._names:
-            parameter = nn.Parameter(torch.empty(hidden_size, dtype=params_dtype, device=device))
+            values = torch.full((hidden_size,), self._start_of(name), dtype=params_dtype, device=device)
+            parameter = nn.Parameter(values)
             parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
             setattr(self, name, parameter)
-        self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start with the identity after the normalization."""
-        nn.init.constant_(self.weight, 0.0 if self.zero_centered_gamma else 1.0)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        """Start with the identity after the normalization; parameters on `meta` move to torch's default device."""
+        for name in self._names:
+            setattr(self, name, with_memory(getattr(self, name)))
+            nn.init.constant_(getattr(self, name), self._start_of(name))
+
+    def _start_of(self, name: str) -> float:
+        return 1.0 if name == "weight" and not self.zero_centered_gamma else 0.0
 
     def forward(self, inp: Tensor) -> Tensor:
         """Return the normalized input, (..., H) in its dtype, or in that of torch.autocast.

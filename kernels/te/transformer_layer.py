@@ -77,6 +77,12 @@ class TransformerLayer(ProjectionModule):
                 device=config.device,
             )
 
+    def reset_parameters(self) -> None:
+        """Draw the parameters of all modules inside again, in the order in which they were drawn first."""
+        for module in self.modules():
+            if module is not self and isinstance(module, ProjectionModule | LayerNorm):
+                module.reset_parameters()
+
     def forward(  # noqa: PLR0913 - Transformer Engine's arguments
         self,
         hidden_states: Tensor,
@@ -263,9 +269,10 @@ class TransformerLayer(ProjectionModule):
             raise ValueError(
                 "packed sequences, 'thd', see themselves alone; give no attention_mask and no 'arbitrary' type"
             )
-        longest = int(cu_seqlens.diff().max()) if max_length is None else max_length
+        if max_length is None:
+            max_length = len(x) if cu_seqlens.is_meta else int(cu_seqlens.diff().max())
         causal = "causal" in mask_type
-        seen = Visibility(AttentionMask(causal=causal, cu_seqlens=cu_seqlens, max_length=longest))
+        seen = Visibility(AttentionMask(causal=causal, cu_seqlens=cu_seqlens, max_length=max_length))
         if _readable(cu_seqlens) and cu_seqlens[-1] != len(x):
             raise ValueError(
                 f"cu_seqlens_q ends with {int(cu_seqlens[-1])}, hidden_states has {len(x)} rows; its last border must be the "
