@@ -132,14 +132,14 @@ class RunTokenizer:
         There the white space in front of a masked word belongs to the word. So a mask takes it up where it would be a token,
         and no space is put in front of what follows a mask at once.
         """
-        plain = Tokenizer.from_str(self.tokenizer.to_str())
+        content = json.loads(self.tokenizer.to_str())
         mask = self.specials.get("mask")
-        before, after = (plain.encode(text, add_special_tokens=False).ids for text in ("a", f"a {mask}"))
-        if mask is None or after == [*before, self._id(mask)]:
-            return plain
-        content = _with_first_space_only(json.loads(plain.to_str()))
-        for token in content["added_tokens"]:
-            token["lstrip"] |= token["content"] == mask
+        if mask is not None:
+            plain = Tokenizer.from_str(json.dumps(content))
+            before, after = (plain.encode(text, add_special_tokens=False).ids for text in ("a", f"a {mask}"))
+            content = _with_first_space_only(content)
+            for token in content["added_tokens"]:
+                token["lstrip"] |= token["content"] == mask and after != [*before, self._id(mask)]
         return Tokenizer.from_str(json.dumps(content))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -168,8 +168,14 @@ def _with_first_space_only(content: Any) -> Any:
         return [_with_first_space_only(part) for part in content]
     if not isinstance(content, dict):
         return content
-    changed = {"prepend_scheme": "first"} if content.get("prepend_scheme") == "always" else {}
-    return {key: _with_first_space_only(value) for key, value in content.items()} | changed
+    if content.get("prepend_scheme") == "always":
+        return content | {"prepend_scheme": "first"}
+    bytes_of = content.get("pre_tokenizer") or {}
+    if bytes_of.get("type") == "ByteLevel" and bytes_of["add_prefix_space"]:
+        first = {"type": "Metaspace", "replacement": " ", "prepend_scheme": "first", "split": False}
+        steps = [first, bytes_of | {"add_prefix_space": False}]
+        return content | {"pre_tokenizer": {"type": "Sequence", "pretokenizers": steps}}
+    return {key: _with_first_space_only(value) for key, value in content.items()}
 
 
 def specials_settings(specials: Mapping[Any, str]) -> dict[str, str]:

@@ -2,7 +2,7 @@ import json
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import DataConfig, SourceConfig, TokenizerConfig
@@ -297,18 +297,29 @@ def masked_from_text(tokenizer, reader, text, word):
     return reader.encode(text.replace(word, tokenizer.specials["mask"]), add_special_tokens=False).ids, ids
 
 
-@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "unigram_first"])
-@pytest.mark.parametrize("text", ["the old fox ran.", "fox ran the old", "the old, fox"])
+@pytest.mark.parametrize(
+    "kind", ["bpe", "bpe_prefix", "bpe_prefix_lstrip", "wordpiece", "unigram", "unigram_lstrip", "unigram_first"]
+)
+@pytest.mark.parametrize("text", ["the old fox ran.", "fox ran the old", "the old, fox", "the olds, foxs"])
 @pytest.mark.parametrize("word", ["old", "fox"])
 def test_a_mask_in_a_text_has_the_ids_of_a_masked_sample(tmp_path, kind, text, word):
-    if kind.startswith("unigram"):
-        letters = [(letter, -9.0) for letter in "theoldfxran.,▁"]
+    mask = AddedToken("<mask>", lstrip=kind.endswith("lstrip"), special=True)
+    if kind == "wordpiece" and "s," in text:
+        pytest.skip("what follows a mask at once is a word of its own to WordPiece")
+    if kind.startswith("bpe_"):
+        plain = train("bpe", texts=["the old fox ran. fox ran the old, fox."] * 30, vocab_size=300)
+        prefixed = Tokenizer.from_str(plain.tokenizer.to_str())
+        prefixed.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        prefixed.add_special_tokens([mask])
+        tokenizer = loaded(tmp_path, prefixed, {"mask": "<mask>"})
+    elif kind.startswith("unigram"):
+        letters = [(letter, -9.0) for letter in "theoldfxransx.,▁"]
         words = [(f"▁{one}", -2.0) for one in ("the", "old", "fox", "ran")]
         unigram = Tokenizer(models.Unigram([("<unk>", 0.0), *words, *letters], unk_id=0))
         scheme = "first" if kind.endswith("first") else "always"
         unigram.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
         unigram.decoder = decoders.Metaspace()
-        unigram.add_special_tokens(["<mask>"])
+        unigram.add_special_tokens([mask])
         tokenizer = loaded(tmp_path, unigram, {"mask": "<mask>"})
     else:
         tokenizer = train(kind, texts=["the old fox ran. fox ran the old, fox.", "fox ran"] * 30, vocab_size=300)
