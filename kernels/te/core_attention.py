@@ -131,7 +131,7 @@ def _cross_attention(q: Tensor, kv: Tensor, bias: Tensor | None, dropping: Dropp
     q, k, v = q.transpose(1, 2), *(part.transpose(1, 2) for part in kv.unbind(2))
     if dropping.seed is None or dropping.p == 0:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2)
-    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    scores = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)  # scaled first, for the range of fp16
     if bias is not None:
         scores = scores + bias
     probabilities = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(scores.dtype)

@@ -164,14 +164,17 @@ def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
 
 def _joined(parts: tuple[str, ...], state: Mapping[str, Tensor]) -> Tensor:
     """Parameters of equal shape as one, along dim 0."""
-    if len(parts) == 1:
-        return state[parts[0]]
+    for part in parts:
+        if not state[part].is_floating_point():
+            raise UserError(
+                f"{part} is {state[part].dtype}, as quantized weights are; give the model before quantization"
+            )
     shapes = {part: tuple(state[part].shape) for part in parts}
     if len(set(shapes.values())) > 1:
         raise UserError(
             f"the weights {', '.join(f'{part} {shape}' for part, shape in shapes.items())} must have one shape"
         )
-    return torch.cat([state[part] for part in parts])
+    return state[parts[0]] if len(parts) == 1 else torch.cat([state[part] for part in parts])
 
 
 def _modern(name: str, base: str) -> str:

@@ -25,6 +25,7 @@ def linear_cross_entropy(
     hidden: (T, H), weight: (V, H), bias: (V,) or None, one float dtype; labels: (T,) int64 in [0, V), IGNORED rows add
     nothing. Divide by the number of labels outside, where the whole batch is known. The gradient is computed along with the
     loss, unless gradients are off. With a label of no row the Triton kernel's loss is NaN; PyTorch raises.
+    Raises ValueError for labels of another shape or dtype.
     """
     return chunked_cross_entropy(hidden, weight, bias, labels, functools.partial(_softmax_loss_, kernels=kernels))
 
@@ -37,6 +38,10 @@ def chunked_cross_entropy(
     weight and bias may be one process's rows of the vocabulary, if softmax_loss_ knows of the others. The gradient of hidden
     is then this process's part of a sum.
     """
+    if labels.shape != hidden.shape[:-1] or hidden.ndim != 2 or labels.dtype != torch.int64:
+        raise ValueError(
+            f"labels is {labels.dtype} {tuple(labels.shape)}, hidden {tuple(hidden.shape)}; they must be int64 (T,) and (T, H)"
+        )
     if torch.is_grad_enabled():
         return _ChunkedCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
             hidden, weight, bias, labels, softmax_loss_
@@ -55,6 +60,15 @@ def _chunks(hidden: Tensor, labels: Tensor, vocabulary: int) -> Iterator[tuple[T
 def _zeros_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     """A sum over chunks that starts: fp32 or wider, because a running sum in half precision stops growing."""
     return torch.zeros(shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
+
+
+def _weight_gradient(dlogits: Tensor, part: Tensor) -> Tensor:
+    """Return `weight_gradient` of one chunk, in fp32 for fp16: sums over rows leave its range, and no loss scale is in yet."""
+    if part.dtype != torch.float16:
+        return weight_gradient(dlogits, part)
+    if part.is_cuda:
+        return torch.mm(dlogits.t(), part, out_dtype=torch.float32)
+    return weight_gradient(dlogits.float(), part.float())
 
 
 def softmax_loss_reference_(logits: Tensor, labels: Tensor) -> Tensor:
@@ -99,9 +113,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             dlogits = product(part, weight, bias)  # the logits until the next line
             loss += softmax_loss_(dlogits, label).sum()
             dhidden.append(product(dlogits, weight.t()))
-            dweight += weight_gradient(dlogits, part)
+            dweight += _weight_gradient(dlogits, part)
             if dbias is not None:
-                dbias += dlogits.sum(0)
+                dbias += dlogits.sum(0, dtype=dbias.dtype)
         ctx.save_for_backward(torch.cat(dhidden), dweight, dbias)
         ctx.dtype = weight.dtype
         return loss

@@ -180,6 +180,35 @@ def test_a_label_of_no_row_is_an_error(label):
         linear_cross_entropy(randn(2, 6), randn(11, 6), None, torch.tensor([3, label]))
 
 
+@pytest.mark.parametrize("shape", [(12,), (13, 1), (1,), (1, 13), ()])
+def test_labels_of_another_shape_or_dtype_are_refused(shape):
+    hidden, weight = randn(13, 6), randn(11, 6)
+    with pytest.raises(ValueError, match=r"labels is torch.int64 .*they must be int64 \(T,\) and \(T, H\)"):
+        linear_cross_entropy(hidden, weight, None, torch.zeros(shape, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"labels is torch\.float32"):
+        linear_cross_entropy(hidden, weight, None, torch.zeros(13))
+    with pytest.raises(ValueError, match=r"hidden \(1, 13, 6\)"), torch.no_grad():
+        linear_cross_entropy(hidden[None], weight, None, torch.zeros(1, 13, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("chunk", [2**20, 2**25])
+def test_fp16_gradients_of_the_head_do_not_overflow_where_most_labels_are_one_symbol(chunk, monkeypatch):
+    """The row of that symbol sums over 24,576 tokens before the loss is divided by their number."""
+    monkeypatch.setattr("xformer_train.kernels.ops.loss.cross_entropy._CHUNK_ELEMENTS", chunk)
+    torch.manual_seed(0)
+    tokens, vocabulary = 32768, 256
+    leaves = torch.randn(tokens, 16) + 4, torch.randn(vocabulary, 16) * 0.05, torch.zeros(vocabulary)
+    labels = torch.randint(0, vocabulary, (tokens,))
+    labels[: tokens * 3 // 4] = 7
+    gradients = []
+    for dtype in (torch.float16, torch.float32):
+        cast = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        loss = linear_cross_entropy(*cast, labels) * (1024 / tokens)  # a loss scale of 1024
+        gradients.append(torch.autograd.grad(loss, cast))
+    for half, exact in zip(*gradients, strict=True):
+        torch.testing.assert_close(half.float(), exact, rtol=1e-2, atol=1e-2 * exact.abs().max().item())
+
+
 def test_half_precision_loss_is_within_twice_torchs_own_error():
     torch.manual_seed(0)
     hidden, weight = torch.randn(64, 32), torch.randn(500, 32)

@@ -7,6 +7,8 @@ from helpers.conformance import step
 from helpers.te_layer import FFN, HEADS, HIDDEN, PADDING, by_reference_names, pair
 
 from xformer_train.kernels import te
+from xformer_train.kernels.ops.attention.attention import AttentionMask
+from xformer_train.kernels.te.core_attention import Dropping, Visibility, cross_attention
 
 
 def causal(length):
@@ -193,3 +195,19 @@ def test_input_formats_agree(rotary, mask_type):
     for name in ("bshd", "thd"):
         for ours, expected in zip(results[name], results["sbhd"], strict=True):
             torch.testing.assert_close(ours, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_products_of_queries_and_keys_beyond_fp16_are_scaled_before_they_are_summed():
+    """64 * 40 * 40 is over 65504, an eighth of it is not."""
+    torch.manual_seed(0)
+    outs = []
+    for dtype in (torch.float16, torch.float32):
+        q = torch.full((1, 6, 2, 64), 40.0, dtype=dtype, requires_grad=True)
+        kv = torch.full((1, 6, 2, 2, 64), 40.0, dtype=dtype)
+        kv[:, 3, 0] = 39.5
+        kv[:, :, 1] = torch.arange(6.0)[None, :, None, None]
+        dropping = Dropping(0.3, torch.tensor(5), 1)
+        out = cross_attention(q, kv, Visibility(AttentionMask()), dropping, recompute=False)
+        outs.append((out, *torch.autograd.grad(out.sum(), q)))
+    for half, exact, atol in zip(*outs, (0.02, 0.2), strict=True):  # a gradient is a sum of terms 40 times as large
+        torch.testing.assert_close(half.float(), exact, atol=atol, rtol=1e-2)

@@ -169,6 +169,7 @@ def test_damaged_folders_are_refused_by_what_is_wrong(root, tmp_path):
     assert "final_norm.weight is (8,), and (16,) by config.json" in read(state | {norm: state[norm][:8].clone()})
     assert "query.weight (16, 8)" in read(state | {query: state[query][:, :8].contiguous()})
     assert "is torch.int8, as quantized weights are" in read(state | {words: state[words].to(torch.int8)})
+    assert "query.weight is torch.int8, as quantized weights are" in read(state | {query: state[query].to(torch.int8)})
     assert "config.json is a list, not an object" in read(settings=[config])
     assert "model_type ['bert']" in read(settings=config | {"model_type": ["bert"]})
     assert "hidden_act is {}, not a kind of GELU" in read(settings=config | {"hidden_act": {}})
