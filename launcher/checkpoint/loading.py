@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from ...kernels.errors import UserError
 from ..config.schema import Precision
@@ -65,6 +66,15 @@ def check_optimizer(checkpoint: Path, moments: Set[str], kind: str) -> None:
         )
 
 
+class _EqualSizes(TorchFunctionMode):
+    """Raise ValueError where a tensor is copied to one of another size: torch would spread one element over it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.copy_ and args[0].numel() != args[1].numel():
+            raise ValueError(f"{args[1].numel()} elements where {args[0].numel()} are needed")
+        return func(*args, **kwargs or {})
+
+
 def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topology) -> bool:
     """Put weights, optimizer, loss scale and random state of `checkpoint` into this process; True if the latter was possible.
 
@@ -82,7 +92,7 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
     optimizer = engine.basic_optimizer
     settings = [{key: group[key] for key in optimizer.defaults} for group in optimizer.param_groups]
     clipping = getattr(engine.optimizer, "clip_grad", None)
-    with understood(checkpoint):
+    with understood(checkpoint), _EqualSizes():
         if all(theirs[fact] == ours[fact] for fact in ("zero_stage", "world_size", "tensor_parallel")):
             with file_access(engine, load=lambda name: read_file(listed(checkpoint, state, name))):
                 engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)

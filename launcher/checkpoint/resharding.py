@@ -131,7 +131,8 @@ class Saved:
         tensors = [self._tensor(part, tensor_rank, name, key).reshape(-1) for part in parts]
         shard = torch.empty(torch.Size(shape).numel(), dtype=tensors[0].dtype)
         for part, tensor in zip(parts, tensors, strict=True):
-            shard[part.offset : part.offset + part.numel] = tensor[part.start : part.start + part.numel]
+            # Unlike a slice, narrow fails on a tensor that is too short; one of one element would be spread over the place.
+            shard.narrow(0, part.offset, part.numel).copy_(tensor.narrow(0, part.start, part.numel))
         return shard.view(shape)
 
     def _tensor(self, part: _Part, tensor_rank: int, name: str, key: str) -> Tensor:

@@ -14,6 +14,7 @@ from helpers.checkpoints import changed_state, flip_byte, save
 from helpers.spawn import run_processes
 from helpers.tiny import MODEL, tiny_config, tiny_engine, tiny_model, train, whole_weights
 
+from xformer_train.kernels.errors import UserError
 from xformer_train.launcher.checkpoint import loading
 from xformer_train.launcher.checkpoint.files import read_file, write_file
 from xformer_train.launcher.checkpoint.resharding import Saved
@@ -348,3 +349,24 @@ def test_the_dynamic_loss_scale_of_fp16_survives_safe_loading(tmp_path):
     scaler = DynamicLossScaler(2.0**10, 2.0, 1000, 1.0, 2, False, dtype=torch.half)
     write_file({"loss_scaler": scaler}, tmp_path / "scaler.pt")
     assert read_file(tmp_path / "scaler.pt")["loss_scaler"].cur_scale == 2.0**10
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_weight_of_one_element_is_not_spread_over_a_parameter(alone, tmp_path, stage):
+    engine = tiny_engine(alone, stage, "bf16" if stage == 0 else "fp32")
+    train(engine, alone, 0, 1)
+    save(engine, tmp_path, "one", 1, alone)
+    with changed_state(tmp_path / "one"):
+        [path] = (tmp_path / "one").glob("mp_rank_00_model_states.pt" if stage == 0 else "*optim_states.pt")
+        content = read_file(path)
+        if stage == 0:
+            content["optimizer"]["fp32_groups"][0][0] = torch.ones(1)
+        else:
+            inner = content["optimizer_state_dict"]
+            inner["single_partition_of_fp32_groups" if stage == 2 else "fp32_flat_groups"][0] = torch.ones(1)
+        write_file(content, path)
+    with pytest.raises(UserError, match="holds something else than this program writes"):
+        loading.weights(tmp_path / "one")
+    if stage != 2:  # there DeepSpeed fills a short partition up with zeros, as it must for padding
+        with pytest.raises(UserError, match="holds something else than this program writes"):
+            loading.load(engine, tmp_path / "one", MODEL, alone)
