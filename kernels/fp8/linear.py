@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..ops.amax import largest_magnitude
 from ..ops.linear import linear, weight_gradient
 from ..ops.main_grad import add_to_main_grad, into_main_grad
+from ..ops.operator import reshaped
 from ..ops.region import active_region
 from .layout import Fp8Tensor
 from .products import check_fp8_features, dgrad, fp8_path, fprop, quantize, wgrad
@@ -251,7 +252,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(x_q.columns, x_q.scale_inv, weight_q.columns, weight_q.scale_inv, wide_x)
         ctx.call, ctx.x_dtype, ctx.weight_dtype = call, x.dtype, weight.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return fprop(x_q, weight_q, bias, x.dtype).view(*x.shape[:-1], weight.shape[0])
+        return reshaped(fprop(x_q, weight_q, bias, x.dtype), *x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable

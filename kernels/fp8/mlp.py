@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops.choices import Activation
 from ..ops.mlp.mlp import gelu, gelu_backward_reference, gelu_forward_reference, mlp
-from ..ops.operator import operator
+from ..ops.operator import operator, reshaped
 from .layout import Fp8Tensor, empty_cast
 from .linear import Fp8State, LinearCall, breaks_graph, check_operands, fp8_linear
 from .products import dgrad, fprop, has_scaled_mm, quantize_reference
@@ -123,7 +123,7 @@ class _Fp8Mlp(torch.autograd.Function):
         ctx.save_for_backward(operands.f, *columns)
         ctx.calls, ctx.activation = rest
         ctx.dtypes = x.dtype, w1.dtype, b1.dtype, w2.dtype
-        return fprop(operands.a, operands.w2, None, x.dtype).view(*x.shape[:-1], w2.shape[0])
+        return reshaped(fprop(operands.a, operands.w2, None, x.dtype), *x.shape[:-1], w2.shape[0])
 
     @staticmethod
     @once_differentiable

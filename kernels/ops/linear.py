@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .operator import operator
+from .operator import operator, reshaped
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -85,7 +85,7 @@ class _Linear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])
         ctx.save_for_backward(rows, weight)
         ctx.has_bias = bias is not None
-        return product(rows, weight, bias).view(*x.shape[:-1], weight.shape[0])
+        return reshaped(product(rows, weight, bias), *x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable

@@ -49,6 +49,11 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]]
     return register
 
 
+def reshaped(x: Tensor, *shape: int) -> Tensor:
+    """Return a fresh tensor in another shape, for an autograd function to return: nobody could change a view in place."""
+    return x.view(shape) if torch.compiler.is_compiling() else x.view(shape).data
+
+
 def _other_device(args: Iterable[object]) -> torch.device | None:
     """Return the GPU of the first tensor, if it is not the current one, on which Triton launches kernels."""
     tensor = next((arg for arg in args if isinstance(arg, Tensor)), None)

@@ -17,6 +17,7 @@ from ..parallel.collectives import (
     start_reduce_scatter,
 )
 from .linear import linear, product, weight_gradient
+from .operator import reshaped
 
 ParallelMode = Literal[
     "column", "row"
@@ -76,7 +77,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         length = x.shape[0]
         if sequence_parallel:
             rows, length = start_all_gather(rows, group).wait(), length * group.size()
-        return product(rows, weight, bias).view(length, *x.shape[1:-1], weight.shape[0])
+        return reshaped(product(rows, weight, bias), length, *x.shape[1:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -110,7 +111,7 @@ class _RowParallelLinear(torch.autograd.Function):
         if bias is not None:
             y += bias  # behind the sum, or it would be added t times
         length = x.shape[0] // group.size() if sequence_parallel else x.shape[0]
-        return y.view(length, *x.shape[1:-1], weight.shape[0])
+        return reshaped(y, length, *x.shape[1:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable

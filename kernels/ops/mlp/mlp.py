@@ -24,7 +24,7 @@ from ...parallel.collectives import (
 )
 from ..choices import Activation, Kernels, uses_triton
 from ..linear import product, weight_gradient
-from ..operator import operator
+from ..operator import operator, reshaped
 
 _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
 _TANH_LINEAR = 2 * math.sqrt(2 / math.pi)
@@ -136,7 +136,7 @@ class _Mlp(torch.autograd.Function):
         a = _gelu_forward(f, options.activation, options.kernels)
         ctx.save_for_backward(rows, f, None if options.gelu_checkpoint else a, w1, w2)
         ctx.options = options
-        return _start_sum_(product(a, w2), options).wait().view(*x.shape[:-1], w2.shape[0])
+        return reshaped(_start_sum_(product(a, w2), options).wait(), *x.shape[:-1], w2.shape[0])
 
     @staticmethod
     @once_differentiable

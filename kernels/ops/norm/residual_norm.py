@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..amax import largest_magnitude
 from ..choices import Kernels, uses_triton
 from ..dropout import keep_mask, keep_scale
-from ..operator import operator
+from ..operator import operator, reshaped
 from .residual_norm_options import Gradients, Options, Saved, check_shapes, make_options
 
 # Recovering x_hat = (y - bias) / weight multiplies the rounding error of y by about (|bias| + |weight|) / |weight|. Above
@@ -287,15 +287,15 @@ class _ResidualNorm(torch.autograd.Function):
         x, bias, residual, weight, norm_bias, seed, options = arguments
         rows = residual.reshape(-1, residual.shape[-1])
         x_rows = None if x is None else x.reshape(rows.shape)
-        z, y, mean, rstd, amax = _norm_forward(x_rows, bias, rows, weight, norm_bias, seed, *options)
-        kept = y if options.inverted else rows if x is None else z
+        sums, y, mean, rstd, amax = _norm_forward(x_rows, bias, rows, weight, norm_bias, seed, *options)
+        y, z = reshaped(y, *residual.shape), None if x is None else reshaped(sums, *residual.shape)
+        kept = y if options.inverted else rows if z is None else z
         ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
-        ctx.options, ctx.adds = options, x is not None
+        ctx.options, ctx.adds = options, z is not None
         ctx.set_materialize_grads(False)
         if options.amax:
             ctx.mark_non_differentiable(amax)
-        given = z.view(residual.shape) if ctx.adds else None
-        return given, y.view(residual.shape), amax if options.amax else None
+        return z, y, amax if options.amax else None
 
     @staticmethod
     @once_differentiable
@@ -303,7 +303,8 @@ class _ResidualNorm(torch.autograd.Function):
         given = dy if dz is None else dz
         if given is None:
             return (None,) * 7
-        saved = Saved(*ctx.saved_tensors)
+        kept, *others = ctx.saved_tensors
+        saved = Saved(kept.reshape(-1, kept.shape[-1]), *others)
         dz_rows = None if dz is None else dz.reshape(saved.kept.shape)
         dy_rows = torch.zeros_like(saved.kept) if dy is None else dy.reshape(saved.kept.shape)
         dx, dbias, dresidual, dweight, dnorm_bias = _norm_backward(dz_rows, dy_rows, *saved, *ctx.options)
@@ -321,7 +322,7 @@ class _ResidualAdd(torch.autograd.Function):
         ctx.save_for_backward(bias, seed)
         ctx.options = options
         rows = residual.reshape(-1, residual.shape[-1])
-        return _add_forward(x.reshape(rows.shape), bias, rows, seed, *options).view(residual.shape)
+        return reshaped(_add_forward(x.reshape(rows.shape), bias, rows, seed, *options), *residual.shape)
 
     @staticmethod
     @once_differentiable
@@ -340,7 +341,7 @@ class _Dropout(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seed: Tensor, options: Options) -> Tensor:
         ctx.save_for_backward(seed)
         ctx.options = options
-        return _add_backward(x.reshape(-1, x.shape[-1]), None, seed, *options)[0].view(x.shape)
+        return reshaped(_add_backward(x.reshape(-1, x.shape[-1]), None, seed, *options)[0], *x.shape)
 
     @staticmethod
     @once_differentiable
