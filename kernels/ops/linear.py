@@ -16,6 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..parallel.collectives import (
+    Group,
+    Pending,
+    group_size,
+    start_all_gather,
+    start_all_reduce_,
+    start_reduce_scatter,
+)
 from .operator import operator, reshaped
 
 
@@ -28,7 +36,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(f"x has last dim {x.shape[-1]}, weight is {tuple(weight.shape)}; the last dims must be equal")
     if not _takes_onednn(x, weight):
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return Linear.apply(x, weight, bias, None, False)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -79,20 +87,35 @@ def _is_amd_with_avx512() -> bool:
 _PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _is_amd_with_avx512()
 
 
-class _Linear(torch.autograd.Function):
+class Linear(torch.autograd.Function):
+    """`linear`, or with a group `column_parallel_linear`."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence_parallel: bool
+    ) -> Tensor:
+        rows, shape = x.reshape(-1, x.shape[-1]), [*x.shape[:-1], weight.shape[0]]
         ctx.save_for_backward(rows, weight)
-        ctx.has_bias = bias is not None
-        return reshaped(product(rows, weight, bias), *x.shape[:-1], weight.shape[0])
+        ctx.shape, ctx.group, ctx.sequence_parallel = x.shape, group, sequence_parallel
+        if sequence_parallel:
+            rows = start_all_gather(rows, group).wait()
+            shape[0] *= group_size(group)
+        return reshaped(product(rows, weight, bias), *shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
+        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         dy_rows = dy.reshape(-1, dy.shape[-1])
-        needs_dx, needs_dweight, _ = ctx.needs_input_grad
-        dx = product(dy_rows, weight.t()).view(*dy.shape[:-1], weight.shape[1]) if needs_dx else None
-        dweight = weight_gradient(dy_rows, rows) if needs_dweight else None
-        return dx, dweight, dy_rows.sum(0) if ctx.has_bias else None
+        gathering = start_all_gather(rows, ctx.group) if ctx.sequence_parallel and needs_dweight else Pending(rows)
+        dx = dweight = None
+        if needs_dx:
+            start = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce_
+            summing = start(product(dy_rows, weight.t()), ctx.group)
+        if needs_dweight:
+            dweight = weight_gradient(dy_rows, gathering.wait())
+        dbias = dy_rows.sum(0) if needs_dbias else None
+        if needs_dx:
+            dx = summing.wait().view(ctx.shape)
+        return dx, dweight, dbias, None, None

@@ -16,7 +16,7 @@ from ..parallel.collectives import (
     start_all_reduce_,
     start_reduce_scatter,
 )
-from .linear import linear, product, weight_gradient
+from .linear import Linear, linear, product, weight_gradient
 from .operator import reshaped
 
 ParallelMode = Literal[
@@ -36,7 +36,7 @@ def column_parallel_linear(
     if group_size(group) == 1:
         return linear(x, weight, bias)
     _check_last_dim(x, weight)
-    return _ColumnParallelLinear.apply(x, weight, bias, group, sequence_parallel)
+    return Linear.apply(x, weight, bias, group, sequence_parallel)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def row_parallel_linear(
@@ -64,38 +64,6 @@ def _check_last_dim(x: Tensor, weight: Tensor) -> None:
             f"x is {tuple(x.shape)}, this process's weight is {tuple(weight.shape)}; x must have 2 dims or more, and the last "
             f"dims must be equal"
         )
-
-
-class _ColumnParallelLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: dist.ProcessGroup, sequence_parallel: bool
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        ctx.save_for_backward(rows, weight)
-        ctx.shape, ctx.group, ctx.sequence_parallel = x.shape, group, sequence_parallel
-        length = x.shape[0]
-        if sequence_parallel:
-            rows, length = start_all_gather(rows, group).wait(), length * group.size()
-        return reshaped(product(rows, weight, bias), length, *x.shape[1:-1], weight.shape[0])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight = ctx.saved_tensors
-        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
-        dy_rows = dy.reshape(-1, dy.shape[-1])
-        gathering = start_all_gather(rows, ctx.group) if ctx.sequence_parallel and needs_dweight else Pending(rows)
-        dx = dweight = None
-        if needs_dx:
-            start = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce_
-            summing = start(product(dy_rows, weight.t()), ctx.group)
-        if needs_dweight:
-            dweight = weight_gradient(dy_rows, gathering.wait())
-        dbias = dy_rows.sum(0) if needs_dbias else None
-        if needs_dx:
-            dx = summing.wait().view(ctx.shape)
-        return dx, dweight, dbias, None, None
 
 
 class _RowParallelLinear(torch.autograd.Function):
