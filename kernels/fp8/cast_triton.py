@@ -103,26 +103,9 @@ def quantize(
     elif amax is None:
         torch.linalg.vector_norm(x, torch.inf, dtype=torch.float32, out=own_amax)
     R, C = x.shape
-    padded_rows = padded(R)
-    grid = (max(1, triton.cdiv(padded_rows, _TILE_ROWS)), triton.cdiv(C, _TILE_COLUMNS))
     known = own_amax if amax is None else amax
-    _quantize_kernel[grid](
-        x,
-        known if scale is None else scale,
-        known,
-        rows_q,
-        columns_q,
-        scale_inv,
-        R,
-        padded_rows,
-        C,
-        LARGEST=torch.finfo(dtype).max,
-        CURRENT=scale is None,
-        GELU=activation,
-        WITH_ROWS=rows,
-        WITH_COLUMNS=columns,
-        ROWS=_TILE_ROWS,
-        COLUMNS=_TILE_COLUMNS,
-        num_warps=4 if activation is None else 8,
-    )
+    tensors = x, known if scale is None else scale, known, rows_q, columns_q, scale_inv
+    options = torch.finfo(dtype).max, scale is None, activation, rows, columns, _TILE_ROWS, _TILE_COLUMNS
+    grid = (max(1, triton.cdiv(padded(R), _TILE_ROWS)), triton.cdiv(C, _TILE_COLUMNS))
+    _quantize_kernel[grid](*tensors, R, padded(R), C, *options, num_warps=4 if activation is None else 8)
     return rows_q, columns_q, own_amax, scale_inv

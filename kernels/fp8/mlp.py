@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.choices import Activation
-from ..ops.mlp.mlp import gelu, gelu_backward_reference, gelu_forward_reference, mlp
+from ..ops.mlp.mlp import check_sizes, gelu, gelu_backward_reference, gelu_forward_reference, mlp
 from ..ops.operator import operator, reshaped
 from .layout import Fp8Tensor, empty_cast
 from .linear import Fp8State, LinearCall, breaks_graph, check_operands, fp8_linear
@@ -47,12 +47,7 @@ def fp8_mlp(  # noqa: PLR0913 - the arguments of two linear layers
     override_linear_precision leaves the gradients of weights in high precision, GELU(f) is needed so, and it is three ops.
     Raises ValueError for shapes and dtypes other than these.
     """
-    width, size = w1.shape
-    if x.shape[-1] != size or w2.shape[1] != width or b1.shape != (width,):
-        raise ValueError(
-            f"x {tuple(x.shape)}, w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)} and w2 {tuple(w2.shape)} do not fit; "
-            f"they must be (..., H), (F, H), (F,) and (H, F)"
-        )
+    check_sizes(x, w1, b1, w2)
     run = _mlp
     if breaks_graph():
         run = torch.compiler.disable(_mlp)  # here and not at import, because it imports torch._dynamo and triton

@@ -106,13 +106,7 @@ def gelu_quantize(
 
 
 def gelu_backward_quantize(
-    da: Tensor,
-    f: Tensor,
-    scale: Tensor | None,
-    activation: Activation,
-    dtype: torch.dtype,
-    rows: bool,
-    columns: bool,
+    da: Tensor, f: Tensor, scale: Tensor | None, activation: Activation, dtype: torch.dtype, rows: bool, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Compute what gelu_backward_quantize_reference does; without a scale df goes to the place of da, and is cast from there.
 
@@ -125,28 +119,11 @@ def gelu_backward_quantize(
     tiles = max(1, triton.cdiv(triton.cdiv(T, _BACKWARD_ROWS), _ROW_PARTS))
     parts = max(1, triton.cdiv(T, _BACKWARD_ROWS * tiles))
     partial = torch.empty(parts, 1, F, device=f.device)
-    _gelu_backward_kernel[(triton.cdiv(F, _BACKWARD_COLUMNS), parts)](
-        da,
-        f,
-        scale,
-        amax,
-        rows_q,
-        columns_q,
-        scale_inv,
-        partial,
-        T,
-        padded(T),
-        tiles,
-        F,
-        LARGEST=torch.finfo(dtype).max,
-        CAST=scale is not None,
-        TANH=activation == "gelu_tanh",
-        WITH_ROWS=cast_rows,
-        WITH_COLUMNS=cast_columns,
-        ROWS=_BACKWARD_ROWS,
-        COLUMNS=_BACKWARD_COLUMNS,
-        num_warps=8,
-    )
+    tensors = da, f, scale, amax, rows_q, columns_q, scale_inv, partial
+    options = torch.finfo(dtype).max, scale is not None, activation == "gelu_tanh", cast_rows, cast_columns
+    tile = _BACKWARD_ROWS, _BACKWARD_COLUMNS
+    grid = (triton.cdiv(F, _BACKWARD_COLUMNS), parts)
+    _gelu_backward_kernel[grid](*tensors, T, padded(T), tiles, F, *options, *tile, num_warps=8)
     if scale is None:
         rows_q, columns_q, _, scale_inv = quantize(da, None, amax, dtype, rows, columns)
     (db1,) = sum_partials(partial, [f])

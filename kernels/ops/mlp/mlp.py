@@ -55,13 +55,18 @@ def mlp(
     Kept for backward: x, GELU's input (..., F/t) and, unless gelu_checkpoint, its output (..., F/t).
     Raises ValueError for shapes that do not fit, and for float64 on a GPU.
     """
+    check_sizes(x, w1, b1, w2)
+    return _Mlp.apply(x, w1, b1, w2, _Options(activation, gelu_checkpoint, kernels, parallel))  # type: ignore[no-any-return, no-untyped-call]
+
+
+def check_sizes(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> None:
+    """Raise ValueError where the arguments of `mlp` do not fit."""
     width, size = w1.shape
     if x.shape[-1] != size or w2.shape[1] != width or b1.shape != (width,):
         raise ValueError(
             f"x {tuple(x.shape)}, w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)} and w2 {tuple(w2.shape)} do not fit; "
             f"they must be (..., H), (F, H), (F,) and (H, F)"
         )
-    return _Mlp.apply(x, w1, b1, w2, _Options(activation, gelu_checkpoint, kernels, parallel))  # type: ignore[no-any-return, no-untyped-call]
 
 
 @dataclass(frozen=True)

@@ -75,9 +75,8 @@ def _gelu_forward_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "tiles"])
 def _gelu_backward_kernel(
-    da_ptr,  # (T, F)
+    da_ptr,  # (T, F); out: df
     f_ptr,  # (T, F)
-    df_ptr,  # (T, F) out; may be da_ptr
     a_ptr,  # (T, F) out: GELU(f); unused without RECOMPUTE
     partial_ptr,  # (row parts, F) fp32 out: sums of df over the rows of each part
     num_rows,
@@ -100,7 +99,7 @@ def _gelu_backward_kernel(
         da = tl.load(da_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
         a, slope = gelu_and_slope(x, TANH)
         df = da * slope
-        tl.store(df_ptr + offsets, df.to(df_ptr.dtype.element_ty), mask=valid)
+        tl.store(da_ptr + offsets, df.to(da_ptr.dtype.element_ty), mask=valid)
         if RECOMPUTE:
             tl.store(a_ptr + offsets, a.to(a_ptr.dtype.element_ty), mask=valid)
         total += df
@@ -126,19 +125,7 @@ def gelu_backward(
     parts = triton.cdiv(num_rows, _TILE_ROWS * tiles)
     a = torch.empty_like(f) if recompute else None
     partial = torch.empty(parts, 1, F, dtype=torch.float32, device=f.device)
-    _gelu_backward_kernel[(triton.cdiv(F, _TILE_COLUMNS), parts)](
-        da,
-        f,
-        da,
-        a,
-        partial,
-        num_rows,
-        tiles,
-        F,
-        ROWS=_TILE_ROWS,
-        COLUMNS=_TILE_COLUMNS,
-        TANH=activation == "gelu_tanh",
-        RECOMPUTE=recompute,
-        num_warps=8,
-    )
+    options = _TILE_ROWS, _TILE_COLUMNS, activation == "gelu_tanh", recompute
+    grid = (triton.cdiv(F, _TILE_COLUMNS), parts)
+    _gelu_backward_kernel[grid](da, f, a, partial, num_rows, tiles, F, *options, num_warps=8)
     return da, sum_partials(partial, [f])[0], a

@@ -237,22 +237,10 @@ def residual_norm_forward(
     if weight is not None:
         y = torch.empty_like(residual)
         mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=residual.device) for _ in range(2))
-    results = (None if x is None else z, *((None,) * 3 if weight is None else (y, mean, rstd)))
-    _forward_kernel[(triton.cdiv(num_rows, tile["ROWS"] * _FORWARD_TILES),)](
-        None if x is None else x.contiguous(),
-        bias,
-        residual,
-        weight,
-        norm_bias,
-        *results,
-        amax,
-        seed,
-        num_rows,
-        _FORWARD_TILES,
-        options.eps,
-        *_dropout_arguments(options),
-        **tile,
-    )
+    given = None if x is None else x.contiguous(), bias, residual, weight, norm_bias
+    results = None if x is None else z, *((None,) * 3 if weight is None else (y, mean, rstd)), amax
+    numbers = num_rows, _FORWARD_TILES, options.eps, *_dropout_arguments(options)
+    _forward_kernel[(triton.cdiv(num_rows, tile["ROWS"] * _FORWARD_TILES),)](*given, *results, seed, *numbers, **tile)
     return z, y, mean, rstd
 
 
