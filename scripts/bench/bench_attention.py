@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend
 
 from xformer_train.kernels.ops.attention import attention_backward_triton, attention_triton
 from xformer_train.kernels.ops.attention.attention_tiles import Tile, Tiles
-from xformer_train.kernels.ops.attention.attention_triton import choose_tiles
+from xformer_train.kernels.ops.attention.attention_triton import Options, choose_tiles
 
 GPU_SHAPES = {
     "64x128 of 16x64": AttentionShape(64, 128, 16, 64),
@@ -64,24 +64,19 @@ class Ours:
     ) -> None:
         self._sets, self._calls, self._device = sets, calls, sets[0][0].device
         seed = torch.tensor(7, device=self._device)
-        self._arguments: dict[str, Any] = {
-            "causal": shape.causal,
-            "p": shape.p,
-            "seed": seed,
-            "site": 1,
-            "tiles": tiles,
-        }
-        self._results = [attention_triton.forward(qkv, **self._arguments) for qkv, _ in sets]
+        self._options, self._tiles = Options(causal=shape.causal, p=shape.p, seed=seed, site=1), tiles
+        self._results = [attention_triton.forward(qkv, self._options, tiles) for qkv, _ in sets]
         self._turns = itertools.cycle(range(len(sets)))
 
     def forward(self, index: int) -> Tensor:
         """Return the output."""
-        return attention_triton.forward(self._sets[index][0], **self._arguments)[0]
+        return attention_triton.forward(self._sets[index][0], self._options, self._tiles)[0]
 
     def backward(self, index: int) -> Tensor:
         """Return the gradient of qkv."""
         qkv, dout = self._sets[index]
-        return attention_backward_triton.backward(dout, qkv, *self._results[index], **self._arguments)
+        result = self._results[index]
+        return attention_backward_triton.backward(dout, qkv, *result, self._options, tiles=self._tiles)
 
     def seconds(self, function: Callable[[int], Tensor]) -> float:
         """Return the seconds of one call."""

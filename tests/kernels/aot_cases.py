@@ -168,11 +168,11 @@ def _attention_case(S: int, D: int, mask: str, p: float, dtype: torch.dtype, sto
     qkv = torch.empty(2 * S, 3, N, D, dtype=dtype) if packed else torch.empty(2, S, 3, N, D, dtype=dtype)
     by_token = ("key_mask", "segment_ids", "key_bias")
     masks = {name: given[:, :S] if name in by_token else given for name, given in _ATTENTION_MASKS[mask].items()}
-    arguments = {**masks, "max_length": S, "p": p, "seed": _SEED, "site": 1}
+    options = attention_triton.Options(**masks, max_length=S, p=p, seed=_SEED, site=1)
 
     def launch() -> None:
-        out, lse = attention_triton.forward(qkv, **arguments)
-        attention_backward_triton.backward(out, qkv, out, lse, **arguments, stochastic=stochastic)
+        out, lse = attention_triton.forward(qkv, options)
+        attention_backward_triton.backward(out, qkv, out, lse, options, stochastic=stochastic)
 
     # wgmma takes at least 64 rows, for which fp32 products have too few registers
     dots = frozenset() if dtype == torch.float32 else _ATTENTION_DOTS
@@ -205,15 +205,17 @@ def _stack_cases() -> Iterator[Case]:
     def attention() -> None:
         qkv = torch.empty(2, 512, 3, 2, 64, dtype=torch.bfloat16)
         for seed in seeds:
-            out, lse = attention_triton.forward(qkv, p=0.1, seed=seed)
-            attention_backward_triton.backward(out, qkv, out, lse, p=0.1, seed=seed)
+            options = attention_triton.Options(p=0.1, seed=seed)
+            out, lse = attention_triton.forward(qkv, options)
+            attention_backward_triton.backward(out, qkv, out, lse, options)
 
     def packed_attention() -> None:
-        masks = {"cu_seqlens": torch.zeros(3, dtype=torch.int32), "max_length": 512, "p": 0.1, "seed": _SEED}
+        borders = torch.zeros(3, dtype=torch.int32)
+        options = attention_triton.Options(cu_seqlens=borders, max_length=512, p=0.1, seed=_SEED)
         for num_tokens in (16, 1000, 1024):
             qkv = torch.empty(num_tokens, 3, 2, 32, dtype=torch.bfloat16)
-            out, lse = attention_triton.forward(qkv, **masks)
-            attention_backward_triton.backward(out, qkv, out, lse, **masks)
+            out, lse = attention_triton.forward(qkv, options)
+            attention_backward_triton.backward(out, qkv, out, lse, options)
 
     yield Case("attention of three packed batches", packed_attention, dot_kernels=_ATTENTION_DOTS)
     yield Case("norms of two layers", norms)

@@ -230,9 +230,9 @@ def _fake_triton_forward(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 )
 def _triton_forward(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """`attention_triton.forward`."""
-    from .attention_triton import forward
+    from .attention_triton import Options, forward
 
-    return forward(qkv, **dict(zip(_TRITON_ARGUMENTS, arguments, strict=True)))
+    return forward(qkv, Options(*arguments))
 
 
 @operator(
@@ -243,13 +243,10 @@ def _triton_forward(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 )
 def _triton_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
     """`attention_backward_triton.backward`."""
-    from .attention_backward_triton import backward
+    from .attention_backward_triton import Options, backward
 
-    names = (*_TRITON_ARGUMENTS, "stochastic")
-    return backward(dout, qkv, out, lse, **dict(zip(names, arguments, strict=True)))
-
-
-_TRITON_ARGUMENTS = ("key_mask", "segment_ids", "key_bias", "cu_seqlens", "seed", "max_length", "causal", "p", "site")
+    *options, stochastic = arguments
+    return backward(dout, qkv, out, lse, Options(*options), stochastic=stochastic)
 
 
 class _TritonAttention(torch.autograd.Function):

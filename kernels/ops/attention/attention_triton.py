@@ -15,7 +15,7 @@ All sequences lie in rows of tokens: sequence b of a padded batch starts at row 
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,31 +36,84 @@ NUMBERS = ["row_blocks", "site", "threshold"]
 _LARGEST_BATCH = 65535  # CUDA's limit for the third dim of a grid
 
 
+class Options(NamedTuple):
+    """What attention is asked for, in the order of the operators.
+
+    Which keys a query sees: those with key_mask (B or 1, S) bool True, default all; those of its own segment, segment_ids
+        (B or 1, S) int, default one; none behind it when causal; the first lengths[b] of its sequence, lengths (B,) int32,
+        default all. What several of these allow must hold together. Queries at padding attend too.
+    key_bias: (B or 1, S) fp32, for padded batches, added to the scaled scores. Its largest value in each sequence should be
+        0: lse would lose the precision that a huge one takes. -inf hides a key.
+    cu_seqlens: (B + 1,) int32, borders of the packed sequences, starting at 0 and ending at T, empty sequences allowed;
+        max_length: no fewer than the tokens of the longest one. lengths is for padded batches only; key_mask and segment_ids
+        are (T,) when packed.
+    p, seed, site: dropout of the probabilities as in `kernels.dropout`, seed an int64 scalar on the device; None: no dropout.
+        Decisions depend on seed, site, sequence number, head, and places of query and key within their sequence.
+    """
+
+    key_mask: Tensor | None = None
+    segment_ids: Tensor | None = None
+    key_bias: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    seed: Tensor | None = None
+    max_length: int | None = None
+    causal: bool = False
+    p: float = 0.0
+    site: int = 0
+    lengths: Tensor | None = None
+
+
+_NO_OPTIONS = Options()
+
+
+class Masks(NamedTuple):
+    """Which keys the queries see, as the kernels take it; T for B * S where a batch is packed. None: all."""
+
+    lengths: Tensor | None  # (B,) int32
+    cu_seqlens: Tensor | None  # (B + 1,) int32; None: the batch is padded
+    key_mask: Tensor | None  # (B * S,) bool
+    segment_ids: Tensor | None  # (B * S,) int
+    key_bias: Tensor | None  # (B * S,) fp32
+
+
+class Strides(NamedTuple):
+    """Steps within qkv, (B, S, 3, N, D) or (T, 3, N, D); within the gradient of the output those of the first two alone."""
+
+    batch: int  # 0 where the batch is packed
+    row: int
+    part: int = 0
+    head: int = 0
+
+
 @triton.jit
-def _sequence(size, lengths_ptr, cu_seqlens_ptr):
-    """The first row of this program's sequence, its number of queries and its number of keys."""
+def _start(qkv_ptr, masks, strides, size, seed_ptr, site):
+    """This program's head; of its sequence the first row, the numbers of queries and of keys, and where its queries lie in
+    qkv; key and salt of its dropout."""
+    head = tl.program_id(1)
     index = tl.program_id(2)
-    if cu_seqlens_ptr is not None:
-        first = tl.load(cu_seqlens_ptr + index)
-        num_queries = tl.load(cu_seqlens_ptr + index + 1) - first
+    if masks.cu_seqlens is not None:
+        first = tl.load(masks.cu_seqlens + index)
+        num_queries = tl.load(masks.cu_seqlens + index + 1) - first
         num_keys = num_queries
         first = first.to(tl.int64)
     else:
         first = index.to(tl.int64) * size
         num_queries = size
         num_keys = size
-        if lengths_ptr is not None:
-            num_keys = tl.minimum(tl.load(lengths_ptr + index), size)
-    return first, num_queries, num_keys
+        if masks.lengths is not None:
+            num_keys = tl.minimum(tl.load(masks.lengths + index), size)
+    q_ptr = qkv_ptr + _offset(first, masks, strides) + head.to(tl.int64) * strides.head
+    key, salt = dropout_key(seed_ptr, site, index * tl.num_programs(1) + head)
+    return head, first, num_queries, num_keys, q_ptr, key, salt
 
 
 @triton.jit
-def _offset(first, stride_batch, stride_row, cu_seqlens_ptr):
-    """Where this program's sequence starts in a tensor (B, S, ...) or, packed, (T, ...) with these strides."""
-    if cu_seqlens_ptr is not None:
-        offset = first * stride_row
+def _offset(first, masks, strides):
+    """Where this program's sequence starts in a tensor with these strides."""
+    if masks.cu_seqlens is not None:
+        offset = first * strides.row
     else:
-        offset = tl.program_id(2).to(tl.int64) * stride_batch
+        offset = tl.program_id(2).to(tl.int64) * strides.batch
     return offset
 
 
@@ -87,21 +140,21 @@ def _store(ptr, stride, start, end, x, D: tl.constexpr):
 
 
 @triton.jit
-def _load_bias(key_bias_ptr, key, num_keys, first, score_scale):
+def _load_bias(masks, key, num_keys, first, score_scale):
     """What to add to q k', in the shape of key: the bias times sqrt(D). Far below 0 it may become -inf, which hides the key."""
-    bias = tl.load(key_bias_ptr + first + key, mask=key < num_keys, other=0.0)
+    bias = tl.load(masks.key_bias + first + key, mask=key < num_keys, other=0.0)
     return bias * (1 / (score_scale * LN_2))
 
 
 @triton.jit
-def _hide(scores, query, key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL: tl.constexpr):
+def _hide(scores, query, key, num_queries, num_keys, first, masks, CAUSAL: tl.constexpr):
     """scores with -inf where the query must not see the key; query (Q, 1), key (1, K), or (1, Q) and (K, 1)."""
     visible = key < num_keys
-    if key_mask_ptr is not None:
-        visible = visible & (tl.load(key_mask_ptr + first + key, mask=visible, other=0) != 0)
-    if segment_ids_ptr is not None:
-        key_segment = tl.load(segment_ids_ptr + first + key, mask=visible, other=0)
-        query_segment = tl.load(segment_ids_ptr + first + query, mask=query < num_queries, other=0)
+    if masks.key_mask is not None:
+        visible = visible & (tl.load(masks.key_mask + first + key, mask=visible, other=0) != 0)
+    if masks.segment_ids is not None:
+        key_segment = tl.load(masks.segment_ids + first + key, mask=visible, other=0)
+        query_segment = tl.load(masks.segment_ids + first + query, mask=query < num_queries, other=0)
         visible = visible & (key_segment == query_segment)
     if CAUSAL:
         visible = visible & (key <= query)
@@ -109,16 +162,7 @@ def _hide(scores, query, key, num_queries, num_keys, first, key_mask_ptr, segmen
 
 
 @triton.jit
-def _key_range(
-    query_start,
-    num_keys,
-    key_mask_ptr,
-    segment_ids_ptr,
-    key_bias_ptr,
-    CAUSAL: tl.constexpr,
-    Q: tl.constexpr,
-    K: tl.constexpr,
-):
+def _key_range(query_start, num_keys, masks, CAUSAL: tl.constexpr, Q: tl.constexpr, K: tl.constexpr):
     """(full, end): keys 0 .. full lie in tiles that every query of the tile sees whole and without bias; keys full .. end
     need `_load_bias` and `_hide`."""
     end = num_keys
@@ -126,7 +170,7 @@ def _key_range(
     if CAUSAL:
         end = tl.minimum(end, query_start + Q)
         full = tl.minimum(full, query_start // K * K)
-    if key_mask_ptr is not None or segment_ids_ptr is not None or key_bias_ptr is not None:
+    if masks.key_mask is not None or masks.segment_ids is not None or masks.key_bias is not None:
         full = full * 0
     return full, end
 
@@ -136,18 +180,11 @@ def attention_forward(
     qkv_ptr,  # (B, S, 3, N, D), or (T, 3, N, D) packed
     out_ptr,  # (B, S, N * D) or (T, N * D)
     lse_ptr,  # (N, row_blocks * 16) fp32
-    lengths_ptr,  # (B,) int32 or None
-    cu_seqlens_ptr,  # (B + 1,) int32 or None
-    key_mask_ptr,  # (B, S) bool or None
-    segment_ids_ptr,  # (B, S) int or None
-    key_bias_ptr,  # (B, S) fp32 or None
+    masks,  # Masks
+    strides,  # Strides of qkv
     seed_ptr,  # () int64 or None
     size,  # S of a padded batch
     row_blocks,  # ceil(B * S / 16) or ceil(T / 16): rows of lse start at multiples of 16, so that loads of it can be wide
-    stride_batch,
-    stride_row,
-    stride_part,
-    stride_head,
     score_scale,  # log2(e) / sqrt(D)
     site,
     threshold,
@@ -161,34 +198,28 @@ def attention_forward(
     """One tile of Q queries of one head of one sequence; grid (query tiles, N, B)."""
     # the last tile sees most keys when causal: start it first
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-    stream = tl.program_id(2) * tl.num_programs(1) + head
-    first, num_queries, num_keys = _sequence(size, lengths_ptr, cu_seqlens_ptr)
+    head, first, num_queries, num_keys, q_ptr, dropout, salt = _start(qkv_ptr, masks, strides, size, seed_ptr, site)
     query_start = tile * Q
     if query_start >= num_queries:
         return
-    q_ptr = qkv_ptr + _offset(first, stride_batch, stride_row, cu_seqlens_ptr) + head.to(tl.int64) * stride_head
-    k_ptr = q_ptr + stride_part
-    v_ptr = k_ptr + stride_part
+    k_ptr = q_ptr + strides.part
+    v_ptr = k_ptr + strides.part
     query = query_start + tl.arange(0, Q)
-    dropout, salt = dropout_key(seed_ptr, site, stream)
 
-    full, end = _key_range(query_start, num_keys, key_mask_ptr, segment_ids_ptr, key_bias_ptr, CAUSAL, Q, K)
-    q = _load(q_ptr, stride_row, query_start, num_queries, Q, D, D_PADDED)
+    full, end = _key_range(query_start, num_keys, masks, CAUSAL, Q, K)
+    q = _load(q_ptr, strides.row, query_start, num_queries, Q, D, D_PADDED)
     highest = tl.full((Q,), float("-inf"), tl.float32)
     total = tl.zeros((Q,), tl.float32)
     acc = tl.zeros((Q, D_PADDED), tl.float32)
     for masked in tl.static_range(2):
         for key_start in range(full if masked else 0, end if masked else full, K):
-            k = _load(k_ptr, stride_row, key_start, num_keys, K, D, D_PADDED)
+            k = _load(k_ptr, strides.row, key_start, num_keys, K, D, D_PADDED)
             scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
             if masked:
                 key = key_start + tl.arange(0, K)[None, :]
-                if key_bias_ptr is not None:
-                    scores += _load_bias(key_bias_ptr, key, num_keys, first, score_scale)
-                scores = _hide(
-                    scores, query[:, None], key, num_queries, num_keys, first, key_mask_ptr, segment_ids_ptr, CAUSAL
-                )
+                if masks.key_bias is not None:
+                    scores += _load_bias(masks, key, num_keys, first, score_scale)
+                scores = _hide(scores, query[:, None], key, num_queries, num_keys, first, masks, CAUSAL)
             new_highest = tl.maximum(highest, tl.max(scores, 1) * score_scale)
             # a row that has seen no key yet has -inf here, and -inf - -inf would be NaN
             pivot = tl.where(new_highest == float("-inf"), 0.0, new_highest) if masked else new_highest
@@ -198,7 +229,7 @@ def attention_forward(
             total = total * decay + tl.sum(p, 1)
             if seed_ptr is not None:
                 p = drop(p, dropout, salt, query_start, key_start, threshold)
-            v = _load(v_ptr, stride_row, key_start, num_keys, K, D, D_PADDED)
+            v = _load(v_ptr, strides.row, key_start, num_keys, K, D, D_PADDED)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="tf32x3")
 
     # without a visible key the output is 0, and L = inf makes P of backward 0
@@ -217,54 +248,39 @@ def row_blocks(qkv: Tensor) -> int:
     return triton.cdiv(math.prod(qkv.shape[:-3]), 16)
 
 
-def shared_arguments(
-    qkv: Tensor,
-    lengths: Tensor | None,
-    key_mask: Tensor | None,
-    segment_ids: Tensor | None,
-    key_bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    p: float,
-    seed: Tensor | None,
-    site: int,
-) -> tuple[Any, ...]:
-    """The arguments that every kernel takes after its own tensors, from lengths_ptr to D_PADDED."""
-    packed = cu_seqlens is not None
-    stride_batch, stride_row, stride_part, stride_head, stride_column = (0,) * packed + qkv.stride()
-    size = qkv.shape[-1]
-    assert stride_column == 1, "a head's columns lie side by side in the output of the QKV projection"
+def shared_arguments(qkv: Tensor, options: Options) -> tuple[Any, ...]:
+    """The arguments that every kernel takes after its own tensors, from masks to D_PADDED."""
+    packed, size = options.cu_seqlens is not None, qkv.shape[-1]
+    strides = (0,) * packed + qkv.stride()
+    assert strides[-1] == 1, "a head's columns lie side by side in the output of the QKV projection"
     assert size <= 128, "no tile for such heads"
-    drops = seed is not None and p > 0
+    drops = options.seed is not None and options.p > 0
     # the kernels index these without strides, and one row of a mask may stand for the whole batch
-    by_sequence, by_token = (lengths, cu_seqlens), (key_mask, segment_ids, key_bias)
+    by_sequence = (None if mask is None else mask.contiguous() for mask in (options.lengths, options.cu_seqlens))
+    by_token = (None if mask is None else mask.expand(qkv.shape[:-3]).contiguous() for mask in options[:3])
     return (
-        *(None if mask is None else mask.contiguous() for mask in by_sequence),
-        *(None if mask is None else mask.expand(qkv.shape[:-3]).contiguous() for mask in by_token),
-        seed if drops else None,
+        Masks(*by_sequence, *by_token),
+        Strides(*strides[:-1]),
+        options.seed if drops else None,
         0 if packed else qkv.shape[1],
         row_blocks(qkv),
-        stride_batch,
-        stride_row,
-        stride_part,
-        stride_head,
         math.log2(math.e) / math.sqrt(size),
-        site,
-        drop_threshold(p),
-        keep_scale(p) if drops else 1.0,
-        causal,
+        options.site,
+        drop_threshold(options.p),
+        keep_scale(options.p) if drops else 1.0,
+        options.causal,
         size,
         max(16, triton.next_power_of_2(size)),
     )
 
 
-def sequence_grid(qkv: Tensor, cu_seqlens: Tensor | None, max_length: int | None) -> tuple[int, int, int]:
+def sequence_grid(qkv: Tensor, options: Options) -> tuple[int, int, int]:
     """(tokens of the longest sequence, N, number of sequences); raises ValueError for more sequences than a grid takes."""
-    if cu_seqlens is None:
+    if options.cu_seqlens is None:
         num_sequences, length = qkv.shape[:2]
     else:
-        assert max_length is not None, "the host does not know how long the longest sequence of a packed batch is"
-        num_sequences, length = cu_seqlens.numel() - 1, max_length
+        assert options.max_length is not None, "the host does not know how long the longest packed sequence is"
+        num_sequences, length = options.cu_seqlens.numel() - 1, options.max_length
     if num_sequences > _LARGEST_BATCH:
         raise UserError(
             f"B={num_sequences} sequences are over {_LARGEST_BATCH}, the most that the GPU kernels of attention take in one "
@@ -280,45 +296,20 @@ def choose_tiles(qkv: Tensor, length: int, segment_ids: Tensor | None) -> Tiles:
     return tiles_for(80 if target is None else target.arch, 8 * qkv.itemsize, qkv.shape[-1], length, limited)
 
 
-def forward(
-    qkv: Tensor,
-    lengths: Tensor | None = None,
-    *,
-    key_mask: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    key_bias: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    max_length: int | None = None,
-    causal: bool = False,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    site: int = 0,
-    tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(qkv: Tensor, options: Options = _NO_OPTIONS, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse): the attention output before its projection, and what `backward` needs besides.
 
     qkv: (B, S, 3, N, D) padded, or (T, 3, N, D) packed; fp16, bf16 or fp32, D at most 128, any strides with the columns of a
-        head side by side. Which keys a query sees: the first lengths[b] of its sequence, lengths (B,) int32, default all;
-        those with key_mask (B or 1, S) bool True, default all; those of its own segment, segment_ids (B or 1, S) int, default
-        one; none behind it when causal. What several of these allow must hold together. Queries at padding attend too.
-    key_bias: (B or 1, S) fp32, for padded batches, added to the scaled scores. Its largest value in each sequence should be
-        0: lse would lose the precision that a huge one takes. -inf hides a key.
-    cu_seqlens: (B + 1,) int32, borders of the packed sequences, starting at 0 and ending at T, empty sequences allowed;
-        max_length: no fewer than the tokens of the longest one. lengths is for padded batches only; key_mask and segment_ids
-        are (T,) when packed.
-    p, seed, site: dropout of the probabilities as in `kernels.dropout`, seed an int64 scalar on the device; None: no dropout.
-        Decisions depend on seed, site, sequence number, head, and places of query and key within their sequence.
-    tiles: None for those that `attention_tiles` has for this device.
+        head side by side. tiles: None for those that `attention_tiles` has for this device.
     out: (B, S, N * D) or (T, N * D), contiguous, in the dtype of qkv; 0 for a query without a visible key.
     lse: (N, B * S or T, rounded up to a multiple of 16) fp32, log2 of the sum of exp of the scaled scores; inf for a query
         without a visible key.
     """
-    length, num_heads, num_sequences = sequence_grid(qkv, cu_seqlens, max_length)
-    shared = shared_arguments(qkv, lengths, key_mask, segment_ids, key_bias, cu_seqlens, causal, p, seed, site)
+    length, num_heads, num_sequences = sequence_grid(qkv, options)
     out = qkv.new_empty((*qkv.shape[:-3], num_heads * qkv.shape[-1]))
     lse = qkv.new_empty((num_heads, row_blocks(qkv) * 16), dtype=torch.float32)
-    tile = (tiles or choose_tiles(qkv, length, segment_ids)).forward
+    tile = (tiles or choose_tiles(qkv, length, options.segment_ids)).forward
     attention_forward[(triton.cdiv(length, tile.queries), num_heads, num_sequences)](
-        qkv, out, lse, *shared, tile.queries, tile.keys, **tile.options()
+        qkv, out, lse, *shared_arguments(qkv, options), tile.queries, tile.keys, **tile.options()
     )
     return out, lse

@@ -48,3 +48,10 @@ def pytest_itemcollected(item):
 def new_tensors_lie_where_the_kernels_run():
     with torch.device("cuda" if ON_GPU else "cpu"):
         yield
+
+
+@pytest.fixture
+def unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # which also fills what torch.empty gives
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -121,14 +121,16 @@ def test_of_a_packed_batch_activation_checkpointing_keeps_tokens_only(choice):
 def attention_of_triton(monkeypatch):
     """On a CPU, _TritonAttention runs with a stand-in for the kernel's launch function."""
 
-    def forward(qkv, **_):
+    def forward(qkv, _):
         rows = math.ceil(qkv.shape[:-3].numel() / 16) * 16
         out = qkv.new_empty((*qkv.shape[:-3], qkv.shape[-2] * qkv.shape[-1]))
         return out, qkv.new_empty((qkv.shape[-2], rows), dtype=torch.float32)
 
     monkeypatch.setattr(attention, "uses_triton", lambda *_: True)
     monkeypatch.setitem(
-        sys.modules, attention.__package__ + ".attention_triton", types.SimpleNamespace(forward=forward)
+        sys.modules,
+        attention.__package__ + ".attention_triton",
+        types.SimpleNamespace(forward=forward, Options=lambda *_: None),
     )
 
 
