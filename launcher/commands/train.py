@@ -34,7 +34,7 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
                 flag.kind | None,
                 typer.Option(
                     *flag.names,
-                    help=f"{flag.help} ({flag.key})" if flag.key else flag.help,
+                    help=flag.help_text,
                     rich_help_panel=TUTORIAL_PANEL,
                     show_default=False,
                 ),

@@ -48,13 +48,9 @@ def _contradiction(training: TrainingConfig, num_replicas: int) -> str:
     given = {"micro_batch_size": micro, "gradient_accumulation_steps": accumulation}
     factors = [f"{key} {value}" for key, value in given.items() if value is not None]
     replicas = f"{num_replicas} {'replica' if num_replicas == 1 else 'replicas'}"
-    needs = (
-        f"must be {micro * accumulation * num_replicas}, which is"
-        if micro and accumulation
-        else "must be a multiple of"
-        if factors or num_replicas > 1
-        else "must be"
-    )
+    needs = "must be a multiple of" if factors or num_replicas > 1 else "must be"
+    if micro and accumulation:
+        needs = f"must be {micro * accumulation * num_replicas}, which is"
     choices = "; ".join(
         f"{plan.train_batch_size} = {plan.micro_batch_size} x {plan.gradient_accumulation_steps} x {num_replicas}"
         for plan in nearest_plans(training, num_replicas)

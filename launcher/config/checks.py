@@ -14,6 +14,7 @@ from ...recipes import CONFIG_CHECKS
 from ...recipes.config import Fault, SourceConfig
 from .batch import divisors, solve_batch
 from .deepspeed import deepspeed_faults
+from .deepspeed_keys import show
 from .optimizers import optimizer_faults
 from .schema import RunConfig
 
@@ -38,19 +39,17 @@ def faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
 
     world_size: processes of the run; None: as many as one replica of the model takes.
     """
-    yield from _run_faults(config)
-    yield from _model_faults(config)
+    yield from _run_and_model_faults(config)
     yield from CONFIG_CHECKS[config.model.type](config.model, config.layer, config.objective)
     yield from _tokenizer_and_objective_faults(config)
     yield from _data_faults(config)
     yield from _schedule_faults(config)
-    yield from (Fault(keys, text) for keys, text in optimizer_faults(config.optimizer))
+    yield from optimizer_faults(config.optimizer)
     yield from _training_faults(config)
     yield from _parallel_faults(config, world_size)
     yield from _fp8_faults(config)
     yield from _batch_and_deepspeed_faults(config, world_size)
     yield from _checkpoint_faults(config)
-    yield from _reliability_faults(config)
 
 
 def is_plain_name(name: str) -> bool:
@@ -63,15 +62,12 @@ def is_plain_name(name: str) -> bool:
     )
 
 
-def _run_faults(config: RunConfig) -> Iterator[Fault]:
+def _run_and_model_faults(config: RunConfig) -> Iterator[Fault]:
+    model, data = config.model, config.data
     if not is_plain_name(config.name):
         yield Fault(("name",), f"got {config.name!r}, must be {FILE_NAME_RULE}; folders go into output_dir")
     if not config.output_dir.strip():
         yield Fault(("output_dir",), 'got an empty path, must name a folder; "." is the current one')
-
-
-def _model_faults(config: RunConfig) -> Iterator[Fault]:
-    model, data = config.model, config.data
     if model.hidden_size % model.num_attention_heads:
         yield Fault(
             ("model.hidden_size", "model.num_attention_heads"),
@@ -151,10 +147,8 @@ def _source_faults(source: SourceConfig) -> Iterator[tuple[str, str]]:
     given = source.model_dump(exclude_defaults=True)
     for name, owner in KIND_WITH.items():
         if source.kind != owner and name in given:
-            text = (
-                f"got {given[name]!r}, but only kind {owner} has it, and this source is kind {source.kind}; remove it"
-            )
-            yield name, text
+            only = f"only kind {owner} has it, and this source is kind {source.kind}"
+            yield name, f"got {given[name]!r}, but {only}; remove it"
 
 
 def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
@@ -165,9 +159,8 @@ def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
             f"got {schedule.warmup_proportion}, but schedule.warmup_steps {schedule.warmup_steps} is given too; "
             "keep one of the two",
         )
-    total, total_key = schedule.total_steps or max_steps, "schedule.total_steps"
-    if schedule.total_steps is None:
-        total_key = "training.max_steps"
+    total = schedule.total_steps or max_steps
+    total_key = "training.max_steps" if schedule.total_steps is None else "schedule.total_steps"
     if total is not None and (schedule.warmup_steps or 0) > total:
         yield Fault(
             ("schedule.warmup_steps", "schedule.total_steps", "training.max_steps"),
@@ -217,12 +210,13 @@ def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Faul
     tensor, key = config.parallel.tensor, "parallel.tensor"
     if (world_size or tensor) % tensor:
         processes = f"{world_size} {'process' if world_size == 1 else 'processes'}"
-        yield Fault(
-            (key,), f"got {tensor}, which does not divide the {processes} of the run; start a multiple of {tensor}"
-        )
+        text = f"got {tensor}, which does not divide the {processes} of the run; start a multiple of {tensor}"
+        yield Fault((key,), text)
     for name, size in _shared_sizes(config):
         if size % tensor:
-            yield Fault((key, name), f"got {tensor}, must divide {name} {size}: {_divisors_text(size)}")
+            found = divisors(size)
+            listed = ", ".join([*map(str, found[:8]), *(["..."] if len(found) > 8 else [])])
+            yield Fault((key, name), f"got {tensor}, must divide {name} {size}: {listed}")
     if tensor > 1 and config.layer.cuda_graph:
         yield Fault(
             ("layer.cuda_graph", key),
@@ -253,19 +247,14 @@ def _shared_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
         yield "data.max_seq_length", config.data.max_seq_length
 
 
-def _divisors_text(number: int) -> str:
-    found = divisors(number)
-    return ", ".join(map(str, found[:8])) + (", ..." if len(found) > 8 else "")
-
-
 def _fp8_faults(config: RunConfig) -> Iterator[Fault]:
     if config.training.precision != "fp8":
         return
     tensor = config.parallel.tensor
     sizes = {"model.hidden_size": config.model.hidden_size, "model.intermediate_size": config.model.intermediate_size}
+    on_each = "" if tensor == 1 else f" times parallel.tensor {tensor}"
     for name, size in sizes.items():
         if size % (FP8_MULTIPLE * tensor):
-            on_each = "" if tensor == 1 else f" times parallel.tensor {tensor}"
             yield Fault(
                 (name, "training.precision", "parallel.tensor"),
                 f"got {size}, but the matrix products of training.precision fp8 need a multiple of {FP8_MULTIPLE}{on_each}",
@@ -279,12 +268,12 @@ def _fp8_faults(config: RunConfig) -> Iterator[Fault]:
 
 
 def _batch_and_deepspeed_faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
-    batch_keys = ("training.train_batch_size", "training.micro_batch_size", "training.gradient_accumulation_steps")
+    keys = ("training.train_batch_size", "training.micro_batch_size", "training.gradient_accumulation_steps")
     batch = None
     try:
         batch = solve_batch(config.training, num_replicas(config, world_size))
     except UserError as error:
-        yield Fault(batch_keys, str(error).removeprefix(f"{batch_keys[0]}: "))
+        yield Fault(keys, str(error).removeprefix(f"{keys[0]}: "))
     precision = config.training.precision
     for key, text in deepspeed_faults(config, batch, None if precision == "auto" else precision):
         yield Fault((f"deepspeed.{key}", *OWNERS.get(key.split(".")[0], ())), text)
@@ -296,8 +285,7 @@ def num_replicas(config: RunConfig, world_size: int | None) -> int:
 
 
 def _checkpoint_faults(config: RunConfig) -> Iterator[Fault]:
-    text = _id_format_fault(config.checkpoint.id_format)
-    if text:
+    if text := _id_format_fault(config.checkpoint.id_format):
         yield Fault(("checkpoint.id_format",), f"got {config.checkpoint.id_format!r}, {text}")
     load = config.load
     if load.path is not None and config.model.init_from is not None:
@@ -307,17 +295,13 @@ def _checkpoint_faults(config: RunConfig) -> Iterator[Fault]:
         )
     if load.path is None:
         for name, value in load.model_dump(exclude_defaults=True).items():
-            shown = "true" if value is True else repr(value)
-            text = f"got {shown}, but load.path does not say where to load from; set it"
+            text = f"got {show(value)}, but load.path does not say where to load from; set it"
             yield Fault((f"load.{name}", "load.path"), text)
     elif load.rewarmup and load.what == "weights":
         yield Fault(
             ("load.rewarmup", "load.what"),
             "got true, but load.what weights starts a new run, whose schedule starts at step 0 anyway; set false",
         )
-
-
-def _reliability_faults(config: RunConfig) -> Iterator[Fault]:
     if config.reliability.nan == "rollback" and config.checkpoint.save_every_steps is None:
         yield Fault(
             ("reliability.nan", "checkpoint.save_every_steps"),

@@ -66,7 +66,6 @@ def deepspeed_faults(
             yield key, f"got {show(theirs)}, but {our_key} is {show(ours)}; make them equal, or remove it here"
     yield from _optimizer_faults(config, _section(given, "optimizer"))
     yield from _zero_faults(config, _section(given, "zero_optimization"))
-    yield from _offload_faults(_section(given, "zero_optimization"))
 
 
 def _given(config: RunConfig) -> dict[str, Any]:
@@ -119,10 +118,7 @@ def _optimizer_faults(config: RunConfig, optimizer: Mapping[str, Any]) -> Iterat
         if name == "max_grad_norm":
             yield key, f"got {show(value)}, but DeepSpeed refuses it here; set training.gradient_clipping instead"
         elif name == "adam_w_mode" and value is not True:
-            yield (
-                key,
-                f"got {show(value)}, but optimizer.type {ours} decays weights apart from the gradient; remove it",
-            )
+            yield key, f"got {show(value)}, but optimizer.type {ours} decays weights apart from the gradient; remove it"
         elif name not in (*terms.params, "adam_w_mode", "torch_adam"):
             yield key, f"is not a parameter of optimizer.type {ours}; remove it"
 
@@ -133,22 +129,13 @@ def _zero_faults(config: RunConfig, zero: Mapping[str, Any]) -> Iterator[tuple[s
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         yield "zero_optimization.stage", f"got {show(stage)}, must be 0, 1, 2 or 3"
     elif stage in (1, 2) and OPTIMIZER_TERMS[optimizer].needs_places and zero.get("round_robin_gradients"):
-        yield (
-            "zero_optimization.round_robin_gradients",
-            f"got true, but then it is not known which parameters a shard holds, which optimizer.type {optimizer} must know; "
-            "set false",
-        )
+        unknown = f"it is not known which parameters a shard holds, which optimizer.type {optimizer} must know"
+        yield "zero_optimization.round_robin_gradients", f"got true, but then {unknown}; set false"
     elif zero.get("zenflow") is not None:
         yield "zero_optimization.zenflow", f"is not used: optimizer.type {optimizer} steps the weights; remove it"
     elif stage == 3 and config.layer.cuda_graph:
-        yield (
-            "zero_optimization.stage",
-            "got 3, which moves parameters in and out of memory, but layer.cuda_graph needs them to stay; set stage 2 or "
-            "layer.cuda_graph false",
-        )
-
-
-def _offload_faults(zero: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        moved = "which moves parameters in and out of memory, but layer.cuda_graph needs them to stay"
+        yield "zero_optimization.stage", f"got 3, {moved}; set stage 2 or layer.cuda_graph false"
     for name in ("offload_param", "offload_optimizer"):
         offload = _section(zero, name)
         if offload.get("device") == "nvme" and not offload.get("nvme_path"):

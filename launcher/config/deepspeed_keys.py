@@ -5,6 +5,7 @@ the run has begun (deepspeed/runtime/config.py and the classes it imports).
 """
 
 import difflib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -49,12 +50,9 @@ _KEYS: dict[str, dict[str, str]] = {
         "synchronize_checkpoint_boundary",
         "whole": "number_checkpoints",
     },
-    "aio": {
-        "flag": "single_submit overlap_events use_gds",
-        "whole": "block_size queue_depth intra_op_parallelism",
-    },
+    "aio": {"flag": "single_submit overlap_events use_gds", "whole": "block_size queue_depth intra_op_parallelism"},
     "bf16": {
-        "flag": "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states",
+        "flag": "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
     },
     "checkpoint": {
         "flag": "load_universal use_node_local_storage checkpoint_serialization",
@@ -148,7 +146,8 @@ def key_faults(given: Mapping[str, Any], section: str = "") -> Iterator[tuple[st
         if not section and key in REMOVED_KEYS:
             yield path, "DeepSpeed has removed this feature; remove the key"
         elif not section and key in REFUSED_KEYS:
-            if not _is_off(value):
+            off = value is None or value is False or (isinstance(value, dict) and value.get("enabled") is False)
+            if not off:
                 yield path, f"is not used: {REFUSED_KEYS[key]}; remove the key"
         elif key not in known:
             near = difflib.get_close_matches(key, KNOWN_KEYS if not section else known, n=1)
@@ -173,12 +172,8 @@ def _value_faults(path: str, value: Any, kind: str) -> Iterator[tuple[str, str]]
         yield from key_faults(value, path)
 
 
-def _is_off(value: Any) -> bool:
-    return value is None or value is False or (isinstance(value, dict) and value.get("enabled") is False)
-
-
 def show(value: Any) -> str:
     """Return a value as JSON has it, text in quotes."""
     if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
+        return json.dumps(value)
     return repr(list(value)) if isinstance(value, tuple) else repr(value)

@@ -183,8 +183,7 @@ class _Reader:
         return value
 
     def _list(self, node: yaml.Node, path: KeyPath) -> list[Any]:
-        for index, item in enumerate(node.value):
-            self.lines[(*path, index)] = item.start_mark.line + 1
+        self.lines |= {(*path, index): item.start_mark.line + 1 for index, item in enumerate(node.value)}
         return [self._value(item, (*path, index)) for index, item in enumerate(node.value)]
 
     def _mapping(self, node: yaml.Node, path: KeyPath) -> dict[str, Any]:

@@ -21,6 +21,12 @@ class Flag:
         """The name under which the parsed value is handed on."""
         return self.names[0].removeprefix("--")
 
+    @property
+    def help_text(self) -> str:
+        """What it takes, its other spellings and its key."""
+        others = f"; also {', '.join(self.names[1:])}." if self.names[1:] else "."
+        return self.help.removesuffix(".") + others + (f" ({self.key})" if self.key else "")
+
 
 FLAGS = (
     Flag(("--max_seq_length",), "data.max_seq_length", int, "Tokens in one sequence."),
@@ -31,18 +37,8 @@ FLAGS = (
     Flag(("--job_name",), "name", str, "Name of the run directory."),
     Flag(("--lr_schedule",), "schedule.type", str, "EE, LE or EP."),
     Flag(("--lr_offset",), "schedule.lr_offset", float, "Added to the learning rate at every step."),
-    Flag(
-        ("--load_training_checkpoint", "--load_cp"),
-        "load.path",
-        str,
-        "Run directory or checkpoint to load from; also --load_cp.",
-    ),
-    Flag(
-        ("--load_checkpoint_id", "--load_cp_id"),
-        "load.id",
-        str,
-        "Checkpoint id, unique prefix of one, or latest; also --load_cp_id.",
-    ),
+    Flag(("--load_training_checkpoint", "--load_cp"), "load.path", str, "Run directory or checkpoint to load from."),
+    Flag(("--load_checkpoint_id", "--load_cp_id"), "load.id", str, "Checkpoint id, unique prefix of one, or latest."),
     Flag(("--rewarmup",), "load.rewarmup", bool, "Restart the schedule at the loaded step."),
     Flag(
         ("--attention_dropout_checkpoint",),

@@ -120,16 +120,14 @@ class _Layers:
             return
         holder: Any = self.values
         for depth, part in enumerate(path):
-            beyond_end = isinstance(part, int) and isinstance(holder, list) and part >= len(holder)
-            if beyond_end:
+            if isinstance(part, int) and isinstance(holder, list) and part >= len(holder):
                 there = f"the list has {len(holder)} (the first is 0)" if holder else "the list is empty"
                 text = f"there is no item {part}; {there}; to make it longer, set {dotted(path[:depth])} as a whole"
                 self.problems.append(f"{origin}: {dotted(path)}: {text}")
                 if not holder:  # made on the way here
                     self._drop({path[:depth]})
                 return
-            fits = isinstance(holder, list if isinstance(part, int) else dict)
-            if not fits:
+            if not isinstance(holder, list if isinstance(part, int) else dict):
                 where = f"{dotted(path[:depth])} is {describe(holder)}, so there is nothing below it to set"
                 if isinstance(holder, list) and holder:
                     first = dotted((*path[:depth], 0, *path[depth:]))
@@ -166,12 +164,10 @@ class _Layers:
         beside, current = self.path.parent / given, Path(given)
         choices = (beside, current) if origin.startswith(f"{self.path}:") else (current, beside)
         found = next((choice for choice in choices if choice.is_file()), None)
-        if found is None:
-            tried = " and ".join(dict.fromkeys(str(choice) for choice in choices))
-            self.problems.append(f"{origin}: deepspeed: no such file: {tried}")
-            self.values.pop("deepspeed")
-            return
         try:
+            if found is None:
+                tried = " and ".join(dict.fromkeys(str(choice) for choice in choices))
+                raise ConfigError([f"{origin}: deepspeed: no such file: {tried}"])
             tree = read_tree(found)
         except ConfigError as error:
             self.problems.extend(error.problems)
@@ -195,7 +191,8 @@ class _Layers:
             assert config is not None, f"no problem is left after the wrong values are gone, but {errors}"
         for fault in faults(config, world_size):
             keys = [tuple(int(part) if part.isdecimal() else part for part in key.split(".")) for key in fault.keys]
-            if not any(_related(key, path) for key in keys for path in wrong):
+            # One that stands in a wrong key, or around it, may follow from that one.
+            if not any(key[: len(path)] == path or path[: len(key)] == key for key in keys for path in wrong):
                 self.problems.append(f"{self._nearest(keys[0])}: {fault.keys[0]}: {fault.text}")
         if self.problems:
             raise ConfigError(sorted(self.problems, key=_file_and_line))
@@ -269,7 +266,9 @@ def _merged(errors: list[ErrorDetails], values: Any) -> dict[KeyPath, str]:
             default = _default(path)
             inputs[path], rule = f"got {error['input']}, ", f"a list of {len(default)}, such as the default {default}"
         elif error["type"] == "missing":
-            inputs[path], rule = "", f"is missing; must be {_literals(path)}"
+            choices = _section_of(path[:-1]).model_fields[str(path[-1])].annotation
+            literals = " or ".join(repr(choice) for choice in getattr(choices, "__args__", ()))
+            inputs[path], rule = "", f"is missing; must be {literals}"
         else:
             inputs[path], rule = f"got {describe(error['input'])}, ", _rule(error)
         texts.setdefault(path, []).append(rule)
@@ -297,21 +296,20 @@ def _rule(error: ErrorDetails) -> str:
     kind, context = error["type"], error.get("ctx", {})
     if kind == "literal_error":
         return str(context["expected"])
+    if kind == "value_error":
+        return str(context["error"])
     if kind in BOUNDS:
         return BOUNDS[kind].format(**context)
     if kind == "string_type" and not isinstance(error["input"], dict | list | None):
         return f'text; write "{error["input"]}"'
     if kind in ("int_type", "int_from_float") and isinstance(error["input"], float) and error["input"].is_integer():
         return f"a whole number; write {int(error['input'])}"
-    if kind == "value_error":
-        return str(context["error"])
     assert kind in KINDS, f"the schema has a rule without words for it: {error}"
     return KINDS[kind]
 
 
 def _unknown_key(path: KeyPath) -> str:
-    meant = _meant(path)
-    if meant is not None:
+    if meant := _meant(path):
         return f"unknown key (did you mean {meant[-1]}?)"
     return f"unknown key; {dotted(path[:-1]) or 'a run config'} has {', '.join(_section_of(path[:-1]).model_fields)}"
 
@@ -320,11 +318,6 @@ def _meant(path: KeyPath) -> KeyPath | None:
     """Return the key of the schema that an unknown one resembles."""
     near = difflib.get_close_matches(str(path[-1]), _section_of(path[:-1]).model_fields, n=1)
     return (*path[:-1], near[0]) if near else None
-
-
-def _literals(path: KeyPath) -> str:
-    choices = _section_of(path[:-1]).model_fields[str(path[-1])].annotation
-    return " or ".join(repr(choice) for choice in getattr(choices, "__args__", ()))
 
 
 def _section_of(path: KeyPath) -> type[BaseModel]:
@@ -355,10 +348,6 @@ def _default(path: KeyPath) -> Any:
 def _outside_lists(path: KeyPath) -> KeyPath:
     """Return the path cut before its first list index: a list with one wrong item is left out as a whole."""
     return tuple(itertools.takewhile(lambda part: isinstance(part, str), path))
-
-
-def _related(key: KeyPath, other: KeyPath) -> bool:
-    return key[: len(other)] == other or other[: len(key)] == key
 
 
 def _leaves(values: Mapping[str, Any] | list, path: KeyPath) -> list[KeyPath]:

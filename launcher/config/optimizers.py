@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ...recipes.config import Section
+from ...recipes.config import Fault, Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -48,21 +48,15 @@ class OptimizerTerms:
 
 
 OPTIMIZER_TERMS = {
-    "lamb": OptimizerTerms(
-        deepspeed_types=("lamb",),
-        params=("lr", "betas", "eps", "weight_decay", "bias_correction", "max_coeff", "min_coeff"),
-        needs_places=True,
-    ),
+    "lamb": OptimizerTerms(("lamb",), (*OptimizerTerms.params, "max_coeff", "min_coeff"), needs_places=True),
     # DeepSpeed's Adam is AdamW unless adam_w_mode is false.
-    "adamw": OptimizerTerms(deepspeed_types=("adam", "adamw")),
+    "adamw": OptimizerTerms(("adam", "adamw")),
 }
 
 
-def optimizer_faults(optimizer: OptimizerConfig) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Yield each broken rule between keys of the section: the keys, the one to blame first, and the sentence for the user."""
+def optimizer_faults(optimizer: OptimizerConfig) -> Iterator[Fault]:
+    """Yield each broken rule between keys of the section."""
     lower, upper = optimizer.min_coeff, optimizer.max_coeff
     if lower is not None and upper is not None and lower > upper:
-        yield (
-            ("optimizer.min_coeff", "optimizer.max_coeff"),
-            f"got {lower}, must be at most optimizer.max_coeff {upper}",
-        )
+        keys = ("optimizer.min_coeff", "optimizer.max_coeff")
+        yield Fault(keys, f"got {lower}, must be at most optimizer.max_coeff {upper}")

@@ -32,8 +32,7 @@ def _faults(config: RunConfig) -> Iterator[Fault]:
         yield Fault(("model.init_from",), f"got {name!r}, which is no folder and no id of the hub; {remedy}")
     for key, sources in (("data.sources", config.data.sources), ("data.validation", config.data.validation or [])):
         for index, source in enumerate(sources):
-            fault = _source_fault(source)
-            if fault:
+            if fault := _source_fault(source):
                 yield Fault((f"{key}.{index}.path",), fault)
 
 
