@@ -33,17 +33,9 @@ def list_checkpoints(run: RunArgument, debug: DebugOption = False) -> None:
                 continue
             problems = store.damage(folder / entry.id, entry.state["files"], contents=False)
             note = f"damaged: {', '.join(problems)}" if problems else "latest" if entry.id == newest else ""
-            samples = entry.state.get("samples")
-            rows.append(
-                (
-                    entry.id,
-                    f"{entry.state['step']:,}",
-                    "" if samples is None else f"{samples:,}",
-                    size(_bytes(entry.state)),
-                    _time(entry.state),
-                    note,
-                )
-            )
+            samples = f"{entry.state['samples']:,}" if "samples" in entry.state else ""
+            size_and_time = (size(_bytes(entry.state)), _time(entry.state))
+            rows.append((entry.id, f"{entry.state['step']:,}", samples, *size_and_time, note))
         typer.echo(table(rows, header=True))
 
 

@@ -1,38 +1,23 @@
 """`xformer-train doctor`: say whether a run can start."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..processes.rank_status import USAGE_ERROR
 from ..processes.words import table
 from .errors import reported_errors
-from .options import (
-    AddressOption,
-    ConfigOption,
-    ExcludeOption,
-    HostfileOption,
-    IncludeOption,
-    LauncherOption,
-    NumNodesOption,
-    PortOption,
-    ProcessesOption,
-)
+from .options import ConfigOption, with_hosts
 
 _WIDTHS = (4, 24)  # room for `FAIL` and `node12 open files`; findings are printed before the longest is known
 
 
-def doctor(  # noqa: PLR0913, PLR0917  each parameter is an option of the command line
+@with_hosts
+def doctor(
     config: ConfigOption = None,
-    hostfile: HostfileOption = None,
-    include: IncludeOption = "",
-    exclude: ExcludeOption = "",
-    num_nodes: NumNodesOption = None,
-    num_gpus: ProcessesOption = None,
-    launcher: LauncherOption = "ssh",
-    master_addr: AddressOption = None,
-    master_port: PortOption = None,
+    *,
     quick: Annotated[bool, typer.Option("--quick", help="Leave out the all-reduce.")] = False,
+    **hosts: Any,
 ) -> None:
     """Say whether a run can start here, or on the hosts of a hostfile, and what to do where not.
 
@@ -43,9 +28,8 @@ def doctor(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
         from ..machines.launch import LaunchOptions
         from ..reporting.run_directory import taken_text
 
-        options = LaunchOptions(hostfile, include, exclude, num_nodes, num_gpus, launcher, master_addr, master_port)
         failed = False
-        for finding in examine(options, config, taken_text, quick=quick):
+        for finding in examine(LaunchOptions(**hosts), config, taken_text, quick=quick):
             typer.echo(table([finding.row], widths=_WIDTHS))
             failed |= finding.level == "FAIL"
     raise typer.Exit(int(failed))

@@ -1,39 +1,22 @@
 """`xformer-train launch`: train on the GPUs of this machine, or on several machines."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ..processes.rank_status import USAGE_ERROR
 from .errors import reported_errors, requeued_by_signals
-from .options import (
-    AddressOption,
-    DebugOption,
-    ExcludeOption,
-    HostfileOption,
-    IncludeOption,
-    LauncherOption,
-    NumNodesOption,
-    PortOption,
-    ProcessesOption,
-    RequiredConfigOption,
-)
+from .options import DebugOption, RequiredConfigOption, with_hosts
 from .train import training_options
 
 
-def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the command line
+@with_hosts
+def launch(
     config_file: RequiredConfigOption,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="-- [OPTIONS]", help="Options of training, such as -- --max_steps 10.")
     ] = None,
-    hostfile: HostfileOption = None,
-    include: IncludeOption = "",
-    exclude: ExcludeOption = "",
-    num_nodes: NumNodesOption = None,
-    num_gpus: ProcessesOption = None,
-    launcher: LauncherOption = "ssh",
-    master_addr: AddressOption = None,
-    master_port: PortOption = None,
+    *,
     launcher_args: Annotated[str, typer.Option(help="Passed on to pdsh, mpirun or srun.")] = "",
     max_restarts: Annotated[
         int,
@@ -41,6 +24,7 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
     ] = 0,
     print_only: Annotated[bool, typer.Option("--print", help="Show the commands, and start nothing.")] = False,
     debug: DebugOption = False,
+    **hosts: Any,
 ) -> None:
     """Train on this machine's GPUs, or on the hosts of a hostfile.
 
@@ -52,9 +36,7 @@ def launch(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
         from ..machines.launch import LaunchOptions, choose_hosts, count_processes, plan_launch, start
         from ..reporting.run_directory import check_run_directory
 
-        options = LaunchOptions(
-            hostfile, include, exclude, num_nodes, num_gpus, launcher, master_addr, master_port, launcher_args
-        )
+        options = LaunchOptions(**hosts, launcher_args=launcher_args)
         slots = choose_hosts(options)
         arguments = ["--config", str(config_file), *(overrides or ())]
         files, resume = training_options(arguments)

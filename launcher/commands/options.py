@@ -1,7 +1,10 @@
 """Options that several commands take, and the run config that they give."""
 
+import inspect
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -52,41 +55,52 @@ ModelOption = Annotated[
     ),
 ]
 
-HostfileOption = Annotated[
-    Path | None,
-    typer.Option(
-        *("--hostfile", "-H"),
-        parser=from_home,
-        metavar="FILE",
-        help="Hosts, `NAME slots=N` on each line; default this machine.",
-    ),
-]
+_HOSTFILE_HELP = "Hosts, `NAME slots=N` on each line; default this machine."
+_PROCESSES = ("--processes", "--num-gpus", "--num-accelerators")
+_PROCESSES_HELP = (
+    "Processes on each machine, one per GPU; default its slots, or all GPUs of this machine, or 1 on a CPU; also "
+    "--num-gpus, --num-accelerators."
+)
+_SLOTS = "HOST[:SLOT,...]@..."
+_HOW = "How to reach hosts: ssh, or DeepSpeed's pdsh, openmpi, mpich, impi or slurm."
+# By field of `LaunchOptions`.
+_HOST_OPTIONS = {
+    "hostfile": (Path | None, typer.Option("--hostfile", "-H", parser=from_home, metavar="FILE", help=_HOSTFILE_HELP)),
+    "include": (str, typer.Option(metavar=_SLOTS, help="Only these hosts and slots.")),
+    "exclude": (str, typer.Option(metavar=_SLOTS, help="All but these hosts and slots.")),
+    "num_nodes": (int | None, typer.Option(min=1, help="Only the first hosts of the hostfile.")),
+    "num_gpus": (int | None, typer.Option(*_PROCESSES, min=1, help=_PROCESSES_HELP)),
+    "launcher": (str, typer.Option(help=_HOW)),
+    "master_addr": (str | None, typer.Option(help="Address of the first host, for all the others.")),
+    "master_port": (int | None, typer.Option(min=1, max=65535, help="Port of that host where all processes meet.")),
+}
 
-IncludeOption = Annotated[str, typer.Option(metavar="HOST[:SLOT,...]@...", help="Only these hosts and slots.")]
 
-ExcludeOption = Annotated[str, typer.Option(metavar="HOST[:SLOT,...]@...", help="All but these hosts and slots.")]
+def with_hosts(command: Callable[..., None]) -> Callable[..., None]:
+    """Return the command with the options that choose hosts, the fields of `LaunchOptions`, in the place of `**hosts`."""
+    return with_options(command, _HOST_OPTIONS, {"include": "", "exclude": "", "launcher": "ssh"})
 
-NumNodesOption = Annotated[int | None, typer.Option(min=1, help="Only the first hosts of the hostfile.")]
 
-ProcessesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--processes",
-        "--num-gpus",
-        "--num-accelerators",
-        min=1,
-        help="Processes on each machine, one per GPU; default its slots, or all GPUs of this machine, or 1 on a CPU; also "
-        "--num-gpus, --num-accelerators.",
-    ),
-]
+def with_options(
+    command: Callable[..., None],
+    options: Mapping[str, tuple[Any, Any]],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> Callable[..., None]:
+    """Return the command with a parameter for each option, by name its type and what typer says of it.
 
-LauncherOption = Annotated[
-    str, typer.Option(help="How to reach hosts: ssh, or DeepSpeed's pdsh, openmpi, mpich, impi or slurm.")
-]
-
-AddressOption = Annotated[str | None, typer.Option(help="Address of the first host, for all the others.")]
-
-PortOption = Annotated[int | None, typer.Option(min=1, max=65535, help="Port of that host where all processes meet.")]
+    They stand in the place of the command's last, `**anything`, and behind those that it takes by position.
+    """
+    signature = inspect.signature(command)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    added = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=Annotated[kind, option]
+        )
+        for name, (kind, option) in options.items()
+    ]
+    first = [parameter for parameter in own if parameter.kind is not parameter.KEYWORD_ONLY]
+    command.__signature__ = signature.replace(parameters=[*first, *added, *own[len(first) :]])  # type: ignore[attr-defined]
+    return command
 
 
 def load(config: Path | None, sets: list[str] | None, flags: dict[str, Any], default: int | None) -> "LoadedConfig":

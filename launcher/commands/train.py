@@ -3,7 +3,6 @@
 Torch, DeepSpeed and pydantic are imported only once a command needs them, so that `--help` is quick.
 """
 
-import inspect
 from collections.abc import Callable
 from importlib import metadata
 from typing import Annotated, Any
@@ -12,7 +11,7 @@ import typer
 
 from ..config.flags import FLAGS, values_by_key
 from .errors import leave, reported_errors, requeued_by_signals
-from .options import ConfigOption, DebugOption, SetOption, load
+from .options import ConfigOption, DebugOption, SetOption, load, with_options
 from .usage import Commands
 
 TUTORIAL_PANEL = "Flags of DeepSpeed's BERT recipe (with underscores or hyphens)"
@@ -23,27 +22,9 @@ app = typer.Typer(name="xformer-train", cls=Commands, pretty_exceptions_enable=F
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Return the command with one keyword parameter for each row of FLAGS in the place of its `**flags`."""
-    signature = inspect.signature(command)
-    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-    flags = [
-        inspect.Parameter(
-            flag.parameter,
-            inspect.Parameter.KEYWORD_ONLY,
-            default=None,
-            annotation=Annotated[
-                flag.kind | None,
-                typer.Option(
-                    *flag.names,
-                    help=flag.help_text,
-                    rich_help_panel=TUTORIAL_PANEL,
-                    show_default=False,
-                ),
-            ],
-        )
-        for flag in FLAGS
-    ]
-    command.__signature__ = signature.replace(parameters=[*own, *flags])  # type: ignore[attr-defined]
-    return command
+    panel: dict[str, Any] = {"rich_help_panel": TUTORIAL_PANEL, "show_default": False}
+    options = {flag.parameter: typer.Option(*flag.names, help=flag.help_text, **panel) for flag in FLAGS}
+    return with_options(command, {flag.parameter: (flag.kind | None, options[flag.parameter]) for flag in FLAGS})
 
 
 def _show_version(asked: bool) -> None:

@@ -58,11 +58,10 @@ def examine(
         on_hosts = list(_checked("hosts", lambda: examine_hosts(options, slots, config_file, config, machine)))
         yield from on_hosts
         reachable = all(finding.level != "FAIL" for finding in on_hosts)
-    if not quick:
-        if reachable:
-            yield from _checked("all-reduce", lambda: bandwidth(options, slots, config))
-        else:
-            yield Finding("warn", "all-reduce", "not tried, because of the failures above")
+    if not quick and reachable:
+        yield from _checked("all-reduce", lambda: bandwidth(options, slots, config))
+    elif not quick:
+        yield Finding("warn", "all-reduce", "not tried, because of the failures above")
 
 
 def _checked(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -70,9 +69,8 @@ def _checked(what: str, check: Callable[[], Iterator[Finding]]) -> Iterator[Find
     try:
         yield from check()
     except Exception as error:
-        yield Finding(
-            "FAIL", what, f"{type(error).__name__}: {error}", "see what the error says; this check did not end"
-        )
+        remedy = "see what the error says; this check did not end"
+        yield Finding("FAIL", what, f"{type(error).__name__}: {error}", remedy)
 
 
 def _choose(options: LaunchOptions) -> tuple[Slots | None, int | None, list[Finding]]:
@@ -135,13 +133,11 @@ def bandwidth(options: LaunchOptions, slots: Slots | None, config: RunConfig) ->
 
 def _local_bandwidth(module: str, result: Path, processes: int) -> str:
     """Return what went wrong, empty if nothing did. DeepSpeed's launcher is not used: it starts slower than the check runs."""
-    place = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    place = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     started = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(result)],
-            env=os.environ
-            | {name: str(value) for name, value in place.items()}
-            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            env=os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

@@ -46,7 +46,7 @@ def facts(questions: Questions) -> dict[str, Any]:
         "own_addresses": _addresses(socket.gethostname()),
         "python": platform.python_version(),
         "c_library": " ".join(platform.libc_ver()).strip() or "unknown",
-        "packages": {package: _version(package) for package in questions["packages"]},
+        "packages": {package: version(package) for package in questions["packages"]},
         "gpus": _gpus(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_available": _memory_available(),
@@ -55,12 +55,13 @@ def facts(questions: Questions) -> dict[str, Any]:
         "folders": {folder: _folder(Path(folder)) for folder in questions["folders"]},
         "files": {file: Path(file).is_file() for file in questions["files"]},
         "names": {name: _addresses(name) for name in questions["names"]},
-        "port_free": questions["port"] is None or _is_free(questions["port"]),
+        "port_free": questions["port"] is None or is_free(questions["port"]),
         "tools": {tool: shutil.which(tool) is not None for tool in ("cc", "gcc", "clang")},
     }
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """Return the version of an installed package."""
     with contextlib.suppress(metadata.PackageNotFoundError):
         return metadata.version(package)
     return None
@@ -114,7 +115,8 @@ def _folder(folder: Path) -> dict[str, Any]:
         return {"free": 0, "fault": f"{existing}: {error.strerror}"}
 
 
-def _is_free(port: int) -> bool:
+def is_free(port: int) -> bool:
+    """Return whether nobody listens on a port of this machine."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
         try:

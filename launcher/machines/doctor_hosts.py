@@ -26,7 +26,7 @@ from .supervision import SSH
 _LIMIT_S = 60.0  # ssh itself gives up sooner
 _MOST_SKEW_S = 1.0
 _MOST_HOSTS_AT_ONCE = 64
-_SAME_EVERYWHERE = ("xformer-train", "torch", "deepspeed", "triton")
+_SAME_EVERYWHERE = ("xformer-train", "torch", "deepspeed", "triton", "python")
 _TOOLS = {"ssh": "ssh", "pdsh": "pdsh", "openmpi": "mpirun", "mpich": "mpirun", "impi": "mpirun", "slurm": "srun"}
 
 
@@ -48,10 +48,10 @@ def examine_hosts(
     hosts = f"{len(slots)} {'host' if len(slots) == 1 else 'hosts'}"
     yield Finding("ok", "hostfile", f"{options.hostfile}: {hosts}, slots: {sum(map(len, slots.values()))}")
     tool = _TOOLS[options.launcher]
-    if shutil.which(tool) is None:
-        yield Finding("FAIL", "launcher", f"{tool} is not installed here", f"install {tool}, or use another --launcher")
+    if found := shutil.which(tool):
+        yield Finding("ok", "launcher", f"{options.launcher}: {found}")
     else:
-        yield Finding("ok", "launcher", f"{options.launcher}: {shutil.which(tool)}")
+        yield Finding("FAIL", "launcher", f"{tool} is not installed here", f"install {tool}, or use another --launcher")
     master, port = options.master_addr or next(iter(slots)), options.master_port or DEFAULT_PORT
     output = Path(config.output_dir).absolute()
     shared = output if output.exists() else next(folder for folder in output.parents if folder.exists())
@@ -80,9 +80,8 @@ def ask_hosts(slots: Slots, asked: Questions, port: int) -> dict[str, Answer]:
 
 def _ask(host: str, asked: Questions) -> Answer:
     script = [sys.executable, doctor_facts.__file__]
-    command = (
-        script if is_this_machine(host) else [*SSH, host, f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(script)}"]
-    )
+    remote = [*SSH, host, f"cd {shlex.quote(str(Path.cwd()))} && {shlex.join(script)}"]
+    command = script if is_this_machine(host) else remote
     asked_s = time.time()
     try:
         done = subprocess.run(
@@ -104,37 +103,25 @@ def judge_host(host: str, answer: Answer, here: Mapping[str, Any], slots: tuple[
     """Yield whether a host is like this machine and has what its slots need."""
     facts = answer.facts
     assert facts is not None, "judged after an answer only"
-    different = [
-        f"{name} {facts['packages'][name]}, here {here['packages'][name]}"
-        for name in _SAME_EVERYWHERE
-        if facts["packages"][name] != here["packages"][name]
-    ]
-    if facts["python"] != here["python"]:
-        different.append(f"python {facts['python']}, here {here['python']}")
+    theirs, ours = ({**each["packages"], "python": each["python"]} for each in (facts, here))
+    different = [f"{x} {theirs[x]}, here {ours[x]}" for x in _SAME_EVERYWHERE if theirs[x] != ours[x]]
     if different:
         yield Finding("FAIL", host, "; ".join(different), "install the same versions on all hosts")
     else:
         yield Finding("ok", host, f"answers as {facts['name']}, with the same versions; clock {answer.skew_s:+.1f} s")
     gpus = facts["gpus"]
+    name = f"{host} GPUs"
     if gpus and max(slots) >= len(gpus):
-        yield Finding(
-            "FAIL", f"{host} GPUs", f"{len(gpus)}, and the hostfile uses slot {max(slots)}", "mend the hostfile"
-        )
+        yield Finding("FAIL", name, f"{len(gpus)}, and the hostfile uses slot {max(slots)}", "mend the hostfile")
     elif bool(gpus) != bool(here["gpus"]):
         has, has_not = (host, "this machine") if gpus else ("this machine", host)
-        yield Finding(
-            "warn", f"{host} GPUs", f"{has} has GPUs and {has_not} has none", "launch from a machine like the others"
-        )
+        yield Finding("warn", name, f"{has} has GPUs and {has_not} has none", "launch from a machine like the others")
     elif gpus:
-        yield Finding("ok", f"{host} GPUs", f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}")
+        yield Finding("ok", name, f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}")
     missing = [file for file, there in facts["files"].items() if not there]
     if missing:
-        yield Finding(
-            "FAIL",
-            f"{host} files",
-            f"does not see {missing[0]}",
-            "put the run config and output_dir on storage that all hosts share",
-        )
+        remedy = "put the run config and output_dir on storage that all hosts share"
+        yield Finding("FAIL", f"{host} files", f"does not see {missing[0]}", remedy)
     more = (*system(facts, f"{host} "), *folders(facts, f"{host} "))
     yield from (finding for finding in more if finding.level != "ok")
     if abs(answer.skew_s) > _MOST_SKEW_S:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ...recipes.data.cache import cache_folder
 from ..config.schema import RunConfig
 from ..processes.words import size
-from .doctor_facts import Questions
+from .doctor_facts import Questions, version
 from .launch import DEFAULT_PORT, LaunchOptions
 
 PACKAGES = ["xformer-train", "torch", "deepspeed", "triton", "transformers", "numpy"]
@@ -61,15 +61,10 @@ def software(machine: dict[str, Any]) -> Iterator[Finding]:
         requirement = Requirement(entry)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            yield Finding("FAIL", requirement.name, "is not installed", f"pip install '{entry}'")
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            yield Finding(
-                "FAIL", requirement.name, f"is {version}, needs {requirement.specifier}", f"pip install '{entry}'"
-            )
+        found = version(requirement.name)
+        if found is None or not requirement.specifier.contains(found, prereleases=True):
+            fault = "is not installed" if found is None else f"is {found}, needs {requirement.specifier}"
+            yield Finding("FAIL", requirement.name, fault, f"pip install '{entry}'")
 
 
 def devices(machine: dict[str, Any]) -> Iterator[Finding]:
@@ -78,12 +73,11 @@ def devices(machine: dict[str, Any]) -> Iterator[Finding]:
 
     gpus = machine["gpus"]
     if gpus and not torch.cuda.is_available():
-        yield Finding(
-            "FAIL",
-            "CUDA",
-            f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}, and torch {torch.__version__} cannot use it",
-            "install a CUDA build of torch that this driver supports, or set CUDA_VISIBLE_DEVICES= to train on the CPU",
+        there = f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}"
+        remedy = (
+            "install a CUDA build of torch that this driver supports, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
+        yield Finding("FAIL", "CUDA", f"{there}, and torch {torch.__version__} cannot use it", remedy)
     elif torch.cuda.is_available():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         driver = gpus[0]["driver"] if gpus else "unknown"
@@ -95,9 +89,8 @@ def devices(machine: dict[str, Any]) -> Iterator[Finding]:
         else:
             yield Finding("ok", f"GPU {index}", detail)
     if not gpus:
-        yield Finding(
-            "ok", "devices", f"no GPU; {machine['cores']} CPU cores, {size(machine['memory_available'])} free memory"
-        )
+        free = size(machine["memory_available"])
+        yield Finding("ok", "devices", f"no GPU; {machine['cores']} CPU cores, {free} free memory")
 
 
 def kernels(config: RunConfig, machine: dict[str, Any]) -> Iterator[Finding]:
@@ -110,18 +103,14 @@ def kernels(config: RunConfig, machine: dict[str, Any]) -> Iterator[Finding]:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     yield Finding("ok", "kernels", kernels_text(config.model, config.layer, Runtime(), device))
-    if on_gpu and config.layer.kernels == "auto" and _triton_needs_compiler():
-        if not any(machine["tools"].values()):
-            yield Finding(
-                "FAIL",
-                "compiler",
-                "this Triton builds a part of itself with a C compiler, and there is none",
-                "install gcc or a newer Triton, or set layer.kernels: reference",
-            )
-        else:
-            yield Finding("ok", "compiler", "a C compiler, which this Triton needs at its first start, is there")
-    else:
+    if not (on_gpu and config.layer.kernels == "auto" and _triton_needs_compiler()):
         yield Finding("ok", "compiler", "none is needed: no operator is built from C++ or CUDA sources")
+    elif any(machine["tools"].values()):
+        yield Finding("ok", "compiler", "a C compiler, which this Triton needs at its first start, is there")
+    else:
+        fault = "this Triton builds a part of itself with a C compiler, and there is none"
+        remedy = "install gcc or a newer Triton, or set layer.kernels: reference"
+        yield Finding("FAIL", "compiler", fault, remedy)
 
 
 def _triton_needs_compiler() -> bool:
@@ -135,12 +124,12 @@ def _triton_needs_compiler() -> bool:
 
 def system(machine: dict[str, Any], prefix: str = "") -> Iterator[Finding]:
     """Judge limits that end runs late. prefix: stands before the name of each finding."""
-    limit = machine["open_files"]
-    if limit < _OPEN_FILES:
+    name, detail = f"{prefix}open files", f"at most {machine['open_files']:,} per process"
+    if machine["open_files"] < _OPEN_FILES:
         remedy = f"ulimit -n {_OPEN_FILES}, or LimitNOFILE of the service that starts runs"
-        yield Finding("warn", f"{prefix}open files", f"at most {limit:,} per process", remedy)
+        yield Finding("warn", name, detail, remedy)
     else:
-        yield Finding("ok", f"{prefix}open files", f"at most {limit:,} per process")
+        yield Finding("ok", name, detail)
     shared = machine["shared_memory"]
     if shared is not None and shared < _SHARED_MEMORY and len(machine["gpus"]) > 1:
         remedy = "start the container with --shm-size=1g, or --ipc=host"
@@ -152,15 +141,13 @@ def folders(machine: dict[str, Any], prefix: str = "") -> Iterator[Finding]:
     for what, (folder, state) in zip(("output_dir", "cache_dir"), machine["folders"].items(), strict=False):
         name, detail = f"{prefix}{what}", f"{folder}, {size(state['free'])} free"
         if state["fault"] is not None:
-            yield Finding(
-                "FAIL", name, f"cannot write: {state['fault']}", f"choose another {what}, or mend its permissions"
-            )
+            remedy = f"choose another {what}, or mend its permissions"
+            yield Finding("FAIL", name, f"cannot write: {state['fault']}", remedy)
         elif state["free"] < _NEEDED_FREE:
             yield Finding("FAIL", name, detail, f"free space, or choose another {what}")
         elif state["free"] < _COMFORTABLE_FREE:
-            yield Finding(
-                "warn", name, detail, "a checkpoint with AdamW takes 12 bytes per parameter or more; docs/memory.md"
-            )
+            remedy = "a checkpoint with AdamW takes 12 bytes per parameter or more; docs/memory.md"
+            yield Finding("warn", name, detail, remedy)
         else:
             yield Finding("ok", name, detail)
 
@@ -171,8 +158,7 @@ def port(machine: dict[str, Any], options: LaunchOptions) -> Iterator[Finding]:
     if machine["port_free"]:
         yield Finding("ok", "port", f"{wanted} is free")
     elif options.master_port is None:
-        yield Finding(
-            "warn", "port", f"{wanted} is taken", "`launch` takes another; give deepspeed and torchrun --master_port"
-        )
+        remedy = "`launch` takes another; give deepspeed and torchrun --master_port"
+        yield Finding("warn", "port", f"{wanted} is taken", remedy)
     else:
         yield Finding("FAIL", "port", f"{wanted} is taken", "choose another --master-port")

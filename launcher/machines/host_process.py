@@ -44,10 +44,9 @@ def main() -> int:
             start_new_session=True,
         )
     except OSError as error:
-        said = (
-            f"cannot start a run on {platform.node()}: {error.filename}: {error.strerror}; Python, the packages and the"
-        )
-        print(said, "working folder must be at the same paths on all hosts", file=sys.stderr, flush=True)
+        said = f"cannot start a run on {platform.node()}: {error.filename}: {error.strerror}"
+        remedy = "Python, the packages and the working folder must be at the same paths on all hosts"
+        print(f"{said}; {remedy}", file=sys.stderr, flush=True)
         return 1
     guard, lifeline = _start_guard(command.pid)
     lost_control = _pass_signals_on(command)

@@ -89,7 +89,8 @@ def choose_slots(
         return {host: named[host] or hosts[host] for host in hosts if host in named}
     if exclude:
         named = _parse_filter("--exclude", exclude, hosts)
-        kept = {host: _without(slots, named[host]) if host in named else slots for host, slots in hosts.items()}
+        without = {host: named[host] or slots for host, slots in hosts.items() if host in named}  # none of them: all
+        kept = {host: tuple(slot for slot in hosts[host] if slot not in without.get(host, ())) for host in hosts}
         chosen = {host: slots for host, slots in kept.items() if slots}
         if not chosen:
             raise UserError(f"--exclude {exclude} leaves no slot of the hostfile")
@@ -103,11 +104,6 @@ def choose_slots(
         if num_gpus and num_gpus > len(slots):
             raise UserError(f"--num-gpus is {num_gpus}, and host {host} has slots={len(slots)} in the hostfile")
     return {host: slots[: num_gpus or None] for host, slots in chosen.items()}
-
-
-def _without(slots: tuple[int, ...], excluded: tuple[int, ...]) -> tuple[int, ...]:
-    """Return what is left of the slots; no excluded slots in particular means all of them."""
-    return tuple(slot for slot in slots if slot not in excluded) if excluded else ()
 
 
 def _parse_filter(option: str, text: str, hosts: Mapping[str, tuple[int, ...]]) -> Slots:

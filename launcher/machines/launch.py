@@ -12,12 +12,14 @@ import socket
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from ...kernels.errors import UserError, refused
 from ..processes.rank_status import FOLDER_VARIABLE
+from .doctor_facts import is_free
 from .hostfile import Slots, choose_slots, read_hostfile
 from .supervision import SSH, HostCommand, Outcome, run_hosts
 
@@ -36,7 +38,6 @@ _FORWARDED = ("LD_LIBRARY_PATH", "VIRTUAL_ENV", "XDG_CACHE_HOME")
 _NOT_FORWARDED = ("CUDA_VISIBLE_DEVICES", "DS_ENV_FILE")
 _SECRET = re.compile("TOKEN|KEY|SECRET|PASSWORD")
 _SAFE = re.compile(r"[\w@%+=:,./-]*")  # what DeepSpeed hands through a remote shell unchanged
-_ENV_FILE_VARIABLE = "DS_ENV_FILE"
 _HERE = "this machine"
 
 
@@ -93,9 +94,8 @@ class Launch:
             if command.remote:
                 line = shlex.join([*SSH, command.host, f"cd {shlex.quote(command.directory)} && {line}"])
             lines.append(line)
-        lines += [
-            f"# in the file that DS_ENV_FILE names: {k}={v}" for k, v in self.variables.items() if not _SECRET.search(k)
-        ]
+        shown = [f"{k}={v}" for k, v in self.variables.items() if not _SECRET.search(k)]
+        lines += [f"# in the file that DS_ENV_FILE names: {variable}" for variable in shown]
         names = [name for command in self.commands for name in command.environment] + list(self.variables)
         hidden = sorted({name for name in names if _SECRET.search(name)})
         return "\n".join([*lines, *(f"# passed on too, and not shown: {name}" for name in hidden)])
@@ -141,9 +141,8 @@ def plan_launch(options: LaunchOptions, slots: Slots | None, arguments: Sequence
     world_size = count_processes(options, slots)
     if slots is None:
         command = [*_deepspeed(), *_local_options(options, world_size), "--module", module, *arguments]
-        return Launch(
-            (HostCommand(command, str(Path.cwd()), _defaults(), world_size, _HERE, remote=False),), world_size
-        )
+        here = HostCommand(command, str(Path.cwd()), _defaults(), world_size, _HERE, remote=False)
+        return Launch((here,), world_size)
     master = [
         *("--master_addr", options.master_addr or _master_address(next(iter(slots)))),
         *("--master_port", str(options.master_port or _meeting_port(next(iter(slots))))),
@@ -161,20 +160,13 @@ def start(launch: Launch, folder: Path) -> Outcome:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".launch-", dir=folder, ignore_cleanup_errors=True) as status_folder:
             commands = launch.commands
-            if launch.variables:
-                file = _write_variables(launch.variables | {FOLDER_VARIABLE: status_folder}, Path(status_folder))
-                commands = tuple(
-                    replace(command, environment=command.environment | {_ENV_FILE_VARIABLE: str(file)})
-                    for command in commands
-                )
+            if launch.variables:  # for this user's eyes only, as the folder is
+                variables = launch.variables | {FOLDER_VARIABLE: status_folder}
+                file = Path(status_folder, "deepspeed_env")
+                file.write_text("".join(f"{name}={value}\n" for name, value in variables.items()), encoding="utf-8")
+                file_variable = {"DS_ENV_FILE": str(file)}
+                commands = tuple(replace(one, environment=one.environment | file_variable) for one in commands)
             return run_hosts(commands, Path(status_folder), launch.world_size)
-
-
-def _write_variables(variables: Mapping[str, str], folder: Path) -> Path:
-    """Write a file that DeepSpeed reads variables from, and return it; the folder is for this user's eyes only."""
-    file = folder / "deepspeed_env"
-    file.write_text("".join(f"{name}={value}\n" for name, value in variables.items()), encoding="utf-8")
-    return file
 
 
 def forwarded_environment(environment: Mapping[str, str]) -> dict[str, str]:
@@ -193,12 +185,9 @@ def is_this_machine(host: str) -> bool:
     except OSError:
         return False
     for family, kind, protocol, _, address in addresses:
-        try:
-            with socket.socket(family, kind, protocol) as probe:
-                probe.bind(address)  # fails for the address of another machine
-        except OSError:
-            continue
-        return True
+        with suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)  # fails for the address of another machine
+            return True
     return False
 
 
@@ -236,13 +225,7 @@ def free_port() -> int:
 
 def _meeting_port(host: str) -> int:
     """Return the default port, or one that is free where the first host is this machine and another run has that port."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does
-        try:
-            probe.bind(("", DEFAULT_PORT))
-        except OSError:
-            return free_port() if is_this_machine(host) else DEFAULT_PORT
-    return DEFAULT_PORT
+    return DEFAULT_PORT if is_free(DEFAULT_PORT) or not is_this_machine(host) else free_port()
 
 
 def _master_address(host: str) -> str:
@@ -271,8 +254,7 @@ def _hostfile_options(options: LaunchOptions) -> list[str]:
 def _ssh_commands(options: LaunchOptions, slots: Slots, rest: Sequence[str]) -> list[HostCommand]:
     """Return a DeepSpeed launcher for each host, which starts what `slots` has there and needs no connection to the others."""
     environment = forwarded_environment({**_defaults(), **os.environ})
-    path = os.environ.get("PATH", os.defpath)
-    own_folder = str(Path(sys.executable).parent)
+    path, own_folder = os.environ.get("PATH", os.defpath), str(Path(sys.executable).parent)
     if own_folder not in path.split(os.pathsep):
         path = own_folder + os.pathsep + path
     return [

@@ -165,12 +165,11 @@ def _wait(hosts: list[_Host]) -> None:
         if failed and deadline is None:
             deadline = time.monotonic() + _FAREWELL_S
         if deadline is not None and time.monotonic() > deadline:
-            if not last_words:  # not even its connection ends
-                for host in running:
+            word = last_words.pop(0) if last_words else None
+            for host in running:
+                if word is None:  # not even its connection ends
                     host.process.kill()
-            else:
-                word = last_words.pop(0)
-                for host in running:
+                else:
                     host.send(word)
             deadline = time.monotonic() + _FAREWELL_S
         time.sleep(_POLL_S)
@@ -190,12 +189,8 @@ def _outcome(
     silent = [rank for rank in range(world_size) if rank not in statuses]
     failed = {host: _shell_code(code) for host, code in codes.items() if code}
     first = first_failure(statuses)
-    if (
-        not silent
-        and len({status.exit_code for status in statuses.values()}) == 1
-        and (first is None or not first.text)
-    ):
-        # All as one: a success, or an end that they agreed on.
+    agreed = not silent and len({status.exit_code for status in statuses.values()}) == 1
+    if agreed and (first is None or not first.text):  # all as one: a success, or an end that they agreed on
         code = statuses[0].exit_code
         if code or not failed:
             return Outcome(code, f"all processes ended with {_described(code)}" if code else "")
