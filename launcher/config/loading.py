@@ -127,7 +127,8 @@ class _Layers:
                 if not holder:  # made on the way here
                     self._drop({path[:depth]})
                 return
-            if not isinstance(holder, list if isinstance(part, int) else dict):
+            fits = isinstance(holder, list if isinstance(part, int) else dict)
+            if not fits:
                 where = f"{dotted(path[:depth])} is {describe(holder)}, so there is nothing below it to set"
                 if isinstance(holder, list) and holder:
                     first = dotted((*path[:depth], 0, *path[depth:]))

@@ -5,13 +5,12 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from tqdm import tqdm
 
-Say = Callable[[str], None]
 _GONE = (errno.EPIPE, errno.EIO, errno.EBADF)  # a pipe, a terminal, one that was closed
 # Before there is a log file the console alone speaks of errors, and not through Python's handler of last resort.
 logging.getLogger(__package__.rpartition(".")[0]).addHandler(logging.NullHandler())

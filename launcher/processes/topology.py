@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d
 
 from ...kernels.errors import RefusedError, UserError
 from ..config.schema import Precision
+from . import console
 
 # Launchers that give every process a rank under names of their own, not as RANK, LOCAL_RANK and WORLD_SIZE.
 _FOREIGN_RANKS = {
@@ -41,7 +42,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # the names and numbers of glibc'
 
 @dataclass(frozen=True)
 class Topology:
-    """This process among the processes of the run. All methods but `is_main` must be called by every process alike."""
+    """This process among the processes of the run. All methods but `is_main` and `say` are called by every process alike."""
 
     rank: int
     world_size: int
@@ -76,6 +77,11 @@ class Topology:
     def replica(self) -> int:
         """Number of this process's replica."""
         return self.rank // self.tensor_parallel
+
+    def say(self, text: str) -> None:
+        """Print a line, on the main process alone."""
+        if self.is_main:
+            console.say(text)
 
     def barrier(self) -> None:
         """Return when every process has come here."""

@@ -1,1 +1,1 @@
-"""What a run says and leaves behind: metrics, reports, its directory."""
+"""What a run says and leaves behind: metrics, its directory."""

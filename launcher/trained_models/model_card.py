@@ -12,6 +12,7 @@ from ..checkpoint import store
 from ..config.loading import load_config
 from ..config.schema import RunConfig
 from ..processes import console
+from ..reporting.metrics import rows
 from ..reporting.run_directory import RunDirectory
 
 _RUN_CONFIG_FILE = "config.resolved.yaml"
@@ -81,7 +82,8 @@ def _facts(
     yield "length", f"up to {model.max_position_embeddings:,} tokens; trained on up to {data.max_seq_length:,}"
     yield "objective", RECIPES[model.type].transformers.objective(run.objective)
     yield "started from", run.model.init_from or run.load.path or "new weights"
-    yield "data", "; ".join(_source(source) for source in data.sources)
+    given = (source.model_dump(mode="json", exclude_defaults=True) for source in data.sources)
+    yield "data", "; ".join(f"`{json.dumps(source, ensure_ascii=False)}`" for source in given)
     yield "steps", f"{saved['step']:,}, {saved['samples']:,} samples"
     yield "optimizer", f"{run.optimizer.type}, lr {run.optimizer.lr:g}, schedule {run.schedule.type}"
     yield (
@@ -111,25 +113,12 @@ def _versions(environment: Path) -> Iterator[tuple[str, str]]:
     yield "versions", ", ".join(f"{package} {version}" for package, version in packages.items() if version)
 
 
-def _source(source: Any) -> str:
-    """Return a source of the data, in the words of the run config."""
-    given = source.model_dump(mode="json", exclude_defaults=True)
-    return f"`{json.dumps(given, ensure_ascii=False)}`"
-
-
 def _losses(metrics: Path, step: int) -> Iterator[tuple[str, str]]:
-    """Yield the last losses at or before a step. A last row cut short, as of a run that was killed, is none."""
-    lines = metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [json.loads(line) for line in lines if line.endswith("\n") and line.strip()]
+    """Yield the last losses at or before a step."""
+    measured = [json.loads(text) for at, text in rows(metrics) if at <= step]
     for label, prefix in (("training loss", ""), ("held-out loss", "val_")):
-        found = [row for row in rows if f"{prefix}loss" in row and row["step"] <= step]
-        if found:
-            row = found[-1]
-            parts = [
-                f"{part} {row[prefix + part]:.4f}"
-                for part in ("mlm", "nsp", "sop")
-                if row.get(prefix + part) is not None
-            ]
-            in_parts = f" ({', '.join(parts)})" if parts else ""
-            if row[f"{prefix}loss"] is not None:
-                yield label, f"{row[f'{prefix}loss']:.4f}{in_parts} at step {row['step']:,}"
+        row: dict[str, Any] = next((row for row in reversed(measured) if f"{prefix}loss" in row), {})
+        if row.get(f"{prefix}loss") is not None:
+            parts = {part: row.get(prefix + part) for part in ("mlm", "nsp", "sop")}
+            shown = ", ".join(f"{part} {loss:.4f}" for part, loss in parts.items() if loss is not None)
+            yield label, f"{row[f'{prefix}loss']:.4f}{f' ({shown})' if shown else ''} at step {row['step']:,}"

@@ -2,8 +2,6 @@
 
 import logging
 import math
-import shlex
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -16,10 +14,9 @@ from ..optim.engine import set_learning_rate
 from ..optim.schedule import learning_rate
 from ..processes import console
 from ..processes.agreement import agreed
-from ..processes.topology import Topology, device_name
+from ..processes.topology import device_name
 from ..reporting.metrics import RunLog
 from ..reporting.peak_flops import peak_flops
-from ..reporting.report import ClosingFacts
 from .non_finite import NotFiniteError, NumericsGuard, RollBack, not_finite_places
 from .prepare import Setup, model_facts
 from .start import Progress, continue_run, has_checkpoint
@@ -30,49 +27,35 @@ _LOG = logging.getLogger(__name__)
 
 
 @dataclass
-class _Tally:
+class Tally:
     """What the loop leaves, whether or not it went back in between."""
 
     progress: Progress
     watch: Watch
     saved_id: str = ""
+    """The last complete checkpoint; empty if there is none."""
     steps: int = 0
+    """Steps of this start, without those before a resume; likewise samples."""
     samples: int = 0
 
 
-def train(setup: Setup, progress: Progress, started_s: float) -> ClosingFacts:
-    """Train to the last step or the first request to stop, and return the facts for the closing summary.
-
-    started_s: when the run started, by `time.monotonic`.
-    Raises NotFiniteError if training cannot go on with its numbers.
-    """
-    tally = _Tally(progress, Watch())
+def train(setup: Setup, progress: Progress) -> Tally:
+    """Train to the last step or the first request to stop. Raises NotFiniteError if its numbers do not let it go on."""
+    tally = Tally(progress, Watch())
     guard = NumericsGuard(setup.config.reliability, progress.guard, is_main=setup.topology.is_main)
     with CheckpointSaver(setup.engine, setup.directory.checkpoints, setup.topology, setup.config.checkpoint) as saver:
         while True:
             try:
                 _steps(setup, guard, saver, tally)
-                break
+                return tally
             except RollBack as why:
                 setup.watchdog.at("save")
                 saver.wait()
                 setup.watchdog.at("start")
                 tally.progress = _gone_back(setup, tally.progress, why)
-    return ClosingFacts(
-        step=tally.progress.step,
-        max_steps=setup.total_steps,
-        steps_now=tally.steps,
-        samples=tally.progress.samples,
-        samples_now=tally.samples,
-        training_time_s=tally.watch.training_time_s,
-        wall_time_s=time.monotonic() - started_s,
-        best=None if tally.progress.best_loss is None else (tally.progress.best_loss, tally.progress.best_step),
-        checkpoint_id=tally.saved_id,
-        resume_command=_resume_command(setup.topology),
-    )
 
 
-def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: _Tally) -> None:
+def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Tally) -> None:
     """Train from `tally.progress` to the end of the run or a stop. Raises RollBack where training must go back."""
     config, topology, batch_size = setup.config, setup.topology, setup.batch.train_batch_size
     start, watch, watchdog = tally.progress, tally.watch, setup.watchdog
@@ -86,7 +69,9 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: _T
         with prefetch(read, start.step, setup.total_steps) as steps:
             watchdog.at("data", start.step + 1)
             for data in watch.timed(steps):
-                lr = _set_learning_rate(setup, tally.progress)
+                clock = tally.progress.step - tally.progress.phase_start
+                lr = learning_rate(config.schedule, config.optimizer.lr, setup.schedule_steps, clock)
+                set_learning_rate(setup.engine, lr)
                 result = train_step(setup.engine, data, topology, watchdog.at)
                 samples = range(tally.progress.position, tally.progress.position + batch_size)
                 tally.progress = progress = _after_step(tally, batch_size)
@@ -121,15 +106,7 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: _T
             log.close()
 
 
-def _set_learning_rate(setup: Setup, progress: Progress) -> float:
-    config = setup.config
-    clock = progress.step - progress.phase_start
-    lr = learning_rate(config.schedule, config.optimizer.lr, setup.schedule_steps, clock)
-    set_learning_rate(setup.engine, lr)
-    return lr
-
-
-def _after_step(tally: _Tally, batch_size: int) -> Progress:
+def _after_step(tally: Tally, batch_size: int) -> Progress:
     tally.steps += 1
     tally.samples += batch_size
     progress = tally.progress
@@ -162,8 +139,7 @@ def _gone_back(setup: Setup, progress: Progress, why: RollBack) -> Progress:
 def _open_log(setup: Setup, start: Progress) -> RunLog:
     """Return the log of the steps from `start` on, with which the directory holds a run: its folder of checkpoints too."""
     store.make_folder(setup.directory.checkpoints)
-    device = device_name(setup.topology.device)
-    peak = peak_flops(device, setup.precision)
+    peak = peak_flops(device_name(setup.topology.device), setup.precision)
     return RunLog(
         setup.directory.root,
         setup.total_steps,
@@ -175,7 +151,7 @@ def _open_log(setup: Setup, start: Progress) -> RunLog:
     )
 
 
-def _evaluated(setup: Setup, log: RunLog | None, tally: _Tally) -> bool:
+def _evaluated(setup: Setup, log: RunLog | None, tally: Tally) -> bool:
     """Evaluate, and return whether that came to its end, which a stop cuts short."""
     assert setup.data.validation is not None, "asked for without validation data"
 
@@ -223,10 +199,3 @@ def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
     }
     saver.save(checkpoint_id, state, {"config.resolved.yaml": directory.config, "tokenizer": directory.tokenizer})
     return checkpoint_id
-
-
-def _resume_command(topology: Topology) -> str:
-    if topology.world_size > 1:
-        return "the same command with --resume auto (with launch, behind --)"
-    arguments = [*sys.argv[1:]] if "--resume" in sys.argv else [*sys.argv[1:], "--resume", "auto"]
-    return shlex.join(["xformer-train", *arguments])

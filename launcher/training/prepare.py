@@ -4,7 +4,6 @@ import logging
 import math
 import os
 import platform
-from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -30,14 +29,13 @@ from ..optim.optimizer import build_optimizer
 from ..optim.schedule import learning_rate
 from ..processes import console
 from ..processes.agreement import agreed, by_main
-from ..processes.console import Say
 from ..processes.kernels import kernels_text
 from ..processes.signals import StopRequest
 from ..processes.topology import Topology, device_name, precision
 from ..processes.watchdog import Watchdog
 from ..reporting.metrics import rows
-from ..reporting.report import StartupFacts, startup_report
 from ..reporting.run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
+from .report import startup_report
 from .start import Progress, Start, choose_start
 
 _LOG = logging.getLogger(__name__)
@@ -53,7 +51,6 @@ class Setup:
     topology: Topology
     stop: StopRequest
     watchdog: Watchdog
-    say: Say
     batch: BatchPlan
     directory: RunDirectory
     data: PreparedData
@@ -76,14 +73,7 @@ class Setup:
 
 
 def prepare(
-    loaded: LoadedConfig,
-    topology: Topology,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    say: Say,
-    held: ExitStack,
-    *,
-    resume: bool,
+    loaded: LoadedConfig, topology: Topology, stop: StopRequest, watchdog: Watchdog, held: ExitStack, *, resume: bool
 ) -> tuple[Setup, Progress]:
     """Return everything the loop needs, and where it begins; print the start-up report.
 
@@ -102,11 +92,11 @@ def prepare(
     start = choose_start(config, topology, directory, resume=resume)
     by_main(topology, lambda: store.check_ids(directory.checkpoints, config.checkpoint.id_format, start.step))
     watchdog.at("prepare")
-    tokenizer = _open_tokenizer(start, directory, say, stop)
+    tokenizer = _open_tokenizer(start, directory, stop)
     vocab_size = by_main(topology, lambda: vocabulary_size(config, tokenizer))
     model = model_facts(config, vocab_size)
     by_main(topology, lambda: start.check(model, dtype))
-    data = _open_data(config, topology, batch, tokenizer, say, stop)
+    data = _open_data(config, topology, batch, tokenizer, stop)
     watchdog.at("start")
 
     progress = by_main(topology, lambda: start.progress(data.fingerprint))
@@ -118,7 +108,6 @@ def prepare(
         topology=topology,
         stop=stop,
         watchdog=watchdog,
-        say=say,
         batch=batch,
         directory=directory,
         data=data,
@@ -130,9 +119,12 @@ def prepare(
         schedule_steps=config.schedule.total_steps or end - progress.phase_start,
     )
     by_main(topology, lambda: record_config(directory, config))
-    say(startup_report(_startup_facts(setup, progress, tokenizer, why, devices, start.text)))
+    parameters = count_parameters(engine.module, topology.tensor_parallel)
+    kernels = kernels_text(config.model, config.layer, runtime_of(config, topology), topology.device)
+    texts = {"precision": f"{dtype}: {why}", "kernels": kernels, "start": start.text}
+    topology.say(startup_report(setup, progress, tokenizer, parameters, devices, **texts))
     for change in directory.changed_keys:
-        say(f"changed since the last start of this run: {change}")
+        topology.say(f"changed since the last start of this run: {change}")
     _warn_of_schedule_jump(setup, progress, start.schedule_steps)
     return setup, progress
 
@@ -180,12 +172,12 @@ def check_is_shared(directory: RunDirectory, topology: Topology) -> None:
     agreed(topology, look)
 
 
-def _open_tokenizer(start: Start, directory: RunDirectory, say: Say, stop: StopRequest) -> RunTokenizer:
+def _open_tokenizer(start: Start, directory: RunDirectory, stop: StopRequest) -> RunTokenizer:
     """Return the run's tokenizer, which is saved in the run directory."""
 
     def save() -> None:
         with stop.raising():
-            tokenizer = start.tokenizer(say)
+            tokenizer = start.tokenizer()
         tokenizer.save(directory.tokenizer)
 
     by_main(start.topology, save)
@@ -215,7 +207,7 @@ def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def _open_data(
-    config: RunConfig, topology: Topology, batch: BatchPlan, tokenizer: RunTokenizer, say: Say, stop: StopRequest
+    config: RunConfig, topology: Topology, batch: BatchPlan, tokenizer: RunTokenizer, stop: StopRequest
 ) -> PreparedData:
     """Return training and validation samples; one process of each machine prepares them, the others find them in its cache.
 
@@ -224,7 +216,7 @@ def _open_data(
 
     def prepare() -> PreparedData:
         with stop.raising():
-            recipe, unpad = RECIPES[config.model.type], config.layer.unpad
+            recipe, unpad, say = RECIPES[config.model.type], config.layer.unpad, topology.say
             return prepare_data(recipe, tokenizer, config.data, config.objective, config.seed, say, unpad=unpad)
 
     found = agreed(topology, prepare if topology.local_rank == 0 else None)
@@ -282,31 +274,12 @@ def last_step(config: RunConfig, progress: Progress, data: PreparedData, batch: 
     return progress.step - (-left // batch.train_batch_size)
 
 
-def _startup_facts(
-    setup: Setup, progress: Progress, tokenizer: RunTokenizer, precision_reason: str, devices: list[str], start: str
-) -> StartupFacts:
-    """Return what the start-up report says."""
-    config, model, topology = setup.config, setup.engine.module, setup.topology
-    sharers = topology.tensor_parallel
+def count_parameters(model: nn.Module, sharers: int) -> tuple[int, int]:
+    """Return the parameters of a whole model, and those outside embeddings. sharers: processes that divide sharded ones."""
     parameters = {  # ZeRO stage 3 empties p
         id(p): getattr(p, "ds_numel", p.numel()) * (sharers if is_sharded(p) else 1) for p in model.parameters()
     }
     in_embeddings = {
         id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
-    return StartupFacts(
-        config=config,
-        batch=setup.batch,
-        data=setup.data,
-        tokenizer=tokenizer,
-        num_parameters=sum(parameters.values()),
-        num_parameters_without_embeddings=sum(n for key, n in parameters.items() if key not in in_embeddings),
-        precision=f"{setup.precision}: {precision_reason}",
-        kernels=kernels_text(config.model, config.layer, runtime_of(config, topology), topology.device),
-        devices=", ".join(f"{count} x {name}" if count > 1 else name for name, count in Counter(devices).items()),
-        zero_stage=setup.engine.zero_optimization_stage(),
-        start_step=progress.step,
-        max_steps=setup.total_steps,
-        schedule_steps=setup.schedule_steps,
-        start=start,
-    )
+    return sum(parameters.values()), sum(n for key, n in parameters.items() if key not in in_embeddings)

@@ -22,7 +22,6 @@ from ..config.schema import RunConfig
 from ..optim.optimizer import moments_of
 from ..processes import console
 from ..processes.agreement import agreed, by_main
-from ..processes.console import Say
 from ..processes.topology import Topology
 from ..reporting.run_directory import RunDirectory
 from ..trained_models.init_from import find_folder, initial_tokenizer, load_initial, read_initial
@@ -69,13 +68,14 @@ class Start:
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self.config, self.topology = config, topology
 
-    def tokenizer(self, say: Say) -> RunTokenizer:
+    def tokenizer(self) -> RunTokenizer:
         """Return the run's tokenizer: that of the weights, else the given one, else a new one.
 
         Weights that were trained already belong to the symbols they were trained with: with them no tokenizer is trained,
         and UserError is raised if tokenizer.path names another one.
         """
-        return build_tokenizer(RECIPES[self.config.model.type], self.config.tokenizer, self.config.data, say)
+        config = self.config
+        return build_tokenizer(RECIPES[config.model.type], config.tokenizer, config.data, self.topology.say)
 
     def check(self, model: Mapping[str, Any], precision: Precision) -> None:
         """Raise UserError if this place does not suit the run's model or the precision that it trains in."""
@@ -99,7 +99,7 @@ class FromPretrained(Start):
         super().__init__(config, topology)
         self.name, self.pretrained = str(config.model.init_from), pretrained
 
-    def tokenizer(self, say: Say) -> RunTokenizer:
+    def tokenizer(self) -> RunTokenizer:
         tokenizer = initial_tokenizer(self.name, self.pretrained, self.config.tokenizer)
         check_suits(RECIPES[self.config.model.type], tokenizer, self.name)
         return tokenizer
@@ -116,7 +116,7 @@ class FromCheckpoint(Start):
         super().__init__(config, topology)
         self.checkpoint = checkpoint
 
-    def tokenizer(self, say: Say) -> RunTokenizer:
+    def tokenizer(self) -> RunTokenizer:
         tokenizer, given = load_tokenizer(self.checkpoint / "tokenizer"), self.config.tokenizer
         if given.path is not None and not tokenizer.equals(given_tokenizer(given)):
             raise UserError(
@@ -168,8 +168,7 @@ class NextPhase(FromCheckpoint):
             _seed_dropout(self.config, self.topology, progress.step)
         data = f"data at sample {progress.position:,}" if progress.position else "new data"
         clock = "schedule restarted" if progress.phase_start == progress.step else "schedule continued"
-        now = batch.train_batch_size
-        then = self.state.get("train_batch_size", now)
+        now, then = batch.train_batch_size, self.state.get("train_batch_size", batch.train_batch_size)
         sizes = "" if now == then else f", {now} sequences per step instead of {then}"
         self.text = f"{self.checkpoint} (weights, optimizer, {random}; {data}, {clock}{sizes})"
 

@@ -17,10 +17,8 @@ from .start import Progress
 
 T = TypeVar("T")
 _LOG = logging.getLogger(__name__)
-_LOG.addHandler(logging.NullHandler())
-_MOST_UNPREDICTED = (
-    20  # steps in a row: where half of the samples have nothing to predict, one run in a million has so many
-)
+# Steps in a row: where half of the samples have nothing to predict, one run in a million has so many.
+_MOST_UNPREDICTED = 20
 
 
 class Watch:
@@ -83,7 +81,11 @@ def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, f
     watch.wait_for_device()
     _check_predicts(setup, progress.step, watch)
     num_steps, step_time_s, data_wait_s, totals = watch.take()
-    sequences = num_steps * setup.batch.train_batch_size
+    config, sequences = setup.config, num_steps * setup.batch.train_batch_size
+    predictions = totals[0] / sequences  # the first part of the loss is the one over the vocabulary
+    length = (
+        totals[-1] / sequences if config.layer.unpad else config.data.max_seq_length
+    )  # no FLOPs of what unpad leaves out
     return StepRecord(
         step=progress.step,
         epoch=progress.position // setup.data.train.num_samples,
@@ -99,11 +101,10 @@ def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, f
         data_wait_s=data_wait_s,
         sequences=sequences,
         real_tokens=int(totals[-1]),
-        padded_tokens=sequences * setup.config.data.max_seq_length,
-        # the first part of the loss is the one over the vocabulary
-        model_flops=sequences * _flops_per_sample(setup, totals[0] / sequences, totals[-1] / sequences),
+        padded_tokens=sequences * config.data.max_seq_length,
+        model_flops=sequences * setup.recipe.flops_per_sample(config.model, setup.vocab_size, length, predictions),
         memory_gib=torch.cuda.max_memory_allocated() / 2**30 if setup.topology.device.type == "cuda" else None,
-        histograms=OPTIMIZERS[setup.config.optimizer.type].histograms(setup.optimizer),
+        histograms=OPTIMIZERS[config.optimizer.type].histograms(setup.optimizer),
     )
 
 
@@ -115,10 +116,3 @@ def _check_predicts(setup: Setup, step: int, watch: Watch) -> None:
     if in_a_row and not watch.told_of_unpredicted:
         watch.told_of_unpredicted = True
         warn(what, _LOG, shown=setup.topology.is_main)
-
-
-def _flops_per_sample(setup: Setup, predictions: float, real_tokens: float) -> float:
-    """Return the FLOPs of a mean sample; what layer.unpad leaves out is not counted."""
-    config = setup.config
-    length = real_tokens if config.layer.unpad else config.data.max_seq_length
-    return setup.recipe.flops_per_sample(config.model, setup.vocab_size, length, predictions)

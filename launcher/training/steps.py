@@ -87,17 +87,13 @@ def train_step(
         losses: Mapping[str, Tensor] = engine(**_on_device(micro_batch, topology.device))
         at("backward")
         total: Any = sum(losses[part] / norm for part, norm in zip(parts, norms.unbind(), strict=True))
-        engine.backward(total * _one_if_finite(total))
+        # An infinite loss may have a finite gradient, and every process looks at the gradient only.
+        engine.backward(total * torch.where(total.detach().isfinite(), 1.0, torch.nan))
         at("optimizer")
         (end_micro_batch or engine.step)()
         for part, loss in losses.items():
             sums[part] = sums.get(part, torch.zeros_like(loss)) + loss.detach()
     return StepResult(sums, totals)
-
-
-def _one_if_finite(loss: Tensor) -> Tensor:
-    """Return 1, or NaN: an infinite loss may have a finite gradient, and every process looks at the gradient only."""
-    return torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
 
 def mean_losses(result: StepResult, topology: Topology) -> dict[str, float]:

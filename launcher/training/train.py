@@ -10,13 +10,12 @@ from ...kernels.errors import RefusedError
 from ..config.batch import solve_batch
 from ..config.loading import LoadedConfig
 from ..config.schema import RunConfig
-from ..processes import console
 from ..processes.signals import StopAsked, StopRequest
 from ..processes.topology import Topology, start_processes, stop_processes
 from ..processes.watchdog import Watchdog, collective_timeout_s
-from ..reporting.report import closing_summary
 from .loop import train
 from .prepare import prepare
+from .report import closing_summary
 
 _LOG = logging.getLogger(__name__)
 _CPU_ALLOCATOR = "DefaultCPUAllocator: "
@@ -34,7 +33,21 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
     topology = start_processes(collective_timeout_s(hang_timeout_s), loaded.config.parallel.tensor)
     try:
         with StopRequest(topology) as stop, Watchdog(topology, hang_timeout_s, stop) as watchdog, ExitStack() as held:
-            return _train(loaded, topology, stop, watchdog, held, started_s, resume=resume)
+            try:
+                setup, progress = prepare(loaded, topology, stop, watchdog, held, resume=resume)
+                if progress.step >= setup.total_steps:
+                    length = "num_epochs" if loaded.config.training.max_steps is None else "max_steps"
+                    topology.say(f"nothing to do: step {progress.step:,} is reached; raise training.{length} to go on")
+                    return 0
+                told_to_stop = stop.agreed_now()
+            except StopAsked:
+                told_to_stop = stop.agreed_now()
+            if told_to_stop:
+                topology.say("stopped before the first step; nothing was trained")
+                return stop.exit_status
+            tally = train(setup, progress)
+            topology.say(closing_summary(setup, tally, time.monotonic() - started_s))
+            return 0 if tally.progress.step == setup.total_steps else stop.exit_status
     except Exception as error:
         _LOG.exception("the run failed")
         reason = _out_of_memory(error)
@@ -61,36 +74,3 @@ def _less_memory(config: RunConfig, topology: Topology) -> str:
         f"training.activation_checkpointing, which is {training.activation_checkpointing}, or the flags gelu_checkpoint, "
         "attn_dropout_checkpoint and normalize_invertible of layer: docs/memory.md has the bytes"
     )
-
-
-def _train(
-    loaded: LoadedConfig,
-    topology: Topology,
-    stop: StopRequest,
-    watchdog: Watchdog,
-    held: ExitStack,
-    started_s: float,
-    *,
-    resume: bool,
-) -> int:
-    """Do as `run` says, with the processes up."""
-
-    def say(text: str) -> None:
-        if topology.is_main:
-            console.say(text)
-
-    try:
-        setup, progress = prepare(loaded, topology, stop, watchdog, say, held, resume=resume)
-        if progress.step >= setup.total_steps:
-            length = "num_epochs" if loaded.config.training.max_steps is None else "max_steps"
-            say(f"nothing to do: step {progress.step:,} is reached; raise training.{length} to go on")
-            return 0
-        told_to_stop = stop.agreed_now()
-    except StopAsked:
-        told_to_stop = stop.agreed_now()
-    if told_to_stop:
-        say("stopped before the first step; nothing was trained")
-        return stop.exit_status
-    facts = train(setup, progress, started_s)
-    say(closing_summary(loaded.config, facts))
-    return 0 if facts.step == setup.total_steps else stop.exit_status

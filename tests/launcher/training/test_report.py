@@ -1,4 +1,5 @@
 import dataclasses
+import sys
 from types import SimpleNamespace
 
 from xformer_train.launcher.config.batch import BatchPlan
@@ -11,7 +12,10 @@ from xformer_train.launcher.config.schema import (
     RunConfig,
     ScheduleConfig,
 )
-from xformer_train.launcher.reporting.report import ClosingFacts, StartupFacts, closing_summary, startup_report
+from xformer_train.launcher.reporting.run_directory import RunDirectory
+from xformer_train.launcher.training.loop import Tally
+from xformer_train.launcher.training.report import closing_summary, startup_report
+from xformer_train.launcher.training.start import Progress
 from xformer_train.recipes.config import DataConfig, ModelConfig
 from xformer_train.recipes.data.stream import DataSizes, PreparedData
 
@@ -28,39 +32,46 @@ DATA = PreparedData(
     fingerprint="",
     sizes=DataSizes(documents=3211, tokens=1_234_567, samples=9600),
 )
-STARTUP = StartupFacts(
+SETUP = SimpleNamespace(
     config=CONFIG,
     batch=BatchPlan(train_batch_size=256, micro_batch_size=32, gradient_accumulation_steps=4, num_replicas=2),
     data=DATA,
-    tokenizer=SimpleNamespace(kind="wordpiece, trained on the sources", vocab_size=8192),
-    num_parameters=336_226_108,
-    num_parameters_without_embeddings=303_301_632,
-    precision="bf16: the GPU has it",
-    kernels="Triton, for CUDA devices",
-    devices="2 x NVIDIA H200",
-    zero_stage=2,
-    start_step=1200,
-    max_steps=7500,
+    engine=SimpleNamespace(zero_optimization_stage=lambda: 2),
+    directory=RunDirectory.of(CONFIG),
+    topology=SimpleNamespace(world_size=1),
+    total_steps=7500,
     schedule_steps=7500,
-    start="checkpoint step00001200 of runs/bert_large",
 )
-CLOSING = ClosingFacts(
-    step=1500,
-    max_steps=7500,
-    steps_now=300,
-    samples=384_000,
-    samples_now=76_800,
-    training_time_s=40.0,
-    wall_time_s=233.0,
-    best=(1.8234, 1400),
-    checkpoint_id="step00001500",
-    resume_command="xformer-train --config configs/bert_large_seq128.yaml --output_dir '/data/my runs' --resume auto --seed 1",
+TOKENIZER = SimpleNamespace(kind="wordpiece, trained on the sources", vocab_size=8192)
+TALLY = Tally(
+    Progress(step=1500, samples=384_000, best_loss=1.8234, best_step=1400),
+    watch=SimpleNamespace(training_time_s=40.0),
+    saved_id="step00001500",
+    steps=300,
+    samples=76_800,
 )
+FINISHED = dataclasses.replace(TALLY.progress, step=7500)
+START = "checkpoint step00001200 of runs/bert_large"
 
 
-def report(config=CONFIG, **facts):
+def report(config=CONFIG, *, step=1200, start=START, parameters=(336_226_108, 303_301_632), **facts):
     """The start-up report with sections of the config or facts changed."""
-    return startup_report(dataclasses.replace(STARTUP, config=config, **facts))
+    return startup_report(
+        SimpleNamespace(**{**vars(SETUP), "config": config, **facts}),
+        Progress(step=step),
+        TOKENIZER,
+        parameters,
+        ["NVIDIA H200", "NVIDIA H200"],
+        precision="bf16: the GPU has it",
+        kernels="Triton, for CUDA devices",
+        start=start,
+    )
+
+
+def summary(config=CONFIG, **facts):
+    """The closing summary with sections of the config or facts of the tally changed."""
+    setup = SimpleNamespace(**{**vars(SETUP), "config": config, "directory": RunDirectory.of(config)})
+    return closing_summary(setup, dataclasses.replace(TALLY, **facts), 233.0)
 
 
 def changed(**sections):
@@ -68,12 +79,12 @@ def changed(**sections):
 
 
 def test_the_report_derives_the_batch_in_words():
-    assert "256 sequences = 32 per process x 2 processes x 4 micro-batches," in startup_report(STARTUP)
+    assert "256 sequences = 32 per process x 2 processes x 4 micro-batches," in report()
     assert "32 sequences = 32 per process x 1 process x 1 micro-batch," in report(batch=BatchPlan(32, 32, 1, 1))
 
 
 def test_the_report_says_what_processes_share():
-    assert "parallel" not in startup_report(STARTUP)
+    assert "parallel" not in report()
     text = report(changed(parallel=ParallelConfig(tensor=4)))
     assert "256 sequences = 32 per replica x 2 replicas x 4 micro-batches," in text
     assert "4 processes share the layers, embedding and head of a replica" in text
@@ -82,17 +93,18 @@ def test_the_report_says_what_processes_share():
 
 
 def test_the_report_is_aligned_and_fits_a_screen():
-    lines = startup_report(STARTUP).splitlines()
+    lines = report().splitlines()
     assert lines[0] == "run bert_large"
     assert len(lines) <= 20 and max(map(len, lines)) <= 104
     assert all(line[:2] == "  " and line[11:13] == "  " and line[13] != " " for line in lines[1:])
 
 
 def test_the_report_tells_model_data_steps_and_origin():
-    text = " ".join(startup_report(STARTUP).split())
+    text = " ".join(report().split())
     for part in (
         "bert: 24 layers, hidden size 1,024, 336.2 M parameters (303.3 M without embeddings)",
         "bf16: the GPU has it",
+        "2 x NVIDIA H200",
         "3,211 documents, 1,234,567 tokens, 9,600 samples per epoch, 512 samples held out",
         "wordpiece, trained on the sources, 8,192 symbols",
         "7,500, 1,200 of them done; 168.00 epochs to go, of up to 32,768 tokens a step, 206.4 M in all",
@@ -112,7 +124,7 @@ def test_the_report_of_a_new_run_without_validation_data_claims_nothing_it_does_
         optimizer=OptimizerConfig(type="lamb", min_coeff=None, max_coeff=None), schedule=ScheduleConfig(type="wsd")
     )
     data = dataclasses.replace(DATA, validation=None)
-    text = " ".join(report(config, data=data, start_step=0, start="new weights").split())
+    text = " ".join(report(config, data=data, step=0, start="new weights").split())
     assert "9,600 samples per epoch, none held out" in text
     assert "steps 7,500; 200.00 epochs to go, of up to 32,768 tokens a step, 245.8 M in all optimizer" in text
     assert "evaluates" not in text
@@ -135,11 +147,11 @@ def test_the_report_tells_cadences_and_the_shares_of_sources():
 
 
 def test_a_run_that_has_gone_further_than_it_is_asked_to_has_no_epochs_to_go():
-    assert "7,500, 9,000 of them done; 0.00 epochs to go" in report(start_step=9000)
+    assert "7,500, 9,000 of them done; 0.00 epochs to go" in report(step=9000)
 
 
 def test_a_finished_run_is_told_with_what_can_be_done_with_it():
-    lines = closing_summary(CONFIG, dataclasses.replace(CLOSING, step=7500)).splitlines()
+    lines = summary(progress=FINISHED).splitlines()
     assert lines[0] == "run bert_large finished"
     assert [line.split(maxsplit=2)[2] for line in lines[-3:]] == [
         'xformer-train fill-mask --run runs/bert_large "a [MASK]"',
@@ -147,14 +159,14 @@ def test_a_finished_run_is_told_with_what_can_be_done_with_it():
         "tensorboard --logdir runs/bert_large",
     ]
     config = changed(model=ModelConfig(type="gpt"), output_dir="my runs", logging=LoggingConfig(tensorboard=False))
-    lines = closing_summary(config, dataclasses.replace(CLOSING, step=7500)).splitlines()
+    lines = summary(config, progress=FINISHED).splitlines()
     assert lines[-2].endswith("""  xformer-train sample --run 'my runs/bert_large' --prompt "Once\"""")
 
 
 def test_every_schedule_and_a_billion_parameters_can_be_reported():
     for kind in ("EE", "LE", "EP", "linear", "cosine", "constant", "wsd"):
         config = changed(schedule=ScheduleConfig(type=kind, warmup_steps=1))
-        text = report(config, num_parameters=1_310_000_000, num_parameters_without_embeddings=42_000)
+        text = report(config, parameters=(1_310_000_000, 42_000))
         assert f"{kind}: warm-up of 1 step, then" in text
         assert "1.31 B parameters (42,000 without embeddings)" in text
 
@@ -165,7 +177,7 @@ def test_adamw_is_reported_without_what_only_lamb_has():
 
 
 def test_the_summary_divides_the_samples_of_this_start_by_the_time_in_steps():
-    text = closing_summary(CONFIG, CLOSING)
+    text = summary()
     assert "1,920 sequences/s on average" in text
     assert "1,500 of 7,500 (300 since this start)" in text
     assert "3m53s, 40s of it in steps" in text
@@ -173,22 +185,19 @@ def test_the_summary_divides_the_samples_of_this_start_by_the_time_in_steps():
     assert text.startswith("run bert_large stopped as asked\n")
 
 
-def test_the_command_to_resume_stays_on_one_line_as_it_was_given():
-    assert closing_summary(CONFIG, CLOSING).splitlines()[-1].endswith(f"  {CLOSING.resume_command}")
+def test_the_command_to_resume_stays_on_one_line_as_it_was_given(monkeypatch):
+    words = (
+        "--config configs/bert_large_seq128.yaml --output_dir=/data/my-runs --seed 1 --set training.gradient_clipping=0"
+    )
+    monkeypatch.setattr(sys, "argv", ["/bin/xformer-train", *words.split(), "--job_name", "my run"])
+    assert summary().splitlines()[-1].endswith(f"  xformer-train {words} --job_name 'my run' --resume auto")
+    monkeypatch.setattr(sys, "argv", ["xformer-train", "--resume", "auto", *words.split()])
+    assert summary().splitlines()[-1].endswith(f"  xformer-train --resume auto {words}")
 
 
 def test_a_run_without_steps_evaluation_or_checkpoint_has_a_summary():
-    facts = dataclasses.replace(
-        CLOSING,
-        step=0,
-        steps_now=0,
-        samples=0,
-        samples_now=0,
-        training_time_s=0.0,
-        best=None,
-        checkpoint_id="",
-    )
-    text = closing_summary(CONFIG, facts)
+    watch = SimpleNamespace(training_time_s=0.0)
+    text = summary(progress=Progress(), watch=watch, saved_id="", steps=0, samples=0)
     assert "n/a sequences/s" in text
     assert "held-out" not in text and "resume" not in text
     assert "checkpoint  none" in text

@@ -1,0 +1,212 @@
+"""What a run says about itself when it starts and when it ends."""
+
+import shlex
+import sys
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ...recipes import RECIPES
+from ...recipes.data.run_tokenizer import RunTokenizer
+from ...recipes.data.stream import PreparedData
+from ..config.optimizers import OPTIMIZER_TERMS, OptimizerConfig
+from ..config.schema import CheckpointConfig, RunConfig, ScheduleConfig
+from ..optim.optimizer import OPTIMIZERS
+from ..optim.schedule import warmup_length
+from ..processes.words import duration, number
+
+if TYPE_CHECKING:
+    from .loop import Tally
+    from .prepare import Setup
+    from .start import Progress
+
+
+def startup_report(
+    setup: "Setup",
+    progress: "Progress",
+    tokenizer: RunTokenizer,
+    parameters: Sequence[int],
+    devices: Sequence[str],
+    *,
+    precision: str,
+    kernels: str,
+    start: str,
+) -> str:
+    """Return the start-up report: a title and aligned lines, without a newline at the end.
+
+    parameters: the number of all of the model, and of those outside embeddings. devices: the name of each process's. precision:
+    with its reason, as "bf16: the GPU has it". kernels: which path computes the layers. start: where the run starts and what
+    it takes from there, as "new weights".
+    """
+    config, batch, data, model = setup.config, setup.batch, setup.data, setup.config.model
+    alone = config.parallel.tensor == 1
+    replica, replicas = ("process", "processes") if alone else ("replica", "replicas")
+    shared = "layers, embedding, head and tokens" if config.parallel.sequence else "layers, embedding and head"
+    held_out = "none" if data.validation is None else f"{data.validation.num_samples:,} samples"
+    lines = [
+        (
+            "model",
+            f"{model.type}: {_counted(model.num_hidden_layers, 'layer')}, hidden size {model.hidden_size:,}, "
+            f"{_millions(parameters[0])} parameters ({_millions(parameters[1])} without embeddings)",
+        ),
+        (
+            "batch",
+            f"{batch.train_batch_size:,} sequences = {batch.micro_batch_size:,} per {replica}"
+            f" x {_counted(batch.num_replicas, replica, replicas)}"
+            f" x {_counted(batch.gradient_accumulation_steps, 'micro-batch', 'micro-batches')}"
+            f", each up to {config.data.max_seq_length:,} tokens",
+        ),
+        ("precision", precision),
+        ("kernels", kernels),
+        ("devices", ", ".join(f"{n} x {name}" if n > 1 else name for name, n in Counter(devices).items())),
+        ("parallel", "" if alone else f"{config.parallel.tensor} processes share the {shared} of a replica"),
+        ("ZeRO", f"stage {setup.engine.zero_optimization_stage()}"),
+        (
+            "data",
+            f"{data.sizes.documents:,} documents, {data.sizes.tokens:,} tokens, {data.train.num_samples:,} samples per epoch, "
+            f"{held_out} held out",
+        ),
+        ("sources", _shares_text(config, data)),
+        ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols"),
+        ("steps", _steps_text(setup, progress)),
+        ("optimizer", _optimizer_text(config.optimizer)),
+        ("schedule", _schedule_text(config.schedule, setup.schedule_steps)),
+        ("saves", _checkpoint_text(config.checkpoint)),
+        ("evaluates", "" if data.validation is None else _evaluation_text(config)),
+        ("start", f"from {start}"),
+        ("output", str(setup.directory.root)),
+    ]
+    return _aligned(f"run {config.name}", lines, text_width=88)
+
+
+def closing_summary(setup: "Setup", tally: "Tally", wall_time_s: float) -> str:
+    """Return the closing summary: a title and aligned lines, without a newline at the end.
+
+    wall_time_s: since the start of the process, evaluation and checkpoints included.
+    """
+    config, progress, root = setup.config, tally.progress, str(setup.directory.root)
+    training_time_s = tally.watch.training_time_s
+    speed = number(tally.samples / training_time_s) if training_time_s > 0 else "n/a"
+    since_start = f" ({tally.steps:,} since this start)" if tally.steps != progress.step else ""
+    best = "" if progress.best_loss is None else f"best loss {progress.best_loss:.4f} at step {progress.best_step:,}"
+    lines = [
+        ("steps", f"{progress.step:,} of {setup.total_steps:,}{since_start}"),
+        ("samples", f"{progress.samples:,}"),
+        ("time", f"{duration(wall_time_s)}, {duration(training_time_s)} of it in steps"),
+        ("speed", f"{speed} sequences/s on average"),
+        ("held-out", best),
+        ("checkpoint", tally.saved_id or "none"),
+        ("output", root),
+    ]
+    if progress.step < setup.total_steps:
+        lines.append(("to resume", _resume_command(setup.topology.world_size) if tally.saved_id else ""))
+        return _aligned(f"run {config.name} stopped as asked", lines)
+    command, run = RECIPES[config.model.type].command, f"--run {shlex.quote(root)}"
+    asked = {"sample": '--prompt "Once"', "fill-mask": '"a [MASK]"'}[command]
+    lines += [
+        ("to try", f"xformer-train {command} {run} {asked}"),
+        ("to export", f"xformer-train export {run} --to DIR"),
+        ("to plot", f"tensorboard --logdir {shlex.quote(root)}" if config.logging.tensorboard else ""),
+    ]
+    return _aligned(f"run {config.name} finished", lines)
+
+
+def _resume_command(world_size: int) -> str:
+    if world_size > 1:
+        return "the same command with --resume auto (with launch, behind --)"
+    return shlex.join(["xformer-train", *sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume", "auto"])])
+
+
+def _steps_text(setup: "Setup", progress: "Progress") -> str:
+    done = f", {progress.step:,} of them done" if progress.step else ""
+    # The steps that are done may have been on other data, so epochs are those of the steps to come.
+    steps_to_go, batch_size = max(0, setup.total_steps - progress.step), setup.batch.train_batch_size
+    epochs, tokens = (
+        steps_to_go * batch_size / setup.data.train.num_samples,
+        batch_size * setup.config.data.max_seq_length,
+    )
+    return (
+        f"{setup.total_steps:,}{done}; {epochs:,.2f} epochs to go, of up to {_millions(tokens)} tokens a step, "
+        f"{_millions(tokens * steps_to_go)} in all"
+    )
+
+
+def _cadence(every_steps: int | None) -> str:
+    return "at the end" if every_steps is None else f"every {_counted(every_steps, 'step')} and at the end"
+
+
+def _checkpoint_text(checkpoint: CheckpointConfig) -> str:
+    kept = "all stay" if checkpoint.keep_last is None else f"the last {checkpoint.keep_last} stay"
+    if checkpoint.keep_last is not None and checkpoint.keep_every_steps is not None:
+        kept += f", and every {_counted(checkpoint.keep_every_steps, 'step')}"
+    return f"{_cadence(checkpoint.save_every_steps)}; {kept}"
+
+
+def _evaluation_text(config: RunConfig) -> str:
+    most = config.eval.batches
+    of_most = f", of at most {_counted(most, 'micro-batch', 'micro-batches')}" if most else ""
+    return f"{_cadence(config.eval.every_steps)}{of_most}"
+
+
+def _shares_text(config: RunConfig, data: PreparedData) -> str:
+    """Return which share of the samples each source gives, if there are several."""
+    if len(config.data.sources) == 1:
+        return ""
+    names = [f"{source.kind} {source.path}" if source.path else source.kind for source in config.data.sources]
+    shares = [draws / sum(data.train.draws) for draws in data.train.draws]
+    return ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
+
+
+def _optimizer_text(optimizer: OptimizerConfig) -> str:
+    text = f"{optimizer.type}, lr {optimizer.lr:g}"
+    if "betas" in OPTIMIZER_TERMS[optimizer.type].params:
+        text += ", betas {:g} {:g}".format(*optimizer.betas)
+    text += f", weight decay {optimizer.weight_decay:g}{OPTIMIZERS[optimizer.type].text(optimizer)}"
+    return text if optimizer.bias_correction else f"{text}, no bias correction"
+
+
+def _schedule_text(schedule: ScheduleConfig, total_steps: int) -> str:
+    exponential = f"x {schedule.decay_rate:g} every {schedule.decay_steps:,} steps"
+    decay = {
+        "EE": exponential,
+        "LE": exponential,
+        "EP": f"quadratic decay to 0 at step {total_steps:,}",
+        "linear": f"linear decay to 0 at step {total_steps:,}",
+        "cosine": f"cosine decay to 0 at step {total_steps:,}",
+        "constant": "constant",
+        "wsd": f"constant, and decay to 0 over the last {schedule.decay_proportion:.0%} of {total_steps:,} steps",
+    }[schedule.type]
+    warmup_steps = round(warmup_length(schedule, total_steps))
+    warmup = f"warm-up of {_counted(warmup_steps, 'step')}" if warmup_steps else "no warm-up"
+    offset = f", plus {schedule.lr_offset:g} throughout" if schedule.lr_offset else ""
+    return f"{schedule.type}: {warmup}, then {decay}{offset}"
+
+
+def _counted(count: int, one: str, many: str | None = None) -> str:
+    """`1 step`, `1,200 steps`."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
+
+
+def _millions(count: int) -> str:
+    """`334.6 M`, `1.31 B`, or the count itself below 100,000."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} B"
+    return f"{count / 1e6:.1f} M" if count >= 1e5 else f"{count:,}"
+
+
+def _aligned(title: str, lines: list[tuple[str, str]], text_width: int | None = None) -> str:
+    """Return title and lines, those without text left out, the texts in one column.
+
+    One wider than text_width goes on below; None keeps it on one line.
+    """
+    # Paths stay whole, to be copied.
+    wrapper = textwrap.TextWrapper(text_width or 0, break_long_words=False, break_on_hyphens=False)
+    lines = [(label, text) for label, text in lines if text]
+    label_width = max(len(label) for label, _ in lines)
+    rendered = [title]
+    for label, text in lines:
+        parts = [text] if text_width is None else wrapper.wrap(text)
+        rendered.append(f"  {label:<{label_width}}  {parts[0]}")
+        rendered += [" " * (label_width + 4) + part for part in parts[1:]]
+    return "\n".join(rendered)
