@@ -69,45 +69,32 @@ def _run_and_model_faults(config: RunConfig) -> Iterator[Fault]:
     if not config.output_dir.strip():
         yield Fault(("output_dir",), 'got an empty path, must name a folder; "." is the current one')
     if model.hidden_size % model.num_attention_heads:
-        yield Fault(
-            ("model.hidden_size", "model.num_attention_heads"),
-            f"got {model.hidden_size}, must be a multiple of model.num_attention_heads {model.num_attention_heads}",
-        )
+        rule = f"must be a multiple of model.num_attention_heads {model.num_attention_heads}"
+        yield Fault(("model.hidden_size", "model.num_attention_heads"), f"got {model.hidden_size}, {rule}")
     if data.max_seq_length > model.max_position_embeddings:
-        yield Fault(
-            ("data.max_seq_length", "model.max_position_embeddings"),
-            f"got {data.max_seq_length}, must be at most model.max_position_embeddings {model.max_position_embeddings}",
-        )
+        rule = f"must be at most model.max_position_embeddings {model.max_position_embeddings}"
+        yield Fault(("data.max_seq_length", "model.max_position_embeddings"), f"got {data.max_seq_length}, {rule}")
     if config.layer.cuda_graph and config.layer.unpad:
-        yield Fault(
-            ("layer.cuda_graph", "layer.unpad"),
-            "got true, but without padding every batch has another number of tokens, and a graph has one; set either to false",
-        )
+        why = "without padding every batch has another number of tokens, and a graph has one"
+        yield Fault(("layer.cuda_graph", "layer.unpad"), f"got true, but {why}; set either to false")
 
 
 def _tokenizer_and_objective_faults(config: RunConfig) -> Iterator[Fault]:
     model, tokenizer, objective = config.model, config.tokenizer, config.objective
-    if (objective.max_predictions_per_seq or 0) > config.data.max_seq_length:
-        yield Fault(
-            ("objective.max_predictions_per_seq", "data.max_seq_length"),
-            f"got {objective.max_predictions_per_seq}, must be at most data.max_seq_length {config.data.max_seq_length}",
-        )
+    most = objective.max_predictions_per_seq
+    if (most or 0) > config.data.max_seq_length:
+        keys = ("objective.max_predictions_per_seq", "data.max_seq_length")
+        yield Fault(keys, f"got {most}, must be at most data.max_seq_length {config.data.max_seq_length}")
     if tokenizer.path is not None and tokenizer.type != "auto":
-        yield Fault(
-            ("tokenizer.type", "tokenizer.path"),
-            f"got {tokenizer.type!r}, but the type of tokenizer.path {tokenizer.path!r} is read from that file; set auto, "
-            "or remove tokenizer.path to train a new tokenizer",
-        )
+        why = f"the type of tokenizer.path {tokenizer.path!r} is read from that file"
+        remedy = "set auto, or remove tokenizer.path to train a new tokenizer"
+        yield Fault(("tokenizer.type", "tokenizer.path"), f"got {tokenizer.type!r}, but {why}; {remedy}")
     if model.init_from is not None and tokenizer.type != "auto":
-        yield Fault(
-            ("tokenizer.type", "model.init_from"),
-            f"got {tokenizer.type!r}, but the tokenizer of model.init_from is used, to which its weights belong; set auto",
-        )
+        why = "the tokenizer of model.init_from is used, to which its weights belong"
+        yield Fault(("tokenizer.type", "model.init_from"), f"got {tokenizer.type!r}, but {why}; set auto")
     if tokenizer.type == "bytes" and isinstance(model.vocab_size, int) and model.vocab_size < 256:
-        yield Fault(
-            ("model.vocab_size", "tokenizer.type"),
-            f"got {model.vocab_size}, but tokenizer.type bytes has 256 symbols; set 256 or more, or auto",
-        )
+        text = f"got {model.vocab_size}, but tokenizer.type bytes has 256 symbols; set 256 or more, or auto"
+        yield Fault(("model.vocab_size", "tokenizer.type"), text)
 
 
 def _data_faults(config: RunConfig) -> Iterator[Fault]:
@@ -118,22 +105,17 @@ def _data_faults(config: RunConfig) -> Iterator[Fault]:
                 yield Fault((f"{key}.{index}.{name}", f"{key}.{index}.kind"), text)
         unweighted = [index for index, source in enumerate(sources or []) if source.weight is None]
         if unweighted and len(unweighted) < len(sources or []):
-            yield Fault(
-                (f"{key}.{unweighted[0]}.weight",),
-                f"is missing, though other sources have one; give all sources of {key} a weight, or none",
-            )
+            text = f"is missing, though other sources have one; give all sources of {key} a weight, or none"
+            yield Fault((f"{key}.{unweighted[0]}.weight",), text)
     if data.validation is not None and not data.validation:
         yield Fault(("data.validation",), "is an empty list; give a source, or null for none")
     if data.validation and data.validation_fraction:
-        yield Fault(
-            ("data.validation_fraction", "data.validation"),
-            f"got {data.validation_fraction}, but data.validation already gives held-out text; keep one of the two",
-        )
+        text = f"got {data.validation_fraction}, but data.validation already gives held-out text; keep one of the two"
+        yield Fault(("data.validation_fraction", "data.validation"), text)
     if config.eval.every_steps and not data.validation and not data.validation_fraction:
-        yield Fault(
-            ("eval.every_steps", "data.validation", "data.validation_fraction"),
-            f"got {config.eval.every_steps}, but there is no held-out data; set data.validation_fraction or data.validation",
-        )
+        why = "there is no held-out data; set data.validation_fraction or data.validation"
+        keys = ("eval.every_steps", "data.validation", "data.validation_fraction")
+        yield Fault(keys, f"got {config.eval.every_steps}, but {why}")
 
 
 def _source_faults(source: SourceConfig) -> Iterator[tuple[str, str]]:
@@ -154,56 +136,40 @@ def _source_faults(source: SourceConfig) -> Iterator[tuple[str, str]]:
 def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
     schedule, max_steps = config.schedule, config.training.max_steps
     if schedule.warmup_steps is not None and schedule.warmup_proportion is not None:
-        yield Fault(
-            ("schedule.warmup_proportion", "schedule.warmup_steps"),
-            f"got {schedule.warmup_proportion}, but schedule.warmup_steps {schedule.warmup_steps} is given too; "
-            "keep one of the two",
-        )
+        text = f"got {schedule.warmup_proportion}, but schedule.warmup_steps {schedule.warmup_steps} is given too"
+        yield Fault(("schedule.warmup_proportion", "schedule.warmup_steps"), f"{text}; keep one of the two")
     total = schedule.total_steps or max_steps
     total_key = "training.max_steps" if schedule.total_steps is None else "schedule.total_steps"
     if total is not None and (schedule.warmup_steps or 0) > total:
-        yield Fault(
-            ("schedule.warmup_steps", "schedule.total_steps", "training.max_steps"),
-            f"got {schedule.warmup_steps}, must be at most {total_key} {total}",
-        )
+        keys = ("schedule.warmup_steps", "schedule.total_steps", "training.max_steps")
+        yield Fault(keys, f"got {schedule.warmup_steps}, must be at most {total_key} {total}")
     if schedule.type == "wsd":
         warmup = schedule.warmup_proportion or 0.0
         if schedule.warmup_steps is not None and total is not None:
             warmup = schedule.warmup_steps / total
         if warmup + schedule.decay_proportion > 1 + 1e-9:
-            yield Fault(
-                ("schedule.decay_proportion", "schedule.warmup_proportion", "schedule.warmup_steps"),
-                f"got {schedule.decay_proportion}, which with a warm-up of {warmup:.4g} is more than the whole schedule; "
-                f"must be at most {1 - warmup:.4g}",
-            )
+            keys = ("schedule.decay_proportion", "schedule.warmup_proportion", "schedule.warmup_steps")
+            why = f"which with a warm-up of {warmup:.4g} is more than the whole schedule"
+            yield Fault(keys, f"got {schedule.decay_proportion}, {why}; must be at most {1 - warmup:.4g}")
     ends_at_zero = schedule.type in ("EP", "linear", "cosine", "wsd") and schedule.lr_offset == 0
     if ends_at_zero and schedule.total_steps and max_steps and max_steps > schedule.total_steps:
-        yield Fault(
-            ("schedule.total_steps", "training.max_steps", "schedule.type"),
-            f"got {schedule.total_steps}, but the run goes on to training.max_steps {max_steps}, and schedule.type "
-            f"{schedule.type} ends at lr 0; set {max_steps} or null",
-        )
+        keys = ("schedule.total_steps", "training.max_steps", "schedule.type")
+        why = f"the run goes on to training.max_steps {max_steps}, and schedule.type {schedule.type} ends at lr 0"
+        yield Fault(keys, f"got {schedule.total_steps}, but {why}; set {max_steps} or null")
 
 
 def _training_faults(config: RunConfig) -> Iterator[Fault]:
     training = config.training
     if training.activation_checkpointing == "full" and config.layer.cuda_graph:
-        yield Fault(
-            ("training.activation_checkpointing", "layer.cuda_graph"),
-            "got full, but a graph of layer.cuda_graph holds the memory of all that it computes; set selective or none, or "
-            "layer.cuda_graph false",
-        )
+        why = "a graph of layer.cuda_graph holds the memory of all that it computes"
+        remedy = "set selective or none, or layer.cuda_graph false"
+        yield Fault(("training.activation_checkpointing", "layer.cuda_graph"), f"got full, but {why}; {remedy}")
+    lengths = ("training.max_steps", "training.num_epochs")
     if training.max_steps is None and training.num_epochs is None:
-        yield Fault(
-            ("training.max_steps", "training.num_epochs"),
-            "is missing; give the length of the run as training.max_steps or training.num_epochs",
-        )
+        yield Fault(lengths, "is missing; give the length of the run as training.max_steps or training.num_epochs")
     if training.max_steps is not None and training.num_epochs is not None:
-        yield Fault(
-            ("training.num_epochs", "training.max_steps"),
-            f"got {training.num_epochs}, but training.max_steps {training.max_steps} is given too, and a run has one "
-            "length; keep one of the two",
-        )
+        why = f"training.max_steps {training.max_steps} is given too, and a run has one length"
+        yield Fault(lengths[::-1], f"got {training.num_epochs}, but {why}; keep one of the two")
 
 
 def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
@@ -218,27 +184,20 @@ def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Faul
             listed = ", ".join([*map(str, found[:8]), *(["..."] if len(found) > 8 else [])])
             yield Fault((key, name), f"got {tensor}, must divide {name} {size}: {listed}")
     if tensor > 1 and config.layer.cuda_graph:
-        yield Fault(
-            ("layer.cuda_graph", key),
-            f"got true, but a graph cannot hold what the {tensor} processes of {key} send each other; set false",
-        )
+        text = f"got true, but a graph cannot hold what the {tensor} processes of {key} send each other; set false"
+        yield Fault(("layer.cuda_graph", key), text)
     if not config.parallel.sequence:
         return
     if tensor == 1:
-        yield Fault(
-            ("parallel.sequence", key),
-            "got true, but it divides tokens over the processes of parallel.tensor, which is 1; set false, or parallel.tensor",
-        )
+        why = "it divides tokens over the processes of parallel.tensor, which is 1"
+        yield Fault(("parallel.sequence", key), f"got true, but {why}; set false, or parallel.tensor")
     if config.layer.unpad:
-        yield Fault(
-            ("parallel.sequence", "layer.unpad"),
-            "got true, but with layer.unpad the number of tokens changes from batch to batch, and the processes cannot always "
-            "share it equally; set either to false",
-        )
+        why = "with layer.unpad the number of tokens changes from batch to batch"
+        text = f"got true, but {why}, and the processes cannot always share it equally; set either to false"
+        yield Fault(("parallel.sequence", "layer.unpad"), text)
 
 
 def _shared_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
-    """Yield what the processes of parallel.tensor share equally."""
     yield "model.num_attention_heads", config.model.num_attention_heads
     yield "model.intermediate_size", config.model.intermediate_size
     if config.model.vocab_size != "auto":
@@ -255,16 +214,12 @@ def _fp8_faults(config: RunConfig) -> Iterator[Fault]:
     on_each = "" if tensor == 1 else f" times parallel.tensor {tensor}"
     for name, size in sizes.items():
         if size % (FP8_MULTIPLE * tensor):
-            yield Fault(
-                (name, "training.precision", "parallel.tensor"),
-                f"got {size}, but the matrix products of training.precision fp8 need a multiple of {FP8_MULTIPLE}{on_each}",
-            )
+            need = f"the matrix products of training.precision fp8 need a multiple of {FP8_MULTIPLE}{on_each}"
+            yield Fault((name, "training.precision", "parallel.tensor"), f"got {size}, but {need}")
     for flag in ("normalize_invertible", "gelu_checkpoint"):
         if getattr(config.layer, flag):
-            yield Fault(
-                (f"layer.{flag}", "training.precision"),
-                "got true, but saves nothing with training.precision fp8, which keeps one byte of each number; set false",
-            )
+            why = "saves nothing with training.precision fp8, which keeps one byte of each number"
+            yield Fault((f"layer.{flag}", "training.precision"), f"got true, but {why}; set false")
 
 
 def _batch_and_deepspeed_faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
@@ -289,24 +244,19 @@ def _checkpoint_faults(config: RunConfig) -> Iterator[Fault]:
         yield Fault(("checkpoint.id_format",), f"got {config.checkpoint.id_format!r}, {text}")
     load = config.load
     if load.path is not None and config.model.init_from is not None:
-        yield Fault(
-            ("model.init_from", "load.path"),
-            f"got {config.model.init_from!r}, but load.path {load.path!r} gives the weights too; keep one of the two",
-        )
+        text = f"got {config.model.init_from!r}, but load.path {load.path!r} gives the weights too; keep one of the two"
+        yield Fault(("model.init_from", "load.path"), text)
     if load.path is None:
         for name, value in load.model_dump(exclude_defaults=True).items():
             text = f"got {show(value)}, but load.path does not say where to load from; set it"
             yield Fault((f"load.{name}", "load.path"), text)
     elif load.rewarmup and load.what == "weights":
-        yield Fault(
-            ("load.rewarmup", "load.what"),
-            "got true, but load.what weights starts a new run, whose schedule starts at step 0 anyway; set false",
-        )
+        text = "got true, but load.what weights starts a new run, whose schedule starts at step 0 anyway; set false"
+        yield Fault(("load.rewarmup", "load.what"), text)
     if config.reliability.nan == "rollback" and config.checkpoint.save_every_steps is None:
-        yield Fault(
-            ("reliability.nan", "checkpoint.save_every_steps"),
-            "got 'rollback', but without checkpoint.save_every_steps there is no checkpoint to go back to; set it, or skip",
-        )
+        why = "without checkpoint.save_every_steps there is no checkpoint to go back to"
+        keys = ("reliability.nan", "checkpoint.save_every_steps")
+        yield Fault(keys, f"got 'rollback', but {why}; set it, or skip")
 
 
 def _id_format_fault(id_format: str) -> str | None:

@@ -103,9 +103,8 @@ def read_tree(path: Path) -> ConfigTree:
     except IsADirectoryError:
         raise ConfigError([f"{path}: is a folder; give a YAML or JSON file"]) from None
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            [f"{path}: byte {error.object[error.start]:#04x} at position {error.start} is not UTF-8 text"]
-        ) from None
+        byte = f"byte {error.object[error.start]:#04x} at position {error.start}"
+        raise ConfigError([f"{path}: {byte} is not UTF-8 text"]) from None
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
     reader = _Reader("the file")
@@ -266,9 +265,8 @@ def to_yaml(values: Mapping[str, Any], origins: Mapping[str, str] | None = None)
         return "".join(text + "\n" for _, text in rows)
     width = min(60, max(len(text) for _, text in rows))
     notes = [printable(origins.get(dotted(path), "")) for path, _ in rows]
-    return "".join(
-        f"{text:<{width}}  # {note}\n" if note else f"{text}\n" for (_, text), note in zip(rows, notes, strict=True)
-    )
+    pairs = zip(rows, notes, strict=True)
+    return "".join(f"{text:<{width}}  # {note}\n" if note else f"{text}\n" for (_, text), note in pairs)
 
 
 def _rows(value: Mapping[str, Any] | list, path: KeyPath, indent: str) -> Any:
@@ -299,7 +297,6 @@ def is_leaf(value: Any) -> bool:
 def _flow(value: Any) -> str:
     if isinstance(value, float) and math.isfinite(value):
         return repr(value)
-    text = yaml.dump(
-        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=math.inf
-    )
+    form: Any = {"default_flow_style": True, "sort_keys": False, "allow_unicode": True, "width": math.inf}
+    text: str = yaml.dump(value, Dumper=_Dumper, **form)
     return text.removesuffix("\n").removesuffix("\n...")

@@ -90,9 +90,8 @@ class _Layers:
     def __init__(self, path: Path) -> None:
         tree = read_tree(path)
         if tree.values.keys() <= DEEPSPEED_KEYS and not tree.values.keys() <= RunConfig.model_fields.keys():
-            raise ConfigError(
-                [f"{path}: is a DeepSpeed JSON; give it with --deepspeed_config {path}, and a run config with --config"]
-            )
+            remedy = f"give it with --deepspeed_config {path}, and a run config with --config"
+            raise ConfigError([f"{path}: is a DeepSpeed JSON; {remedy}"])
         self.path = path
         self.values = tree.values
         self.origins = {key: f"{path}:{line}" for key, line in tree.lines.items()}
@@ -322,13 +321,11 @@ def _meant(path: KeyPath) -> KeyPath | None:
 
 
 def _section_of(path: KeyPath) -> type[BaseModel]:
-    """Return the schema class of the section at a path."""
     section: type[BaseModel] = RunConfig
     for part in path:
         if isinstance(part, str):
-            section = next(
-                inner for inner in _classes(section.model_fields[part].annotation) if issubclass(inner, BaseModel)
-            )
+            inner = _classes(section.model_fields[part].annotation)
+            section = next(found for found in inner if issubclass(found, BaseModel))
     return section
 
 
