@@ -102,7 +102,6 @@ def prune(
 
 
 def _folder(run: Path) -> Path:
-    """Return the folder of checkpoints that RUN stands for. Raises UserError if it holds none."""
     with refused(f"cannot read {run}", "correct its permissions"):
         folder = store.checkpoints_folder(run)
         found = store.entries(folder)

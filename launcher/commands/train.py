@@ -58,10 +58,8 @@ def train(
     values = values_by_key(flags)
     if context.invoked_subcommand is not None:
         if config or sets or resume or values:
-            leave(
-                f"error: options of {context.invoked_subcommand} stand behind it, and those of training have no effect",
-                2,
-            )
+            what = f"options of {context.invoked_subcommand} stand behind it, and those of training have no effect"
+            leave(f"error: {what}", status=2)
         return
     _check_resume(resume)
     with requeued_by_signals(), reported_errors(debug):
@@ -99,8 +97,5 @@ def training_options(arguments: list[str]) -> tuple[dict[str, Any], bool]:
 
 def _check_resume(resume: str | None) -> None:
     if resume not in (None, "auto"):
-        leave(
-            f"error: --resume got {resume!r}, must be auto; --load_training_checkpoint DIR --load_checkpoint_id ID loads a "
-            "certain checkpoint",
-            status=2,
-        )
+        remedy = "--load_training_checkpoint DIR --load_checkpoint_id ID loads a certain checkpoint"
+        leave(f"error: --resume got {resume!r}, must be auto; {remedy}", status=2)

@@ -43,7 +43,6 @@ class Launch(TyperCommand):
             name = getattr(error, "option_name", "").lstrip("-").replace("_", "-")
             if name in _OF_TRAINING:
                 error.possibilities = None
-                error.message = (
-                    f"--{name} is an option of training; write it after --, as in: launch --config FILE -- --{name} ..."
-                )
+                remedy = f"write it after --, as in: launch --config FILE -- --{name} ..."
+                error.message = f"--{name} is an option of training; {remedy}"
             raise

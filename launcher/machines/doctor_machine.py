@@ -74,10 +74,9 @@ def devices(machine: dict[str, Any]) -> Iterator[Finding]:
     gpus = machine["gpus"]
     if gpus and not torch.cuda.is_available():
         there = f"{len(gpus)} x {gpus[0]['name']}, driver {gpus[0]['driver']}"
-        remedy = (
-            "install a CUDA build of torch that this driver supports, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
-        )
-        yield Finding("FAIL", "CUDA", f"{there}, and torch {torch.__version__} cannot use it", remedy)
+        fault = f"{there}, and torch {torch.__version__} cannot use it"
+        remedy = "install a CUDA build of torch that this driver supports"
+        yield Finding("FAIL", "CUDA", fault, f"{remedy}, or set CUDA_VISIBLE_DEVICES= to train on the CPU")
     elif torch.cuda.is_available():
         nccl = ".".join(map(str, torch.cuda.nccl.version()))
         driver = gpus[0]["driver"] if gpus else "unknown"

@@ -20,9 +20,8 @@ def read_hostfile(path: Path) -> Slots:
     Raises UserError with every problem in the file.
     """
     if not path.is_file():
-        raise UserError(
-            f"--hostfile={path} is not a file; give one that lists a host on each line, such as `node1 slots=8`"
-        )
+        remedy = "give one that lists a host on each line, such as `node1 slots=8`"
+        raise UserError(f"--hostfile={path} is not a file; {remedy}")
     hosts: Slots = {}
     problems = []
     try:
@@ -38,17 +37,13 @@ def read_hostfile(path: Path) -> Slots:
         if match is None:
             problems.append(f"{path}:{number}: got {text!r}, must be one host and its slots, such as `node1 slots=8`")
         elif not _HOST.fullmatch(match[1]):
-            problems.append(
-                f"{path}:{number}: host {match[1]!r} must be a name or address of letters, digits, `.` and `-`; "
-                "user and port go into ~/.ssh/config"
-            )
+            rule = "must be a name or address of letters, digits, `.` and `-`; user and port go into ~/.ssh/config"
+            problems.append(f"{path}:{number}: host {match[1]!r} {rule}")
         elif match[1] in hosts:
             problems.append(f"{path}:{number}: host {match[1]} stands there twice; give its slots on one line")
         elif len(match[2]) > 9 or int(match[2]) > _MOST_SLOTS:
-            problems.append(
-                f"{path}:{number}: host {match[1]} has slots={match[2][:20]}, must be at most {_MOST_SLOTS}: one for each of "
-                "its GPUs"
-            )
+            rule = f"must be at most {_MOST_SLOTS}: one for each of its GPUs"
+            problems.append(f"{path}:{number}: host {match[1]} has slots={match[2][:20]}, {rule}")
         elif int(match[2]) < 1:
             problems.append(f"{path}:{number}: host {match[1]} has no slots; give it 1 or more, or remove the line")
         else:
@@ -57,9 +52,8 @@ def read_hostfile(path: Path) -> Slots:
         problems.append(f"{path}: holds no host; write one on each line, such as `node1 slots=8`")
     loopback = [host for host in hosts if host == "localhost" or host.startswith("127.")]
     if loopback and len(hosts) > 1:
-        problems.append(
-            f"{path}: {loopback[0]} means another machine on each host; give the name by which all reach it"
-        )
+        remedy = "give the name by which all reach it"
+        problems.append(f"{path}: {loopback[0]} means another machine on each host; {remedy}")
     if problems:
         raise UserError("\n".join(problems))
     return hosts
@@ -81,9 +75,8 @@ def choose_slots(
     if include and exclude:
         raise UserError("--include and --exclude exclude each other; give one of them")
     if (include or exclude) and (num_nodes or num_gpus):
-        raise UserError(
-            "--include and --exclude name hosts and slots, so --num-nodes and --num-gpus do not go with them"
-        )
+        rule = "so --num-nodes and --num-gpus do not go with them"
+        raise UserError(f"--include and --exclude name hosts and slots, {rule}")
     if include:
         named = _parse_filter("--include", include, hosts)
         return {host: named[host] or hosts[host] for host in hosts if host in named}
@@ -96,9 +89,8 @@ def choose_slots(
             raise UserError(f"--exclude {exclude} leaves no slot of the hostfile")
         return chosen
     if num_nodes and num_nodes > len(hosts):
-        raise UserError(
-            f"--num-nodes is {num_nodes}, must be at most {len(hosts)}, the number of hosts in the hostfile"
-        )
+        rule = f"must be at most {len(hosts)}, the number of hosts in the hostfile"
+        raise UserError(f"--num-nodes is {num_nodes}, {rule}")
     chosen = dict(list(hosts.items())[: num_nodes or None])
     for host, slots in chosen.items():
         if num_gpus and num_gpus > len(slots):
@@ -118,9 +110,8 @@ def _parse_filter(option: str, text: str, hosts: Mapping[str, tuple[int, ...]]) 
             raise UserError(f"{option}: got {part!r}, must be a host and perhaps slots, such as node1:0,2")
         missing = [slot for slot in slots if int(slot) not in hosts[host]]
         if missing:
-            raise UserError(
-                f"{option}: host {host} has slots 0 to {len(hosts[host]) - 1} in the hostfile, and not slot {missing[0]}"
-            )
+            there = f"slots 0 to {len(hosts[host]) - 1} in the hostfile"
+            raise UserError(f"{option}: host {host} has {there}, and not slot {missing[0]}")
         if host in named:
             raise UserError(f"{option}: host {host} is named twice; give its slots together, such as {host}:0,2")
         named[host] = tuple(sorted({int(slot) for slot in slots}))

@@ -62,16 +62,14 @@ class LaunchOptions:
             raise UserError(f"--launcher got {self.launcher!r}, must be one of {', '.join(LAUNCHERS)}")
         if self.hostfile is None and (self.include or self.exclude or self.num_nodes):
             raise UserError("--include, --exclude and --num-nodes choose from a hostfile; give one with --hostfile")
-        limits = self.include or self.exclude or self.num_nodes or self.num_gpus
-        if self.hostfile is not None and self.launcher in _MPI and limits:
-            raise UserError(
-                f"--launcher {self.launcher} takes all of the hostfile; write another hostfile in place of "
-                "--include, --exclude, --num-nodes and --num-gpus, or use --launcher ssh"
-            )
+        chosen = self.include or self.exclude or self.num_nodes or self.num_gpus
+        if self.hostfile is not None and self.launcher in _MPI and chosen:
+            limits = "--include, --exclude, --num-nodes and --num-gpus"
+            remedy = f"write another hostfile in place of {limits}, or use --launcher ssh"
+            raise UserError(f"--launcher {self.launcher} takes all of the hostfile; {remedy}")
         if self.launcher_args and (self.hostfile is None or self.launcher == "ssh"):
-            raise UserError(
-                "--launcher-args go to a launcher of DeepSpeed's own; choose one with --hostfile and --launcher"
-            )
+            remedy = "choose one with --hostfile and --launcher"
+            raise UserError(f"--launcher-args go to a launcher of DeepSpeed's own; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -207,10 +205,9 @@ def _defaults() -> dict[str, str]:
 def _local_options(options: LaunchOptions, world_size: int) -> list[str]:
     devices = local_devices()[:world_size]
     if devices and not all(device.isdecimal() for device in devices):
-        raise UserError(
-            f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} names GPUs otherwise than by number, which "
-            "DeepSpeed's launcher does not understand; give their numbers, or use torchrun"
-        )
+        given = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']}"
+        what = "names GPUs otherwise than by number, which DeepSpeed's launcher does not understand"
+        raise UserError(f"{given} {what}; give their numbers, or use torchrun")
     place = ["--include", f"localhost:{','.join(devices)}"] if devices else ["--num_accelerators", str(world_size)]
     # DeepSpeed would take /job/hostfile, where there is one.
     return ["--hostfile", os.devnull, "--master_port", str(options.master_port or free_port()), *place]
@@ -232,14 +229,12 @@ def _master_address(host: str) -> str:
     try:
         socket.getaddrinfo(host, None)
     except OSError as error:
-        raise UserError(
-            f"host {host} has no address ({error.strerror}), where all processes meet; give its address with --master-addr"
-        ) from error
+        what = f"host {host} has no address ({error.strerror}), where all processes meet"
+        raise UserError(f"{what}; give its address with --master-addr") from error
     return host
 
 
 def _hostfile_options(options: LaunchOptions) -> list[str]:
-    """Return the hostfile and the choice from it, in DeepSpeed's words."""
     assert options.hostfile is not None, "asked for with a hostfile only"
     given = {
         "--hostfile": options.hostfile.absolute(),
@@ -278,9 +273,8 @@ def _multi_node_command(
     if options.launcher_args:
         launcher.append(f"--launcher_args={options.launcher_args}")
     # DeepSpeed's launcher for Slurm ignores --module.
-    script = (
-        [str(Path(sys.executable).with_name("xformer-train"))] if options.launcher == "slurm" else ["--module", module]
-    )
+    own_script = str(Path(sys.executable).with_name("xformer-train"))
+    script = [own_script] if options.launcher == "slurm" else ["--module", module]
     return HostCommand(
         [*_deepspeed(), *_hostfile_options(options), *launcher, *master, *script, *arguments],
         str(Path.cwd()),
@@ -297,7 +291,6 @@ def _check_words(launcher: str, words: Sequence[str]) -> None:
     """Raise UserError for a word that would be another one, or several, behind DeepSpeed's way to the hosts."""
     for word in words:
         if not _SAFE.fullmatch(word) or (launcher == "pdsh" and "%" in word):
-            raise UserError(
-                f"{word!r} would not come through --launcher {launcher}, which hands arguments and environment variables to a "
-                "shell; write it into the run config, unset the variable, or use --launcher ssh"
-            )
+            what = f"--launcher {launcher}, which hands arguments and environment variables to a shell"
+            remedy = "write it into the run config, unset the variable, or use --launcher ssh"
+            raise UserError(f"{word!r} would not come through {what}; {remedy}")
