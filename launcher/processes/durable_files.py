@@ -5,7 +5,6 @@ import hashlib
 import os
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple
 
 
@@ -41,7 +40,7 @@ class DurableFile:
     def __enter__(self) -> "DurableFile":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         with self._file:
             if kind is None:
                 self._file.flush()

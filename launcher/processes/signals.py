@@ -4,7 +4,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -47,9 +47,7 @@ class StopRequest:
             self._previous[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, _nothing if error is None and number != signal.SIGINT else handler)
 
@@ -65,7 +63,7 @@ class StopRequest:
         steps and wait for ever. With several processes the answer is that to the call before, which has come meanwhile, so
         that nobody waits: a stop takes effect one call late.
         """
-        own = self._own()
+        own = _NOTHING if self.received is None else _INTERRUPT if self.received == signal.SIGINT else _SCHEDULER
         if self._topology.world_size == 1:
             self._all_told = own
         else:
@@ -98,11 +96,6 @@ class StopRequest:
             yield
         finally:
             self._raises = False
-
-    def _own(self) -> int:
-        if self.received is None:
-            return _NOTHING
-        return _INTERRUPT if self.received == signal.SIGINT else _SCHEDULER
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:

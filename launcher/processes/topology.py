@@ -118,12 +118,15 @@ class Topology:
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Return every process's `value`, small picklable objects, in order of rank, on every process."""
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """Return every process's `value`, small picklable objects, in order of rank, on every process.
+
+        group: another one of all processes than that of the run.
+        """
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
         return values
 
 
@@ -165,17 +168,14 @@ def start_processes(hang_timeout_s: float, tensor_parallel: int = 1) -> Topology
 
     rank, local_rank, world_size = _place(os.environ)
     if world_size % tensor_parallel:
-        raise UserError(
-            f"parallel.tensor={tensor_parallel} does not divide the {world_size} processes of the run; start a multiple of it"
-        )
+        what = f"parallel.tensor={tensor_parallel} does not divide the {world_size} processes of the run"
+        raise UserError(f"{what}; start a multiple of it")
     os.environ["LOCAL_RANK"] = str(local_rank)  # DeepSpeed insists on it
     _choose_accelerator()
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise UserError(
-                f"process {rank} wants GPU {local_rank} of its machine, which has {torch.cuda.device_count()}; "
-                "start at most as many processes per machine as it has GPUs"
-            )
+            what = f"process {rank} wants GPU {local_rank} of its machine, which has {torch.cuda.device_count()}"
+            raise UserError(f"{what}; start at most as many processes per machine as it has GPUs")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "nccl"
@@ -238,18 +238,16 @@ def precision(requested: Literal["auto", Precision], device: torch.device) -> tu
     if requested == "fp16" and not on_gpu:
         raise UserError("training.precision=fp16 needs a GPU and this run has none; use fp32, bf16 or auto")
     has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+    name = device_name(device)
     if requested in ("bf16", "fp8") and not has_bf16:
-        raise UserError(
-            f"training.precision={requested} needs a GPU that computes in bf16 and {torch.cuda.get_device_name(device)} does "
-            "not; use fp16 or auto"
-        )
+        what = f"training.precision={requested} needs a GPU that computes in bf16 and {name} does not"
+        raise UserError(f"{what}; use fp16 or auto")
     if requested == "fp8":
         return "fp8", "as the config says; bf16 outside the layers' matrix products"
     if requested != "auto":
         return requested, "as the config says"
     if not on_gpu:
         return "fp32", "auto: on most CPUs fp32 is faster than bf16"
-    name = torch.cuda.get_device_name(device)
     if has_bf16:
         return "bf16", f"auto: {name} computes in bf16, which needs no loss scaling"
     return "fp16", f"auto: {name} does not compute in bf16"
@@ -267,22 +265,18 @@ def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:
         names = _FOREIGN_RANKS[launcher]
         for address in ("MASTER_ADDR", "MASTER_PORT"):
             if address not in environment:
-                raise UserError(
-                    f"{address} is not set, and {launcher} started {environment[names[2]]} processes that must find each "
-                    "other; export MASTER_ADDR (name of the first machine) and MASTER_PORT (a free port there)"
-                )
+                what = f"{launcher} started {environment[names[2]]} processes that must find each other"
+                remedy = "export MASTER_ADDR (name of the first machine) and MASTER_PORT (a free port there)"
+                raise UserError(f"{address} is not set, and {what}; {remedy}")
     meeting = ("MASTER_ADDR", "MASTER_PORT") if _number(environment, names[2]) > 1 else ()
     for name in (*names, *meeting):
         if name not in environment:
-            raise UserError(
-                f"{name} is not set although {names[0]} is; start with `deepspeed`, torchrun or one process"
-            )
+            remedy = "start with `deepspeed`, torchrun or one process"
+            raise UserError(f"{name} is not set although {names[0]} is; {remedy}")
     rank, local_rank, world_size = (_number(environment, name) for name in names)
     if rank >= world_size:
-        raise UserError(
-            f"environment variable {names[0]} is {rank}, must be below {names[2]}, which is {world_size}; leave both to the "
-            "launcher"
-        )
+        rule = f"must be below {names[2]}, which is {world_size}; leave both to the launcher"
+        raise UserError(f"environment variable {names[0]} is {rank}, {rule}")
     return rank, local_rank, world_size
 
 
@@ -315,10 +309,9 @@ def _store(environment: Mapping[str, str], rank: int, world_size: int, timeout: 
             socket.getaddrinfo(host, port)  # only now: a name may need some seconds to become known
         except (OSError, UnicodeError):
             said = f"there is no machine of the name {host}"
-        raise RefusedError(
-            f"the processes cannot meet at MASTER_ADDR {host}, MASTER_PORT {port}: {said}; "
-            "give the name of the first machine and a free port there, and start all processes"
-        ) from error
+        remedy = "give the name of the first machine and a free port there, and start all processes"
+        what = f"the processes cannot meet at MASTER_ADDR {host}, MASTER_PORT {port}: {said}"
+        raise RefusedError(f"{what}; {remedy}") from error
 
 
 def _choose_accelerator() -> None:
@@ -348,8 +341,6 @@ def _switch_off_shared_memory_op() -> None:
 
     compatible = getattr(deepspeed.ops, "__compatible_ops__", None)
     if not isinstance(compatible, dict):
-        raise UserError(
-            f"DeepSpeed {deepspeed.__version__} has no deepspeed.ops.__compatible_ops__, by which its compiled CPU op is "
-            "switched off; install deepspeed 0.19"
-        )
+        what = "no deepspeed.ops.__compatible_ops__, by which its compiled CPU op is switched off"
+        raise UserError(f"DeepSpeed {deepspeed.__version__} has {what}; install deepspeed 0.19")
     compatible["deepspeed_shm_comm"] = False

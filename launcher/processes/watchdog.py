@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch.distributed as dist
 
@@ -104,9 +104,6 @@ class Watchdog:
         self._times: defaultdict[str, float] = defaultdict(float)
         self._main_thread = threading.get_ident()
         self._heard: dict[int, tuple[int, float]] = {}  # by rank, the last beat and when it was new
-        self._seen: set[int] = (
-            set()
-        )  # ranks that ran in this start: NFS may show the heartbeats of the one before for a while
         self._slow = _SlowProcesses()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -151,7 +148,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         """Raise LostProcessError in place of the error that the end of another process caused."""
         if not self._thread.is_alive():
             return
@@ -196,8 +193,9 @@ class Watchdog:
         if waited_s > self._patience_s:
             return f"no progress for {waited_s:.1f} s {setting}"
         if waited_s > _LOST_AFTER * self._interval_s:
-            gone = [rank for rank, beat in self._others().items() if beat.state in ("stuck", "failed")]
-            return f"rank {gone[0]} has given up" if gone else ""
+            for rank, beat in self._others().items():
+                if beat.state in ("stuck", "failed"):
+                    return f"rank {rank} has given up"
         return ""
 
     def _pass_a_signal_on(self, others: Mapping[int, Heartbeat]) -> None:
@@ -234,10 +232,8 @@ class Watchdog:
         lines = [f"the run hangs: {reason}"]
         for rank, beat in sorted(beats.items()):
             state = "is silent" if rank in lost else beat.where or "is running"
-            lines.append(
-                f"  rank {rank} on {beat.host} (pid {beat.pid}): step {beat.step:,}, {beat.phase} for {beat.phase_s:.1f} s, "
-                f"{state}"
-            )
+            place = f"step {beat.step:,}, {beat.phase} for {beat.phase_s:.1f} s, {state}"
+            lines.append(f"  rank {rank} on {beat.host} (pid {beat.pid}): {place}")
         if lost:
             lines.append(_lost_text(sorted(lost), beats))
         elif busy and len(busy) < len(beats):
@@ -250,11 +246,14 @@ class Watchdog:
         first = self._others()
         time.sleep(_LOST_AFTER * self._interval_s)
         later = self._others()
+
+        def is_silent(rank: int) -> bool:
+            return later[rank].state == "running" and rank in first and first[rank].beat == later[rank].beat
+
         lost = [
             rank
             for rank in range(self._topology.world_size)
-            if rank != self._topology.rank
-            and (rank not in later or later[rank].state == "failed" or _same(first.get(rank), later[rank]))
+            if rank != self._topology.rank and (rank not in later or later[rank].state == "failed" or is_silent(rank))
         ]
         return _lost_text(lost, later)
 
@@ -323,19 +322,17 @@ class _SlowProcesses:
         before, self._before = self._before, dict(beats)
         steps = {rank: beat.steps - before[rank].steps for rank, beat in beats.items()}
         own_s = {rank: (beat.own_s - before[rank].own_s) / steps[rank] for rank, beat in beats.items()}
-        texts, slow = [], set()
+        slow = {}
         for rank, beat in beats.items():
             usual_s = statistics.median(seconds for other, seconds in own_s.items() if other != rank)
             step_s = (beat.step_s - before[rank].step_s) / steps[rank]
             if own_s[rank] > _SLOW_FACTOR * usual_s and own_s[rank] - usual_s > _SLOW_SHARE * step_s:
-                slow.add(rank)
-                texts.append(
+                slow[rank] = (
                     f"rank {rank} on {beat.host} is slow: it needs {own_s[rank]:.3f} s of a step of {step_s:.3f} s for its "
                     f"data and its forward pass, the others {usual_s:.3f} s, and they wait for it"
                 )
-        texts = [text for text, rank in zip(texts, sorted(slow), strict=True) if rank not in self._told]
-        self._told = slow
-        return texts
+        told, self._told = self._told, set(slow)
+        return [text for rank, text in slow.items() if rank not in told]
 
 
 def _collective(innermost: FrameType | None) -> str:
@@ -352,10 +349,6 @@ def _collective(innermost: FrameType | None) -> str:
     while frame.f_back is not None and any(part in frame.f_code.co_filename for part in _COMMUNICATION):
         frame = frame.f_back
     return f"waits in {name} ({_short(frame)})"
-
-
-def _same(first: Heartbeat | None, later: Heartbeat) -> bool:
-    return first is not None and first.beat == later.beat and later.state == "running"
 
 
 def _short(frame: FrameType) -> str:
@@ -377,7 +370,6 @@ def _lost_text(ranks: list[int], beats: Mapping[int, Heartbeat]) -> str:
             texts.append(f"rank {rank} has never been heard of")
             continue
         end = "failed" if beat.state == "failed" else "was killed or stopped from outside, or its machine is gone"
-        texts.append(
-            f"rank {rank} on {beat.host} (pid {beat.pid}) {end}: last heard of at step {beat.step:,} ({beat.phase})"
-        )
+        last = f"last heard of at step {beat.step:,} ({beat.phase})"
+        texts.append(f"rank {rank} on {beat.host} (pid {beat.pid}) {end}: {last}")
     return "; ".join(texts)
