@@ -28,9 +28,8 @@ def check_deepspeed_config(ds_config: dict[str, Any], topology: Topology) -> Non
         DeepSpeedConfig(copy.deepcopy(ds_config), mpu)
     except (DeepSpeedConfigError, ValueError, AssertionError) as error:  # a pydantic.ValidationError is a ValueError
         said = " ".join(str(error).split())
-        raise UserError(
-            f"deepspeed: DeepSpeed refuses these settings ({said}); correct the section deepspeed"
-        ) from error
+        text = f"deepspeed: DeepSpeed refuses these settings ({said}); correct the section deepspeed"
+        raise UserError(text) from error
 
 
 def build_engine(
@@ -113,6 +112,7 @@ def set_learning_rate(engine: Any, lr: float) -> None:
 
 def _parallel_unit(topology: Topology) -> SimpleNamespace:
     """Return the groups of a run as DeepSpeed asks for them, its `mpu`."""
+    ranks = range(topology.tensor_rank, topology.world_size, topology.tensor_parallel)
     return SimpleNamespace(
         get_model_parallel_rank=lambda: topology.tensor_rank,
         get_model_parallel_world_size=lambda: topology.tensor_parallel,
@@ -120,9 +120,7 @@ def _parallel_unit(topology: Topology) -> SimpleNamespace:
         get_data_parallel_rank=lambda: topology.replica,
         get_data_parallel_world_size=lambda: topology.num_replicas,
         get_data_parallel_group=lambda: topology.data_group,
-        get_data_parallel_group_ranks=lambda: [*range(topology.world_size)][
-            topology.tensor_rank :: topology.tensor_parallel
-        ],
+        get_data_parallel_group_ranks=lambda: list(ranks),
     )
 
 

@@ -43,10 +43,5 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
         raise UserError("model has no trainable parameter, so there is nothing to optimize; set requires_grad")
     decayed = [param for param in trainable if param.ndim >= 2]
     undecayed = [param for param in trainable if param.ndim < 2]
-    grouped_ids = [id(param) for param in decayed + undecayed]
-    assert sorted(grouped_ids) == sorted({id(param) for param in trainable}), "each parameter is in exactly one group"
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": undecayed, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+    groups = ((decayed, weight_decay), (undecayed, 0.0))
+    return [{"params": params, "weight_decay": decay} for params, decay in groups if params]

@@ -182,7 +182,6 @@ class Lamb(torch.optim.Optimizer):
                 param.copy_(weight)
 
     def _step_slice(self, group: dict[str, Any], own: Slice) -> None:
-        """Step the segments of one flat shard."""
         state = self._state_of(own.tensor)
         state["step"] += 1
         weights = own.tensor.to(_state_dtype(own.tensor))
@@ -211,12 +210,8 @@ class Lamb(torch.optim.Optimizer):
         if not pieces.weights:  # of a shard that is all padding: this process has only taken part in the sums
             return
         # One ratio per tensor, broadcast: it stays on the device.
-        torch._foreach_addcmul_(
-            pieces.weights,
-            updates,
-            [by_place[place] for place in own],
-            [-group["lr"] * factor for factor in lr_factors],
-        )
+        factors = [-group["lr"] * factor for factor in lr_factors]
+        torch._foreach_addcmul_(pieces.weights, updates, [by_place[place] for place in own], factors)
 
     def _ratios(
         self,
@@ -324,14 +319,12 @@ def _check_state(groups: list[dict[str, Any]], states: dict[int, dict[str, Any]]
         found = {name: tuple(value.shape) for name, value in (state or {}).items() if isinstance(value, Tensor)}
         wanted = {"step": (), "exp_avg": tuple(param.shape), "exp_avg_sq": tuple(param.shape)}
         if state and wanted.items() - found.items():
-            raise UserError(
-                f"the state to load holds the tensors {found} of parameter {number}, must hold {wanted}; load the state of a "
-                "Lamb of the same parameters, or start with a new one"
-            )
+            remedy = "load the state of a Lamb of the same parameters, or start with a new one"
+            what = f"the state to load holds the tensors {found} of parameter {number}, must hold {wanted}"
+            raise UserError(f"{what}; {remedy}")
 
 
 def _check_options(group: dict[str, Any]) -> None:
-    """Raise UserError if an option is out of its range."""
     for name in ("lr", "eps", "weight_decay"):
         if not isinstance(group[name], Real):
             raise UserError(f"Lamb option {name} is a {type(group[name]).__name__}, must be a number; give a float")
@@ -356,12 +349,8 @@ def _check_options(group: dict[str, Any]) -> None:
 
 def _build(model: torch.nn.Module, config: OptimizerConfig, tensor_group: ProcessGroup | None) -> Lamb:
     groups = parameter_groups(model, config.weight_decay)
-    return Lamb(
-        groups,
-        **config.model_dump(exclude={"type"}),
-        sharded=[is_sharded(param) for group in groups for param in group["params"]],
-        group=tensor_group,
-    )
+    sharded = [is_sharded(param) for group in groups for param in group["params"]]
+    return Lamb(groups, **config.model_dump(exclude={"type"}), sharded=sharded, group=tensor_group)
 
 
 def _text(config: OptimizerConfig) -> str:

@@ -52,12 +52,13 @@ def slices_of(engine: Any, places: Mapping[int, int]) -> list[Slice]:
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     if stage == 0:
         copies = getattr(optimizer, "fp32_groups", None)  # of wrappers for fp16 and bf16
-        parameters = [group["params"] for group in optimizer.param_groups]
-        if copies is not None:
-            parameters, stepped = optimizer.fp16_groups, copies
-        else:
-            stepped = parameters
-        pairs = [pair for group, own in zip(parameters, stepped, strict=True) for pair in zip(group, own, strict=True)]
+        own = [group["params"] for group in optimizer.param_groups]
+        parameters, stepped = (own, own) if copies is None else (optimizer.fp16_groups, copies)
+        pairs = [
+            pair
+            for group, tensors in zip(parameters, stepped, strict=True)
+            for pair in zip(group, tensors, strict=True)
+        ]
         return [_slice(tensor, [(parameter, 0, 0, tensor.numel())], [parameter], places) for parameter, tensor in pairs]
     if stage == 3:
         shards = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
