@@ -134,11 +134,8 @@ def read_file(path: Path, *, mapped: bool = False) -> Any:
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except pickle.UnpicklingError as error:
-            raise UserError(
-                f"{path} is no file of tensors and plain values alone, so it is not loaded: it could run any code; choose "
-                "another checkpoint"
-            ) from error
+            what = "is no file of tensors and plain values alone, so it is not loaded: it could run any code"
+            raise UserError(f"{path} {what}; choose another checkpoint") from error
         except (RuntimeError, EOFError, struct.error) as error:
-            raise UserError(
-                f"{path} cannot be read ({str(error).splitlines()[0]}); choose another checkpoint"
-            ) from error
+            said = str(error).splitlines()[0]
+            raise UserError(f"{path} cannot be read ({said}); choose another checkpoint") from error

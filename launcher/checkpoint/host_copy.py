@@ -17,6 +17,7 @@ class HostCopies:
     """
 
     def __init__(self) -> None:
+        # (bytes,) uint8, by bytes and whether they are pinned, and how many of them this set has taken
         self._buffers: defaultdict[tuple[int, bool], list[Tensor]] = defaultdict(list)
         self._taken: Counter[tuple[int, bool]] = Counter()
 
@@ -37,10 +38,8 @@ class HostCopies:
         try:
             copies = [self._copy(tensor, storages) for tensor in pickler.tensors]
         except (MemoryError, RuntimeError) as error:
-            raise OSError(
-                errno.ENOMEM,
-                f"no host memory for a copy of the state ({error}), which checkpoint.asynchronous=false saves",
-            ) from error
+            what = f"no host memory for a copy of the state ({error}), which checkpoint.asynchronous=false saves"
+            raise OSError(errno.ENOMEM, what) from error
         if any(tensor.is_cuda for tensor in pickler.tensors):
             torch.cuda.synchronize()
         pickled.seek(0)
@@ -51,20 +50,16 @@ class HostCopies:
         storage = tensor.untyped_storage()
         key = (storage.data_ptr(), storage.nbytes(), tensor.dtype)  # empty ones of two dtypes have the same address
         if key not in storages:
-            storages[key] = self._buffer(storage.nbytes(), pinned=tensor.is_cuda)
+            kind = (storage.nbytes(), tensor.is_cuda)
+            if self._taken[kind] == len(self._buffers[kind]):
+                buffer = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=tensor.is_cuda)
+                self._buffers[kind].append(buffer)
+            storages[key] = self._buffers[kind][self._taken[kind]]
+            self._taken[kind] += 1
             source = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             storages[key].copy_(source, non_blocking=True)
         memory = storages[key].untyped_storage()
         return torch.empty(0, dtype=tensor.dtype).set_(memory, tensor.storage_offset(), tensor.size(), tensor.stride())
-
-    def _buffer(self, nbytes: int, *, pinned: bool) -> Tensor:
-        """(nbytes,) uint8, not in use by this set."""
-        kind = (nbytes, pinned)
-        buffers, index = self._buffers[kind], self._taken[kind]
-        if index == len(buffers):
-            buffers.append(torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned))
-        self._taken[kind] += 1
-        return buffers[index]
 
 
 class _Pickler(pickle.Pickler):

@@ -38,18 +38,14 @@ def check(checkpoint: Path, model: Mapping[str, Any], precision: Precision | Non
         if theirs.get(key) != ours.get(key)
     ]
     if differing:
-        raise UserError(
-            f"{checkpoint} is a checkpoint of another model: {'; '.join(differing)}; choose another checkpoint"
-        )
+        what = "; ".join(differing)
+        raise UserError(f"{checkpoint} is a checkpoint of another model: {what}; choose another checkpoint")
     trained_in, stored_as = state["engine"]["precision"], "bf16" if precision == "fp8" else precision
     if precision is not None and trained_in != stored_as:
-        raise UserError(
-            f"{checkpoint} was trained in {trained_in}, this run has {precision}; set it so, or load.what=weights to start a "
-            "new run from its weights"
-        )
+        remedy = "set it so, or load.what=weights to start a new run from its weights"
+        raise UserError(f"{checkpoint} was trained in {trained_in}, this run has {precision}; {remedy}")
     files = state["files"]
-    problems = damage(checkpoint, files, contents=False) or damage(checkpoint, not_verified(checkpoint, files))
-    if problems:
+    if problems := damage(checkpoint, files, contents=False) or damage(checkpoint, not_verified(checkpoint, files)):
         raise UserError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
     return state
 

@@ -43,7 +43,8 @@ def layout_record(engine: Any) -> dict[str, Any]:
     parameters = [parameter for _, parameter in engine.module.named_parameters()]
     slices = slices_of(engine, {id(parameter): place for place, parameter in enumerate(parameters)})
     return {
-        "shapes": {name: list(_shape(parameter)) for name, parameter in zip(names, parameters, strict=True)},
+        # ZeRO stage 3 empties parameters
+        "shapes": {n: list(getattr(p, "ds_shape", p.shape)) for n, p in zip(names, parameters, strict=True)},
         "segments": [[[names[place], *where] for place, *where in each.segments] for each in slices],
     }
 
@@ -202,22 +203,19 @@ def load_resharded(engine: Any, checkpoint: Path, state: Mapping[str, Any], topo
             engine.basic_optimizer.state[each.tensor] = moments
     for name, parameter in parameters.items():
         _set_weight(parameter, own(name, "weight"))
-    _set_counters(engine, saved.model_file(0), state)
+    counters = saved.model_file(0)
+    for counter in _COUNTERS:
+        setattr(engine, counter, counters[counter])
+    scaler = _loss_scaler(engine)
+    for name, value in state["loss_scaler"].items():
+        if hasattr(scaler, name):
+            setattr(scaler, name, value)
 
 
 def loss_scaler_record(engine: Any) -> dict[str, float]:
     """Return JSON values: the state of fp16's loss scale, empty in other precisions."""
     scaler = _loss_scaler(engine)
     return {name: getattr(scaler, name) for name in _LOSS_SCALER if hasattr(scaler, name)}
-
-
-def _set_counters(engine: Any, file: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    for counter in _COUNTERS:
-        setattr(engine, counter, file[counter])
-    scaler = _loss_scaler(engine)
-    for name, value in state["loss_scaler"].items():
-        if hasattr(scaler, name):
-            setattr(scaler, name, value)
 
 
 def _loss_scaler(engine: Any) -> Any:
@@ -234,7 +232,3 @@ def _set_weight(parameter: Any, weight: Tensor) -> None:
         return
     offset, numel = share_of_stage_3(parameter)
     parameter.ds_tensor[:numel].copy_(weight[offset : offset + numel])
-
-
-def _shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -41,8 +40,6 @@ Gather = Callable[[Any], list[Any]]
 
 @dataclass(frozen=True)
 class _Save:
-    """One process's part of a checkpoint that is to be written."""
-
     folder: Path
     id: str
     is_main: bool
@@ -89,34 +86,30 @@ class CheckpointSaver:
         self.wait()
         waited_s = time.monotonic() - started_s
         if waited_s > _NOTICEABLE_S:
-            self._tell(
-                f"step {state['step']:,} waited {waited_s:.1f} s for the save before it; raise checkpoint.save_every_steps"
-            )
+            waited = f"waited {waited_s:.1f} s for the save before it"
+            self._tell(f"step {state['step']:,} {waited}; raise checkpoint.save_every_steps")
         by_main(self._topology, lambda: store.check_id(self._folder, checkpoint_id))
         self._failure = None
-        job = _capture(self._engine, self._folder, checkpoint_id, state, extra_files, self._topology, self._copies)
+        job = self._capture(checkpoint_id, state, extra_files)
         if self._copies is None:
             self._run(job, started_s)
-            self._raise_crash()
+            self.wait()
             return
-        _LOG.info(
-            "checkpoint %s: the step waited %.3f s, %.3f s of it for the save before",
-            checkpoint_id,
-            time.monotonic() - started_s,
-            waited_s,
-        )
+        text = "checkpoint %s: the step waited %.3f s, %.3f s of it for the save before"
+        _LOG.info(text, checkpoint_id, time.monotonic() - started_s, waited_s)
         self._thread = threading.Thread(target=self._run, args=(job, time.monotonic()), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
         """Return when no save is in progress. Raise what a save met other than a refusal of the operating system."""
         self._join()
-        self._raise_crash()
+        if self._crash is not None:
+            raise self._crash
 
     def __enter__(self) -> "CheckpointSaver":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         if kind is not None:  # that error is the one to tell of
             self._join()
             return
@@ -124,10 +117,41 @@ class CheckpointSaver:
         if self._failure is not None:
             raise self._failure
 
+    def _capture(self, checkpoint_id: str, state: Mapping[str, Any], extra_files: Mapping[str, Path | str]) -> _Save:
+        """Return what this process has to write: the state of training, or a copy where it is written beside training."""
+        engine, topology, copies = self._engine, self._topology, self._copies
+        tensors: dict[str, Any] = {}
+        problems: list[OSError] = []
+        if copies is not None:
+            copies.begin()
+
+        def take(state_dict: Any, name: str) -> None:
+            # Not raised at once: DeepSpeed ends with a barrier, where the others would wait for a process that left early.
+            try:
+                tensors[name] = state_dict if copies is None else copies.copy(state_dict)
+            except OSError as error:
+                problems.append(error)
+
+        with file_access(engine, save=take):
+            engine.save_checkpoint(str(self._folder), tag=checkpoint_id, save_latest=False)
+        if topology.tensor_rank == 0:  # the processes of a replica draw alike
+            tensors[f"rng_replica{topology.replica}.pt"] = random_state(topology.device)
+        others: dict[str, Path | str] = dict(extra_files) if topology.is_main else {}
+        if topology.replica == 0 or engine.zero_optimization_stage() > 0:  # at stage 0 replicas hold the same
+            others[f"layout_rank{topology.rank}.json"] = json.dumps(layout_record(engine)) + "\n"
+        record = {
+            **state,
+            "engine": engine_facts(engine),
+            "partitions": partitions_record(engine.module),
+            "loss_scaler": loss_scaler_record(engine),
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        return _Save(self._folder, checkpoint_id, topology.is_main, record, tensors, others, problems)
+
     def _run(self, job: _Save, started_s: float) -> None:
         """Carry out one save, from the copy of the state to the removal of older checkpoints. No error leaves it."""
         try:
-            _write(job, self._gather)
+            _write(job, lambda value: self._topology.gather(value, self._group))
             _LOG.info("saved checkpoint %s: written and verified in %.3f s", job.id, time.monotonic() - started_s)
             if job.is_main:
                 self._prune(job.id)
@@ -143,10 +167,9 @@ class CheckpointSaver:
     def _prune(self, newest: str) -> None:
         if self._config.keep_last is None:
             return
+        keep_every = self._config.keep_every_steps
         try:
-            names = store.surplus(
-                self._folder, self._config.keep_last, self._config.keep_every_steps, verified_id=newest
-            )
+            names = store.surplus(self._folder, self._config.keep_last, keep_every, verified_id=newest)
         except OSError as error:
             self._tell(str(error))
             return
@@ -157,25 +180,13 @@ class CheckpointSaver:
             except OSError as error:
                 self._tell(f"checkpoint {name}, for which checkpoint.keep_last leaves no room, is not removed: {error}")
 
-    def _gather(self, value: Any) -> list[Any]:
-        if self._group is None:
-            return self._topology.gather(value)
-        values: list[Any] = [None] * self._topology.world_size
-        dist.all_gather_object(values, value, group=self._group)
-        return values
-
     def _tell(self, text: str) -> None:
-        """Warn in the log, and on the console of the main process."""
         console.warn(text, _LOG, shown=self._topology.is_main)
 
     def _join(self) -> None:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-
-    def _raise_crash(self) -> None:
-        if self._crash is not None:
-            raise self._crash
 
 
 def engine_facts(engine: Any) -> dict[str, Any]:
@@ -190,45 +201,6 @@ def engine_facts(engine: Any) -> dict[str, Any]:
         "precision": precision,
         "deepspeed": deepspeed.__version__,
     }
-
-
-def _capture(
-    engine: Any,
-    folder: Path,
-    checkpoint_id: str,
-    state: Mapping[str, Any],
-    extra_files: Mapping[str, Path | str],
-    topology: Topology,
-    copies: HostCopies | None = None,
-) -> _Save:
-    """Return what this process has to write. copies: where to copy the state of training to; None: write the state itself."""
-    tensors: dict[str, Any] = {}
-    problems: list[OSError] = []
-    if copies is not None:
-        copies.begin()
-
-    def take(state_dict: Any, name: str) -> None:
-        # Not raised at once: DeepSpeed ends with a barrier, where the others would wait for a process that left early.
-        try:
-            tensors[name] = state_dict if copies is None else copies.copy(state_dict)
-        except OSError as error:
-            problems.append(error)
-
-    with file_access(engine, save=take):
-        engine.save_checkpoint(str(folder), tag=checkpoint_id, save_latest=False)
-    if topology.tensor_rank == 0:  # the processes of a replica draw alike
-        tensors[f"rng_replica{topology.replica}.pt"] = random_state(topology.device)
-    others: dict[str, Path | str] = dict(extra_files) if topology.is_main else {}
-    if topology.replica == 0 or engine.zero_optimization_stage() > 0:  # at stage 0 replicas hold the same
-        others[f"layout_rank{topology.rank}.json"] = json.dumps(layout_record(engine)) + "\n"
-    record = {
-        **state,
-        "engine": engine_facts(engine),
-        "partitions": partitions_record(engine.module),
-        "loss_scaler": loss_scaler_record(engine),
-        "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-    return _Save(folder, checkpoint_id, topology.is_main, record, tensors, others, problems)
 
 
 def _write(job: _Save, gather: Gather) -> None:
@@ -283,10 +255,8 @@ def _write(job: _Save, gather: Gather) -> None:
             if job.is_main and work is not begin:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 pointer.unlink(missing_ok=True)
-            raise RefusedError(
-                f"checkpoint {job.id} could not be saved in {folder}: {problem}; free space there or make it writable "
-                "(earlier checkpoints are as they were)"
-            )
+            remedy = "free space there or make it writable (earlier checkpoints are as they were)"
+            raise RefusedError(f"checkpoint {job.id} could not be saved in {folder}: {problem}; {remedy}")
         if work is write:
             everyones = gather(records)
 

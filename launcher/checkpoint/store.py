@@ -124,15 +124,18 @@ def entries(folder: Path) -> list[Entry]:
 
     Empty if there is no such folder. Raises RefusedError if it cannot be listed.
     """
-    with refused(f"cannot list the checkpoints in {folder}", "make it a folder that can be read and written"):
-        paths = sorted(folder.iterdir()) if os.path.lexists(folder) else []
     found = []
-    for path in paths:
+    for path in _listed(folder):
         if path.name[0] == "." or path.name == LATEST or _DAMAGED in path.suffix or not _looks_like_one(path):
             continue
         state = _state_or_problem(path)
         found.append(Entry(path.name, None, state) if isinstance(state, str) else Entry(path.name, state, ""))
     return sorted(found, key=lambda entry: -1 if entry.state is None else int(entry.state["step"]))
+
+
+def _listed(folder: Path) -> list[Path]:
+    with refused(f"cannot list the checkpoints in {folder}", "make it a folder that can be read and written"):
+        return sorted(folder.iterdir()) if os.path.lexists(folder) else []
 
 
 def _looks_like_one(path: Path) -> bool:
@@ -143,11 +146,6 @@ def _looks_like_one(path: Path) -> bool:
         return False
     except OSError:
         return True
-
-
-def list_ids(folder: Path) -> list[str]:
-    """Return the ids of the checkpoints in a `checkpoints` folder that can be read, by rising step."""
-    return [entry.id for entry in entries(folder) if entry.state is not None]
 
 
 def checkpoints_folder(path: Path) -> Path:
@@ -161,37 +159,28 @@ def resolve(path: Path, wanted_id: str, names: tuple[str, str] = ("load.path", "
     path: a run directory, its `checkpoints` folder, or one checkpoint. wanted_id: `latest`, an id, or a unique prefix of
     one. names: of the two for the user. Raises UserError, listing the ids there are, if none or several match.
     """
+    given, asked = f"{names[0]}={path}", f"{names[1]}={wanted_id}"
     if not path.is_dir():
-        raise UserError(
-            f"{names[0]}={path} is not a folder; give a run directory, its checkpoints folder or one checkpoint"
-        )
+        raise UserError(f"{given} is not a folder; give a run directory, its checkpoints folder or one checkpoint")
     if (path / STATE).is_file():
         if wanted_id == LATEST or path.name.startswith(wanted_id):
             return path
-        raise UserError(
-            f"{names[0]}={path} is the checkpoint {path.name} and {names[1]}={wanted_id} another; give one of the two"
-        )
+        raise UserError(f"{given} is the checkpoint {path.name} and {asked} another; give one of the two")
     folder = checkpoints_folder(path)
     ids = [entry.id for entry in entries(folder)]
     if not ids:
-        raise UserError(f"{names[0]}={path} holds no complete checkpoint; give a run directory that does")
-    known = f"checkpoints in {folder}: {', '.join(ids)}"
-    if wanted_id == LATEST:
-        if not (folder / LATEST).is_file():
-            raise UserError(f"{names[1]}=latest, but the file {folder / LATEST} is missing; name one of the {known}")
-        newest = latest_id(folder)
-        if newest not in ids:
-            raise UserError(
-                f"{names[1]}=latest, but {folder / LATEST} names {newest!r}, which is not there; name one of the {known}"
-            )
-        return folder / newest
+        raise UserError(f"{given} holds no complete checkpoint; give a run directory that does")
+    pointer, newest = folder / LATEST, latest_id(folder)
+    matches = [newest] if wanted_id == LATEST else [name for name in ids if name.startswith(wanted_id)]
     if wanted_id in ids:
-        return folder / wanted_id
-    matches = [name for name in ids if name.startswith(wanted_id)]
-    if len(matches) != 1:
-        found = f"fits {len(matches)} checkpoints" if matches else "fits no checkpoint"
-        raise UserError(f"{names[1]}={wanted_id} {found}; name one of the {known}")
-    return folder / matches[0]
+        matches = [wanted_id]
+    if len(matches) == 1 and matches[0] in ids:
+        return folder / matches[0]
+    fault = f" fits {len(matches)} checkpoints" if matches else " fits no checkpoint"
+    if wanted_id == LATEST:
+        fault = f", but {pointer} names {newest!r}, which is not there"
+        fault = fault if pointer.is_file() else f", but the file {pointer} is missing"
+    raise UserError(f"{asked}{fault}; name one of the checkpoints in {folder}: {', '.join(ids)}")
 
 
 def latest_id(folder: Path) -> str:
@@ -228,15 +217,11 @@ def check_id(folder: Path, checkpoint_id: str) -> None:
     path = Path(checkpoint_id)
     plain = checkpoint_id == path.name and checkpoint_id not in {"", LATEST} and path.name[0] != "."
     if not plain or _DAMAGED in path.suffix or len(_unfinished(checkpoint_id).encode()) > _LONGEST_NAME:
-        raise UserError(
-            f"checkpoint.id_format gives the id {checkpoint_id!r}, which cannot be a folder's name; use at most 200 "
-            "letters, digits, - and _"
-        )
+        what = f"checkpoint.id_format gives the id {checkpoint_id!r}, which cannot be a folder's name"
+        raise UserError(f"{what}; use at most 200 letters, digits, - and _")
     if os.path.lexists(folder / checkpoint_id):
-        raise UserError(
-            f"checkpoint {checkpoint_id} is already in {folder} and checkpoints are never overwritten; move it away, or give "
-            "the run another name"
-        )
+        what = f"checkpoint {checkpoint_id} is already in {folder} and checkpoints are never overwritten"
+        raise UserError(f"{what}; move it away, or give the run another name")
 
 
 def check_ids(folder: Path, id_format: str, after: int) -> None:
@@ -248,12 +233,10 @@ def check_ids(folder: Path, id_format: str, after: int) -> None:
         pattern += re.escape(text) + (numbers[name] if name else "")
         if name == "step":
             numbers[name] = "[0-9]+"  # a second time
-    with refused(f"cannot list the checkpoints in {folder}", "make it a folder that can be read and written"):
-        names = [path.name for path in folder.iterdir()] if os.path.lexists(folder) else []
-    for name in names:
-        match = re.fullmatch(pattern, name)
+    for path in _listed(folder):
+        match = re.fullmatch(pattern, path.name)
         if match and int(match["step"]) > after:
-            check_id(folder, name)
+            check_id(folder, path.name)
 
 
 def surplus(
@@ -306,9 +289,8 @@ def remove_unfinished(folder: Path) -> list[str]:
             if path.is_dir() and ((path / STATE).is_file() or not any(path.iterdir())):
                 _remove_folder(path)
         except OSError as error:
-            problems.append(
-                f"{path}, left by an interrupted save, cannot be removed: {error.strerror or error}; remove it"
-            )
+            why = error.strerror or error
+            problems.append(f"{path}, left by an interrupted save, cannot be removed: {why}; remove it")
     return problems
 
 

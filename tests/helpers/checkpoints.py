@@ -9,7 +9,7 @@ from typing import Any
 from helpers.tiny import MODEL
 
 from xformer_train.launcher.checkpoint.saving import CheckpointSaver
-from xformer_train.launcher.checkpoint.store import sealed
+from xformer_train.launcher.checkpoint.store import entries, sealed
 from xformer_train.launcher.config.schema import CheckpointConfig
 from xformer_train.launcher.processes.durable_files import read_record
 
@@ -34,6 +34,11 @@ def bare_checkpoint(folder: Path, checkpoint_id: str, step: int, files: Mapping[
     state["saved_at"] = "2026-11-21T12:00:00+00:00"
     (path / "state.json").write_text(sealed(state))
     return path
+
+
+def list_ids(folder: Path) -> list[str]:
+    """The ids of the checkpoints in a folder that can be read, by rising step."""
+    return [entry.id for entry in entries(folder) if entry.state is not None]
 
 
 @contextlib.contextmanager

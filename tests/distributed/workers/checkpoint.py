@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers.checkpoints import save
+from helpers.checkpoints import list_ids, save
 from helpers.spawn import PATIENCE_S
 from helpers.tiny import MODEL, tiny_engine, tiny_model, train, whole_weights
 
@@ -90,12 +90,12 @@ def _full_disk(folder: Path, topology: Topology) -> list[str]:
     topology.barrier()
     seen = [
         message,
-        ",".join(store.list_ids(folder)),
+        ",".join(list_ids(folder)),
         ",".join(sorted(path.name for path in folder.iterdir())),
     ]
     topology.barrier()
     save(engine, folder, "second", 2, topology)
-    return [*seen, ",".join(store.list_ids(folder))]
+    return [*seen, ",".join(list_ids(folder))]
 
 
 def _beside_training(folder: Path, topology: Topology) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def _beside_training(folder: Path, topology: Topology) -> dict[str, Any]:
                 record += train(engine, topology, 2, 3)
                 saver.wait()
             topology.barrier()
-            after_two = store.list_ids(folder)
+            after_two = list_ids(folder)
             topology.barrier()
             saved = whole_weights(engine)
             saver.save("three", {"step": 3, "model": MODEL}, {})
@@ -138,7 +138,7 @@ def _beside_training(folder: Path, topology: Topology) -> dict[str, Any]:
     return {
         "same": record == expected[:4],
         "after two": after_two,
-        "in the end": store.list_ids(folder),
+        "in the end": list_ids(folder),
         "warning": warning,
         "problems": problems,
         "saved": (saved, whole_weights(after)),

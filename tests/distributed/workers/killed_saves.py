@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from helpers.checkpoints import save
+from helpers.checkpoints import list_ids, save
 from helpers.spawn import PATIENCE_S
 from helpers.tiny import MODEL, tiny_engine, train
 
@@ -43,7 +43,7 @@ def killed_saves_worker(folder: Path) -> list[tuple[tuple[str, ...], str | None]
         checkpoints = folder / str(call)
         shutil.copytree(before, checkpoints)
         status = _save_in_a_fork(engine, checkpoints, topology, call)
-        ids, latest = store.list_ids(checkpoints), store.latest_id(checkpoints)
+        ids, latest = list_ids(checkpoints), store.latest_id(checkpoints)
         assert ids and latest in ids, call
         assert all(store.problems_of(checkpoints / name) == [] for name in ids), call
         endings.append((tuple(ids), latest))
@@ -65,14 +65,13 @@ def _saver(engine: Any, folder: Path, topology: Topology) -> saving.CheckpointSa
 
 def _save_in_a_fork(engine: Any, folder: Path, topology: Topology, call: int) -> int:
     """Return the status of a process that saves checkpoint c and dies before the given call to the file system."""
-    job = saving._capture(
-        engine, folder, "c", STEP, {"config.yaml": "name: run\n"}, topology
-    )  # threads of gloo do not fork
+    saver = _saver(engine, folder, topology)
+    job = saver._capture("c", STEP, {"config.yaml": "name: run\n"})  # threads of gloo do not fork
     child = os.fork()
     if child == 0:
         try:
             _die_at(call)
-            _saver(engine, folder, topology)._run(job, 0.0)
+            saver._run(job, 0.0)
             os._exit(0)
         finally:
             os._exit(1)  # not back into the test

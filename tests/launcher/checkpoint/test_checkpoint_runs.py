@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.checkpoints import flip_byte
+from helpers.checkpoints import flip_byte, list_ids
 from helpers.runs import losses, weights, write_config
 
 from xformer_train.launcher.config.loading import load_config
@@ -50,7 +50,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(config, tmp_path, monkey
     full_disk(monkeypatch, 4)
     start(config, f"checkpoint.asynchronous={str(asynchronous).lower()}")
     folder = tmp_path / "runs/run/checkpoints"
-    assert store.list_ids(folder) == ["step00000002", "step00000006"]
+    assert list_ids(folder) == ["step00000002", "step00000006"]
     assert sorted(losses(folder.parent)) == [1, 2, 3, 4, 5, 6]
     printed = capsys.readouterr()
     assert printed.err.count("warning: checkpoint step00000004 could not be saved") == 1
@@ -65,7 +65,7 @@ def test_a_full_disk_at_the_last_save_is_an_error_and_the_run_can_be_resumed(con
         with pytest.raises(OSError, match=r"step00000006 could not be saved.*No space left on device"):
             start(config)
     folder = tmp_path / "runs/run/checkpoints"
-    assert store.list_ids(folder) == ["step00000002", "step00000004"]
+    assert list_ids(folder) == ["step00000002", "step00000004"]
     start(config, resume=True)
     start(config, "name=straight")
     assert losses(tmp_path / "runs/straight") == losses(folder.parent)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.workers.killed_saves import killed_saves_worker
-from helpers.checkpoints import save
+from helpers.checkpoints import list_ids, save
 from helpers.spawn import run_processes
 from helpers.tiny import MODEL, tiny_engine, train, whole_weights
 
@@ -80,7 +80,7 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_nothing_else(alone, engine, 
             save(engine, tmp_path, "b", 2, alone)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert store.list_ids(tmp_path) == ["a"]
+    assert list_ids(tmp_path) == ["a"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "latest"]
     loading.load(engine, store.resolve(tmp_path, "latest"), MODEL, alone)
     save(engine, tmp_path, "b", 2, alone)
@@ -104,7 +104,7 @@ def test_leftovers_of_an_interrupted_save_are_removed_and_other_folders_are_not(
     (tmp_path / ".dead.tmp/state.json").write_text("{}")
     (tmp_path / ".mine.tmp").mkdir()
     (tmp_path / ".mine.tmp/notes.txt").write_text("mine")
-    assert store.list_ids(tmp_path) == []
+    assert list_ids(tmp_path) == []
     save(engine, tmp_path, "dead", 1, alone)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "dead", "latest"]
 
@@ -161,7 +161,7 @@ def test_what_is_saved_is_the_state_of_its_step_though_training_goes_on(alone, t
     with held_up(monkeypatch) as gates, saver(engine, tmp_path, alone) as saving:
         saving.save("a", facts(2), {})
         record = train(engine, alone, 2, 4)
-        assert store.list_ids(tmp_path) == []
+        assert list_ids(tmp_path) == []
         gates["a"].set()
     after = tiny_engine(alone, stage, "fp32")
     loading.load(after, tmp_path / "a", MODEL, alone)
@@ -174,9 +174,9 @@ def test_a_save_waits_for_the_one_before_and_the_end_for_the_last(alone, engine,
         saving.save("a", facts(1), {})
         threading.Timer(0.05, gates["a"].set).start()
         saving.save("b", facts(2), {})
-        assert store.list_ids(tmp_path) == ["a"]
+        assert list_ids(tmp_path) == ["a"]
         gates["b"].set()
-    assert store.list_ids(tmp_path) == ["a", "b"]
+    assert list_ids(tmp_path) == ["a", "b"]
 
 
 def test_an_error_of_training_waits_for_the_save_in_progress(alone, engine, tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_an_error_of_training_waits_for_the_save_in_progress(alone, engine, tmp_
         saving.save("a", facts(1), {})
         threading.Timer(0.05, gates["a"].set).start()
         raise KeyError
-    assert store.list_ids(tmp_path) == ["a"]
+    assert list_ids(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -196,7 +196,7 @@ def test_a_failed_save_is_told_and_the_next_one_tries_again(alone, engine, tmp_p
         saving.wait()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "latest"]
         saving.save("c", facts(3), {})
-    assert store.list_ids(tmp_path) == ["c"]
+    assert list_ids(tmp_path) == ["c"]
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith(f"warning: checkpoint b could not be saved in {tmp_path}: No such file or directory; ")
     assert warning.endswith("if steps are left, training goes on and the next save tries again")
@@ -210,7 +210,7 @@ def test_a_last_save_that_fails_ends_with_its_error(alone, engine, tmp_path, asy
     ):
         saving.save("a", facts(1), {})
         saving.save("b", facts(2), {"config.yaml": tmp_path / "absent.yaml"})
-    assert store.list_ids(tmp_path) == ["a"]
+    assert list_ids(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -225,7 +225,7 @@ def test_no_memory_for_the_copy_is_a_failed_save_with_its_remedy(alone, engine, 
     def allocate(*size, **options):
         raise RuntimeError("can't allocate memory")
 
-    monkeypatch.setattr(HostCopies, "_buffer", allocate)
+    monkeypatch.setattr(HostCopies, "_copy", allocate)
     with (
         pytest.raises(OSError, match=r"can't allocate memory.*checkpoint\.asynchronous=false"),
         saver(engine, tmp_path, alone) as saving,
@@ -254,7 +254,7 @@ def test_the_newest_stay_and_the_multiples(alone, engine, tmp_path):
     with saver(engine, tmp_path, alone, keep_last=2, keep_every_steps=4) as saving:
         for step in range(3, 9):
             saving.save(f"step{step}", facts(step), {})
-    assert store.list_ids(tmp_path) == ["step4", "step7", "step8"]
+    assert list_ids(tmp_path) == ["step4", "step7", "step8"]
 
 
 def test_checkpoints_that_were_moved_to_another_disk_and_linked_back_are_pruned_as_links(alone, engine, tmp_path):
@@ -265,7 +265,7 @@ def test_checkpoints_that_were_moved_to_another_disk_and_linked_back_are_pruned_
     with saver(engine, folder, alone, keep_last=1) as saving:
         for step in (2, 3):
             saving.save(f"step{step}", facts(step), {})
-    assert store.list_ids(folder) == ["step3"]
+    assert list_ids(folder) == ["step3"]
     assert store.problems_of(disk) == []
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step3"]
 
@@ -289,7 +289,7 @@ def test_what_cannot_be_removed_is_a_warning_and_not_the_end_of_saving(
     with saver(engine, tmp_path, alone, keep_last=1) as saving:
         for step in (2, 3):
             saving.save(f"step{step}", facts(step), {})
-    assert store.list_ids(tmp_path) == ["step3"]
+    assert list_ids(tmp_path) == ["step3"]
     err = capsys.readouterr().err
     assert "could not be saved" not in err
     assert "Operation not permitted" in err

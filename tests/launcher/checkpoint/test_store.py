@@ -5,7 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers.checkpoints import bare_checkpoint, changed_state, flip_byte
+from helpers.checkpoints import bare_checkpoint, changed_state, flip_byte, list_ids
 from helpers.permissions import bound_by_permissions
 
 from xformer_train.launcher.checkpoint import store
@@ -22,8 +22,8 @@ def run_folder(tmp_path):
 
 
 def test_ids_come_in_order_of_step(run_folder):
-    assert store.list_ids(run_folder / "checkpoints") == ["step900", "step1000", "step1100"]
-    assert store.list_ids(run_folder / "absent") == []
+    assert list_ids(run_folder / "checkpoints") == ["step900", "step1000", "step1100"]
+    assert list_ids(run_folder / "absent") == []
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_a_removal_that_is_cut_short_leaves_no_half_checkpoint_and_is_finished_l
     monkeypatch.setattr(Path, "unlink", fail_once)
     with pytest.raises(OSError, match="out"):
         store.remove(tmp_path, "step1")
-    assert store.list_ids(tmp_path) == []
+    assert list_ids(tmp_path) == []
     assert [path.name for path in tmp_path.iterdir()] == [".step1.tmp"]
     assert store.remove_unfinished(tmp_path) == []
     assert not list(tmp_path.iterdir())
@@ -162,7 +162,7 @@ def elsewhere(tmp_path):
 
 def test_of_a_checkpoint_that_is_a_link_only_the_link_is_removed(elsewhere):
     folder, kept = elsewhere
-    assert store.list_ids(folder) == ["step1", "step2", "step3"]
+    assert list_ids(folder) == ["step1", "step2", "step3"]
     store.remove(folder, "step1")
     assert sorted(path.name for path in folder.iterdir()) == ["step2", "step3"]
     assert store.problems_of(kept) == []

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers.checkpoints import bare_checkpoint, flip_byte
+from helpers.checkpoints import bare_checkpoint, flip_byte, list_ids
 from typer.testing import CliRunner
 
 from xformer_train.launcher.checkpoint import store
@@ -66,10 +66,10 @@ def test_prune_says_what_it_removes_and_a_dry_run_removes_nothing(run):
     folder = run / "checkpoints"
     result = invoke("prune", run, "--keep-last", 1, "--dry-run")
     assert result.output == "would remove step100\nwould remove step200\n1 left, 3.9 KiB would be freed\n"
-    assert store.list_ids(folder) == ["step100", "step200", "step300"]
+    assert list_ids(folder) == ["step100", "step200", "step300"]
     result = invoke("prune", run, "--keep-last", 1, "--keep-every", 200)
     assert result.output == "removed step100\n2 left, 2.0 KiB freed\n"
-    assert store.list_ids(folder) == ["step200", "step300"]
+    assert list_ids(folder) == ["step200", "step300"]
 
 
 def test_prune_removes_of_a_checkpoint_on_another_disk_the_link_alone(run, tmp_path):
@@ -79,14 +79,14 @@ def test_prune_removes_of_a_checkpoint_on_another_disk_the_link_alone(run, tmp_p
     result = invoke("prune", run, "--keep-last", 1)
     assert result.output == "removed the link step100\nremoved step200\n1 left, 2.0 KiB freed\n"
     assert store.problems_of(tmp_path / "disk") == []
-    assert store.list_ids(folder) == ["step300"]
+    assert list_ids(folder) == ["step300"]
 
 
 def test_prune_leaves_the_last_whole_one(run):
     flip_byte(run / "checkpoints/step300/weights.pt")
     result = invoke("prune", run, "--keep-last", 1)
     assert result.output.splitlines()[0] == "removed step100"
-    assert store.list_ids(run / "checkpoints") == ["step200", "step300"]
+    assert list_ids(run / "checkpoints") == ["step200", "step300"]
 
 
 @pytest.mark.parametrize(
