@@ -48,14 +48,14 @@ class RunLog:
         tensorboard: bool = True,
         hparams: Mapping[str, bool | int | float | str] | None = None,
     ) -> None:
-        self._max_steps = max_steps
-        self._peak_flops = peak_flops
+        self._max_steps, self._peak_flops = max_steps, peak_flops
         self._recent: deque[tuple[int, float]] = deque(maxlen=_ETA_RECORDS)
         self._beside_s, self._steps = 0.0, 0
         self._opened_s = time.monotonic()
         path = run_dir / "metrics.jsonl"
         with refused(f"cannot write {path}", "free space there, or make it writable"):
-            _drop_rows_after(path, start_step)
+            if path.exists():  # replaced in one move, without rows of later steps and a last one that is cut short
+                replace_text(path, "".join(line for own, line in rows(path) if own <= start_step))
             self._file = path.open("ab", buffering=0)  # so that what a full disk does not take is known
         self._unwritten = b""
         self._told_of_rows = False
@@ -63,23 +63,16 @@ class RunLog:
             self._boards = Boards(run_dir / "tb", start_step, start_samples, hparams or {}) if tensorboard else None
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
-            self._bar = tqdm(
-                total=max_steps,
-                initial=start_step,
-                bar_format="{percentage:3.0f}% |{bar:10}| {desc}",
-                dynamic_ncols=True,
-            )
+            form = "{percentage:3.0f}% |{bar:10}| {desc}"
+            self._bar = tqdm(total=max_steps, initial=start_step, bar_format=form, dynamic_ncols=True)
 
     def step_taken(self, step: int) -> None:
         """Move the bar on by a step, or say of a first step that took long that the run is under way."""
         first, self._steps = self._steps == 0, self._steps + 1
-        if self._bar is not None:
-            with console.surviving(sys.stderr):
-                self._bar.update(step - self._bar.n)
-        elif first and time.monotonic() - self._opened_s > _LONG_S:
-            console.say(
-                f"step {step:,}/{self._max_steps:,} | taken after {duration(time.monotonic() - self._opened_s)}"
-            )
+        self._on_bar(lambda bar: bar.update(step - bar.n))
+        if self._bar is None and first and time.monotonic() - self._opened_s > _LONG_S:
+            passed = duration(time.monotonic() - self._opened_s)
+            console.say(f"step {step:,}/{self._max_steps:,} | taken after {passed}")
 
     def passed_beside(self, seconds: float) -> None:
         """Count time of evaluations and saves, which the steps that remain will have too."""
@@ -87,9 +80,7 @@ class RunLog:
 
     def evaluation_begins(self, step: int) -> None:
         """Say on a bar that an evaluation is under way."""
-        if self._bar is not None:
-            with console.surviving(sys.stderr):
-                self._bar.set_description_str(f"step {step:,}/{self._max_steps:,} | evaluating")
+        self._on_bar(lambda bar: bar.set_description_str(f"step {step:,}/{self._max_steps:,} | evaluating"))
 
     def log_step(self, record: StepRecord) -> None:
         """Write one row, one point per series and one line."""
@@ -122,8 +113,7 @@ class RunLog:
         else:
             first = [fields.pop(name) for name in ("eta", "loss", "speed")]  # a narrow terminal cuts the rest
             self._bar.n = record.step
-            with console.surviving(sys.stderr):
-                self._bar.set_description_str(" | ".join([position, *first, *fields.values()]))
+            self._on_bar(lambda bar: bar.set_description_str(" | ".join([position, *first, *fields.values()])))
 
     def log_evaluation(self, step: int, samples: int, losses: Mapping[str, float]) -> None:
         """Write one row, one point per series and one line for validation losses: "loss", and its parts by name."""
@@ -133,18 +123,19 @@ class RunLog:
         line = f"step {step:,}/{self._max_steps:,} | held-out {_loss_text(losses['loss'], parts)}"
         if self._bar is None:
             console.say(line)
-        else:
-            with console.surviving(sys.stderr):
-                self._bar.write(line, file=sys.stderr)
+        self._on_bar(lambda bar: bar.write(line, file=sys.stderr))
 
     def close(self) -> None:
         """Bring everything to the disk. The bar, if there is one, stays as it is."""
         self._write_rows()
         self._file.close()
         self._draw(Boards.close)
+        self._on_bar(lambda bar: bar.close())
+
+    def _on_bar(self, change: Callable[[tqdm], Any]) -> None:
         if self._bar is not None:
             with console.surviving(sys.stderr):
-                self._bar.close()
+                change(self._bar)
 
     def _write_row(self, row: dict[str, Any]) -> None:
         # JSON has no NaN.
@@ -199,12 +190,6 @@ def _loss_text(loss: float, parts: Mapping[str, float]) -> str:
     """Return `loss 1.842 (mlm 1.80 nsp 0.04)`."""
     shown = " ".join(f"{name} {value:.2f}" for name, value in parts.items())
     return f"loss {loss:.3f}" + (f" ({shown})" if parts else "")
-
-
-def _drop_rows_after(path: Path, step: int) -> None:
-    """Replace the file in one move by one without rows of later steps and without a last row that is cut short."""
-    if path.exists():
-        replace_text(path, "".join(line for own, line in rows(path) if own <= step))
 
 
 def rows(path: Path) -> list[tuple[int, str]]:

@@ -28,6 +28,8 @@ _RECORDED_PACKAGES = (
     *("datasets", "tokenizers", "numpy", "transformers"),
 )
 
+_RECORDED_VARIABLES = ("NCCL_", "GLOO_", "OMP_", "CUDA_", "TORCH_", "DS_", "MASTER_", "WORLD_SIZE")
+
 
 class RunDirectory:
     """Paths inside a run directory, and which keys of the run config differ from the previous start of the same run."""
@@ -68,10 +70,8 @@ def check_run_directory(config: RunConfig, *, resume: bool) -> RunDirectory:
     if root.exists() and not root.is_dir():
         raise UserError(f"output folder {root} is a file; choose another --output_dir or --job_name")
     if directory.holds_run and not resume:
-        raise UserError(
-            f"output folder {root} already holds a run; continue it with --resume auto, or start another with --job_name or "
-            "--output_dir (with launch, write these after --)"
-        )
+        remedy = "continue it with --resume auto, or start another with --job_name or --output_dir"
+        raise UserError(f"output folder {root} already holds a run; {remedy} (with launch, write these after --)")
     return directory
 
 
@@ -126,9 +126,8 @@ def only_run(lock: Path) -> Iterator[None]:
                 f"with another --job_name (if that process is gone with its machine, remove {lock})"
             ) from None
         except OSError as error:
-            console.warn(
-                f"{lock} cannot be locked ({error.strerror}), so nothing keeps another run out of this directory"
-            )
+            why = f"{lock} cannot be locked ({error.strerror})"
+            console.warn(f"{why}, so nothing keeps another run out of this directory")
         with refused(f"cannot write {lock}", "free space or choose another --output_dir"):
             file.truncate(0)
             file.write(f"process {os.getpid()} on {platform.node()}")
@@ -156,11 +155,7 @@ def record_environment(directory: RunDirectory, ds_config: dict[str, Any], devic
         "python": platform.python_version(),
         "packages": versions,
         "devices": devices,
-        "environment": {
-            name: value
-            for name, value in sorted(os.environ.items())
-            if name.startswith(("NCCL_", "GLOO_", "OMP_", "CUDA_", "TORCH_", "DS_", "MASTER_", "WORLD_SIZE"))
-        },
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(_RECORDED_VARIABLES)},
     }
     _write(directory.root / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
     _write(directory.root / "env.json", json.dumps(facts, indent=2) + "\n")

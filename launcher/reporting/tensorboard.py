@@ -37,27 +37,21 @@ class Boards:
         self._writer.add_scalar(f"{_BY_SAMPLES}lr", record.lr, record.samples)
         series = {"loss": record.loss, **record.losses, "lr": record.lr, "grad_norm": record.grad_norm}
         series |= {"loss_scale": record.loss_scale, "memory_gib": record.memory_gib}
-        for name, value in series.items():
-            if value is not None:
-                self._writer.add_scalar(f"Train/{name}", value, record.step)
-        for name, value in rates.items():
-            if value is not None:
-                self._writer.add_scalar(f"Throughput/{name}", value, record.step)
+        for group, figures_of in (("Train", series), ("Throughput", rates)):
+            for name, value in figures_of.items():
+                if value is not None:
+                    self._writer.add_scalar(f"{group}/{name}", value, record.step)
         for name, figures in record.histograms.items():
             self._writer.add_histogram(f"Train/{name}", np.asarray(figures), record.step)
-        self._flush()
+        self._writer.flush()  # to the files: the writer alone may hold points back for two minutes
 
     def add_evaluation(self, step: int, losses: Mapping[str, float]) -> None:
         for name, value in losses.items():
             self._writer.add_scalar("Validation/Loss" if name == "loss" else f"Validation/{name}", value, step)
-        self._flush()
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
-
-    def _flush(self) -> None:
-        """Bring all points to the files: the writer alone may hold them back for two minutes."""
-        self._writer.flush()
 
 
 def _drop_points_after(path: Path, step: int, samples: int) -> None:

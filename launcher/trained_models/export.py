@@ -31,9 +31,8 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to={folder} is a file; name a folder")
     if folder.exists() and any(folder.iterdir()) and not force:
-        raise UserError(
-            f"--to={folder} holds files already; name another folder, or add --force to replace those it writes"
-        )
+        remedy = "name another folder, or add --force to replace those it writes"
+        raise UserError(f"--to={folder} holds files already; {remedy}")
     from safetensors import SafetensorError
 
     trained = from_checkpoint(checkpoint)

@@ -15,14 +15,8 @@ from ..config.paths import HUB_ID
 from ..processes.topology import Topology
 from .pretrained import CONFIG_FILE, TOKENIZER_FILES, Pretrained, from_folder
 
-_FILES = [
-    CONFIG_FILE,
-    *TOKENIZER_FILES,
-    "tokenizer_config.json",
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*.safetensors",
-]
+_WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+_FILES = [CONFIG_FILE, *TOKENIZER_FILES, "tokenizer_config.json", *_WEIGHTS]
 _PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 # What both sides must agree in.
 _GEOMETRY = [key for key in ModelConfig.model_fields if key not in FREE_MODEL_KEYS | {"vocab_size", "init_from"}]
@@ -40,9 +34,8 @@ def find_folder(name: str) -> Path:
     if folder.exists():
         raise UserError(f"model.init_from={name} is a file; give the folder that holds {CONFIG_FILE} and the weights")
     if not HUB_ID.fullmatch(name):
-        raise UserError(
-            f"model.init_from={name}: there is no such folder; correct the path, or give the id of a hub model"
-        )
+        remedy = "correct the path, or give the id of a hub model"
+        raise UserError(f"model.init_from={name}: there is no such folder; {remedy}")
     from huggingface_hub import snapshot_download
 
     try:
@@ -50,10 +43,10 @@ def find_folder(name: str) -> Path:
         if not any(found.glob("*.safetensors")):
             found = Path(snapshot_download(name, allow_patterns=[*_FILES, *_PICKLES]))
     except (OSError, ValueError) as error:
-        raise UserError(
-            f"model.init_from={name}: there is no such folder, and the Hugging Face hub gave no model of that name "
-            f"({_first_line(error)}); correct it, or give a folder that holds the model"
-        ) from error
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        what = f"there is no such folder, and the Hugging Face hub gave no model of that name ({said})"
+        remedy = "correct it, or give a folder that holds the model"
+        raise UserError(f"model.init_from={name}: {what}; {remedy}") from error
     return found
 
 
@@ -84,21 +77,15 @@ def initial_tokenizer(name: str, initial: Pretrained, config: TokenizerConfig) -
     given = None if config.path is None else given_tokenizer(config)
     tokenizer = initial.tokenizer or given
     if tokenizer is None:
-        raise UserError(
-            f"model.init_from={name} holds no {' or '.join(TOKENIZER_FILES)}; save its tokenizer there with "
-            f"AutoTokenizer.save_pretrained, or give tokenizer.path"
-        )
+        remedy = "save its tokenizer there with AutoTokenizer.save_pretrained, or give tokenizer.path"
+        raise UserError(f"model.init_from={name} holds no {' or '.join(TOKENIZER_FILES)}; {remedy}")
     if given is not None and not tokenizer.equals(given):
-        raise UserError(
-            f"tokenizer.path={config.path} is another tokenizer than that of model.init_from={name}, to which its weights "
-            f"belong; remove the key"
-        )
+        what = f"another tokenizer than that of model.init_from={name}, to which its weights belong"
+        raise UserError(f"tokenizer.path={config.path} is {what}; remove the key")
     rows = len(initial.weights["word_embeddings.weight"])
     if tokenizer.vocab_size > rows:
-        raise UserError(
-            f"model.init_from={name} has weights for {rows:,} symbols, and its tokenizer has {tokenizer.vocab_size:,}; give "
-            f"the tokenizer that the model was trained with"
-        )
+        what = f"has weights for {rows:,} symbols, and its tokenizer has {tokenizer.vocab_size:,}"
+        raise UserError(f"model.init_from={name} {what}; give the tokenizer that the model was trained with")
     return tokenizer
 
 
@@ -141,7 +128,3 @@ def with_rows(weight: Tensor, rows: int) -> Tensor:
 
 def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -79,9 +79,8 @@ def from_folder(folder: Path) -> Pretrained:
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise UserError(
-            f"{folder} has no {CONFIG_FILE}; give a folder that transformers or export wrote (load.path takes a run)"
-        )
+        remedy = "give a folder that transformers or export wrote (load.path takes a run)"
+        raise UserError(f"{folder} has no {CONFIG_FILE}; {remedy}")
     with refused(f"{path} cannot be read", "correct its permissions"):
         content = path.read_bytes()
     try:
@@ -128,9 +127,8 @@ def find_checkpoint(run: Path, checkpoint_id: str | None) -> Path:
 def _check_layers(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
     """Raise UserError for more layers than there are weights, which would take for ever to build."""
     if model.num_hidden_layers > len(weights):
-        raise UserError(
-            f"num_hidden_layers is {model.num_hidden_layers}, and there are {len(weights)} weights in all; give a whole model"
-        )
+        what = f"num_hidden_layers is {model.num_hidden_layers}, and there are {len(weights)} weights in all"
+        raise UserError(f"{what}; give a whole model")
 
 
 def _check_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
@@ -150,7 +148,6 @@ def _check_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Return the state dict in the files of a folder."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -177,9 +174,8 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         index = folder / f"{name}.index.json"
         if index.is_file():
             try:
-                files = {
-                    Path(file).name for file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-                }
+                named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                files = {Path(file).name for file in named}
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{index.name} does not say which files hold the weights; fetch it again") from None
             yield from (folder / file for file in sorted(files))

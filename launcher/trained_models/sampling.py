@@ -80,7 +80,6 @@ def sample(model: GptForPretraining, tokenizer: RunTokenizer, prompt: str, sampl
 
 
 def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return the next token by its scores (V,)."""
     if sampling.greedy:
         return int(logits.argmax())
     kept = logits.topk(min(sampling.top_k or len(logits), len(logits)))
@@ -116,15 +115,10 @@ def fill_mask(model: BertForPretraining, tokenizer: RunTokenizer, text: str, top
     # rows of the embedding beyond the last symbol mean nothing
     probabilities = torch.softmax(model.mlm_logits(hidden)[:, : tokenizer.vocab_size], dim=-1)
     best = probabilities.topk(min(top_k, tokenizer.vocab_size))
-    return [
-        [
-            Candidate(index, _text(tokenizer, index), probability)
-            for index, probability in zip(indices, values, strict=True)
-        ]
-        for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-    ]
 
+    def candidate(index: int, probability: float) -> Candidate:
+        # White space itself as the tokenizer writes it.
+        text = tokenizer.decode([index]).strip() or str(tokenizer.tokenizer.id_to_token(index))
+        return Candidate(index, text, probability)
 
-def _text(tokenizer: RunTokenizer, index: int) -> str:
-    """Return a symbol without the space around it; white space itself as the tokenizer writes it."""
-    return tokenizer.decode([index]).strip() or str(tokenizer.tokenizer.id_to_token(index))
+    return [list(map(candidate, *row)) for row in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
