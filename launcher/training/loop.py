@@ -109,13 +109,8 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
 def _after_step(tally: Tally, batch_size: int) -> Progress:
     tally.steps += 1
     tally.samples += batch_size
-    progress = tally.progress
-    return replace(
-        progress,
-        step=progress.step + 1,
-        samples=progress.samples + batch_size,
-        position=progress.position + batch_size,
-    )
+    old = tally.progress
+    return replace(old, step=old.step + 1, samples=old.samples + batch_size, position=old.position + batch_size)
 
 
 def _gone_back(setup: Setup, progress: Progress, why: RollBack) -> Progress:
@@ -125,9 +120,8 @@ def _gone_back(setup: Setup, progress: Progress, why: RollBack) -> Progress:
     """
     config, topology, directory = setup.config, setup.topology, setup.directory
     if not has_checkpoint(directory, topology):
-        raise NotFiniteError(
-            f"{why}, and there is no checkpoint yet to roll back to; lower checkpoint.save_every_steps or optimizer.lr"
-        )
+        remedy = "lower checkpoint.save_every_steps or optimizer.lr"
+        raise NotFiniteError(f"{why}, and there is no checkpoint yet to roll back to; {remedy}")
     start = continue_run(config, topology, directory)
     saved = start.progress(setup.data.fingerprint)
     start.restore(setup.engine, model_facts(config, setup.vocab_size), saved, setup.batch)

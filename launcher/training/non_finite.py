@@ -71,10 +71,9 @@ class NumericsGuard:
         what = f"step {step:,} (samples {samples.start:,} to {samples.stop - 1:,})"
         if scale is not None:  # fp16 finds its scale by such steps
             if scale <= self._config.min_loss_scale:
-                raise NotFiniteError(
-                    f"{what}: the fp16 loss scale fell to {scale:g}, which reliability.min_loss_scale "
-                    f"{self._config.min_loss_scale:g} forbids: {diagnose()}; lower optimizer.lr, or use training.precision bf16"
-                )
+                what += f": the fp16 loss scale fell to {scale:g}, which reliability.min_loss_scale "
+                what += f"{self._config.min_loss_scale:g} forbids"
+                raise NotFiniteError(f"{what}: {diagnose()}; lower optimizer.lr, or use training.precision bf16")
             return
         what += ": the loss or its gradient is not finite"
         limit = self._config.nan_limit
@@ -110,9 +109,8 @@ class NumericsGuard:
     def _roll_back(self, what: str, diagnose: Callable[[], str]) -> None:
         self._rollbacks += 1
         if self._rollbacks > self._config.nan_limit:
-            raise NotFiniteError(
-                f"{what}, after {self._config.nan_limit} rollbacks (reliability.nan_limit): {diagnose()}; {_REMEDY}"
-            )
+            what += f", after {self._config.nan_limit} rollbacks (reliability.nan_limit)"
+            raise NotFiniteError(f"{what}: {diagnose()}; {_REMEDY}")
         raise RollBack(what)
 
 

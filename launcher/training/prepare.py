@@ -164,10 +164,8 @@ def check_is_shared(directory: RunDirectory, topology: Topology) -> None:
 
     def look() -> None:
         if not directory.lock.exists():  # the main process has made it
-            raise UserError(
-                f"output folder {directory.root} is not seen by {platform.node()}; choose an --output_dir on a disk that all "
-                "machines share"
-            )
+            remedy = "choose an --output_dir on a disk that all machines share"
+            raise UserError(f"output folder {directory.root} is not seen by {platform.node()}; {remedy}")
 
     agreed(topology, look)
 
@@ -194,9 +192,8 @@ def vocabulary_size(config: RunConfig, tokenizer: RunTokenizer) -> int:
         multiple = math.lcm(_VOCAB_MULTIPLE, config.parallel.tensor)
         return -(-symbols // multiple) * multiple
     if wanted < symbols:
-        raise UserError(
-            f"model.vocab_size={wanted:,} is smaller than the tokenizer's {symbols:,} symbols; raise it, or set it to auto"
-        )
+        what = f"model.vocab_size={wanted:,} is smaller than the tokenizer's {symbols:,} symbols"
+        raise UserError(f"{what}; raise it, or set it to auto")
     return wanted
 
 
@@ -226,15 +223,13 @@ def _open_data(
 
     def check() -> None:
         if data.train.num_samples < batch.train_batch_size:
-            raise UserError(
-                f"data.sources hold {data.train.num_samples:,} training samples, fewer than "
-                f"training.train_batch_size={batch.train_batch_size:,}; add text or make the batch smaller"
+            what = (
+                f"fewer than training.train_batch_size={batch.train_batch_size:,}; add text or make the batch smaller"
             )
+            raise UserError(f"data.sources hold {data.train.num_samples:,} training samples, {what}")
         if len(set(fingerprints)) > 1:
-            raise UserError(
-                "data.sources differ between machines, so their processes would train on different data; "
-                "give all machines the same files"
-            )
+            what = "data.sources differ between machines, so their processes would train on different data"
+            raise UserError(f"{what}; give all machines the same files")
 
     by_main(topology, check)
     return data
@@ -279,7 +274,6 @@ def count_parameters(model: nn.Module, sharers: int) -> tuple[int, int]:
     parameters = {  # ZeRO stage 3 empties p
         id(p): getattr(p, "ds_numel", p.numel()) * (sharers if is_sharded(p) else 1) for p in model.parameters()
     }
-    in_embeddings = {
-        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
-    }
+    embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    in_embeddings = {id(p) for module in embeddings for p in module.parameters()}
     return sum(parameters.values()), sum(n for key, n in parameters.items() if key not in in_embeddings)

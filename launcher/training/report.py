@@ -150,7 +150,6 @@ def _evaluation_text(config: RunConfig) -> str:
 
 
 def _shares_text(config: RunConfig, data: PreparedData) -> str:
-    """Return which share of the samples each source gives, if there are several."""
     if len(config.data.sources) == 1:
         return ""
     names = [f"{source.kind} {source.path}" if source.path else source.kind for source in config.data.sources]
@@ -184,7 +183,6 @@ def _schedule_text(schedule: ScheduleConfig, total_steps: int) -> str:
 
 
 def _counted(count: int, one: str, many: str | None = None) -> str:
-    """`1 step`, `1,200 steps`."""
     return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 

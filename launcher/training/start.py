@@ -119,10 +119,8 @@ class FromCheckpoint(Start):
     def tokenizer(self) -> RunTokenizer:
         tokenizer, given = load_tokenizer(self.checkpoint / "tokenizer"), self.config.tokenizer
         if given.path is not None and not tokenizer.equals(given_tokenizer(given)):
-            raise UserError(
-                f"tokenizer.path={given.path} is another tokenizer than that of checkpoint {self.checkpoint}; remove the key "
-                "to use the checkpoint's"
-            )
+            what = f"tokenizer.path={given.path} is another tokenizer than that of checkpoint {self.checkpoint}"
+            raise UserError(f"{what}; remove the key to use the checkpoint's")
         return tokenizer
 
 
@@ -225,7 +223,6 @@ def continue_run(config: RunConfig, topology: Topology, directory: RunDirectory)
 
 
 def _named_by_load(config: RunConfig, topology: Topology) -> Path:
-    """Return the whole checkpoint that `load.path` and `load.id` mean."""
     path = Path(str(config.load.path))
     checkpoint = by_main(topology, lambda: store.resolve(path, config.load.id))
     problems = store.verify_together(checkpoint, topology)
@@ -256,9 +253,8 @@ def _newest_whole(folder: Path, topology: Topology) -> Path:
     def set_aside() -> None:
         told = [f"checkpoint {name} is damaged: {', '.join(problems)}" for name, problems in damaged.items()]
         if whole is None:
-            raise UserError(
-                f"no checkpoint in {folder} can be loaded: {'; '.join(told)}; start anew with --job_name, or bring back a copy"
-            )
+            remedy = "start anew with --job_name, or bring back a copy"
+            raise UserError(f"no checkpoint in {folder} can be loaded: {'; '.join(told)}; {remedy}")
         for name, text in zip(damaged, told, strict=True):
             with refused(f"cannot rename {folder / name}", "make the folder writable"):
                 new_name = store.set_aside(folder, name)

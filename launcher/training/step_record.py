@@ -83,9 +83,8 @@ def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, f
     num_steps, step_time_s, data_wait_s, totals = watch.take()
     config, sequences = setup.config, num_steps * setup.batch.train_batch_size
     predictions = totals[0] / sequences  # the first part of the loss is the one over the vocabulary
-    length = (
-        totals[-1] / sequences if config.layer.unpad else config.data.max_seq_length
-    )  # no FLOPs of what unpad leaves out
+    # What layer.unpad leaves out is not counted.
+    length = totals[-1] / sequences if config.layer.unpad else config.data.max_seq_length
     return StepRecord(
         step=progress.step,
         epoch=progress.position // setup.data.train.num_samples,
