@@ -155,7 +155,7 @@ class DeepSpeedTransformerLayer(TransformerLayer):
             return _LayerNorm(self.norm_w, self.norm_b, self.config.layer_norm_eps)
         return _LayerNorm(self.attn_nw, self.attn_nb, self.config.layer_norm_eps)
 
-    def _products(self) -> Products:
+    def _products(self, called: tuple[str, ...]) -> Products:
         return Products()  # never in FP8, which DeepSpeed's API does not know
 
     def _draw_seed(self, device: torch.device) -> Tensor:

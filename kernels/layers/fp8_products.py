@@ -19,7 +19,9 @@ _OF_TRACES = Fp8State()  # stays empty: a trace has current scaling, which keeps
 
 def state_of(projection: Any) -> Fp8State:
     """Return the FP8 state of a projection, which owns it from now on."""
-    if projection.fp8 is None:
+    if (
+        getattr(projection, "fp8", None) is None
+    ):  # an nn.Linear that was put in a projection's place has no such place yet
         if torch.compiler.is_compiling() and not breaks_graph():
             return _OF_TRACES
         projection.fp8 = Fp8State()
@@ -31,17 +33,19 @@ class Fp8Products(Products):
     """Compute the products of one pass with FP8 operands where fp8_autocast says so, and did so before a recomputation.
 
     A norm gives the amax of its output where the cast of that output makes use of it; the next product takes it.
+    qkv, intermediate: None where the layer calls that module, which takes no amax.
     """
 
     def __init__(self, qkv: Any, intermediate: Any) -> None:
-        self._before_attention, self._before_mlp = state_of(qkv), state_of(intermediate)
+        states = (None if projection is None else state_of(projection) for projection in (qkv, intermediate))
+        self._before_attention, self._before_mlp = states
         self._amax: Tensor | None = None
 
     def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor, **options: Any) -> Tensor:
         _, y, self._amax = norm_before(self._before_attention, None, None, z, weight, norm_bias, **options)
         return y
 
-    def residual_norm(self, x: Tensor, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def residual_norm(self, x: Tensor, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
         z, y, self._amax = norm_before(self._before_mlp, x, *tensors, **options)
         return z, y
 

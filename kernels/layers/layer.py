@@ -1,5 +1,6 @@
 """The transformer layer: attention and feed-forward halves around one residual stream, pre-LN or post-LN."""
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +13,25 @@ from ..errors import UserError
 from ..ops.attention.attention import AttentionMask, Recompute, attention
 from ..ops.autocast import autocast_dtype
 from ..ops.dropout import draw_seed
+from ..ops.mlp.mlp import gelu
 from ..ops.norm.residual_norm import are_invertible, residual_add, residual_norm
+from ..ops.parallel_linear import ParallelMode
 from ..ops.region import active_region
 from ..ops.replay import remembered
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
 from ..parallel.sharding import Partition, shard_parameters
 from .config import LayerConfig
+from .inner_modules import must_be_called
 from .products import Products
 from .projection import Projection
 
 # The dropouts of one layer draw from one seed; the site keeps their masks apart, and those of processes where they must differ.
 _ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE, _SITES = 1, 2, 3, 8
 _PLAIN = Products()
+_NORMS = ("attention_norm", "mlp_norm")
+_PROJECTIONS = ("qkv", "attention_output", "intermediate", "output")
+_INNER: dict[str, type[nn.Module]] = {**dict.fromkeys(_NORMS, nn.LayerNorm), **dict.fromkeys(_PROJECTIONS, Projection)}
+_WHOLE = (*itertools.product(_NORMS, ("weight", "bias")), ("attention_output", "bias"), ("output", "bias"))
 
 
 class _Affine(NamedTuple):
@@ -34,12 +42,12 @@ class _Affine(NamedTuple):
 
 
 class _Replicated(NamedTuple):
-    """The parameters that every process holds whole; biases (H,)."""
+    """The parameters that every process holds whole; biases (H,). None: of a module that is called."""
 
     attention_norm: _Affine
     mlp_norm: _Affine
-    attention_output_bias: Tensor
-    output_bias: Tensor
+    attention_output_bias: Tensor | None
+    output_bias: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -47,7 +55,8 @@ class Pass:
     """What one forward pass has besides its hidden states.
 
     seed: None where nothing is dropped. invertible: (attention_norm, mlp_norm). token_shape: (B, S) or (T,), of all processes.
-    recompute: of attention. products: how this pass multiplies.
+    recompute: of attention. products: how this pass multiplies. called: the modules that compute for themselves, see
+    `TransformerLayer.called_modules`.
     """
 
     mask: AttentionMask
@@ -57,6 +66,7 @@ class Pass:
     recompute: Recompute
     replicated: _Replicated
     products: Products
+    called: tuple[str, ...]
 
 
 class TransformerLayer(nn.Module):
@@ -75,6 +85,9 @@ class TransformerLayer(nn.Module):
 
     Inside fp8_autocast the four projections have FP8 products. normalize_invertible and gelu_checkpoint save nothing there,
     since a projection keeps one byte per number of its input.
+
+    Parameters of the modules inside are read by fused ops. One that does more than its parameters say, as an adapter in its
+    place or one with hooks, is called instead, outside of fused ops, FP8 and memory flags; on one process.
     """
 
     parallel = ONE_PROCESS  # of subclasses with parameters of their own
@@ -161,8 +174,25 @@ class TransformerLayer(nn.Module):
         recompute: Recompute = "dropout" if config.attn_dropout_checkpoint else "nothing"
         if recompute_attention:
             recompute = "core"
-        now = Pass(mask, seed, invertible, token_shape, recompute, self._replicated(), self._products())
+        called = self.called_modules()
+        replicated, products = self._replicated(called), self._products(called)
+        now = Pass(mask, seed, invertible, token_shape, recompute, replicated, products, called)
         return self._run(hidden_states, now)
+
+    def called_modules(self) -> tuple[str, ...]:
+        """Return the names of the modules inside that compute for themselves now: see `must_be_called`.
+
+        Raises ValueError where processes share the layer, of whose shards and tokens these modules know nothing.
+        """
+        modules = self._modules
+        called = tuple(name for name in _INNER if name in modules and must_be_called(modules[name], _INNER[name]))
+        if called and self.parallel.size > 1:
+            raise UserError(
+                f"{called[0]} of this {type(self).__name__}, a {type(modules[called[0]]).__name__}, has hooks or a forward of "
+                f"its own, which know nothing of the {self.parallel.size} processes that share the layer; remove them, or use "
+                f"one process"
+            )
+        return called
 
     def _run(self, x: Tensor, now: Pass) -> Tensor:
         """Return the layer's output: both halves, each with what adds it to the residual stream."""
@@ -170,10 +200,28 @@ class TransformerLayer(nn.Module):
         normalized = x
         if config.pre_layer_norm:
             eps, invertible = config.layer_norm_eps, now.invertible[0]
-            normalized = now.products.norm(x, *norm, eps=eps, invertible=invertible, kernels=config.kernels)
+            if "attention_norm" in now.called:
+                normalized = self.attention_norm(x)
+            else:
+                normalized = now.products.norm(x, *norm, eps=eps, invertible=invertible, kernels=config.kernels)
         residual, normalized = self._join_attention(self._attend(normalized, now), x, now)
-        out = now.products.mlp(normalized, self.intermediate, self.output, config, self.parallel)
+        out = self._feed_forward(normalized, now)
         return self._join_mlp(out, residual if config.pre_layer_norm else normalized, now)
+
+    def _feed_forward(self, x: Tensor, now: Pass) -> Tensor:
+        """Return the feed-forward half, without the bias of `output` unless that is called."""
+        if "intermediate" not in now.called and "output" not in now.called:
+            return now.products.mlp(x, self.intermediate, self.output, self.config, self.parallel)
+        hidden = gelu(self._project("intermediate", x, "column", now), self.config.hidden_act)
+        return self._project("output", hidden, "row", now)
+
+    def _project(self, name: str, x: Tensor, mode: ParallelMode, now: Pass) -> Tensor:
+        """Return x through a projection, without the bias of a row-parallel one unless that is called."""
+        projection: Any = getattr(self, name)
+        if name not in now.called:
+            return now.products.project(x, projection, mode, self.parallel)
+        y: Tensor = projection(x)
+        return y
 
     @property
     def drops(self) -> bool:
@@ -188,25 +236,24 @@ class TransformerLayer(nn.Module):
         """Return the site of a dropout whose masks differ between the processes or not."""
         return site + _SITES * self.parallel.rank if differs else site
 
-    def _replicated(self) -> _Replicated:
+    def _replicated(self, called: tuple[str, ...]) -> _Replicated:
         """Return what every process holds whole. Backward adds up its gradients over the processes' tokens, in one message."""
-        first, second = self.attention_norm, self.mlp_norm
-        vectors: tuple[Tensor, ...]
-        vectors = (first.weight, first.bias, second.weight, second.bias, self.attention_output.bias, self.output.bias)
+        vectors: Any = [None if name in called else getattr(getattr(self, name), kind) for name, kind in _WHOLE]
         if self.parallel.divides_tokens:
             vectors = copy_to_group(torch.cat(vectors), self.parallel.group).chunk(len(vectors))
         return _Replicated(_Affine(*vectors[:2]), _Affine(*vectors[2:4]), *vectors[4:])
 
-    def _products(self) -> Products:
+    def _products(self, called: tuple[str, ...]) -> Products:
         """Return how this pass multiplies: with FP8 inside fp8_autocast, and in a recomputation as in the first pass."""
         if remembered(self, self._is_plain):
             return _PLAIN
         from .fp8_products import Fp8Products
 
-        return Fp8Products(self.qkv, self.intermediate)
+        return Fp8Products(*(None if name in called else getattr(self, name) for name in ("qkv", "intermediate")))
 
     def _is_plain(self) -> bool:
-        return active_region() is None and self.qkv.fp8 is None  # a state of FP8 knows a recomputation that torch runs
+        states = (self._modules[name]._modules.get("fp8") for name in _PROJECTIONS)  # type: ignore[union-attr]
+        return active_region() is None and not any(states)  # a state knows a recomputation that torch runs
 
     def _join_attention(self, out: Tensor, residual: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
         """Return (residual + dropout(out + bias), its LayerNorm): the attention half added, and what the MLP reads."""
@@ -214,14 +261,18 @@ class TransformerLayer(nn.Module):
         norm = ours.mlp_norm if pre else ours.attention_norm
         options = self._joining(_ATTENTION_OUTPUT_SITE, now)
         invertible, eps = now.invertible[1 if pre else 0], self.config.layer_norm_eps
-        bias = ours.attention_output_bias
+        bias, name = ours.attention_output_bias, "mlp_norm" if pre else "attention_norm"
+        if name in now.called:
+            z = residual_add(out, bias, residual, **options)
+            return z, getattr(self, name)(z)
         return now.products.residual_norm(out, bias, residual, *norm, eps=eps, invertible=invertible, **options)
 
     def _join_mlp(self, out: Tensor, residual: Tensor, now: Pass) -> Tensor:
         """Return residual + dropout(out + bias), in post-LN its LayerNorm: the layer's output."""
         ours, options = now.replicated, self._joining(_OUTPUT_SITE, now)
-        if self.config.pre_layer_norm:
-            return residual_add(out, ours.output_bias, residual, **options)
+        if self.config.pre_layer_norm or "mlp_norm" in now.called:
+            z = residual_add(out, ours.output_bias, residual, **options)
+            return z if self.config.pre_layer_norm else self.mlp_norm(z)  # type: ignore[no-any-return]
         invertible, eps = now.invertible[1], self.config.layer_norm_eps
         norm = ours.mlp_norm
         return residual_norm(out, ours.output_bias, residual, *norm, eps=eps, invertible=invertible, **options)[1]
@@ -232,15 +283,15 @@ class TransformerLayer(nn.Module):
         return {"p": self.config.hidden_dropout_prob, "seed": now.seed, "site": site, "kernels": self.config.kernels}
 
     def _attend(self, x: Tensor, now: Pass) -> Tensor:
-        """Return the attention half up to its projection, without the projection's bias."""
-        config, products = self.config, now.products
+        """Return the attention half up to its projection, without the projection's bias unless that is called."""
+        config = self.config
         heads = config.num_attention_heads // self.parallel.size
         width = config.hidden_size // config.num_attention_heads
-        qkv = products.project(x, self.qkv, "column", self.parallel)
-        context = self._contexts(qkv.view(*now.token_shape, 3, heads, width), now)
+        qkv = self._project("qkv", x, "column", now)
+        context = self._contexts(qkv.reshape(*now.token_shape, 3, heads, width), now)
         if self.parallel.divides_tokens:
             context = context.flatten(0, -2)
-        return products.project(context, self.attention_output, "row", self.parallel)
+        return self._project("attention_output", context, "row", now)
 
     def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
         """Return the output of this process's heads, (..., H/t), of qkv (..., 3, N/t, D)."""
@@ -264,6 +315,7 @@ def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, boo
     gradients are off.
     """
     asked = [layer for layer in layers if layer.config.normalize_invertible]
+    asked = [layer for layer in asked if set(_NORMS).isdisjoint(layer.called_modules())]
     if not asked or not torch.is_grad_enabled():
         return [(False, False)] * len(layers)
     if torch.compiler.is_compiling():
@@ -273,7 +325,9 @@ def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, boo
         )
     asked_norms = [layer_norm for layer in asked for layer_norm in (layer.attention_norm, layer.mlp_norm)]
     weights, biases = [n.weight for n in asked_norms], [n.bias for n in asked_norms]
-    allowed = are_invertible(weights, biases, asked[0].qkv.weight.dtype)  # of hidden states; norms may be in fp32
+    qkv = asked[0].qkv
+    of_qkv = qkv.weight if hasattr(qkv, "weight") else next(qkv.parameters())
+    allowed = are_invertible(weights, biases, of_qkv.dtype)  # that of hidden states; norms may be in fp32
     if not all(allowed):
         warnings.warn(
             "normalize_invertible: a LayerNorm has a weight too small to recover its input from its output; such LayerNorms "
@@ -281,4 +335,4 @@ def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, boo
             stacklevel=2,
         )
     answers = iter(zip(allowed[::2], allowed[1::2], strict=True))
-    return [next(answers) if layer.config.normalize_invertible else (False, False) for layer in layers]
+    return [next(answers) if layer in asked else (False, False) for layer in layers]

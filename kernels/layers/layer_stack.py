@@ -17,6 +17,7 @@ from ..ops.dropout import draw_seed
 from ..ops.region import active_region
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, gather_from_group, scatter_to_group
 from .config import LayerConfig
+from .inner_modules import has_hooks
 from .layer import TransformerLayer, invertible_norms
 from .recomputation import recompute_in_backward
 
@@ -80,13 +81,15 @@ class LayerStack(nn.ModuleList):
         Raises ValueError for what a CUDA graph cannot take, in backward too, and with parallel.sequence for tokens that the
         processes cannot share equally.
         """
-        layers = [layer for layer in self if isinstance(layer, TransformerLayer)]
+        layers: list[Any] = list(self)  # or what wraps them, as FSDP does
         invertible = invertible_norms(layers)
         drops = any(layer.drops for layer in layers)
         seeds = draw_seed(hidden_states.device, (len(layers),)) if drops else None
         region = active_region()
         if self.cuda_graph and not self.fp8 and region is not None and region.enabled:
             raise UserError("cuda_graph=True takes no fp8_autocast region around the stack; build it with fp8=True")
+        if self.cuda_graph:
+            self._check_hooks()
         with self._region():
             if self.cuda_graph and hidden_states.is_cuda and self.training and torch.is_grad_enabled():
                 return self._replay(layers, invertible, hidden_states, seeds, mask)
@@ -103,6 +106,16 @@ class LayerStack(nn.ModuleList):
         from ..fp8.scaling import Float8CurrentScaling, fp8_autocast
 
         return fp8_autocast(fp8_recipe=Float8CurrentScaling())
+
+    def _check_hooks(self) -> None:
+        """Raise ValueError for hooks on layers or on modules inside them: a replay runs kernels, and no Python."""
+        for number, layer in self._modules.items():
+            for name, module in (("", layer), *layer._modules.items()):  # type: ignore[union-attr]
+                if module is not None and has_hooks(module):
+                    raise UserError(
+                        f"layer {number} has hooks{f' on {name}' if name else ''}, which a replayed CUDA graph would not run; "
+                        f"remove them, or build the stack with cuda_graph=False"
+                    )
 
     def __getitem__(self, index: Any) -> Any:
         """Return a layer, or for a slice an nn.ModuleList of layers, which does nothing of what the stack does around them."""
@@ -140,7 +153,8 @@ class LayerStack(nn.ModuleList):
             raise UserError("cuda_graph=True needs masks of causal, key_mask and segment_ids alone; turn it off")
         given = {"seeds": seeds, "key_mask": mask.key_mask, "segment_ids": mask.segment_ids}
         inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
-        key = (hidden_states.shape, hidden_states.dtype, mask.causal, tuple(inputs), tuple(invertible))
+        modules = tuple(module for layer in layers for module in layer._modules.values())  # adapters may come later
+        key = (hidden_states.shape, hidden_states.dtype, mask.causal, tuple(inputs), tuple(invertible), modules)
         if key not in self._graphs:
 
             def run(hidden: Tensor, *tensors: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ class Products:
         """Return `norm` of the layer's input, which the QKV projection reads."""
         return norm(z, weight, norm_bias, **options)
 
-    def residual_norm(self, x: Tensor, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def residual_norm(self, x: Tensor, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """Return `residual_norm` of the attention half's output, which the feed-forward half reads."""
         return residual_norm(x, *tensors, **options)
 

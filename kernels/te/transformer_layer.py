@@ -6,8 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
 from ..fp8.linear import Fp8State
 from ..fp8.norm import norm_before
+from ..layers.inner_modules import must_be_called
 from ..ops.attention.attention import AttentionMask
 from ..ops.norm.residual_norm import dropout, residual_add
 from ..parallel.collectives import group_rank
@@ -163,11 +165,22 @@ class TransformerLayer(ProjectionModule):
     def _mlp_half(self, out: Tensor, bias: Tensor | None, residual: Tensor, now: _Pass, site: int) -> Tensor:
         """Return the layer's output from that of the attention half."""
         mlp, config = self.layernorm_mlp, self.config
-        x, normalized, amax = self._join(out, bias, residual, now, site, mlp.norm_parameters(), mlp.fc1_fp8)
-        out, bias, *_ = mlp(x, now.is_first_microbatch, normalized=normalized, amax=amax)
-        residual = normalized if config.apply_residual_connection_post_layernorm else x
+        if must_be_called(mlp, LayerNormMLP):  # with what its hooks make of x, so it computes its norm itself
+            x, *_ = self._join(out, bias, residual, now, site)
+            out, bias, *returned = mlp(x, now.is_first_microbatch)
+        else:
+            x, normalized, amax = self._join(out, bias, residual, now, site, mlp.norm_parameters(), mlp.fc1_fp8)
+            out, bias, *returned = mlp(x, now.is_first_microbatch, normalized=normalized, amax=amax)
+        residual = returned[0] if config.apply_residual_connection_post_layernorm else x
         if not config.output_layernorm:
             return self._join(out, bias, residual, now, _MLP_SITE)[0]
+        if must_be_called(self.layernorm, LayerNorm):
+            if self.options.sequence_parallel:
+                raise UserError(
+                    "layernorm has hooks or a forward of its own, which know nothing of sequence_parallel=True, where a rank's "
+                    "gradient of it is a part; remove them, or build the layer without it"
+                )
+            return self.layernorm(self._join(out, bias, residual, now, _MLP_SITE)[0])  # type: ignore[no-any-return]
         weight = self._replicated(self.layernorm.weight)
         assert weight is not None, "a norm has a weight"
         last = effective_weight(weight, config.zero_centered_gamma), self._replicated(self.layernorm.bias)

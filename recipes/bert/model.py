@@ -10,8 +10,6 @@ from torch import Tensor, nn
 
 from ...kernels.ops.attention.attention import AttentionMask
 from ...kernels.ops.dropout import draw_seed
-from ...kernels.ops.linear import linear
-from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
 from ...kernels.ops.mlp.mlp import gelu
 from ...kernels.ops.norm.residual_norm import dropout
 from ..config import LayerFlags, ModelConfig, ObjectiveConfig
@@ -19,8 +17,10 @@ from ..recipe import PLAIN_RUNTIME, Runtime
 from ..shared.model_parts import (
     build_layers,
     check_positions,
+    embedded,
     initialize,
     normalized,
+    projected,
     shard_vocabulary,
     vocabulary_logits,
     vocabulary_loss,
@@ -106,7 +106,7 @@ class BertForPretraining(nn.Module):
 
         positions: place of each token in its sequence, (S,) or (T,) int64.
         """
-        hidden = vocab_parallel_embedding(input_ids, self.word_embeddings.weight, self.parallel.group)
+        hidden = embedded(input_ids, self.word_embeddings, self.parallel.group)
         hidden = hidden + self.token_type_embeddings(token_type_ids) + self.position_embeddings(positions)
         hidden = normalized(hidden, self.embedding_norm, self.kernels)
         p = self.config.hidden_dropout_prob
@@ -118,7 +118,7 @@ class BertForPretraining(nn.Module):
         return hidden
 
     def _mlm_features(self, hidden: Tensor) -> Tensor:
-        features = gelu(linear(hidden, self.mlm_transform.weight, self.mlm_transform.bias), self.config.hidden_act)
+        features = gelu(projected(hidden, self.mlm_transform), self.config.hidden_act)
         return normalized(features, self.mlm_norm, self.kernels)
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from ...kernels.errors import UserError
 from ...kernels.ops.attention.attention import AttentionMask
 from ...kernels.ops.dropout import draw_seed
-from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
 from ...kernels.ops.norm.residual_norm import dropout
 from ..config import LayerFlags, ModelConfig, ObjectiveConfig
 from ..recipe import PLAIN_RUNTIME, Runtime
 from ..shared.model_parts import (
     build_layers,
     check_positions,
+    embedded,
     initialize,
     normalized,
     shard_vocabulary,
@@ -68,7 +68,7 @@ class GptForPretraining(nn.Module):
         check_positions(input_ids, self.config.max_position_embeddings)
         if position_ids is None:
             position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
-        hidden = vocab_parallel_embedding(input_ids, self.word_embeddings.weight, self.parallel.group)
+        hidden = embedded(input_ids, self.word_embeddings, self.parallel.group)
         hidden = hidden + self.position_embeddings(position_ids)
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None

@@ -6,9 +6,11 @@ from torch import Tensor, nn
 
 from ...kernels import LayerConfig, LayerStack
 from ...kernels.errors import UserError
+from ...kernels.layers.inner_modules import must_be_called
 from ...kernels.ops.choices import Kernels
+from ...kernels.ops.linear import linear
 from ...kernels.ops.loss.cross_entropy import linear_cross_entropy
-from ...kernels.ops.loss.vocab_parallel import vocab_parallel_linear_cross_entropy
+from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding, vocab_parallel_linear_cross_entropy
 from ...kernels.ops.norm.residual_norm import norm
 from ...kernels.ops.parallel_linear import column_parallel_linear
 from ...kernels.parallel.collectives import Group, gather_from_group, group_size
@@ -48,6 +50,22 @@ def shard_vocabulary(model: nn.Module, names: Sequence[str], vocab_size: int, gr
     shard_parameters(model, dict.fromkeys(names, Partition(0)), group)
 
 
+def embedded(input_ids: Tensor, table: nn.Embedding, group: Group) -> Tensor:
+    """Rows of the vocabulary's embedding, (..., H), of ids (...), from this process's (V/t, H).
+
+    Raises ValueError where processes share an embedding that must be called.
+    """
+    if not must_be_called(table, nn.Embedding):
+        return vocab_parallel_embedding(input_ids, table.weight, group)
+    if group_size(group) > 1:
+        raise UserError(
+            f"word_embeddings, a {type(table).__name__}, has hooks or a forward of its own, which know nothing of the "
+            f"{group_size(group)} processes that share its rows; remove them, or use one process"
+        )
+    rows: Tensor = table(input_ids)
+    return rows
+
+
 def vocabulary_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: Group) -> Tensor:
     """hidden @ weight.T + bias over the whole vocabulary, (..., V), replicated.
 
@@ -76,8 +94,15 @@ def initialize(modules: list[nn.Module], std: float) -> None:
 
 
 def normalized(hidden: Tensor, by: nn.LayerNorm, kernels: Kernels) -> Tensor:
-    """LayerNorm of hidden (..., H) with the parameters of a module, on the same path as the layers' own norms."""
+    """LayerNorm of hidden (..., H) by a module, on the same path as the layers' own norms where its parameters say all."""
+    if must_be_called(by, nn.LayerNorm):
+        return by(hidden)  # type: ignore[no-any-return]
     return norm(hidden, by.weight, by.bias, eps=by.eps, kernels=kernels)
+
+
+def projected(hidden: Tensor, by: nn.Linear) -> Tensor:
+    """hidden (..., K) through a linear module, (..., N), on the path of the layers' own where its parameters say all."""
+    return by(hidden) if must_be_called(by, nn.Linear) else linear(hidden, by.weight, by.bias)  # type: ignore[no-any-return]
 
 
 def check_positions(input_ids: Tensor, limit: int) -> None:

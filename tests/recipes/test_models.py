@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.lora import adapt, adapters
 
 from xformer_train.kernels.ops.choices import IGNORED
 from xformer_train.kernels.parallel.collectives import TensorParallel
@@ -263,3 +264,44 @@ def test_flops_follow_the_published_count_for_bert_large():
     model = ModelConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096)
     # 236.8 GFLOP per sequence of 128 is what DeepSpeed's 272 sequences/s = 64.4 TFLOP/s rests on
     assert RECIPES["bert"].flops_per_sample(model, 30528, 128, 0) == pytest.approx(236.8e9, rel=1e-3)
+
+
+def runs_model(kind, **options):
+    """A model of a run, and a batch for it."""
+    torch.manual_seed(2)
+    model = ModelConfig(type=kind, pre_layer_norm=True, **SIZES)
+    built = RECIPES[kind].build_model(model, LayerFlags(**options), ObjectiveConfig(), VOCABULARY)
+    ids = torch.randint(5, VOCABULARY, (2, 9))
+    if kind == "gpt":
+        return built, {"input_ids": ids, "labels": ids.roll(-1)}
+    places, mask = torch.tensor([1, 4, 12]), torch.ones(2, 9, dtype=torch.bool)
+    batch = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": mask}
+    batch |= {"masked_positions": places, "masked_labels": ids.flatten()[places]}
+    return built, batch | {"sentence_labels": torch.tensor([0, 1])}
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+def test_adapters_on_a_runs_model_are_trained(kind):
+    model, batch = runs_model(kind)
+    names = ("qkv", "attention_output", "intermediate", "output", "mlm_transform", "pooler")
+    plain = sum(model(**batch).values())
+    adapt(model, names)
+    sum(model(**batch).values()).backward()
+    assert len(adapters(model)) == 2 * (3 * 4 + (2 if kind == "bert" else 0))
+    assert all(parameter.grad.abs().sum() > 0 for parameter in adapters(model))
+    with torch.no_grad():
+        for parameter in adapters(model)[1::2]:
+            parameter.zero_()
+    torch.testing.assert_close(sum(model(**batch).values()), plain)
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt"])
+def test_a_hook_on_any_module_of_a_runs_model_runs_once_a_pass(kind):
+    model, batch = runs_model(kind)
+    plain, called = model(**batch), []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    hooked = model(**batch)
+    for name, loss in plain.items():
+        torch.testing.assert_close(hooked[name], loss)
+    assert sorted(called) == sorted(name for name, _ in model.named_modules())

@@ -176,21 +176,28 @@ class FusedLayer(nn.Module):
         return cache
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Under the stock layer's names and in its shapes; where shapes allow it, views of the parameters."""
+        """Under the stock layer's names and in its shapes; where shapes allow it, views of the parameters.
+
+        A module of the fused layer that is adapted, pruned or parametrized now has its own names, below `fused`.
+        """
         state = super().state_dict(*args, **kwargs)
         prefix = kwargs.get("prefix", "")
         pieces: dict[str, Tensor] = {}
         for ours, origin in self.swapped.origins.items():
-            whole = state.pop(f"{prefix}fused.{ours}")
-            pieces |= dict(zip(origin.names, origin.split(whole), strict=True))
-        state.update({prefix + name: pieces[name] for name in self.swapped.names})
+            whole = state.pop(f"{prefix}fused.{ours}", None)
+            if whole is not None:
+                pieces |= dict(zip(origin.names, origin.split(whole), strict=True))
+        state.update({prefix + name: pieces[name] for name in self.swapped.names if name in pieces})
         return state
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Takes the stock layer's names."""
         _, _, missing_keys, _, errors = args
+        parameters = dict(self.fused.named_parameters())
         for ours, origin in self.swapped.origins.items():
-            pieces = origin.split(self.fused.get_parameter(ours).detach())
+            if ours not in parameters:
+                continue  # its state dict has no stock names either
+            pieces = origin.split(parameters[ours].detach())
             for index, name in enumerate(origin.names):
                 key = prefix + name
                 if key not in state_dict:

@@ -48,7 +48,8 @@ def revert(model: nn.Module) -> int:
     """Undoes `swap`, bit for bit but for what training changed. Returns the number of layers.
 
     Classes, names, shapes and the order of parameters are as before. Gradients are moved too; make optimizers anew.
-    Raises ValueError for a model that is not swapped, and for parameters that DeepSpeed's ZeRO stage 3 has partitioned.
+    Raises ValueError for a model that is not swapped, for parameters that DeepSpeed's ZeRO stage 3 has partitioned, and for
+    adapters and other changes on modules of a fused layer.
     """
     layers = [module for module in model.modules() if isinstance(module, FusedLayer)]
     if not layers:
@@ -58,6 +59,13 @@ def revert(model: nn.Module) -> int:
             f"DeepSpeed's ZeRO stage 3 has partitioned this {type(model).__name__}; load its gathered weights into a model "
             f"that is not, and revert that"
         )
+    for layer in layers:
+        own = {name for name, _ in layer.fused.named_parameters()}
+        if own ^ layer.swapped.origins.keys():
+            raise UserError(
+                f"the fused layers of this {type(model).__name__} hold {sorted(own ^ layer.swapped.origins.keys())[0]}: "
+                f"adapters, pruning or parametrizations changed their parameters; remove or merge them before revert(model)"
+            )
     for layer in layers:
         _revert_layer(layer)
     for module in model.modules():

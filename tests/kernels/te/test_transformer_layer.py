@@ -7,6 +7,7 @@ from helpers.conformance import step
 from helpers.te_layer import FFN, HEADS, HIDDEN, PADDING, by_reference_names, pair
 
 from xformer_train.kernels import te
+from xformer_train.kernels.fp8.linear import Fp8State
 from xformer_train.kernels.ops.attention.attention import AttentionMask
 from xformer_train.kernels.te.core_attention import Dropping, Visibility, cross_attention
 
@@ -211,3 +212,40 @@ def test_products_of_queries_and_keys_beyond_fp16_are_scaled_before_they_are_sum
         outs.append((out, *torch.autograd.grad(out.sum(), q)))
     for half, exact, atol in zip(*outs, (0.02, 0.2), strict=True):  # a gradient is a sum of terms 40 times as large
         torch.testing.assert_close(half.float(), exact, atol=atol, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"apply_residual_connection_post_layernorm": True},
+        {"output_layernorm": True},
+        {"normalization": "RMSNorm", "output_layernorm": True},
+        {"layer_type": "decoder"},
+    ],
+    ids=str,
+)
+def test_hooks_on_all_modules_inside_run_and_what_they_change_counts(options):
+    torch.manual_seed(0)
+    layer = te.TransformerLayer(HIDDEN, FFN, HEADS, **options).eval()
+    x = torch.randn(7, 2, HIDDEN)
+    rest = {"encoder_output": torch.randn(5, 2, HIDDEN)} if "layer_type" in options else {}
+    expected, called, factors, seen = layer(x, **rest), [], torch.linspace(0.5, 2, HIDDEN), {}
+    modules = {name: module for name, module in layer.named_modules() if not isinstance(module, Fp8State)}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    torch.testing.assert_close(layer(x, **rest), expected)
+    assert sorted(called) == sorted(modules)
+
+    def scale(_, args):
+        seen["x"] = args[0] * factors
+        return seen["x"], *args[1:]
+
+    layer.layernorm_mlp.register_forward_pre_hook(scale)
+    layer.layernorm_mlp.register_forward_hook(lambda _, args, output: seen.update(output=output))
+    y = layer(x, **rest)
+    assert not torch.allclose(y, expected)
+    for ours, direct in zip(seen["output"], layer.layernorm_mlp.forward(seen["x"]), strict=True):
+        torch.testing.assert_close(ours, direct)
+    if not options:
+        torch.testing.assert_close(y, seen["x"] / factors + seen["output"][0] + seen["output"][1])

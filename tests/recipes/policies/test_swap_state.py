@@ -18,6 +18,7 @@ from helpers.hf_swap import (
     pretrain_inputs,
     with_gradients,
 )
+from helpers.lora import adapt, adapters
 
 from xformer_train.recipes.policies import revert, swap
 from xformer_train.recipes.policies.swapping.fused_layer import FusedLayer
@@ -154,3 +155,32 @@ def test_frozen_layers_stay_frozen():
     revert(model)
     assert not any(parameter.requires_grad for parameter in model.bert.encoder.layer[0].parameters())
     assert all(parameter.grad is not None for parameter in model.bert.encoder.layer[1].parameters())
+
+
+@models
+def test_adapters_on_fused_layers_are_trained_and_have_names_of_their_own(name):
+    model = build(name)
+    swap(model)
+    given = inputs()
+    expected, state = logits_of(model(**given)), model.state_dict()
+    fused = [module.fused for module in model.modules() if isinstance(module, FusedLayer)]
+    for layer in fused:
+        adapt(layer, ("qkv", "output"))
+    logits_of(model(**given)).square().sum().backward()
+    assert len(adapters(model)) == 8
+    assert all(parameter.grad.abs().sum() > 0 for parameter in adapters(model))
+    with torch.no_grad():
+        for parameter in adapters(model)[1::2]:
+            parameter.zero_()
+    close(logits_of(model(**given)), expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits_of(model(**given)).sum().backward()
+    adapted = model.state_dict()
+    assert {key for key in adapted if ".fused." in key and key.endswith((".A", ".B"))}
+    model.load_state_dict(adapted)
+    with pytest.raises(ValueError, match=r"hold output\.A: adapters, pruning or parametrizations changed"):
+        revert(model)
+    for layer in fused:
+        layer.qkv, layer.output = layer.qkv.base, layer.output.base
+    assert_same_bits(model.state_dict(), bits(state))
+    assert revert(model) == 2
