@@ -16,7 +16,7 @@ from ...kernels.errors import UserError
 from ..config.schema import Precision
 from ..processes.topology import Topology
 from .files import file_access, listed, read_file, restore_random_state, understood
-from .resharding import Saved, load_resharded, own_part, whole_weights
+from .resharding import Saved, load_resharded, own_part
 from .saving import engine_facts
 from .store import damage, not_verified, read_state
 
@@ -124,4 +124,5 @@ def weights(checkpoint: Path) -> dict[str, Tensor]:
     Raises UserError for a file that holds more than tensors and plain values.
     """
     with understood(checkpoint):
-        return whole_weights(checkpoint, read_state(checkpoint))
+        saved = Saved(checkpoint, read_state(checkpoint))
+        return {name: saved.whole(name, "weight") for name in saved.names}

@@ -22,16 +22,8 @@ _LOSS_SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def partitions_record(module: torch.nn.Module) -> dict[str, Any]:
-    """Return JSON values that `partitions_from` turns back into `partitions_of(module)`."""
+    """Return `partitions_of(module)` as JSON values."""
     return {name: [partition.dim, partition.parts] for name, partition in partitions_of(module).items()}
-
-
-def partitions_from(state: Mapping[str, Any]) -> dict[str, Partition]:
-    """Return how each divided parameter of a checkpoint with this state.json is cut."""
-    return {
-        name: Partition(dim, None if parts is None else tuple(parts))
-        for name, (dim, parts) in state["partitions"].items()
-    }
 
 
 def layout_record(engine: Any) -> dict[str, Any]:
@@ -54,15 +46,6 @@ def own_part(full: Mapping[str, Tensor], module: torch.nn.Module, topology: Topo
     return shard_state_dict(full, partitions_of(module), topology.tensor_rank, topology.tensor_parallel)
 
 
-def whole_weights(checkpoint: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the module's parameters, whole, on the CPU, in fp32: in other precisions those that the optimizer steps.
-
-    state: of the checkpoint.
-    """
-    saved = Saved(checkpoint, state)
-    return {name: saved.whole(name, "weight") for name in saved.names}
-
-
 class _Part(NamedTuple):
     """Part of a parameter in one of a checkpoint's tensors, flattened; number: of the tensor in the optimizer's state dict."""
 
@@ -80,7 +63,8 @@ class Saved:
     """
 
     def __init__(self, checkpoint: Path, state: Mapping[str, Any]) -> None:
-        self.checkpoint, self.partitions = checkpoint, partitions_from(state)
+        self.checkpoint, cuts = checkpoint, state["partitions"].items()
+        self.partitions = {n: Partition(dim, None if parts is None else tuple(parts)) for n, (dim, parts) in cuts}
         self._state, facts = state, state["engine"]
         self.stage, self.tensor_parallel = int(facts["zero_stage"]), int(facts["tensor_parallel"])
         self._replicas = int(facts["world_size"]) // self.tensor_parallel if self.stage > 0 else 1

@@ -173,12 +173,20 @@ def _training_faults(config: RunConfig) -> Iterator[Fault]:
 
 
 def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
-    tensor, key = config.parallel.tensor, "parallel.tensor"
+    tensor, key, model = config.parallel.tensor, "parallel.tensor", config.model
     if (world_size or tensor) % tensor:
         processes = f"{world_size} {'process' if world_size == 1 else 'processes'}"
         text = f"got {tensor}, which does not divide the {processes} of the run; start a multiple of {tensor}"
         yield Fault((key,), text)
-    for name, size in _shared_sizes(config):
+    shared = {
+        "model.num_attention_heads": model.num_attention_heads,
+        "model.intermediate_size": model.intermediate_size,
+    }
+    if model.vocab_size != "auto":
+        shared["model.vocab_size"] = model.vocab_size
+    if config.parallel.sequence:
+        shared["data.max_seq_length"] = config.data.max_seq_length
+    for name, size in shared.items():
         if size % tensor:
             found = divisors(size)
             listed = ", ".join([*map(str, found[:8]), *(["..."] if len(found) > 8 else [])])
@@ -195,15 +203,6 @@ def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Faul
         why = "with layer.unpad the number of tokens changes from batch to batch"
         text = f"got true, but {why}, and the processes cannot always share it equally; set either to false"
         yield Fault(("parallel.sequence", "layer.unpad"), text)
-
-
-def _shared_sizes(config: RunConfig) -> Iterator[tuple[str, int]]:
-    yield "model.num_attention_heads", config.model.num_attention_heads
-    yield "model.intermediate_size", config.model.intermediate_size
-    if config.model.vocab_size != "auto":
-        yield "model.vocab_size", config.model.vocab_size
-    if config.parallel.sequence:
-        yield "data.max_seq_length", config.data.max_seq_length
 
 
 def _fp8_faults(config: RunConfig) -> Iterator[Fault]:

@@ -150,15 +150,13 @@ def _clip_before_step(
 
     def clip() -> Tensor:
         parameters = [param for group in optimizer.param_groups for param in group["params"]]
-        gradients = [param.grad for param in parameters if param.grad is not None]
+        gradients = [(p.grad, part) for p, part in zip(parameters, sharded, strict=True) if p.grad is not None]
         if group is None:
-            norm = get_total_norm(gradients)
+            norm = get_total_norm([gradient for gradient, _ in gradients])
         else:
-            parts = [p.grad for p, part in zip(parameters, sharded, strict=True) if part and p.grad is not None]
-            wholes = [p.grad for p, part in zip(parameters, sharded, strict=True) if not part and p.grad is not None]
-            square = get_total_norm(parts).square()
+            square = get_total_norm([gradient for gradient, part in gradients if part]).square()
             dist.all_reduce(square, group=group)
-            norm = (square + get_total_norm(wholes).square()).sqrt()
+            norm = (square + get_total_norm([gradient for gradient, part in gradients if not part]).square()).sqrt()
         if max_norm > 0:
             clip_grads_with_norm_(parameters, max_norm, norm)
         engine.stage0_grad_norm = norm

@@ -201,13 +201,12 @@ def rows(path: Path) -> list[tuple[int, str]]:
         lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines.pop()  # the process was killed while writing it
-    return [_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def _row(line: bytes, where: str) -> tuple[int, str]:
-    try:
-        text = line.decode()
-        return int(json.loads(text)["step"]), text
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        shown = repr(line.strip()[:80]).removeprefix("b")
-        raise UserError(f"{where}: not a row of metrics, got {shown}; delete or repair that line") from error
+    found = []
+    for index, line in enumerate(lines, start=1):
+        try:
+            if line.strip():
+                found.append((int(json.loads(line.decode())["step"]), line.decode()))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            what = f"not a row of metrics, got {repr(line.strip()[:80]).removeprefix('b')}"
+            raise UserError(f"{path}:{index}: {what}; delete or repair that line") from error
+    return found

@@ -4,11 +4,10 @@ import logging
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...kernels.errors import UserError
@@ -125,9 +124,19 @@ def not_finite_places(engine: Any, data: StepData, topology: Topology) -> str:
 
     The weights must be those from before the step. Afterwards the engine holds gradients that no step must use.
     """
-    outputs: list[str] = []
+    outputs: list[str] = []  # inner modules first
     gradients: list[str] = []
-    handles = list(_watch_outputs(engine.module, outputs)) + list(_watch_gradients(engine.module, gradients))
+
+    def look(name: str, value: Any, found: list[str]) -> None:
+        if not all(bool(tensor.isfinite().all()) for tensor in _float_tensors(value)):
+            found.append(name or "the model itself")
+
+    handles: list[Any] = []
+    for name, module in engine.module.named_modules():
+        handles.append(module.register_forward_hook(lambda _, __, output, name=name: look(name, output, outputs)))
+    for name, param in engine.module.named_parameters():
+        if param.requires_grad:
+            handles.append(param.register_hook(lambda gradient, name=name: look(name, gradient, gradients)))
     try:
         train_step(engine, data, topology, end_micro_batch=lambda: None)
     finally:
@@ -145,28 +154,6 @@ def not_finite_places(engine: Any, data: StepData, topology: Topology) -> str:
         return "computed again, with other dropout, all is finite"
     rank, text = told[0]
     return text if topology.world_size == 1 else f"on rank {rank}, {text}"
-
-
-def _watch_outputs(model: torch.nn.Module, found: list[str]) -> Iterator[Any]:
-    """Yield hooks that add the name of each module with an output that is not finite, inner modules first."""
-    for name, module in model.named_modules():
-
-        def look(_: Any, __: Any, output: Any, name: str = name) -> None:
-            if not all(bool(tensor.isfinite().all()) for tensor in _float_tensors(output)):
-                found.append(name or "the model itself")
-
-        yield module.register_forward_hook(look)
-
-
-def _watch_gradients(model: torch.nn.Module, found: list[str]) -> Iterator[Any]:
-    for name, param in model.named_parameters():
-
-        def look(gradient: Tensor, name: str = name) -> None:
-            if not bool(gradient.isfinite().all()):
-                found.append(name)
-
-        if param.requires_grad:
-            yield param.register_hook(look)
 
 
 def _float_tensors(value: Any) -> Iterable[Tensor]:

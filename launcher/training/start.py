@@ -22,6 +22,7 @@ from ..config.schema import RunConfig
 from ..optim.optimizer import moments_of
 from ..processes import console
 from ..processes.agreement import agreed, by_main
+from ..processes.durable_files import replace_text
 from ..processes.topology import Topology
 from ..reporting.run_directory import RunDirectory
 from ..trained_models.init_from import find_folder, initial_tokenizer, load_initial, read_initial
@@ -261,7 +262,7 @@ def _newest_whole(folder: Path, topology: Topology) -> Path:
             console.warn(f"{text}; renamed to {new_name}, the run goes on from {whole}", _LOG)
         if store.latest_id(folder) != whole:
             with suppress(OSError):  # the run can go on without it
-                store.set_latest(folder, whole)
+                replace_text(folder / store.LATEST, whole + "\n")
 
     by_main(topology, set_aside)
     return folder / str(whole)

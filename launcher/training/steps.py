@@ -1,5 +1,6 @@
 """One optimizer step and one evaluation: what is done with the samples of a step."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -53,10 +54,9 @@ def read_step(
 ) -> StepData:
     """Return the micro-batches at these positions and what the step must know about them; runs in the loader's thread."""
     micro_batches = [stream.batch(micro) for micro in positions]
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for micro_batch in micro_batches:
-        for part, count in loss_counts(micro_batch).items():
-            counts[part] = counts.get(part, 0) + count
+        counts.update(loss_counts(micro_batch))
     if torch.cuda.is_available():  # copies to the GPU overlap with compute only from pinned memory
         micro_batches = [{name: value.pin_memory() for name, value in one.items()} for one in micro_batches]
     return StepData(micro_batches, counts, sum(real_tokens(one) for one in micro_batches))
