@@ -17,6 +17,7 @@ import platform
 import re
 import shutil
 import string
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +35,7 @@ STATE = "state.json"
 NONE_YET = ".none"
 _DAMAGED = ".damaged"
 _SEAL = "sha256"
+_WRITABLE = "free space there, or make it a folder that can be written"
 _LONGEST_NAME = 255  # bytes, on nearly every file system
 _REQUIRED = {"step", "model", "engine", "partitions", "saved_at", "files"}
 
@@ -189,11 +191,6 @@ def latest_id(folder: Path) -> str:
     return pointer.read_bytes().decode(errors="replace").strip() if pointer.is_file() else ""
 
 
-def set_latest(folder: Path, checkpoint_id: str) -> None:
-    """Let `latest` name that checkpoint, in one step."""
-    replace_text(folder / LATEST, checkpoint_id + "\n")
-
-
 def make_folder(folder: Path) -> None:
     """Make the `checkpoints` folder of a run that begins, with the mark that no checkpoint was saved in it yet.
 
@@ -201,7 +198,7 @@ def make_folder(folder: Path) -> None:
     """
     if entries(folder):
         return
-    with refused(f"cannot write {folder}", "free space there, or make it a folder that can be written"):
+    with refused(f"cannot write {folder}", _WRITABLE):
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(folder / NONE_YET, "no checkpoint was saved here yet\n")
         flush_folder(folder.parent)
@@ -225,7 +222,10 @@ def check_id(folder: Path, checkpoint_id: str) -> None:
 
 
 def check_ids(folder: Path, id_format: str, after: int) -> None:
-    """Raise UserError if the checkpoint of some step after `after` cannot have its id. id_format: of the run config."""
+    """Raise UserError if the checkpoint of some step after `after` cannot have its id. id_format: of the run config.
+
+    Raises RefusedError if `folder` is there and nothing can be written into it, which the first save would find.
+    """
     check_id(folder, id_format.format(step=10**12, epoch=10**6))
     numbers = {"step": "(?P<step>[0-9]+)", "epoch": "[0-9]+"}
     pattern = ""
@@ -237,6 +237,9 @@ def check_ids(folder: Path, id_format: str, after: int) -> None:
         match = re.fullmatch(pattern, path.name)
         if match and int(match["step"]) > after:
             check_id(folder, path.name)
+    if folder.is_dir():
+        with refused(f"cannot write {folder}", _WRITABLE), tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def surplus(

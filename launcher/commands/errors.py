@@ -1,5 +1,6 @@
 """Say what went wrong, and end with a status: 1 for a failure, 2 for wrong usage, 75 for a signal."""
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -13,23 +14,31 @@ from ...kernels.errors import UserError
 from ..processes.console import write_now
 from ..processes.rank_status import REQUEUE, USAGE_ERROR, Exit, traceback_text
 
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
 
 @contextmanager
 def reported_errors(debug: bool, status: int = 1) -> Iterator[None]:
     """End the process with the text of a UserError inside as its message; all other errors pass.
 
+    A path that the system does not let this user read or write is no fault of ours either, wherever it is met.
     debug: print the traceback too. status: the exit status; that of a faulty run config is 2 in any case.
     """
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         from ..config.file import ConfigError
 
+        text = str(error)
+        if not isinstance(error, UserError):
+            if error.errno not in _FORBIDDEN or error.filename is None:
+                raise
+            text = f"{error.filename}: {error.strerror}; correct its permissions, or name another"
         if debug:
             typer.echo(traceback_text(error), err=True, nl=False)
         if isinstance(error, ConfigError):
-            leave(str(error), USAGE_ERROR)
-        leave(f"error{_rank_note()}: {error}", status)
+            leave(text, USAGE_ERROR)
+        leave(f"error{_rank_note()}: {text}", status)
 
 
 @contextmanager

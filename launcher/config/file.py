@@ -106,7 +106,7 @@ def read_tree(path: Path) -> ConfigTree:
         byte = f"byte {error.object[error.start]:#04x} at position {error.start}"
         raise ConfigError([f"{path}: {byte} is not UTF-8 text"]) from None
     except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror}"]) from None
+        raise ConfigError([f"{path}: cannot be read: {error.strerror}; correct its permissions"]) from None
     reader = _Reader("the file")
     if text.strip() and path.suffix.lower() == ".json":
         try:

@@ -87,7 +87,7 @@ def _flush(*paths: Path) -> None:
 
 
 def _unusable(cache: Path, error: OSError) -> RefusedError:
-    return RefusedError(f"data.cache_dir={cache}: {error}; name a folder that can be written")
+    return RefusedError(f"data.cache_dir={cache}: {error.strerror or error}; name a folder that can be written")
 
 
 def open_or_build(folder: Path, build: Callable[[Path], dict[str, Any]], report: Report) -> dict[str, Any]:

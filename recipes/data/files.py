@@ -3,7 +3,7 @@
 import glob
 from pathlib import Path
 
-from ...kernels.errors import UserError
+from ...kernels.errors import UserError, refused
 from ..config import SourceConfig
 
 _SUFFIXES = {
@@ -47,6 +47,8 @@ def _matching(name: str, given: str, suffixes: tuple[str, ...]) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
+        with refused(f"data source {name}: the folder cannot be read", "make it readable, or correct data.sources"):
+            next(path.iterdir(), None)  # which rglob passes over in silence
         endings = (*suffixes, *(suffix + packed for suffix in suffixes for packed in _NOT_READ))
         below = (inner for inner in path.rglob("*") if inner.name.endswith(endings) and inner.is_file())
         found = sorted(

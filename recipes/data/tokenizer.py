@@ -114,6 +114,8 @@ def load_tokenizer(
             )
         tokenizer = _wordpiece(_read_vocabulary(path), *chosen)
     else:
+        with refused(f"tokenizer.path={path} cannot be read", "correct its permissions"):
+            path.open("rb").close()
         try:
             tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the only type that `tokenizers` raises

@@ -8,6 +8,7 @@ import pytest
 from helpers.checkpoints import bare_checkpoint, changed_state, flip_byte, list_ids
 from helpers.permissions import bound_by_permissions
 
+from xformer_train.kernels.errors import RefusedError
 from xformer_train.launcher.checkpoint import store
 
 
@@ -255,6 +256,17 @@ def test_a_form_of_ids_that_no_folder_can_have_is_told_at_the_start(tmp_path, id
         ValueError, match=r"checkpoint\.id_format gives the id .*, which cannot be a folder's name; use at"
     ):
         store.check_ids(tmp_path, id_format, after=0)
+
+
+def test_a_folder_of_checkpoints_that_cannot_be_written_is_told_at_the_start(run_folder):
+    folder = run_folder / "checkpoints"
+    before = sorted(folder.iterdir())
+    store.check_ids(folder, "step{step}", after=1100)
+    assert sorted(folder.iterdir()) == before
+    folder.chmod(0o555)
+    with bound_by_permissions(), pytest.raises(RefusedError, match=f"cannot write {folder}: Permission denied; free"):
+        store.check_ids(folder, "step{step}", after=1100)
+    folder.chmod(0o755)
 
 
 # Verifying

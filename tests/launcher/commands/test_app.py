@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import typer
 import yaml
 from helpers.checkpoints import bare_checkpoint
+from helpers.permissions import bound_by_permissions
 from typer.testing import CliRunner
 
 from xformer_train.kernels.errors import RefusedError, UserError
@@ -174,6 +176,28 @@ def test_an_error_of_the_run_is_one_line_with_status_1(runs, monkeypatch, error)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     assert invoke("--config", "run.yaml").stderr == f"error (rank 3): {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ("config check --config run.yaml --set load.path=shut/run", "shut/run"),
+        ("config check --config run.yaml --set tokenizer.path=shut/tokenizer.json", "shut/tokenizer.json"),
+        ("config check --config run.yaml --set 'data.sources={kind: text, path: shut/a.txt}'", "shut/a.txt"),
+        ("config check --config run.yaml --deepspeed_config shut/ds.json", "shut/ds.json"),
+        ("config check --config shut/run.yaml", "shut/run.yaml"),
+        ("launch --print --config run.yaml --hostfile shut/hosts", "shut/hosts"),
+        ("checkpoints ls shut/run", "shut/run"),
+    ],
+)
+def test_a_path_that_this_user_may_not_see_is_one_line_with_a_remedy(runs, command, names):
+    Path("shut").mkdir(mode=0o000)
+    with bound_by_permissions():
+        result = invoke(*shlex.split(command))
+    assert result.exit_code in (1, 2)
+    (line,) = result.stderr.splitlines()
+    assert names in line and "Permission denied; correct its permissions" in line
+    assert "Errno" not in line
 
 
 @pytest.mark.parametrize("error", [ValueError("a defect"), OSError("a defect"), KeyError("a defect")])
