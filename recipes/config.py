@@ -27,9 +27,8 @@ def from_home(path: str) -> str:
     expanded = os.path.expanduser(path)  # noqa: PTH111 - Path would turn "./a" into "a", and a hub's id is no path
     if expanded.startswith("~"):
         user = path.partition("/")[0]
-        raise ValueError(
-            f"a path below the home folder of a user of this machine; write ./{path} for a folder named {user}"
-        )
+        remedy = f"write ./{path} for a folder named {user}"
+        raise ValueError(f"a path below the home folder of a user of this machine; {remedy}")
     return expanded
 
 
@@ -189,11 +188,8 @@ ConfigCheck = Callable[[ModelConfig, LayerFlags, ObjectiveConfig], Iterator[Faul
 def objective_faults(model: ModelConfig, objective: ObjectiveConfig, wanted: str) -> Iterator[Fault]:
     """Yield what is wrong with an objective that must have the type `wanted`."""
     if objective.type != wanted:
-        yield Fault(
-            ("objective.type", "model.type"), f"got {objective.type!r}, but model.type {model.type} needs {wanted!r}"
-        )
+        text = f"got {objective.type!r}, but model.type {model.type} needs {wanted!r}"
+        yield Fault(("objective.type", "model.type"), text)
     elif objective.type == "clm" and objective.sentence_task != "none":
-        yield Fault(
-            ("objective.sentence_task", "objective.type"),
-            f"got {objective.sentence_task!r}, but objective.type clm has no sentence pairs; set none",
-        )
+        text = f"got {objective.sentence_task!r}, but objective.type clm has no sentence pairs; set none"
+        yield Fault(("objective.sentence_task", "objective.type"), text)

@@ -123,9 +123,8 @@ def _choose_spans(sizes: np.ndarray, segment: np.ndarray, keys: np.ndarray, budg
     changes there), or before the first word that no longer fits.
     """
     B, W = sizes.shape
-    priority = hash64(keys[:, None], _CHOICE, np.arange(W)) | np.uint64(
-        1
-    )  # above the 0 of words that cannot begin a span
+    # Above the 0 of words that cannot begin a span.
+    priority = hash64(keys[:, None], _CHOICE, np.arange(W)) | np.uint64(1)
     span = np.full((B, W), -1, dtype=np.int64)
     out_of_reach = budget.max() + 1
     cost = np.where(sizes > 0, sizes, out_of_reach)  # of the words that are free

@@ -7,6 +7,7 @@ Source: Devlin et al., arXiv 1810.04805, and its data preparation; sentence orde
 
 import math
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,13 +55,10 @@ def open_table(
     def build(partial: Path) -> dict[str, Any]:
         blocks = _pair_samples if pairs else _single_samples
         count = 0
-        with (
-            (partial / "starts").open("wb") as starts,
-            (partial / "spans").open("wb") as spans,
-            (partial / "targets").open("wb") as targets,
-        ):
+        with ExitStack() as stack:
+            files = [stack.enter_context((partial / name).open("wb")) for name in names]
             for block in blocks(store, seq_length, short_seq_prob):
-                for file, numbers, dtype in zip((starts, spans, targets), block, names.values(), strict=True):
+                for file, numbers, dtype in zip(files, block, names.values(), strict=True):
                     file.write(numbers.astype(dtype).tobytes())
                 count += len(block[0])
         if count == 0:
@@ -148,10 +146,8 @@ class BertSamples:
 
     def __post_init__(self) -> None:
         if self.sentence_task == "nsp" and self.store.num_documents < 2:
-            raise UserError(
-                f"objective.sentence_task=nsp takes partners from other documents, and {self.store.name} is one document; add "
-                f"text, or set sop or none"
-            )
+            why = f"takes partners from other documents, and {self.store.name} is one document"
+            raise UserError(f"objective.sentence_task=nsp {why}; add text, or set sop or none")
 
     def __len__(self) -> int:
         return len(self.table.starts)
@@ -237,14 +233,8 @@ def open_samples(store: TokenStore, task: DataTask) -> BertSamples:
 
 def sample_settings(data: DataConfig, objective: ObjectiveConfig) -> list[Any]:
     """See `SampleRules`."""
-    return [
-        data.max_seq_length,
-        data.short_seq_prob,
-        objective.mlm_probability,
-        objective.masking,
-        objective.sentence_task,
-        _max_predictions(data, objective),
-    ]
+    chosen = [objective.mlm_probability, objective.masking, objective.sentence_task]
+    return [data.max_seq_length, data.short_seq_prob, *chosen, _max_predictions(data, objective)]
 
 
 def _max_predictions(data: DataConfig, objective: ObjectiveConfig) -> int:

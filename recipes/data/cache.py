@@ -28,9 +28,8 @@ def cache_folder(given: str | None) -> Path:
             return Path(given).expanduser()
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xformer-train"
     except RuntimeError as error:  # in a container, for one
-        raise UserError(
-            f"data.cache_dir={given}: {str(error).rstrip('.')}; name a folder that can be written"
-        ) from None
+        why = str(error).rstrip(".")
+        raise UserError(f"data.cache_dir={given}: {why}; name a folder that can be written") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -147,9 +146,8 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise _unusable(folder.parents[1], error) from error
-        raise RefusedError(
-            f"data.cache_dir={folder.parents[1]}: no space left for prepared data; make room or name another folder"
-        ) from error
+        remedy = "make room or name another folder"
+        raise RefusedError(f"data.cache_dir={folder.parents[1]}: no space left for prepared data; {remedy}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -11,18 +11,8 @@ _SUFFIXES = {
     "jsonl": (".jsonl", ".json", ".jsonl.gz", ".json.gz"),
     "parquet": (".parquet",),
 }
-_NOT_READ = (
-    ".zst",
-    ".zstd",
-    ".xz",
-    ".lzma",
-    ".bz2",
-    ".lz4",
-    ".zip",
-    ".7z",
-    ".br",
-    ".Z",
-)  # compressed in ways not read here
+# Compressed in ways that are not read here.
+_NOT_READ = (".zst", ".zstd", ".xz", ".lzma", ".bz2", ".lz4", ".zip", ".7z", ".br", ".Z")
 
 
 def find_files(source: SourceConfig) -> list[Path]:
@@ -35,9 +25,8 @@ def find_files(source: SourceConfig) -> list[Path]:
     found = _matching(name, given, _SUFFIXES[source.kind])
     for path in found:
         if path.name.endswith(_NOT_READ):
-            raise UserError(
-                f"data source {name}: {path} is compressed in a way that is not read; unpack it, or use gzip"
-            )
+            how = "compressed in a way that is not read"
+            raise UserError(f"data source {name}: {path} is {how}; unpack it, or use gzip")
     return found
 
 
@@ -51,19 +40,15 @@ def _matching(name: str, given: str, suffixes: tuple[str, ...]) -> list[Path]:
             next(path.iterdir(), None)  # which rglob passes over in silence
         endings = (*suffixes, *(suffix + packed for suffix in suffixes for packed in _NOT_READ))
         below = (inner for inner in path.rglob("*") if inner.name.endswith(endings) and inner.is_file())
-        found = sorted(
-            inner for inner in below if not any(part.startswith(".") for part in inner.relative_to(path).parts)
-        )
-        if not found:
-            raise UserError(
-                f"data source {name}: the folder holds no {' or '.join(suffixes)} file; name another, or a glob"
-            )
-        return found
-    if glob.has_magic(given):
-        found = sorted(inner for inner in map(Path, glob.glob(given, recursive=True)) if inner.is_file())  # noqa: PTH207 - may be absolute
-        if not found:
-            raise UserError(
-                f"data source {name}: no file matches this pattern below {Path.cwd()}; correct data.sources"
-            )
-        return found
-    raise UserError(f"data source {name}: there is no such file or folder below {Path.cwd()}; correct data.sources")
+        parts = {inner: inner.relative_to(path).parts for inner in below}
+        found = sorted(inner for inner in parts if not any(part.startswith(".") for part in parts[inner]))
+        fault = f"the folder holds no {' or '.join(suffixes)} file; name another, or a glob"
+    elif glob.has_magic(given):
+        matching = glob.glob(given, recursive=True)  # noqa: PTH207 - may be absolute
+        found = sorted(inner for inner in map(Path, matching) if inner.is_file())
+        fault = f"no file matches this pattern below {Path.cwd()}; correct data.sources"
+    else:
+        found, fault = [], f"there is no such file or folder below {Path.cwd()}; correct data.sources"
+    if not found:
+        raise UserError(f"data source {name}: {fault}")
+    return found

@@ -107,9 +107,8 @@ def _check_name(path: Path) -> None:
         if start and not start.startswith(_PACKED[0]):
             raise UserError(f"{path}: damaged gzip file (it does not begin as one); fetch it again")
     elif start.startswith(_PACKED):
-        raise UserError(
-            f"{path}: the file is compressed, not text; unpack it, or give gzip files names that end in .gz"
-        )
+        remedy = "unpack it, or give gzip files names that end in .gz"
+        raise UserError(f"{path}: the file is compressed, not text; {remedy}")
 
 
 def _content_hash(path: Path, memory: Path) -> str:
@@ -147,10 +146,9 @@ def _lines(path: Path, read: Read) -> Iterator[tuple[int, str]]:
             try:
                 text = line.removeprefix(_BYTE_ORDER_MARK if number == 1 else b"").decode()
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}, line {number}: byte {offset + error.start:,} of the file, 0x{line[error.start]:02x}, is not "
-                    f"UTF-8; convert the file, for example with iconv"
-                ) from None
+                byte = f"byte {offset + error.start:,} of the file, 0x{line[error.start]:02x},"
+                remedy = "convert the file, for example with iconv"
+                raise UserError(f"{path}, line {number}: {byte} is not UTF-8; {remedy}") from None
             offset += len(line)
             yield number, text.rstrip("\r\n")
 
@@ -214,19 +212,16 @@ def _checked(value: Any, place: str, field: str) -> Iterator[str]:
     try:
         value.encode()
     except UnicodeEncodeError as error:  # a JSON string may say "\ud83d" alone
-        raise UserError(
-            f"{place}: character {error.start + 1:,} of {field} is half of a surrogate pair, U+{ord(value[error.start]):X}; "
-            f"correct the text or leave it out"
-        ) from None
+        half = f"half of a surrogate pair, U+{ord(value[error.start]):X}; correct the text or leave it out"
+        raise UserError(f"{place}: character {error.start + 1:,} of {field} is {half}") from None
     if value.strip():
         yield value
 
 
 def _no_field(place: str, field: str, columns: list[str]) -> UserError:
     there = ", ".join(columns) or "nothing"
-    return UserError(
-        f"{place}: there is no {field}, only {there}; set text_field in data.sources to the one with the text"
-    )
+    remedy = "set text_field in data.sources to the one with the text"
+    return UserError(f"{place}: there is no {field}, only {there}; {remedy}")
 
 
 def _open_parquet(path: Path, field: str) -> Any:
@@ -309,9 +304,8 @@ def _part_of_saved(saved: Any, source: SourceConfig) -> Any:
         wanted = datasets.ReadInstruction.from_spec(source.split)
         parts = wanted.to_absolute({name: len(split) for name, split in splits.items()})
     except (ValueError, AssertionError):  # the latter for a slice that is none
-        raise ValueError(
-            f'Unknown split "{source.split}". Should be one of {list(splits)}, or a slice of one'
-        ) from None
+        choices = f"Should be one of {list(splits)}, or a slice of one"
+        raise ValueError(f'Unknown split "{source.split}". {choices}') from None
     chosen = [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
     return chosen[0] if len(chosen) == 1 else datasets.concatenate_datasets(chosen)
 

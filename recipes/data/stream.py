@@ -119,14 +119,10 @@ def _symbols(tokenizer: RunTokenizer, by_word: Sequence[TokenStore]) -> list[Any
     word_start = hashlib.blake2b(tokenizer.word_start.tobytes(), digest_size=16).hexdigest()
     starts, ends = tokenizer.word_borders
     borders = []
-    other = ends | (
-        starts != tokenizer.word_start
-    )  # where masking by words differs from what it was before `word_borders`
-    if other.any() and any(
-        other[store.tokens[first : first + _BLOCK_TOKENS]].any()
-        for store in by_word
-        for first in range(0, len(store.tokens), _BLOCK_TOKENS)
-    ):
+    # Where masking by words differs from what it was before `word_borders`.
+    other = ends | (starts != tokenizer.word_start)
+    blocks = ((store.tokens, first) for store in by_word for first in range(0, len(store.tokens), _BLOCK_TOKENS))
+    if other.any() and any(other[tokens[first : first + _BLOCK_TOKENS]].any() for tokens, first in blocks):
         borders = [hashlib.blake2b(starts.tobytes() + ends.tobytes(), digest_size=16).hexdigest()]
     return [specials, tokenizer.special_ids.tolist(), word_start, *borders]
 

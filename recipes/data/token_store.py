@@ -116,10 +116,9 @@ def _check_parts(name: str, num_train: int, num_held_out: int, held_out: float) 
         raise UserError(f"data source {name}: there is no text in it; add text or name another source")
     if held_out > 0 and 0 in (num_train, num_held_out):
         which = "none" if num_held_out == 0 else "all"
-        raise UserError(
-            f"data.validation_fraction={held_out} holds out {which} of the {num_train + num_held_out:,} documents of {name}; "
-            f"change it, or give held-out text as data.validation"
-        )
+        out = f"holds out {which} of the {num_train + num_held_out:,} documents of {name}"
+        remedy = "change it, or give held-out text as data.validation"
+        raise UserError(f"data.validation_fraction={held_out} {out}; {remedy}")
 
 
 class _Writer:

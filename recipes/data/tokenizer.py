@@ -24,10 +24,10 @@ _LONGEST_TEXT = 100_000  # characters tokenised as one text: a whole book as one
 
 _SPECIALS_MAP = "special_tokens_map.json"
 _UNKNOWN = "[UNK]"  # of WordPiece
+_USUAL_RULES = TokenizerConfig()
+_WORDPIECE_RULES = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 _LONGEST_WORD = 100  # characters; models.WordPiece takes a longer one for unknown
-_LONGEST_TRAINED = (
-    1_000  # characters without white space that a tokenizer is trained on: its time grows with the square
-)
+_LONGEST_TRAINED = 1_000  # characters without white space to train a tokenizer on, whose time grows with the square
 # Tried in this order on a tokenizer without a specials file.
 _USUAL_NAMES = {
     "pad": ("[PAD]", "<pad>", "<|padding|>"),
@@ -58,12 +58,7 @@ def build_tokenizer(recipe: Recipe, config: TokenizerConfig, data: DataConfig, r
 def given_tokenizer(config: TokenizerConfig) -> RunTokenizer:
     """Return the tokenizer that tokenizer.path names. Raises UserError as `load_tokenizer` does."""
     assert config.path is not None, "asked for without a path"
-    return load_tokenizer(
-        config.path,
-        lowercase=config.do_lower_case,
-        strip_accents=config.strip_accents,
-        tokenize_chinese_chars=config.tokenize_chinese_chars,
-    )
+    return load_tokenizer(config.path, config)
 
 
 def check_suits(recipe: Recipe, tokenizer: RunTokenizer, path: str | None = None) -> None:
@@ -78,41 +73,30 @@ def check_suits(recipe: Recipe, tokenizer: RunTokenizer, path: str | None = None
         )
 
 
-def load_tokenizer(
-    path: str | Path, *, lowercase: bool = True, strip_accents: bool | None = None, tokenize_chinese_chars: bool = True
-) -> RunTokenizer:
+def load_tokenizer(path: str | Path, config: TokenizerConfig = _USUAL_RULES) -> RunTokenizer:
     """Return the tokenizer in a tokenizer.json, a folder that holds one, or a WordPiece vocab.txt.
 
-    lowercase, strip_accents, tokenize_chinese_chars: as in `TokenizerConfig`, for a vocab.txt, where no tokenizer_config.json
-    beside it says them. Names of special tokens come from there too, else from special_tokens_map.json.
-
+    config: says how text goes to a vocab.txt, where no tokenizer_config.json beside it does. Names of special tokens come from
+    there too, else from special_tokens_map.json.
     Raises UserError if there is no such file or it does not hold a tokenizer.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         found = [path / name for name in (TOKENIZER_FILE, "vocab.txt") if (path / name).is_file()]
         if not found:
-            raise UserError(
-                f"tokenizer.path={path}: it holds neither tokenizer.json nor vocab.txt; name a folder that does"
-            )
+            why = f"it holds neither {TOKENIZER_FILE} nor vocab.txt"
+            raise UserError(f"tokenizer.path={path}: {why}; name a folder that does")
         path = found[0]
     if not path.is_file():
-        raise UserError(
-            f"tokenizer.path={path}: there is no such file or folder; correct it, or remove it to train one"
-        )
+        remedy = "correct it, or remove it to train one"
+        raise UserError(f"tokenizer.path={path}: there is no such file or folder; {remedy}")
     settings = _read_settings(path.with_name(_SPECIALS_MAP)) | _read_settings(path.with_name(SPECIALS_FILE))
     if path.suffix == ".txt":
-        chosen = [
-            settings.get("do_lower_case", lowercase),
-            settings.get("strip_accents", strip_accents),
-            settings.get("tokenize_chinese_chars", tokenize_chinese_chars),
-        ]
-        if any(not isinstance(value, bool | None) for value in chosen):
-            raise UserError(
-                f"tokenizer.path: {path.with_name(SPECIALS_FILE)}: do_lower_case, strip_accents, tokenize_chinese_chars must "
-                f"be true or false; correct it"
-            )
-        tokenizer = _wordpiece(_read_vocabulary(path), *chosen)
+        chosen = {key: settings.get(key, getattr(config, key)) for key in _WORDPIECE_RULES}
+        if any(not isinstance(value, bool | None) for value in chosen.values()):
+            where = f"tokenizer.path: {path.with_name(SPECIALS_FILE)}"
+            raise UserError(f"{where}: {', '.join(_WORDPIECE_RULES)} must be true or false; correct it")
+        tokenizer = _wordpiece(_read_vocabulary(path), config.model_copy(update=chosen))
     else:
         with refused(f"tokenizer.path={path} cannot be read", "correct its permissions"):
             path.open("rb").close()
@@ -171,17 +155,17 @@ def _read_vocabulary(path: Path) -> models.WordPiece:
     except UnicodeDecodeError as error:
         raise UserError(f"tokenizer.path={path}: byte {error.start:,} is not UTF-8; convert the file") from None
     if _UNKNOWN not in tokens:
-        raise UserError(
-            f"tokenizer.path={path}: the vocabulary has no {_UNKNOWN}; it must be BERT's, one token per line"
-        )
+        raise UserError(f"tokenizer.path={path}: the vocabulary has no {_UNKNOWN}; give one of BERT, a token per line")
     vocabulary = {token: index for index, token in enumerate(tokens)}
     return models.WordPiece(vocabulary, unk_token=_UNKNOWN)
 
 
-def _wordpiece(model: models.WordPiece, lowercase: bool, strip_accents: bool | None, chinese: bool) -> Tokenizer:
+def _wordpiece(model: models.WordPiece, rules: TokenizerConfig) -> Tokenizer:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=lowercase, strip_accents=strip_accents, handle_chinese_chars=chinese
+        lowercase=rules.do_lower_case,
+        strip_accents=rules.strip_accents,
+        handle_chinese_chars=rules.tokenize_chinese_chars,
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
@@ -216,19 +200,13 @@ def train_tokenizer(
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet()) if kind == "bpe" else []
     smallest = len(alphabet) + len(specials)
     if config.vocab_size <= smallest:
-        raise UserError(
-            f"tokenizer.vocab_size={config.vocab_size}: a new {kind} tokenizer needs more than {smallest} symbols"
-        )
+        need = f"a new {kind} tokenizer needs more than {smallest} symbols"
+        raise UserError(f"tokenizer.vocab_size={config.vocab_size}: {need}; raise it")
     report(f"training a {kind} tokenizer of {config.vocab_size:,} symbols")
     symbols = list(specials.values())
     settings: dict[str, Any] = {"vocab_size": config.vocab_size, "special_tokens": symbols, "show_progress": False}
     if kind == "wordpiece":
-        tokenizer = _wordpiece(
-            models.WordPiece(unk_token=_UNKNOWN),
-            config.do_lower_case,
-            config.strip_accents,
-            config.tokenize_chinese_chars,
-        )
+        tokenizer = _wordpiece(models.WordPiece(unk_token=_UNKNOWN), config)
         usual = tokenizer.pre_tokenizer
         # A word longer than WordPiece takes is cut into parts, each a word.
         cut = pre_tokenizers.Split(Regex(f".{{{_LONGEST_WORD}}}"), "isolated")
@@ -242,10 +220,8 @@ def train_tokenizer(
     if kind == "wordpiece" and not lengths.long_word:
         tokenizer.pre_tokenizer = usual
     if tokenizer.get_vocab_size() > config.vocab_size:
-        raise UserError(
-            f"tokenizer.vocab_size={config.vocab_size}: too few for the characters of the text; set at least "
-            f"{tokenizer.get_vocab_size()}"
-        )
+        least = f"too few for the characters of the text; set at least {tokenizer.get_vocab_size()}"
+        raise UserError(f"tokenizer.vocab_size={config.vocab_size}: {least}")
     return _prepared(tokenizer, specials_settings(specials))
 
 

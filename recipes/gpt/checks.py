@@ -10,8 +10,6 @@ def faults(model: ModelConfig, layer: LayerFlags, objective: ObjectiveConfig) ->
     if not model.pre_layer_norm:
         yield Fault(("model.pre_layer_norm", "model.type"), "got false, but model.type gpt is pre-LN only; set true")
     if layer.unpad:
-        yield Fault(
-            ("layer.unpad", "model.type"),
-            "got true, but samples of model.type gpt are packed and hold no padding to remove; set false",
-        )
+        text = "got true, but samples of model.type gpt are packed and hold no padding to remove; set false"
+        yield Fault(("layer.unpad", "model.type"), text)
     yield from objective_faults(model, objective, "clm")

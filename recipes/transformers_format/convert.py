@@ -24,9 +24,8 @@ def _architecture_of(config: Mapping[str, Any]) -> Architecture:
     known = {one.model_type: one for recipe in RECIPES.values() for one in recipe.transformers.architectures}
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in known:
-        raise UserError(
-            f"config.json has model_type {model_type!r}, and only {', '.join(known)} compute what a model here does"
-        )
+        able = f"only {', '.join(known)} compute what a model here does"
+        raise UserError(f"config.json has model_type {model_type!r}, and {able}")
     return known[model_type]
 
 
@@ -37,11 +36,8 @@ def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
     """
     architecture = _architecture_of(config)
     found = {ours: config.get(theirs, default) for ours, (theirs, default) in architecture.keys.items()}
-    obstacles = [
-        f"{key} is {config[key]!r}, not {value!r}"
-        for key, value in architecture.features.items()
-        if config.get(key, value) != value
-    ]
+    other = {key: value for key, value in architecture.features.items() if config.get(key, value) != value}
+    obstacles = [f"{key} is {config[key]!r}, not {value!r}" for key, value in other.items()]
     activation = ACTIVATIONS.get(str(found["hidden_act"]))
     if activation is None:
         obstacles.append(f"{architecture.keys['hidden_act'][0]} is {found['hidden_act']!r}, not a kind of GELU")
@@ -155,10 +151,9 @@ def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     positions = converted["position_embeddings.weight"]
     converted["position_embeddings.weight"] = positions[architecture.first_position(config) :]
     if architecture.token_types:
-        types = converted["token_type_embeddings.weight"]
-        converted["token_type_embeddings.weight"] = (
-            types.expand(architecture.token_types, -1) if len(types) == 1 else types
-        )
+        name = "token_type_embeddings.weight"
+        if len(converted[name]) == 1:
+            converted[name] = converted[name].expand(architecture.token_types, -1)
     return converted, [name for name in state if name not in taken and not name.endswith(architecture.ignored)]
 
 
@@ -166,14 +161,12 @@ def _joined(parts: tuple[str, ...], state: Mapping[str, Tensor]) -> Tensor:
     """Parameters of equal shape as one, along dim 0."""
     for part in parts:
         if not state[part].is_floating_point():
-            raise UserError(
-                f"{part} is {state[part].dtype}, as quantized weights are; give the model before quantization"
-            )
+            remedy = "give the model before quantization"
+            raise UserError(f"{part} is {state[part].dtype}, as quantized weights are; {remedy}")
     shapes = {part: tuple(state[part].shape) for part in parts}
     if len(set(shapes.values())) > 1:
-        raise UserError(
-            f"the weights {', '.join(f'{part} {shape}' for part, shape in shapes.items())} must have one shape"
-        )
+        found = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
+        raise UserError(f"the weights {found} must have one shape")
     return state[parts[0]] if len(parts) == 1 else torch.cat([state[part] for part in parts])
 
 
@@ -181,6 +174,5 @@ def _modern(name: str, base: str) -> str:
     """A parameter's name as classes with heads have it today."""
     for old, new in _OLD_SUFFIXES.items():
         name = name.removesuffix(old) + new if name.endswith(old) else name
-    return (
-        name if name.startswith((f"{base}.", "cls.", "lm_head.", "classifier.", "sentence_head.")) else f"{base}.{name}"
-    )
+    from_the_top = (f"{base}.", "cls.", "lm_head.", "classifier.", "sentence_head.")
+    return name if name.startswith(from_the_top) else f"{base}.{name}"

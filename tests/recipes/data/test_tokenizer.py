@@ -104,7 +104,7 @@ def test_a_vocab_txt_is_a_wordpiece_tokenizer(tmp_path):
     assert (tokenizer.kind, tokenizer.vocab_size) == ("wordpiece", 8)
     assert tokenizer.encode_batch(["Foxes", "dog"])[0].tolist() == [5, 6]
     assert tokenizer.special_ids.tolist() == [0, 1, 2, 3, 4]
-    assert load_tokenizer(path, lowercase=False).encode_batch(["Foxes"])[0].tolist() == [7, 6]
+    assert load_tokenizer(path, TokenizerConfig(do_lower_case=False)).encode_batch(["Foxes"])[0].tolist() == [7, 6]
     (tmp_path / "tokenizer_config.json").write_text('{"do_lower_case": false, "model_max_length": 512}')
     assert load_tokenizer(tmp_path).encode_batch(["Foxes"])[0].tolist() == [7, 6]
 
