@@ -54,7 +54,7 @@ class LayerMasks:
             return self._convert_none(x, implementation, position_ids)
         if torch.compiler.is_compiling() or given.is_inference():  # no attributes, or no version to trust them by
             return self._convert_tensor(given, x, implementation)
-        key = (given._version, x.dtype, implementation, self._causal)
+        key = (given._version, len(x), x.dtype, implementation, self._causal)  # one row may serve batches of any size
         known = getattr(given, "_fused_layer_mask", None)
         if known is None or known[0] != key:
             known = (key, self._convert_tensor(given, x, implementation))

@@ -78,3 +78,12 @@ def test_masks_over_a_cache_are_those_of_stock_attention():
     assert LayerMasks(Config("eager"), causal=True).over_cache(None, q, 4) is None
     with pytest.raises(ValueError, match=r"attention_mask is torch.bool \(1, 1, 2, 4\) for 1 x 2 tokens and 5 keys"):
         sdpa.over_cache(order[None, None], q, 5)
+
+
+def test_a_mask_for_all_rows_serves_batches_of_any_size():
+    keys = torch.tensor([False, True, True, True])[None, None, None]
+    masks = LayerMasks(Config("sdpa"), causal=False)
+    for rows in (1, 3, 2):
+        mask = masks.convert(keys, torch.zeros(rows, 4, 6))
+        assert mask.key_mask.shape == (rows, 4)
+        assert masks.convert(keys, torch.zeros(rows, 4, 6)) is mask  # once for all layers
