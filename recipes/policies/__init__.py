@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from .catalog.layer import Description, Layer
     from .catalog.lookup import policies_for
     from .catalog.policy import Policy
-    from .sharding.modules import AllReduceConv1D, AllReduceLinear
+    from .sharding.modules import AllReduceConv1D, AllReduceLinear, AllReduceQuantLinear
     from .sharding.parallelize import parallelize
     from .sharding.shard import shard
     from .state import full_state_dict
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AllReduceConv1D",
     "AllReduceLinear",
+    "AllReduceQuantLinear",
     "Description",
     "Layer",
     "Policy",
@@ -34,6 +35,7 @@ __all__ = [
 _MODULES = {
     "AllReduceConv1D": ".sharding.modules",
     "AllReduceLinear": ".sharding.modules",
+    "AllReduceQuantLinear": ".sharding.modules",
     "Description": ".catalog.layer",
     "Layer": ".catalog.layer",
     "Policy": ".catalog.policy",

@@ -6,6 +6,7 @@ from helpers.spawn import run_processes
 
 # Sums in another order in fp32: some units of the last place of values up to some tens, and their sums over tokens.
 OUTPUTS, GRADIENTS = 1e-5, 1e-4
+ATTENTION_WHOLE = ("big_bird", "convbert", "longformer", "led", "fsmt", "xlnet", "funnel", "prophetnet", "mpnet_old")
 WITHOUT_DROPOUT = ("llama", "gpt_neo", "gptj", "gpt_neox", "vit", "deit", "clip")  # by default
 
 
@@ -40,7 +41,8 @@ def test_outputs_gradients_and_state_are_those_of_one_process(results, name, siz
         name_and_error = largest(result["gradients"])
         assert name_and_error[1] < GRADIENTS, name_and_error
         assert all(result["state"].values()), [n for n, equal in result["state"].items() if not equal]
-        assert result["share"] < 0.75  # what is left whole is mostly positions and the heads of tiny models
+        # What is left whole is mostly positions and the heads of tiny models, and where the MLP alone is cut, attention.
+        assert result["share"] < (0.9 if name in ATTENTION_WHOLE else 0.75)
 
 
 @pytest.mark.parametrize(("name", "size"), [*((name, 2) for name in SEQUENCE_PARALLEL), ("bert", 4), ("gpt2", 4)])

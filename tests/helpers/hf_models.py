@@ -16,16 +16,17 @@ VOCABULARY = 53  # odd: neither 2 nor 4 processes share it equally
 class Small:
     """A model class, one of transformers by name, the fields of its config, and a function that makes the forward's arguments.
 
-    policy: of a config, None: the shipped one.
+    policy: of a config, None: the shipped one. training: whether the model has gradients in training mode alone.
     """
 
     model: str | type[torch.nn.Module]
     fields: dict[str, Any]
     inputs: Callable[[torch.Generator], dict[str, Any]]
     policy: Callable[[Any], Any] | None = None
+    training: bool = False
 
     def build(self, seed: int = 0, **fields: Any) -> torch.nn.Module:
-        """The model in evaluation mode, weights drawn with the seed; biases too, which would be zero."""
+        """The model in its mode, weights drawn with the seed; biases too, which would be zero."""
         import transformers
 
         transformers.logging.set_verbosity_error()
@@ -36,7 +37,7 @@ class Small:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1 if parameter.dim() == 1 else 0.05)
         model.tie_weights()
-        return model.eval()
+        return model.train(self.training)
 
     def make_inputs(self, seed: int = 1) -> dict[str, Any]:
         return self.inputs(torch.Generator().manual_seed(seed))

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from helpers.hf_models import MODELS, VOCABULARY
+from helpers.hf_similar_models import SIMILAR_MODELS
 
 pytest.importorskip("transformers", "5.0", reason="swap refuses the layers of transformers 4")
 
@@ -17,6 +18,7 @@ SIZES = {
     "camembert": BERT_SIZES,
     "roberta_prelayernorm": BERT_SIZES,
     "electra": BERT_SIZES,
+    "ernie": BERT_SIZES,
     "distilbert": {"dim": 15, "n_heads": 3, "hidden_dim": 37},
     "gpt2": {"n_embd": 15, "n_head": 3, "n_inner": 37},
 }
@@ -24,6 +26,7 @@ NO_DROPOUT = {
     "distilbert": {"dropout": 0.0, "attention_dropout": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
 }
+ALL = MODELS | SIMILAR_MODELS
 BERT_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 models = pytest.mark.parametrize("name", SIZES)
 # fp32 sums in another order; values are of size 1.
@@ -32,7 +35,7 @@ close_gradients = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=
 
 
 def build(name, **fields):
-    return MODELS[name].build(**SIZES[name] | fields)
+    return ALL[name].build(**SIZES[name] | fields)
 
 
 def build_without_dropout(name, **fields):

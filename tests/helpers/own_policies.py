@@ -1,10 +1,11 @@
 """Models for which no policy is shipped, and policies for them as their users would write them."""
 
+import dataclasses
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers.hf_models import ENDS, SIZES, VOCABULARY, WORDS, Small, decoder_text
+from helpers.hf_models import BERT, ENDS, MODELS, SIZES, VOCABULARY, WORDS, Small, decoder_text, text
 from torch import Tensor, nn
 
 from xformer_train.recipes.policies import AllReduceConv1D, AllReduceLinear, Layer, Policy
@@ -177,6 +178,105 @@ class GroupedPolicy(Policy):
         return ["query_norm.weight"]
 
 
+class MPNetBiasPolicy(Policy):
+    """Biases by distance, (buckets, heads), in a rule of projections that are stored (out, in)."""
+
+    @staticmethod
+    def replace_arguments(config, world_size):
+        return {"n_heads": config.num_attention_heads // world_size}
+
+    @staticmethod
+    def attn_out():
+        return [Layer(weight="relative_attention_bias.weight")]
+
+    @staticmethod
+    def original_layer_class():
+        from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+        return MPNetEncoder
+
+
+class MPNetLayerPolicy(Policy):
+    """With biases that no rule names, an MLP that stays whole, an attribute and a class that are gone."""
+
+    @staticmethod
+    def replace_arguments(config, world_size):
+        return {
+            "attention.attn.num_attention_heads": config.num_attention_heads // world_size,
+            "attention.attn.all_head_size": config.hidden_size // world_size,
+            "attention.hidden_size": config.hidden_size // world_size,
+        }
+
+    @staticmethod
+    def replace_modules():
+        return {"MPNetOldAttention": PlainGate}
+
+    @staticmethod
+    def attn_qkv():
+        return [Layer(weight=f"attention.attn.{name}.weight") for name in "qkv"]
+
+    @staticmethod
+    def attn_out():
+        return [Layer(weight="attention.attn.o.weight", replace=AllReduceLinear)]
+
+    @staticmethod
+    def original_layer_class():
+        from transformers.models.mpnet.modeling_mpnet import MPNetLayer
+
+        return MPNetLayer
+
+
+class OldFeedForward(nn.Module):
+    """Written for a version whose forward had other arguments."""
+
+    def forward(self, states: Tensor, layer_head_mask: Tensor | None = None) -> Tensor:
+        raise AssertionError("nobody can call this")
+
+
+class T5OldPolicy(Policy):
+    """With the last of a list, whichever that is, and a replacement that today's model cannot call."""
+
+    @staticmethod
+    def replace_arguments(config, world_size):
+        heads = config.num_heads // world_size
+        attentions = ("layer[0].SelfAttention", "layer[1].EncDecAttention")
+        sizes = {"n_heads": heads, "inner_dim": heads * config.d_kv}
+        return {f"{attention}.{name}": size for attention in attentions for name, size in sizes.items()}
+
+    @staticmethod
+    def replace_modules():
+        return {"T5LayerFF": OldFeedForward}
+
+    @staticmethod
+    def attn_qkv():
+        return [
+            *(Layer(weight=f"layer[0].SelfAttention.{name}.weight") for name in "qkv"),
+            *(Layer(weight=f"layer[1].EncDecAttention.{name}.weight", ignore_checker=True) for name in "qkv"),
+        ]
+
+    @staticmethod
+    def attn_out():
+        return [
+            Layer(weight="layer[0].SelfAttention.o.weight", replace=AllReduceLinear),
+            Layer(weight="layer[1].EncDecAttention.o.weight", replace=AllReduceLinear, ignore_checker=True),
+            Layer(weight="layer[0].SelfAttention.relative_attention_bias.weight", ignore_checker=True),
+        ]
+
+    @staticmethod
+    def mlp_in():
+        return [Layer(weight="layer[-1].DenseReluDense.wi.weight")]
+
+    @staticmethod
+    def mlp_out():
+        return [Layer(weight="layer[-1].DenseReluDense.wo.weight", replace=AllReduceLinear)]
+
+    @staticmethod
+    def original_layer_class():
+        from transformers.models.t5.modeling_t5 import T5Block
+
+        return T5Block
+
+
 MODELS_WITH_POLICIES: dict[str, Small] = {
     "openai": Small(
         "OpenAIGPTLMHeadModel",
@@ -194,6 +294,7 @@ MODELS_WITH_POLICIES: dict[str, Small] = {
         "Qwen3ForCausalLM",
         WORDS | SIZES | ENDS | {"num_key_value_heads": 2, "head_dim": 8},
         decoder_text,
-        Policy.from_tp_plan,
     ),
+    "mpnet_old": Small("MPNetForMaskedLM", BERT, text, lambda config: [MPNetBiasPolicy, MPNetLayerPolicy]),
+    "t5_old": dataclasses.replace(MODELS["t5"], policy=lambda config: T5OldPolicy),
 }

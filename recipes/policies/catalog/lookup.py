@@ -1,22 +1,27 @@
-"""The shipped policies of a model, found by the qualified names of its layers' classes: transformers is not imported."""
+"""The policies of a model, found by the qualified names of its layers' classes: transformers is not imported."""
 
 from collections.abc import Callable, Sequence
 
 from torch import nn
 
 from ....kernels.errors import UserError
-from . import decoders, encoder_decoders, encoders, vision_speech
+from . import models
 from .policy import Policy
-from .shipped_policy import ShippedPolicy
+from .shipped_policy import ShippedPolicy, by_class
+
+Policies = type[Policy] | Sequence[type[Policy]] | None
 
 
 def policies_for(model: nn.Module) -> list[type[Policy]]:
     """The policies of all classes of layers that the model has, in the order in which they appear.
 
-    A class without a policy of its own takes that of the closest class that it is derived from. Raises ValueError if no module
-    of the model has one.
+    A class without a policy of its own takes that of the closest class that it is derived from. Where none is shipped, it is
+    the one that the model's config carries as its tensor-parallel plan. Raises ValueError if there is none.
     """
     found = {policy: None for module in model.modules() if (policy := _policy_of(type(module))) is not None}
+    config = getattr(model, "config", None)
+    if not found and getattr(config, "base_model_tp_plan", None):
+        return [Policy.from_tp_plan(config)]
     if not found:
         raise UserError(
             f"no policy is shipped for {type(model).__name__}; write one and give it as policy (docs/huggingface.md shows "
@@ -27,7 +32,7 @@ def policies_for(model: nn.Module) -> list[type[Policy]]:
 
 def shipped_models(offers: Callable[[type[ShippedPolicy]], bool]) -> str:
     """Return the models of the shipped policies that `offers` something, in words."""
-    return ", ".join(sorted({policy.layer_class.split(".")[0] for policy in SHIPPED.values() if offers(policy)}))
+    return ", ".join(sorted({name.split(".")[2] for name, policy in SHIPPED.items() if offers(policy)}))
 
 
 def _policy_of(cls: type) -> type[Policy] | None:
@@ -35,11 +40,8 @@ def _policy_of(cls: type) -> type[Policy] | None:
     return next((SHIPPED[name] for name in names if name in SHIPPED), None)
 
 
-Policies = type[Policy] | Sequence[type[Policy]] | None
-
-
 def resolve_policies(model: nn.Module, policy: Policies) -> list[type[Policy]]:
-    """The policies given, or those shipped for the model. Raises ValueError if there are none, and for what is none."""
+    """The policies given, or those of the model. Raises ValueError if there are none, and for what is none."""
     if policy is None:
         return policies_for(model)
     policies = list(policy) if isinstance(policy, Sequence) else [policy]
@@ -52,8 +54,8 @@ def resolve_policies(model: nn.Module, policy: Policies) -> list[type[Policy]]:
 
 
 SHIPPED: dict[str, type[ShippedPolicy]] = {
-    f"transformers.models.{policy.layer_class}": policy
-    for module in (encoders, decoders, encoder_decoders, vision_speech)
-    for policy in vars(module).values()
-    if isinstance(policy, type) and issubclass(policy, ShippedPolicy) and policy is not ShippedPolicy
+    layer_class: policy
+    for family in vars(models).values()
+    if isinstance(family, type) and issubclass(family, ShippedPolicy) and family is not ShippedPolicy
+    for layer_class, policy in by_class(family).items()
 }

@@ -28,6 +28,11 @@ class Policy(ABC):
         return {}
 
     @staticmethod
+    def divided() -> list[str]:
+        """Ours: attributes of a layer that count what processes share, as "attn.num_heads"; they become a process's part."""
+        return []
+
+    @staticmethod
     def replace_modules() -> dict[str, Any]:
         """Classes whose attributes take the place of those of a model's class, by that class's qualified or bare name."""
         return {}

@@ -17,7 +17,7 @@ _STYLES = {
 }
 
 
-class _OfPlan(ABCMeta):
+class PolicyOfPlan(ABCMeta):
     """The class of policies made here. They are pickled as base and config, so that processes can be sent them."""
 
     base: type
@@ -52,14 +52,14 @@ def policy_of_plan(base: type, config: Any) -> Any:
     methods: dict[str, Any] = {rule: staticmethod(lambda layers=layers: list(layers)) for rule, layers in rules.items()}
     methods["shared_by_heads"] = staticmethod(lambda: list(shared))
     methods["original_layer_class"] = staticmethod(lambda: _layer_class(config, *stacks))
-    return _OfPlan(f"{name.removesuffix('Config')}PlanPolicy", (base,), methods | {"base": base, "config": config})
+    return PolicyOfPlan(f"{name.removesuffix('Config')}PlanPolicy", (base,), methods | {"base": base, "config": config})
 
 
 def _reduce(policy: Any) -> tuple[Any, tuple[type, Any]]:
     return policy_of_plan, (policy.base, policy.config)
 
 
-copyreg.pickle(_OfPlan, _reduce)
+copyreg.pickle(PolicyOfPlan, _reduce)
 
 
 def _layer_class(config: Any, stack: str) -> type[nn.Module]:

@@ -1,14 +1,17 @@
 """The modules that a sharded model has in the place of its projections, embeddings and heads. They keep names and isinstance.
 
-`AllReduceLinear` and `AllReduceConv1D` have parallelformers' names, for policies that say `replace=AllReduceLinear`; unlike
-its, they have a backward pass. None is made by a constructor: `become` turns a module that exists into one.
+`AllReduceLinear`, `AllReduceConv1D` and `AllReduceQuantLinear` have parallelformers' names, for policies that say
+`replace=AllReduceLinear`; unlike its, they have a backward pass. None is made by a constructor: `become` turns a module that
+exists into one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ....kernels.errors import UserError
 from ....kernels.ops.autocast import autocast_dtype
 from ....kernels.ops.linear import linear
 from ....kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
@@ -92,6 +95,32 @@ class AllReduceConv1D(Sharded):
         return self.row_parallel(x, self.weight.t(), self.bias)
 
 
+class ColumnParallelQuantLinear(Sharded):
+    """I-BERT's QuantLinear with N/t of its rows, of a model that is not quantized."""
+
+    weight: Tensor
+    bias: Tensor
+    quant_mode: bool
+
+    def forward(self, x: Tensor, prev_act_scaling_factor: Tensor | None = None) -> tuple[Tensor, None]:
+        return self.product(self.column_parallel, x)
+
+    def product(self, linear: Callable[..., Tensor], x: Tensor) -> tuple[Tensor, None]:
+        """Return the product, without a scale. Raises UserError in a quantized model, whose scales come of whole weights."""
+        if self.quant_mode:
+            raise UserError(
+                "quant_mode is True; a sharded I-BERT computes in floating point, so leave it out of the config"
+            )
+        return linear(x, self.weight, self.bias), None
+
+
+class AllReduceQuantLinear(ColumnParallelQuantLinear):
+    """I-BERT's QuantLinear with K/t of its columns, of a model that is not quantized."""
+
+    def forward(self, x: Tensor, prev_act_scaling_factor: Tensor | None = None) -> tuple[Tensor, None]:
+        return self.product(self.row_parallel, x)
+
+
 class VocabParallelEmbedding(Sharded, nn.Embedding):
     """An nn.Embedding that holds V/t of its rows, after padding V to a multiple of t; its result is replicated."""
 
@@ -126,6 +155,14 @@ def become(module: nn.Module, cls: Any, *, keep_overrides: bool = False) -> None
         module.__class__ = cls
     elif not issubclass(own, cls):
         module.__class__ = type(cls.__name__, (own, cls) if keep_overrides else (cls, own), {})
+
+
+def projection_class(module: nn.Module) -> str | None:
+    """What kind of projection the module is, as "Linear", Conv1D and QuantLinear being transformers'; None: none."""
+    if isinstance(module, nn.Linear):
+        return "Linear" if type(module).forward is nn.Linear.forward else None
+    known = (cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers."))
+    return next((name for name in known if name in ("Conv1D", "QuantLinear")), None)
 
 
 def class_before(module: nn.Module) -> type[nn.Module]:

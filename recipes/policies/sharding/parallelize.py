@@ -26,9 +26,8 @@ from torch.utils._pytree import tree_map
 
 from ....kernels.errors import UserError
 from ....kernels.parallel.collectives import TensorParallel
-from ..catalog.lookup import Policies, resolve_policies
+from ..catalog.lookup import Policies
 from ..catalog.paths import owner_of
-from ..catalog.policy import Policy
 from ..swapping.fused_layer import CACHE_NAMES
 from .plan import make_plan
 from .shard import apply_plan
@@ -62,9 +61,8 @@ def parallelize(model: nn.Module, num_gpus: int, fp16: bool = False, policy: Pol
         raise UserError(f"num_gpus is {num_gpus}, this machine has {available}; give at most {available}")
     if "forward" in vars(model):
         raise UserError("the model is parallelized already; call model.cpu() first")
-    policies = resolve_policies(model, policy)
-    make_plan(model, policies, num_gpus)  # so that its errors come before processes do
-    return Workers(model, num_gpus, fp16, policies)
+    make_plan(model, policy, num_gpus).warn()  # here, so that its errors come before processes do
+    return Workers(model, num_gpus, fp16, policy)
 
 
 @dataclass(frozen=True)
@@ -117,7 +115,7 @@ class Portable:
 class Workers:
     """The processes of a model that `parallelize` started."""
 
-    def __init__(self, model: nn.Module, size: int, fp16: bool, policies: list[type[Policy]]) -> None:
+    def __init__(self, model: nn.Module, size: int, fp16: bool, policy: Policies) -> None:
         self._model = model
         self._folder = tempfile.TemporaryDirectory(prefix="parallelize-")
         self._connections: list[connection.Connection] = []
@@ -129,7 +127,7 @@ class Workers:
             for rank in range(size):
                 ours, theirs = context.Pipe()
                 process = context.Process(
-                    target=_work, args=(theirs, Path(self._folder.name), rank, size, fp16, policies), daemon=True
+                    target=_work, args=(theirs, Path(self._folder.name), rank, size, fp16, policy), daemon=True
                 )
                 process.start()
                 theirs.close()
@@ -230,13 +228,11 @@ class Workers:
         return answer
 
 
-def _work(
-    requests: connection.Connection, folder: Path, rank: int, size: int, fp16: bool, policies: list[type[Policy]]
-) -> None:
+def _work(requests: connection.Connection, folder: Path, rank: int, size: int, fp16: bool, policy: Policies) -> None:
     """A process: takes its shard, and answers until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all processes; the first ends the others
     try:
-        model, device = _load(folder, rank, size, fp16, policies)
+        model, device = _load(folder, rank, size, fp16, policy)
     except Exception as error:
         requests.send_bytes(_failure(error))
         return
@@ -257,9 +253,7 @@ def _work(
     dist.destroy_process_group()
 
 
-def _load(
-    folder: Path, rank: int, size: int, fp16: bool, policies: list[type[Policy]]
-) -> tuple[nn.Module, torch.device]:
+def _load(folder: Path, rank: int, size: int, fp16: bool, policy: Policies) -> tuple[nn.Module, torch.device]:
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", rank), "nccl"
         torch.cuda.set_device(device)
@@ -273,7 +267,7 @@ def _load(
     if fp16:
         model.half()
     assert dist.group.WORLD is not None
-    apply_plan(model, make_plan(model, policies, size), TensorParallel(dist.group.WORLD))
+    apply_plan(model, make_plan(model, policy, size), TensorParallel(dist.group.WORLD))
     return model.to(device), device
 
 

@@ -1,7 +1,9 @@
 """A policy held against a model: every tensor that its rules cut, or everything that is wrong with it, in one error."""
 
 import functools
+import inspect
 import math
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +14,14 @@ from torch import Tensor, nn
 from ....kernels.errors import UserError
 from ....kernels.parallel.sharding import Partition, is_sharded
 from ..catalog.layer import Layer
-from ..catalog.paths import closest, dotted, first_missing, get, owner_of, split_last
+from ..catalog.lookup import Policies, resolve_policies
+from ..catalog.paths import ABSENT, find, join, missing, owner_of
 from ..catalog.policy import Policy
+from ..catalog.tp_plan import PolicyOfPlan
+from .modules import projection_class
 
-Kind = Literal["column", "row", "embedding", "head"]
+Kind = Literal["column", "row", "tensors", "embedding", "head"]
+"""tensors: cut as a column-parallel projection's, in a module that computes on with what it has of them."""
 Block = Literal["attention", "mlp", "vocabulary"]
 
 _RULES: dict[str, tuple[Kind, Block]] = {
@@ -24,9 +30,10 @@ _RULES: dict[str, tuple[Kind, Block]] = {
     "mlp_in": ("column", "mlp"),
     "mlp_out": ("row", "mlp"),
 }
+_REVERSED = {"Linear": False, "QuantLinear": False, "Conv1D": True}  # which projections are stored (in, out)
 _VOCABULARY_RULES: dict[str, Kind] = {"embeddings": "embedding", "head": "head"}
 
-# What transformers' configs call the numbers of heads of queries, and of keys and values.
+# What transformers' configs and modules call the numbers of heads of queries, and of keys and values.
 _HEADS = (
     "num_attention_heads",
     "num_key_value_heads",
@@ -34,15 +41,18 @@ _HEADS = (
     "decoder_attention_heads",
     "n_heads",
     "num_heads",
+    "n_head",
+    "num_attn_heads",
 )
 
 
 @dataclass(frozen=True)
 class Projection:
-    """A module whose tensors a rule cuts. cuts: partitions by the parameters' names in the model."""
+    """A module whose tensors a rule cuts. path: below the layer; cuts: partitions by the parameters' names in the model."""
 
     kind: Kind
     block: Block
+    path: str
     module: nn.Module
     cuts: dict[str, Partition]
     replace: Any
@@ -50,7 +60,7 @@ class Projection:
 
 @dataclass(frozen=True)
 class Place:
-    """A layer of the model, and what its policy does to it. holder: the module that has the queries' projection."""
+    """A layer of the model, and what its policy does to it. arguments: attributes by their dotted paths."""
 
     policy: type[Policy]
     name: str
@@ -58,40 +68,49 @@ class Place:
     config: Any
     projections: list[Projection] = field(default_factory=list)
     arguments: dict[str, Any] = field(default_factory=dict)
-    holders: list[nn.Module] = field(default_factory=list)
+
+    @property
+    def holders(self) -> dict[str, nn.Module]:
+        """The modules that hold projections to queries, keys and values, by their paths below the layer."""
+        columns = (one for one in self.projections if one.block == "attention" and one.kind == "column")
+        return {path: self.module.get_submodule(path) for path in (one.path.rpartition(".")[0] for one in columns)}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `shard` does to a model."""
+    """All that `shard` does to a model. notes: what its user should know of it, a line each; "" if nothing."""
 
     places: list[Place]
     vocabulary: list[Projection]
     replaced_modules: list[tuple[nn.Module, Any]]
+    notes: str
 
     @property
     def projections(self) -> list[Projection]:
         return [projection for place in self.places for projection in place.projections] + self.vocabulary
 
+    def warn(self) -> None:
+        if self.notes:
+            warnings.warn(f"what the policy of this model leaves open:\n{self.notes}", stacklevel=3)
 
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether the module is transformers' Conv1D, a linear layer whose weight is stored (in, out)."""
-    return any(cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.") for cls in type(module).__mro__)
 
-
-def make_plan(model: nn.Module, policies: Sequence[type[Policy]], size: int) -> Plan:
-    """What the policies cut of the model for `size` processes.
+def make_plan(model: nn.Module, policy: Policies, size: int) -> Plan:
+    """What the policies, or those of the model, cut of it for `size` processes.
 
     Raises one ValueError for all that is wrong: rules that match nothing, tensors that no process can have its share of, large
-    matrices that no rule names. It ends with the sizes that would do.
+    matrices beside those that are cut. It ends with the sizes that would do.
     """
-    return _Planner(model, size).plan(policies)
+    policies, planner = resolve_policies(model, policy), _Planner(model, size)
+    if policy is None and isinstance(policies[0], PolicyOfPlan):
+        planner.notes["no policy is shipped for it; it is cut by the tensor-parallel plan of its config"].append("")
+    return planner.plan(policies)
 
 
 class _Planner:
     def __init__(self, model: nn.Module, size: int) -> None:
         self.model, self.size = model, size
         self.problems: dict[str, list[str]] = defaultdict(list)  # where each was found
+        self.notes: dict[str, list[str]] = defaultdict(list)
         self.counts: list[int] = []  # what all processes must be able to share
         self.names: dict[int, list[str]] = defaultdict(list)  # of each parameter
         for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -100,13 +119,12 @@ class _Planner:
     def plan(self, policies: Sequence[type[Policy]]) -> Plan:
         if any(is_sharded(parameter) for parameter in self.model.parameters()):
             raise UserError(f"this {type(self.model).__name__} is sharded already; shard a model once")
-        places = [place for policy in policies for place in self._places(policy)]
-        plan = Plan(
-            [self._fill(place) for place in places],
-            # Policies of one model, as of its encoder and its decoder, may name the same.
-            list({id(one.module): one for policy in policies for one in self._vocabulary(policy)}.values()),
-            [pair for policy in policies for pair in self._replaced_modules(policy)],
-        )
+        places = [self._fill(place) for policy in policies for place in self._places(policy)]
+        # Policies of one model, as of its encoder and its decoder, may name the same.
+        vocabulary = {id(one.module): one for policy in policies for one in self._vocabulary(policy)}
+        replaced = [pair for policy in policies for pair in self._replaced_modules(policy)]
+        self._check_whole_parameters(places)
+        plan = Plan(places, list(vocabulary.values()), replaced, problem_list(self.notes, self.model))
         self._check_ties(plan)
         self._raise_problems()
         return plan
@@ -124,70 +142,57 @@ class _Planner:
 
     def _fill(self, place: Place) -> Place:
         for rule, (kind, block) in _RULES.items():
-            for layer in getattr(place.policy, rule)():
-                projection = self._projection(place, kind, block, layer)
-                if projection is None:
-                    continue
-                place.projections.append(projection)
-                if rule == "attn_qkv" and layer.weight is not None:
-                    holder, _ = split_last(split_last(layer.weight)[0])
-                    module = get(place.module, holder) if holder else place.module
-                    if all(module is not other for other in place.holders):
-                        place.holders.append(module)
+            found = (self._projection(place, kind, block, layer) for layer in getattr(place.policy, rule)())
+            place.projections.extend(one for one in found if one is not None)
         if not any(one.cuts for one in place.projections):
             self._problem(place.name, f"no rule of {place.policy.__name__} finds a tensor in it")
+        for block in ("attention", "mlp"):
+            kinds = {one.kind for one in place.projections if one.block == block}
+            if "column" in kinds and "row" not in kinds:
+                self._problem(
+                    place.name, f"its {block} has a projection that is cut, and none out of it that joins the parts"
+                )
         self._fill_arguments(place)
         self._check_heads(place)
-        self._check_whole_parameters(place)
         return place
 
     def _projection(self, place: Place, kind: Kind, block: Block, layer: Layer) -> Projection | None:
-        paths = [path for path in (layer.weight, layer.bias) if path is not None]
-        missing = [path for path in paths if first_missing(place.module, path) is not None]
-        if missing:
-            if not layer.ignore_checker:
-                for path in missing:
-                    self._problem(place.name, f"{path} does not exist{closest(place.module, path)}")
+        tensors: dict[str, tuple[str, Any]] = {}
+        problems = []
+        for own, given in (("weight", layer.weight), ("bias", layer.bias)):
+            name, tensor = ("", None) if given is None else find(place.module, given)
+            if tensor is not None and tensor is not ABSENT:  # None: the layer was built without that tensor
+                tensors[own] = name, tensor
+                problems += no_parameter(place.module, name, tensor)
+            elif tensor is ABSENT and not layer.ignore_checker:
+                problems.append(missing(place.module, given or ""))
+        for problem in problems:
+            self._problem(place.name, problem)
+        if problems or not tensors:
             return None
-        tensors = {path: get(place.module, path) for path in paths}
-        # A None stands where the layer was built without that tensor.
-        present = {path: tensor for path, tensor in tensors.items() if tensor is not None}
-        if not present:
-            return None
-        module, _ = owner_of(place.module, next(iter(present)))
-        self._check_module(place, kind, layer, module)
+        path = next(name.rpartition(".")[0] for name, _ in tensors.values())
+        module = place.module.get_submodule(path)
+        stored = isinstance(module, nn.Embedding) or _REVERSED.get(projection_class(module) or "")  # None: not known
+        if isinstance(module, nn.Embedding) or ("weight" not in tensors and stored is None):
+            kind = "tensors"
+        if "weight" in tensors and kind == "column" and getattr(module, "bias", None) is not None:
+            tensors["bias"] = join(path, "bias"), module.bias  # whether its rule names it or not
+        what = f"{path} is a {type(module).__name__}"
+        if kind != "tensors" and stored is not None and layer.reversed not in (None, stored):
+            self._problem(place.name, f"{what}, which takes reversed={stored}, not {layer.reversed}")
+        if kind != "tensors" and stored is None and layer.replace is None:
+            self._problem(place.name, f"{what}, not an nn.Linear or a Conv1D; give its rule a replace")
         cuts = {}
-        for path, tensor in present.items():
-            is_bias = path == layer.bias
-            if is_bias and kind == "row":
+        for own, (name, tensor) in tensors.items():
+            if own == "bias" and kind == "row":
                 continue  # added once, behind the sum
-            dim = 0 if is_bias else int(bool(layer.reversed)) ^ int(kind == "row")
-            if tensor.dim() != (1 if is_bias else 2):
-                self._problem(place.name, f"{path} is {tuple(tensor.shape)}; a weight must have 2 dims and a bias 1")
+            reversed = bool(layer.reversed if stored is None else stored)
+            dim = 0 if own == "bias" else int(reversed) ^ int(kind == "row")
+            if tensor.dim() != (1 if own == "bias" else 2):
+                self._problem(place.name, f"{name} is {tuple(tensor.shape)}; a weight must have 2 dims and a bias 1")
                 continue
-            parts = self._parts(place, layer, path, tensor, dim)
-            cuts[_join(place.name, dotted(path))] = Partition(dim, parts)
-        return Projection(kind, block, module, cuts, layer.replace)
-
-    def _check_module(self, place: Place, kind: Kind, layer: Layer, module: nn.Module) -> None:
-        path, _ = split_last(layer.weight or layer.bias or "")
-        name = type(module).__name__
-        stored_reversed = {nn.Linear: False, nn.Embedding: True}
-        expected = next((value for cls, value in stored_reversed.items() if isinstance(module, cls)), None)
-        expected = True if is_conv1d(module) else expected
-        if expected is not None and bool(layer.reversed) != expected:
-            self._problem(place.name, f"{path} is a {name}, which takes reversed={expected}, not {layer.reversed}")
-        if layer.weight is not None and layer.bias is None and getattr(module, "bias", None) is not None:
-            self._problem(place.name, f"{path} has a bias, which its rule does not name")
-        if layer.replace is not None:
-            return
-        if isinstance(module, nn.Embedding):
-            if kind == "row":
-                self._problem(place.name, f"{path} is an Embedding, whose rows no process can have a share of here")
-        elif not is_conv1d(module) and (
-            not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward
-        ):
-            self._problem(place.name, f"{path} is a {name}, not an nn.Linear or a Conv1D; give its rule a replace")
+            cuts[join(place.name, name)] = Partition(dim, self._parts(place, layer, name, tensor, dim))
+        return Projection(kind, block, path, module, cuts, layer.replace)
 
     def _parts(self, place: Place, layer: Layer, path: str, tensor: Tensor, dim: int) -> tuple[int, ...] | None:
         """Sizes of the fused parts along the dim, None for one part."""
@@ -208,81 +213,114 @@ class _Planner:
         return parts if len(parts) > 1 else None
 
     def _fill_arguments(self, place: Place) -> None:
-        whole = place.policy.replace_arguments(place.config, 1)
+        optional, whole = self._optional(place), place.policy.replace_arguments(place.config, 1)
+        dead = []
         for path, value in place.policy.replace_arguments(place.config, self.size).items():
-            missing = first_missing(place.module, path)
-            if missing is not None:
-                if missing not in self._optional(place):
-                    self._problem(place.name, f"{path} of replace_arguments does not exist")
+            name, found = find(place.module, path)
+            if found is ABSENT:
+                dead += [path] if name not in optional else []
                 continue
-            place.arguments[path] = value
-            full, found = whole.get(path), get(place.module, path)
+            place.arguments[name] = value
+            full = whole.get(path)
             if found != full:
                 self._problem(
                     place.name, f"replace_arguments gives {full} for {path} on 1 process; the model has {found}"
                 )
             elif isinstance(full, int) and value != full:
                 self._share(place.name, full, f"{path} is {full}")
+        for path in place.policy.divided():
+            name, found = find(place.module, path)
+            if found is not ABSENT:
+                place.arguments[name] = found // self.size
+                self._share(place.name, found, f"{path} is {found}")
+            elif name not in optional:
+                self._problem(place.name, f"{path} of divided does not exist")
+        if dead:
+            heads = {
+                f"{path}.{one}": getattr(module, one, None) for path, module in place.holders.items() for one in _HEADS
+            }
+            counts = self._heads(place.config)
+            left = [name for name, count in heads.items() if count in counts and name not in place.arguments]
+            for path in dead:
+                if left:
+                    self._problem(
+                        place.name, f"{path} of replace_arguments does not exist, and {left[0]} stays as it is"
+                    )
+                else:
+                    self.notes[f"{path} of replace_arguments does not exist; it is left out"].append(place.name)
 
     def _optional(self, place: Place) -> set[str]:
         """Beginnings of paths at which nothing stands, and a rule allows it."""
-        missing = (
-            first_missing(place.module, path)
-            for rule in _RULES
-            for layer in getattr(place.policy, rule)()
-            if layer.ignore_checker
-            for path in (layer.weight, layer.bias)
-            if path is not None
-        )
-        return {prefix for prefix in missing if prefix is not None}
+        rules = [layer for rule in _RULES for layer in getattr(place.policy, rule)() if layer.ignore_checker]
+        found = [find(place.module, path) for layer in rules for path in (layer.weight, layer.bias) if path is not None]
+        return {name for name, tensor in found if tensor is ABSENT}
+
+    def _heads(self, config: Any) -> dict[int, str]:
+        """The numbers of heads in the config, each with one of its names."""
+        found = {getattr(config, name, None): name for name in reversed(_HEADS)}
+        return {count: name for count, name in found.items() if isinstance(count, int) and count > 0}
 
     def _check_heads(self, place: Place) -> None:
-        if not any(one.block == "attention" for one in place.projections):
-            return
-        numbers = {name: getattr(place.config, name, None) for name in _HEADS}
-        for count in sorted({value for value in numbers.values() if isinstance(value, int) and value > 0}):
-            name = next(name for name, value in numbers.items() if value == count)
-            self._share(place.name, count, f"{count} heads ({name} of the config)")
+        if any(one.block == "attention" for one in place.projections):
+            for count, name in sorted(self._heads(place.config).items()):
+                self._share(place.name, count, f"{count} heads ({name} of the config)")
 
-    def _check_whole_parameters(self, place: Place) -> None:
-        for path in place.policy.shared_by_heads():
-            if first_missing(place.module, path) is not None:
-                self._problem(place.name, f"{path} of shared_by_heads does not exist{closest(place.module, path)}")
-        cut = {name for one in place.projections for name in one.cuts}
-        parameters = {_join(place.name, name): parameter for name, parameter in place.module.named_parameters()}
-        smallest = min((parameters[name].numel() for name in cut if parameters[name].dim() > 1), default=math.inf)
-        stays = [dotted(path) for path in (*place.policy.replicated(), *place.policy.shared_by_heads())]
-        for name, parameter in place.module.named_parameters():
-            if _join(place.name, name) in cut or parameter.dim() < 2 or parameter.numel() < smallest:
+    def _check_whole_parameters(self, places: Sequence[Place]) -> None:
+        """Matrices in no rule, as large as those in one: beside these they would compute with whole heads."""
+        cut = {name for place in places for one in place.projections for name in one.cuts}
+        for place in places:
+            for path in place.policy.shared_by_heads():
+                if find(place.module, path)[1] is ABSENT:
+                    self._problem(place.name, f"shared_by_heads: {missing(place.module, path)}")
+            beside = {one.path.rpartition(".")[0] for one in place.projections if one.kind != "tensors"}
+            if not beside:
                 continue
-            if not any(f"{name}.".startswith(f"{path}.") for path in stays):
-                shape = tuple(parameter.shape)
-                self._problem(place.name, f"{name} {shape} is as large as what is cut, and no rule names it")
+            parameters = dict(place.module.named_parameters())
+            sizes = (one.numel() for name, one in parameters.items() if join(place.name, name) in cut and one.dim() > 1)
+            smallest = min(sizes, default=math.inf)
+            stays = [*place.policy.replicated(), *place.policy.shared_by_heads()]
+            stays = [find(place.module, path)[0] + "." for path in stays]
+            for name, parameter in parameters.items():
+                named = join(place.name, name) in cut or f"{name}.".startswith(tuple(stays))
+                if named or parameter.dim() < 2 or parameter.numel() < smallest:
+                    continue
+                what = f"{name} {tuple(parameter.shape)} is as large as what is cut, and no rule names it"
+                if name.rpartition(".")[0].rpartition(".")[0] in beside:
+                    self._problem(place.name, what)
+                else:
+                    self.notes[f"{what}; it stays whole on every process"].append(place.name)
 
     def _vocabulary(self, policy: type[Policy]) -> Iterator[Projection]:
         for rule, kind in _VOCABULARY_RULES.items():
             for layer in getattr(policy, rule)():
-                end = f".{dotted(layer.weight or '')}"
+                end = f".{layer.weight or ''}"
                 found = [name for names in self.names.values() for name in names if f".{name}".endswith(end)]
                 if not found and not layer.ignore_checker:
                     self._problem(policy.__name__, f"{rule}: the model has no parameter that ends in {layer.weight}")
                 for name in found:
-                    owner, own_name = split_last(name)
+                    owner, _, own_name = name.rpartition(".")
                     module = self.model.get_submodule(owner)
                     expected = nn.Embedding if kind == "embedding" else nn.Linear
                     if not isinstance(module, expected) or own_name != "weight":
                         self._problem(policy.__name__, f"{rule}: {name} is not the weight of an nn.{expected.__name__}")
                         continue
                     names = [f"{owner}.{own}" for own, tensor in module.named_parameters(recurse=False)]
-                    yield Projection(kind, "vocabulary", module, dict.fromkeys(names, Partition(0)), layer.replace)
+                    yield Projection(
+                        kind, "vocabulary", owner, module, dict.fromkeys(names, Partition(0)), layer.replace
+                    )
 
     def _replaced_modules(self, policy: type[Policy]) -> Iterator[tuple[nn.Module, Any]]:
         for name, replacement in policy.replace_modules().items():
             classes = ((module, type(module)) for module in self.model.modules())
             found = [one for one, cls in classes if name in (cls.__qualname__, f"{cls.__module__}.{cls.__qualname__}")]
+            untaken = {argument for one in found for argument in _untaken_arguments(type(one), replacement)}
             if not found:
-                self._problem(policy.__name__, f"replace_modules: the model has no module of class {name}")
-            yield from ((module, replacement) for module in found)
+                self.notes[f"replace_modules: the model has no module of class {name}"].append(policy.__name__)
+            elif untaken:
+                what = f"{replacement.__name__} takes no {', '.join(sorted(untaken))}, as {name} does; it is left out"
+                self.notes[f"replace_modules: {what}"].append(policy.__name__)
+            else:
+                yield from ((module, replacement) for module in found)
 
     def _check_ties(self, plan: Plan) -> None:
         """A parameter that several projections share is cut in all of them, and alike."""
@@ -291,7 +329,7 @@ class _Planner:
             cuts.update(one.cuts)
         for names in self.names.values():
             for name in names:
-                module = self.model.get_submodule(split_last(name)[0])
+                module = self.model.get_submodule(name.rpartition(".")[0])
                 if not isinstance(module, (nn.Linear, nn.Embedding)):
                     continue
                 other = next((one for one in names if one in cuts and cuts[one] != cuts.get(name)), None)
@@ -318,6 +356,14 @@ class _Planner:
         )
 
 
+def _untaken_arguments(cls: Any, replacement: Any) -> set[str]:
+    """Arguments of a class's forward that its replacement's does not take: that was written for another version."""
+    ours, theirs = (inspect.signature(one.forward).parameters for one in (cls, replacement))
+    if any(one.kind is one.VAR_KEYWORD for one in theirs.values()):
+        return set()
+    return {name for name, one in ours.items() if name not in theirs and one.kind is not one.VAR_POSITIONAL}
+
+
 def problem_list(problems: Mapping[str, list[str]], model: nn.Module) -> str:
     """A line for each problem, with the first of the places that have it, and how many more there are."""
     lines = []
@@ -327,8 +373,15 @@ def problem_list(problems: Mapping[str, list[str]], model: nn.Module) -> str:
     return "\n".join(lines)
 
 
-def _join(name: str, path: str) -> str:
-    return f"{name}.{path}" if name else path
+def no_parameter(layer: nn.Module, name: str, tensor: Any) -> list[str]:
+    """What is wrong with a rule for the tensor, which it is if that is no parameter of its own; none: nothing."""
+    owner, own_name = owner_of(layer, name)
+    if getattr(owner, "_parameters", {}).get(own_name) is tensor:
+        return []
+    return [
+        f"{name} is no parameter of its {type(owner).__name__}; a rule must not name a buffer, and adapters, pruning, weight "
+        f"norm and quantization must be taken off the model or merged first"
+    ]
 
 
 def config_of(model: nn.Module, name: str) -> Any:

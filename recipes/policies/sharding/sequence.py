@@ -54,7 +54,7 @@ def divide_sequence(model: nn.Module, plan: Plan, parallel: TensorParallel, rand
         for parameter in place.module.parameters():
             if not is_sharded(parameter):
                 sum_gradient_over(parameter, parallel.group)
-        for holder in place.holders:
+        for holder in place.holders.values():
             holder.register_forward_pre_hook(_on_input(gather_tokens), with_kwargs=True)
         # All dropout of a layer is of this process's tokens or heads.
         place.module.register_forward_pre_hook(

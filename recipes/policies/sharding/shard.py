@@ -16,22 +16,36 @@ from torch import Tensor, nn
 from ....kernels.errors import UserError
 from ....kernels.parallel.collectives import TensorParallel, sum_gradient_over
 from ....kernels.parallel.sharding import is_sharded, mark_sharded, take_shard
-from ..catalog.lookup import Policies, resolve_policies
-from ..catalog.paths import first_missing, get, owner_of
+from ..catalog.lookup import Policies
+from ..catalog.paths import ABSENT, find, owner_of
 from .agreement import check_first_forward
 from .modules import (
     AllReduceConv1D,
     AllReduceLinear,
+    AllReduceQuantLinear,
     ColumnParallelConv1D,
     ColumnParallelLinear,
+    ColumnParallelQuantLinear,
     Sharded,
     VocabParallelEmbedding,
     VocabParallelLinear,
     become,
+    projection_class,
 )
-from .plan import Plan, Projection, is_conv1d, make_plan
+from .plan import Plan, Projection, make_plan
 from .rank_random import RankRandom
 from .sequence import check_sequence_parallel, divide_sequence
+
+_CLASSES: dict[tuple[str, str | None], Any] = {
+    ("column", "Linear"): ColumnParallelLinear,
+    ("column", "Conv1D"): ColumnParallelConv1D,
+    ("column", "QuantLinear"): ColumnParallelQuantLinear,
+    ("row", "Linear"): AllReduceLinear,
+    ("row", "Conv1D"): AllReduceConv1D,
+    ("row", "QuantLinear"): AllReduceQuantLinear,
+    ("embedding", None): VocabParallelEmbedding,
+    ("head", "Linear"): VocabParallelLinear,
+}
 
 
 def shard(
@@ -40,7 +54,7 @@ def shard(
     """Turns a whole model into this process's part of it, in place; call it on every process of the group.
 
     model: on the device that the group communicates from; the values of the group's first process are taken.
-    policy: one, or one for each class of layers; None: those shipped for the model.
+    policy: one, or one for each class of layers; None: those of `policies_for`.
     sequence_parallel: divides the tokens between the products too, over the same processes.
 
     Afterwards every process must be given the same batch, and have torch's (and numpy's) default generators seeded alike:
@@ -56,7 +70,9 @@ def shard(
         raise UserError(
             "tp_group is None; give the process group that shares the model, torch.distributed.group.WORLD for all processes"
         )
-    plan = make_plan(model, resolve_policies(model, policy), tp_group.size())
+    plan = make_plan(model, policy, tp_group.size())
+    if tp_group.rank() == 0:
+        plan.warn()
     if sequence_parallel:
         check_sequence_parallel(plan)
     _broadcast(model, tp_group)
@@ -71,6 +87,7 @@ def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
     random = RankRandom(parallel)
     for module, replacement in plan.replaced_modules:
         become(module, replacement)
+        module.mp_group = parallel.group  # type: ignore[assignment]  # as parallelformers' have it
     _cut(model, plan, parallel)
     for projection in plan.projections:
         _replace(projection, parallel, random)
@@ -79,7 +96,7 @@ def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
             owner, name = owner_of(place.module, path)
             setattr(owner, name, value)
         for path in place.policy.shared_by_heads():
-            sum_gradient_over(get(place.module, path), parallel.group)
+            sum_gradient_over(find(place.module, path)[1], parallel.group)
         for path in place.policy.replicated():
             _draw_alike(place.module, path, random)
         place.module.register_forward_hook(lambda *_: random.leave(), always_call=True)  # when an error kept it from it
@@ -131,17 +148,12 @@ def _cut(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
 
 def _replace(projection: Projection, parallel: TensorParallel, random: RankRandom) -> None:
     module = projection.module
-    reversed = is_conv1d(module)
-    classes: dict[str, Any] = {
-        "column": ColumnParallelConv1D if reversed else ColumnParallelLinear,
-        "row": AllReduceConv1D if reversed else AllReduceLinear,
-        "embedding": VocabParallelEmbedding,
-        "head": VocabParallelLinear,
-    }
-    _set_sizes(module)
-    if projection.replace is None and isinstance(module, nn.Embedding) and projection.kind == "column":
-        return  # a column of each row is all it needs
-    become(module, projection.replace or classes[projection.kind], keep_overrides=projection.kind == "embedding")
+    if projection.kind != "tensors" or isinstance(module, nn.Embedding):
+        _set_sizes(module)
+    if projection.kind == "tensors" and projection.replace is None:
+        return
+    cls = projection.replace or _CLASSES[projection.kind, projection_class(module)]
+    become(module, cls, keep_overrides=projection.kind == "embedding")
     if not isinstance(module, Sharded):
         module.mp_group = parallel.group  # type: ignore[assignment]
         return
@@ -157,7 +169,7 @@ def _set_sizes(module: nn.Module) -> None:
     """Makes the sizes that a module says it has those of its tensors."""
     rows, columns = module.weight.shape  # type: ignore[union-attr, misc]
     names = {"out_features": rows, "in_features": columns, "num_embeddings": rows, "embedding_dim": columns}
-    if is_conv1d(module):
+    if projection_class(module) == "Conv1D":
         names = {"nx": rows, "nf": columns}
     for name, size in names.items():
         if hasattr(module, name):
@@ -166,8 +178,8 @@ def _set_sizes(module: nn.Module) -> None:
 
 def _draw_alike(layer: nn.Module, path: str, random: RankRandom) -> None:
     """Lets the modules at a path draw what all processes draw, though they stand between two products."""
-    module = None if first_missing(layer, path) else get(layer, path)
-    if module is None:
+    _, module = find(layer, path)
+    if module is None or module is ABSENT:
         return  # left out by the config
     paused: list[Tensor | None] = []
     module.register_forward_pre_hook(lambda *_: paused.append(random.pause()))

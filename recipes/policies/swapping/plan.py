@@ -19,10 +19,10 @@ from ....kernels.parallel.sharding import is_sharded
 from ...shared.transformers_form import ACTIVATIONS
 from ..catalog.layer import Description, Layer
 from ..catalog.lookup import shipped_models
-from ..catalog.paths import closest, dotted, first_missing, get
+from ..catalog.paths import ABSENT, find, missing, owner_of
 from ..catalog.policy import Policy
-from ..sharding.modules import Sharded, class_before
-from ..sharding.plan import config_of, is_conv1d, problem_list
+from ..sharding.modules import Sharded, class_before, projection_class
+from ..sharding.plan import config_of, no_parameter, problem_list
 from .fused_layer import FusedLayer, FusedTransformerLayer, Origin, build_fused
 from .masks import IMPLEMENTATIONS, LayerMasks
 
@@ -157,10 +157,11 @@ class _Planner:
                     name, f"{rule} names {len(rules)} projections that the layer has; a fused layer has {ours} alone"
                 )
                 continue
-            transposed = is_conv1d(get(layer, dotted(rules[0].weight or "").rpartition(".")[0]))
+            module, _ = owner_of(layer, find(layer, rules[0].weight or "")[0])
+            transposed = projection_class(module) == "Conv1D"
             interleaved = heads if rules[0].layout == "interleaved" else None
             for kind in ("weight", "bias"):
-                names = tuple(dotted(getattr(one, kind)) for one in rules)
+                names = tuple(find(layer, getattr(one, kind))[0] for one in rules)
                 origins[f"{ours}.{kind}"] = Origin(names, transposed and kind == "weight", interleaved)
         norms = policy.norms()
         if len(norms) != 2:
@@ -168,7 +169,9 @@ class _Planner:
             return origins
         for ours, norm in zip(("attention_norm", "mlp_norm"), norms, strict=True):
             if self._exists(name, layer, norm):
-                origins |= {f"{ours}.{kind}": Origin((dotted(getattr(norm, kind)),)) for kind in ("weight", "bias")}
+                origins |= {
+                    f"{ours}.{kind}": Origin((find(layer, getattr(norm, kind))[0],)) for kind in ("weight", "bias")
+                }
         return origins
 
     def _exists(self, name: str, layer: nn.Module, rule: Layer) -> bool:
@@ -178,12 +181,17 @@ class _Planner:
             if path is None:
                 self._problem(name, f"the rule of {rule.weight or rule.bias} names no {kind}")
                 return False
-            if first_missing(layer, path) is not None:
+            found, tensor = find(layer, path)
+            if tensor is ABSENT:
                 if not rule.ignore_checker:
-                    self._problem(name, f"{path} does not exist{closest(layer, path)}")
+                    self._problem(name, missing(layer, path))
                 return False
-            if get(layer, path) is None:
-                self._problem(name, f"{path} is None; a fused layer needs one")
+            problems = no_parameter(layer, found, tensor)
+            if tensor is None:
+                problems = [f"{path} is None; a fused layer needs one"]
+            for problem in problems:
+                self._problem(name, problem)
+            if problems:
                 return False
         return True
 
@@ -311,7 +319,7 @@ def _parallel_of(module: nn.Module) -> TensorParallel:
 def _is_plain(module: nn.Module) -> bool:
     """Whether the module computes what its class says, and no adapter or quantization changes it."""
     cls = class_before(module)
-    return cls in (nn.Linear, nn.LayerNorm) or (is_conv1d(module) and cls.__name__ == "Conv1D")
+    return cls in (nn.Linear, nn.LayerNorm) or (projection_class(module) == cls.__name__ == "Conv1D")
 
 
 def _is_foreign(hook: Any) -> bool:

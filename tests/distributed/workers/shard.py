@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers.hf_models import MODELS
+from helpers.hf_similar_models import SIMILAR_MODELS
 from helpers.own_policies import MODELS_WITH_POLICIES
 from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
@@ -21,13 +22,15 @@ from xformer_train.kernels.parallel.sharding import join_shards, partitions_of
 from xformer_train.recipes.policies import full_state_dict, shard
 
 Results = dict[str, Any]
-ALL = MODELS | MODELS_WITH_POLICIES
+OWN = MODELS | MODELS_WITH_POLICIES
+ALL = OWN | SIMILAR_MODELS
 TWO_KEY_HEADS = ("llama", "grouped", "llama_plan", "qwen3_plan")  # which four processes cannot share
-OVER_FOUR = tuple(name for name in ALL if name not in TWO_KEY_HEADS)
+OVER_FOUR = tuple(name for name in OWN if name not in TWO_KEY_HEADS)
 SEQUENCE_PARALLEL = (
     "bert",
     "roberta_prelayernorm",
     "electra",
+    "ernie",
     "distilbert",
     "gpt2",
     "gpt_neo",
@@ -90,7 +93,8 @@ def sharded(name: str, group: dist.ProcessGroup, sequence_parallel: bool = False
 def run(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """The output's tensors; gradients are left on the parameters."""
     output = model(**inputs)
-    output.loss.backward()
+    loss = output.loss if hasattr(output, "loss") else output[0].square().sum()
+    loss.backward()
     return tensors_of(output)
 
 
@@ -113,8 +117,8 @@ def equals_one_process(name: str, group: dist.ProcessGroup) -> Results:
 
 
 def equals_one_process_in_sequence(name: str, group: dist.ProcessGroup) -> Results:
-    whole, ours = MODELS[name].build(), sharded(name, group, sequence_parallel=True)
-    inputs = MODELS[name].make_inputs()
+    whole, ours = ALL[name].build(), sharded(name, group, sequence_parallel=True)
+    inputs = ALL[name].make_inputs()
     outputs = error(run(ours, inputs), run(whole, inputs))
     gradients = error(
         whole_gradients(ours, group), {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}

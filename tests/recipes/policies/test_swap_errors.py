@@ -9,10 +9,18 @@ from helpers.own_policies import MODELS_WITH_POLICIES, OpenAIGPTPolicy
 from torch import nn
 
 from xformer_train.recipes.policies import policies_for, revert, swap
-from xformer_train.recipes.policies.catalog.decoders import GPT2Policy, GPTNeoXPolicy
-from xformer_train.recipes.policies.catalog.encoders import BertPolicy
 from xformer_train.recipes.policies.catalog.layer import Description
+from xformer_train.recipes.policies.catalog.lookup import SHIPPED
 from xformer_train.recipes.policies.sharding.plan import make_plan
+
+BertPolicy, GPT2Policy, GPTNeoXPolicy = (
+    SHIPPED[f"transformers.models.{name}"]
+    for name in (
+        "bert.modeling_bert.BertLayer",
+        "gpt2.modeling_gpt2.GPT2Block",
+        "gpt_neox.modeling_gpt_neox.GPTNeoXLayer",
+    )
+)
 
 
 def test_attention_weights_are_refused_and_come_back():
@@ -213,7 +221,7 @@ def test_wrong_use_is_said_in_one_sentence():
             lambda: flex.bert.encoder.layer[0](x),
             "attn_implementation is 'flex_attention'; fused layers know the masks of",
         ),
-        (lambda: swap(MODELS["bart"].build()), "BartEncoderPolicy does not describe what the layer computes"),
+        (lambda: swap(MODELS["bart"].build()), "BartPolicy does not describe what the layer computes"),
         (lambda: swap(MODELS_WITH_POLICIES["grouped"].build()), "no policy is shipped for Grouped"),
         (lambda: swap(MODELS_WITH_POLICIES["openai"].build(), OpenAIGPTPolicy), "OpenAIGPTPolicy does not describe"),
         (lambda: swap(build("bert"), GPT2Policy), "the model has no GPT2Block, to whose layers the policy applies"),

@@ -5,8 +5,8 @@ import pickle
 
 import pytest
 import torch
-from helpers.hf_models import MODELS
 from helpers.hf_swap import (
+    ALL,
     SIZES,
     assert_same_bits,
     bits,
@@ -34,7 +34,7 @@ def test_state_dicts_and_revert_are_bit_exact(name, tmp_path):
     assert_same_bits(model.state_dict(), before)
     model.save_pretrained(tmp_path)
     assert_same_bits(type(model).from_pretrained(tmp_path).state_dict(), before)
-    other = MODELS[name].build(5, **SIZES[name])
+    other = ALL[name].build(5, **SIZES[name])
     swap(other)
     other.load_state_dict(model.state_dict())
     assert_same_bits(other.state_dict(), before)
