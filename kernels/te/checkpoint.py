@@ -10,6 +10,7 @@ import torch.utils.checkpoint as torch_checkpoint
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ..layers.recomputation import Recomputed
 from ..ops.replay import nested_backward
@@ -42,8 +43,8 @@ def checkpoint(  # noqa: PLR0913 - Transformer Engine's parameters and torch's
     forward passes came in between. Amaxes enter a history once. Afterwards all states are as they were before backward.
 
     args, kwargs: anything; the gradients of tensors flow, those inside of lists and dicts too. The function may return
-        anything; with use_reentrant a tensor, or a tuple of tensors and other things. Do not change tensors in place that
-        it is given.
+        anything; with use_reentrant tensors and other things, in tuples, lists and dicts of any depth. Do not change tensors in
+        place that it is given.
     distribute_saved_activations: keep 1/t of args[0] on each of the t ranks of tp_group, which must hold it alike, and gather
         it in backward. args[0] itself is not touched; what else keeps it, keeps it whole.
     get_rng_state_tracker: gives the tracker, with get_states() and set_states(), from which the function draws besides torch.
@@ -53,7 +54,7 @@ def checkpoint(  # noqa: PLR0913 - Transformer Engine's parameters and torch's
     Under torch.no_grad() it calls the function, no more.
     Raises ValueError for arguments of the wrong kind; with distribute_saved_activations for a missing tp_group, an args[0] that
     is no tensor or that the ranks cannot share equally, and modules with sequence_parallel=True in the function: their ranks
-    hold different parts already.
+    hold different parts already; with use_reentrant for a result that holds tensors as attributes.
     """
     get_tracker = _one_name(get_rng_state_tracker, get_cuda_rng_tracker)
     sharing, args = _by_form((distribute_saved_activations, get_tracker, tp_group), args)
@@ -118,7 +119,7 @@ def _checkpoint(
     if sharing.distribute_saved_activations:
         inputs[0] = call.distribute(inputs[0] if args else None, sharing.tp_group)
     elif torchs.use_reentrant and _reentrant_keeps_gradients(inputs):
-        return _Reentrant.apply(call, torchs.preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]
+        return _reentrant(call, torchs.preserve_rng_state, inputs)
     return torch_checkpoint.checkpoint(call, *inputs, **vars(torchs) | {"use_reentrant": False})
 
 
@@ -153,6 +154,26 @@ def _has_gradient(value: Any) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
     return isinstance(value, list | tuple) and any(map(_has_gradient, value))
+
+
+def _reentrant(call: Callable[..., Any], preserve_rng_state: bool, inputs: list[Any]) -> Any:
+    """Return the results of torch's older way, which passes the gradients of a tuple's own tensors alone, in their form."""
+    form: TreeSpec | None = None
+
+    def flat(*args: Any) -> tuple[Any, ...]:
+        nonlocal form
+        leaves, form = tree_flatten(call(*args))
+        for leaf in leaves:
+            inside = () if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
+            if any(isinstance(value, Tensor) for value in inside):
+                raise ValueError(
+                    f"the function returns a {type(leaf).__name__}, whose tensors would lose their gradients; return a tuple, "
+                    f"list or dict, or give use_reentrant=False"
+                )
+        return tuple(leaves)
+
+    results = _Reentrant.apply(flat, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]
+    return tree_unflatten(results, form)
 
 
 class _Reentrant(torch_checkpoint.CheckpointFunction):
