@@ -183,15 +183,26 @@ class LinearCall:
         return cached if cached.weight() is weight and cached.version == weight._version else None
 
     def weight_gradient(
-        self, dy: Fp8Tensor, x: Fp8Tensor, wide: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+        self,
+        dy: Fp8Tensor,
+        x: Fp8Tensor,
+        wide: tuple[Tensor, Tensor] | None,
+        dtype: torch.dtype,
+        weight: Tensor | None,
     ) -> Tensor | None:
-        """Return dweight (N, K) in a dtype, or None where main_grad takes it. wide: dy (T, N) and x (T, K), for wide_wgrad."""
+        """Return dweight (N, K) in a dtype, or what `add_to_main_grad` gives the weight.
+
+        wide: dy (T, N) and x (T, K), for wide_wgrad. weight: as `owner` gave it in forward.
+        """
         dtype = dtype if self.main_grad is None else self.main_grad.dtype
         dweight = wgrad(dy, x, dtype) if wide is None else weight_gradient(*wide).to(dtype)
-        if self.main_grad is None:
+        if self.main_grad is None or weight is None:
             return dweight
-        add_to_main_grad(self.main_grad, dweight, overwrite=self.is_first_microbatch is True)
-        return None
+        return add_to_main_grad(weight, self.main_grad, dweight, overwrite=self.is_first_microbatch is True)
+
+    def owner(self, weight: Tensor) -> Tensor | None:
+        """Return the weight where it has a main_grad; of any other, backward keeps the FP8 copy alone."""
+        return None if self.main_grad is None else weight
 
     def trained(self, weight: Tensor) -> Tensor:
         """Return the weight for a product in high precision, its gradient sent to main_grad where there is one."""
@@ -250,7 +261,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         wide_x = x if call.wide_wgrad else None
         ctx.save_for_backward(x_q.columns, x_q.scale_inv, weight_q.columns, weight_q.scale_inv, wide_x)
-        ctx.call, ctx.x_dtype, ctx.weight_dtype = call, x.dtype, weight.dtype
+        ctx.call, ctx.x_dtype, ctx.weight_dtype, ctx.owner = call, x.dtype, weight.dtype, call.owner(weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
         return reshaped(fprop(x_q, weight_q, bias, x.dtype), *x.shape[:-1], weight.shape[0])
 
@@ -269,6 +280,6 @@ class _Linear(torch.autograd.Function):
         if needs_dweight:
             x_q = Fp8Tensor(x_columns, x_columns, x_inv)
             wide = None if wide_x is None else (rows, wide_x.reshape(-1, wide_x.shape[-1]))
-            dweight = call.weight_gradient(dy_q, x_q, wide, ctx.weight_dtype)
+            dweight = call.weight_gradient(dy_q, x_q, wide, ctx.weight_dtype, ctx.owner)
         dbias = rows.sum(0).to(ctx.bias_dtype) if needs_dbias else None
         return dx, dweight, dbias, None, None, None

@@ -117,6 +117,7 @@ class _Fp8Mlp(torch.autograd.Function):
         columns = [part for q in operands if isinstance(q, Fp8Tensor) for part in (q.columns, q.scale_inv)]
         ctx.save_for_backward(operands.f, *columns)
         ctx.calls, ctx.activation = rest
+        ctx.owners = [call.owner(weight) for call, weight in zip(ctx.calls, (w1, w2), strict=True)]
         ctx.dtypes = x.dtype, w1.dtype, b1.dtype, w2.dtype
         return reshaped(fprop(operands.a, operands.w2, None, x.dtype), *x.shape[:-1], w2.shape[0])
 
@@ -130,7 +131,7 @@ class _Fp8Mlp(torch.autograd.Function):
         x_dtype, w1_dtype, b1_dtype, w2_dtype = ctx.dtypes
         needs_df = needs_dx or needs_dw1 or needs_db1
         dy_q = call2.quantize_gradient(dy.reshape(-1, dy.shape[-1]), rows=needs_df, columns=needs_dw2)
-        dw2 = call2.weight_gradient(dy_q, a_q, None, w2_dtype) if needs_dw2 else None
+        dw2 = call2.weight_gradient(dy_q, a_q, None, w2_dtype, ctx.owners[1]) if needs_dw2 else None
         if not needs_df:
             return (None, None, None, dw2) + (None,) * 3
         da = dgrad(dy_q, w2_q, x_dtype)
@@ -140,7 +141,7 @@ class _Fp8Mlp(torch.autograd.Function):
         del da, dy_q  # gone before the last two products ask for memory
         df_q = Fp8Tensor(rows, columns, inv)
         dx = dgrad(df_q, w1_q, x_dtype).view(*dy.shape[:-1], len(w1_q.columns)) if needs_dx else None
-        dw1 = call1.weight_gradient(df_q, x_q, None, w1_dtype) if needs_dw1 else None
+        dw1 = call1.weight_gradient(df_q, x_q, None, w1_dtype, ctx.owners[0]) if needs_dw1 else None
         return dx, dw1, db1.to(b1_dtype) if needs_db1 else None, dw2, None, None, None
 
 

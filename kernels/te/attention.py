@@ -170,7 +170,11 @@ class MultiheadAttention(ProjectionModule):
         return torch.stack([rotate(q, at_positions[0]), rotate(k, at_positions[1]), v], -3)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.pop(f"{prefix}core_attention._extra_state", None)
+        for core in (
+            "core_attention",
+            "core_attention.fused_attention",
+        ):  # the latter in Transformer Engine 1.6 and 1.7
+            state_dict.pop(f"{prefix}{core}._extra_state", None)
         for child in (self._first, "key_value"):
             for part in ("query", "key", "value"):
                 for later, name in ((f"{part}_weight", part), (f"{part}_bias", f"{part}_bias")):

@@ -158,11 +158,11 @@ def _has_gradient(value: Any) -> bool:
 
 def _reentrant(call: Callable[..., Any], preserve_rng_state: bool, inputs: list[Any]) -> Any:
     """Return the results of torch's older way, which passes the gradients of a tuple's own tensors alone, in their form."""
-    form: TreeSpec | None = None
+    forms: list[TreeSpec] = []
 
     def flat(*args: Any) -> tuple[Any, ...]:
-        nonlocal form
         leaves, form = tree_flatten(call(*args))
+        forms[:] = [form]
         for leaf in leaves:
             inside = () if isinstance(leaf, Tensor) else getattr(leaf, "__dict__", {}).values()
             if any(isinstance(value, Tensor) for value in inside):
@@ -173,7 +173,7 @@ def _reentrant(call: Callable[..., Any], preserve_rng_state: bool, inputs: list[
         return tuple(leaves)
 
     results = _Reentrant.apply(flat, preserve_rng_state, *inputs)  # type: ignore[no-untyped-call]
-    return tree_unflatten(results, form)
+    return tree_unflatten(results, forms[0])
 
 
 class _Reentrant(torch_checkpoint.CheckpointFunction):

@@ -38,8 +38,12 @@ class Visibility:
     blind: Tensor | None = None
 
 
-def check_attention_mask(mask: Tensor, mask_type: str, sizes: tuple[int, int, int]) -> None:
-    """Raise ValueError unless the mask is bool and (B or 1, 1, Sq or 1, Sk); sizes: B, Sq, Sk."""
+def check_attention_mask(mask: Tensor, mask_type: str, sizes: tuple[int, int, int]) -> Tensor:
+    """Return a bool mask (B or 1, 1, Sq or 1, Sk) or (Sq or 1, Sk) with four dims; raises ValueError for any other.
+
+    sizes: B, Sq, Sk.
+    """
+    given, mask = mask.shape, mask[None, None] if mask.ndim == 2 else mask
     batch, queries, keys = sizes
     if mask_type == "no_mask":
         raise ValueError("attention_mask is given but the mask type is 'no_mask'; use 'arbitrary' or 'padding'")
@@ -48,9 +52,10 @@ def check_attention_mask(mask: Tensor, mask_type: str, sizes: tuple[int, int, in
     legal = ((1, batch), (1,), (1, queries), (keys,))
     if mask.ndim != 4 or any(size not in allowed for size, allowed in zip(mask.shape, legal, strict=True)):
         raise ValueError(
-            f"attention_mask is {tuple(mask.shape)}; it must be (B or 1, 1, Sq or 1, Sk) with B={batch}, Sq={queries}, "
-            f"Sk={keys}"
+            f"attention_mask is {tuple(given)}; it must be (B or 1, 1, Sq or 1, Sk) or (Sq or 1, Sk) with B={batch}, "
+            f"Sq={queries}, Sk={keys}"
         )
+    return mask
 
 
 def visibility(mask: Tensor | None, mask_type: str, sizes: tuple[int, int, int], like: Tensor) -> Visibility:
@@ -66,7 +71,7 @@ def visibility(mask: Tensor | None, mask_type: str, sizes: tuple[int, int, int],
         if queries in (1, keys) or not causal:
             return Visibility(AttentionMask(causal=causal and queries == keys))
     else:
-        check_attention_mask(mask, mask_type, sizes)
+        mask = check_attention_mask(mask, mask_type, sizes)
         if mask.shape[2] == 1 and mask.shape[0] == batch and queries == keys:
             seen = ~mask[:, 0, 0]
             some = seen.cumsum(1) > 0 if causal else seen.any(1, keepdim=True)
@@ -85,8 +90,7 @@ def cross_visibility(mask: Tensor | None, mask_type: str, sizes: tuple[int, int,
         )
     if mask is None:
         return visibility(None, mask_type, sizes, like)
-    check_attention_mask(mask, mask_type, sizes)
-    return _by_bias(~mask, like)
+    return _by_bias(~check_attention_mask(mask, mask_type, sizes), like)
 
 
 def _by_bias(seen: Tensor, like: Tensor) -> Visibility:

@@ -147,6 +147,8 @@ class LayerNormLinear(NormalizedModule, Linear):
         super().__init__(in_features, out_features, bias, **linear_options)
         self.return_layernorm_output = return_layernorm_output
         self._allocate_norm(in_features, eps, normalization, zero_centered_gamma)
+        for name in ("weight", "bias"):  # behind the norm's, as there: optimizers keep their state by position
+            self._parameters[name] = self._parameters.pop(name)
 
     def forward(
         self,

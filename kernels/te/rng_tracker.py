@@ -14,7 +14,7 @@ Names and seeds are Megatron's and Transformer Engine's.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -109,19 +109,17 @@ class DropoutSeeds(NamedTuple):
     attention: Tensor
 
 
-def draw_dropout_seeds(
-    device: torch.device, tracker: RngStatesTracker | None, *, sequence_parallel: bool = False
-) -> DropoutSeeds:
+def draw_dropout_seeds(device: torch.device, tracker: Any, *, sequence_parallel: bool = False) -> DropoutSeeds:
     """Return fresh seeds of a layer's hidden and attention dropout by the rule at the head of this file.
 
-    tracker: None for one process.
+    tracker: None for one process; else an `RngStatesTracker`, or one with Megatron's `fork()`.
 
-    Raises ValueError if the tracker rules another device.
+    Raises ValueError if the tracker says that it rules another device.
     """
     if tracker is None:
         seed = draw_seed(device)
         return DropoutSeeds(seed, seed)
-    if tracker.device.type != device.type:
+    if getattr(tracker, "device", device).type != device.type:
         raise ValueError(
             f"the RNG tracker rules {tracker.device}, the activations are on {device}; make it for {device}"
         )

@@ -106,10 +106,11 @@ class TransformerLayer(ProjectionModule):
         """Return the layer's output, in the shape and dtype of hidden_states, or the dtype of torch.autocast.
 
         hidden_states: (S, B, H), (B, S, H) or (T, H) by attn_input_format; under sequence parallelism this rank's S.
-        attention_mask: (B or 1, 1, S or 1, S) bool, True where a key is hidden, not where it is seen; None hides none. With a
-            causal type it holds besides the order; 'no_mask' takes none and 'arbitrary' needs one. A query that sees no key
-            attends to nothing: zeros, with zero gradients. self_attn_mask_type: in place of the layer's own.
-        encoder_output: (Sk, B, H) or (B, Sk, H), for a decoder. enc_dec_attn_mask: (B or 1, 1, S or 1, Sk) bool, as above.
+        attention_mask: (B or 1, 1, S or 1, S) bool, or (S, S) for all samples alike; True where a key is hidden, not where it
+            is seen; None hides none. With a causal type it holds besides the order; 'no_mask' takes none and 'arbitrary' needs
+            one. A query that sees no key attends to nothing: zeros, with zero gradients. self_attn_mask_type: in place of the
+            layer's own.
+        encoder_output: (Sk, B, H) or (B, Sk, H), for a decoder. enc_dec_attn_mask: (B or 1, 1, S or 1, Sk) or (S, Sk), alike.
         is_first_microbatch: see `Linear.forward`.
         checkpoint_core_attention: compute scores and probabilities again in backward instead of keeping them.
         inference_params: an `InferenceParams`, or an object with its attributes. Self-attention then sees the keys of earlier

@@ -74,6 +74,10 @@ class AttentionMask:
         borders, longest = self.cu_seqlens, self.max_length
         if borders is None or longest is None:
             return None
+        if borders.is_cpu and not torch.compiler.is_compiling() and borders[-1] != num_tokens:
+            raise ValueError(
+                f"cu_seqlens ends with {int(borders[-1])}, but there are {num_tokens} rows; they must be equal"
+            )
         return self._once("rows", lambda: _rows_when_padded(borders, longest, num_tokens))
 
     def additive(self, size: int, like: Tensor) -> Tensor | None:
@@ -161,8 +165,8 @@ def attention(
     recompute: what backward computes again in place of keeping it: with `dropout` the probabilities after dropout, with `core`
         those before it too, from scores on. The Triton path and the one without dropout keep nothing of size S * S anyway.
     stochastic: let the Triton backward add dQ atomically where that is faster; its last bits then vary from run to run.
-    Raises ValueError for a packed qkv without a mask that has cu_seqlens, and the other way round; and for a mask of another
-    size.
+    Raises ValueError for a packed qkv without a mask that has cu_seqlens, and the other way round; for a mask of another size;
+    on a CPU for rows that differ from the last border.
     """
     if qkv.ndim != (5 if mask.cu_seqlens is None else 4):
         raise ValueError(
@@ -299,12 +303,8 @@ def _fake_product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None,
     batch, length = qkv.shape[:2] if bias is None or rows is None else (bias.shape[0], bias.shape[-1])
     kept = qkv.new_empty((batch * heads, length, length))
     dropped = qkv.new_empty(kept.shape if rest[-1] else 0)
-    return (
-        qkv.new_empty((*qkv.shape[:-3], heads * size)),
-        qkv.new_empty((3, batch * heads, length, size)),
-        kept,
-        dropped,
-    )
+    out = qkv.new_empty((*qkv.shape[:-3], heads * size))
+    return out, qkv.new_empty((3, batch * heads, length, size)), kept, dropped
 
 
 @operator(

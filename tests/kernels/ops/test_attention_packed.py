@@ -134,3 +134,12 @@ def test_a_packed_layer_compiles_into_one_graph_for_every_number_of_tokens():
             compiled_y, compiled_gradients = run_layer(compiled, x, mask, dy)
         assert torch.equal(y, compiled_y)
         torch.testing.assert_close(compiled_gradients, gradients)
+
+
+@pytest.mark.parametrize("rows", [6, 8])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_rows_that_differ_from_the_last_border_are_refused(rows, p):
+    mask = AttentionMask(cu_seqlens=torch.tensor([0, 3, 7], dtype=torch.int32), max_length=4)
+    attention(torch.randn(7, 3, 2, 4), mask, p, torch.tensor(1), 1)
+    with pytest.raises(ValueError, match=f"cu_seqlens ends with 7, but there are {rows} rows"):
+        attention(torch.randn(rows, 3, 2, 4), mask, p, torch.tensor(1), 1)
