@@ -106,7 +106,7 @@ class MultiheadAttention(ProjectionModule):
             else:
                 context = cached_attention(qkv[:, :, 0], *known, seen)
         out, bias = self.proj(self._batch_first(context), is_first_microbatch=is_first_microbatch)
-        return out, bias, residual
+        return out, self._handed_out(bias), residual
 
     def _joined(self, parts: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias for a projection that has none of its own."""

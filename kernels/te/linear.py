@@ -91,7 +91,7 @@ class Linear(ProjectionModule):
 
     def _returned(self, bias: Tensor | None) -> Tensor | None:
         """Return the bias for the caller, who adds it to this rank's output."""
-        return self._replicated(bias) if self.parallel_mode == "row" else bias
+        return self._handed_out(self._replicated(bias) if self.parallel_mode == "row" else bias)
 
     def _choose(self, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if not self.skip_weight_param_allocation:

@@ -117,8 +117,9 @@ class LayerNormMLP(NormalizedModule):
         bias = self._replicated(self.fc2_bias)
         if bias is not None and not self.return_bias:
             out = out + cast_like(out, bias)
-        extra = ((bias,) if self.return_bias else ()) + ((normalized,) if self.return_layernorm_output else ())
-        return (out, *extra) if extra else out
+        results: tuple[Tensor | None, ...] = (out, self._handed_out(bias)) if self.return_bias else (out,)
+        results += (normalized,) if self.return_layernorm_output else ()
+        return results if len(results) > 1 else out
 
     def _transform(self, x: Tensor, amax: Tensor | None, is_first_microbatch: bool | None) -> Tensor:
         """Return the result of both products and what is between them, without the second bias. amax: of x."""

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 
 from ..fp8.linear import Fp8State
 from ..fp8.project import project, runs_fp8
+from ..layers.inner_modules import has_hooks
 from ..ops.autocast import autocast_dtype
 from ..ops.main_grad import into_main_grad, main_grad_of
 from ..ops.parallel_linear import ParallelMode
@@ -238,6 +239,13 @@ class ProjectionModule(nn.Module):
         if not (self.options.fuse_wgrad_accumulation and weight.requires_grad and torch.is_grad_enabled()):
             return None
         return main_grad_of(weight)
+
+    def _handed_out(self, bias: Tensor | None) -> Tensor | None:
+        """Return a bias for a caller that adds it later: a copy where FSDP may have freed the parameter's memory by then."""
+        managed = has_hooks(self) or not isinstance(
+            bias, nn.Parameter
+        )  # by FSDP 2, or by FSDP 1, which puts views there
+        return bias.clone() if bias is not None and managed else bias
 
     def _check_parallelism(self, parallel: bool, remedy: str) -> None:
         """Raise ValueError where ranks share the module but divide nothing of it."""
