@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 from ....kernels.errors import UserError
 from ....kernels.parallel.collectives import TensorParallel
 from ..catalog.lookup import Policies
-from ..catalog.paths import owner_of
+from ..catalog.paths import join, owner_of
 from ..swapping.fused_layer import CACHE_NAMES
 from .plan import make_plan
 from .shard import apply_plan
@@ -80,7 +80,8 @@ class Portable:
     """A model as it goes to another process.
 
     One of transformers is built there once more from its config, because the hooks with which it records hidden states cannot
-    be pickled, and building registers its class; tensors: its parameters and buffers by name. Any other is pickled: `model`.
+    be pickled, and building registers its class; tensors: its parameters, buffers and tensors among attributes, by name. Any
+    other is pickled: `model`.
     """
 
     model: nn.Module | None = None
@@ -93,9 +94,12 @@ class Portable:
     def of(model: nn.Module) -> "Portable":
         if not any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
             return Portable(model)
-        tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(
-            model.named_buffers(remove_duplicate=False)
-        )
+        tensors = {
+            join(path, name): value
+            for path, module in model.named_modules()
+            for name, value in (*module._parameters.items(), *module._buffers.items(), *vars(module).items())
+            if isinstance(value, Tensor)
+        }
         generation: Any = getattr(model, "generation_config", None)
         return Portable(None, type(model), model.config, generation, tensors)  # type: ignore[arg-type]
 

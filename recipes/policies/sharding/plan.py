@@ -304,10 +304,9 @@ class _Planner:
                     if not isinstance(module, expected) or own_name != "weight":
                         self._problem(policy.__name__, f"{rule}: {name} is not the weight of an nn.{expected.__name__}")
                         continue
-                    names = [f"{owner}.{own}" for own, tensor in module.named_parameters(recurse=False)]
-                    yield Projection(
-                        kind, "vocabulary", owner, module, dict.fromkeys(names, Partition(0)), layer.replace
-                    )
+                    names = (one for tensor in module.parameters(recurse=False) for one in self.names[id(tensor)])
+                    own = (one for one in names if self.model.get_submodule(one.rpartition(".")[0]) is module)
+                    yield Projection(kind, "vocabulary", owner, module, dict.fromkeys(own, Partition(0)), layer.replace)
 
     def _replaced_modules(self, policy: type[Policy]) -> Iterator[tuple[nn.Module, Any]]:
         for name, replacement in policy.replace_modules().items():
