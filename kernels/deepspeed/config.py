@@ -58,6 +58,8 @@ class DeepSpeedTransformerConfig:
     return_tuple: `forward` returns the 1-tuple (output,) instead of the output.
     training: whether a new layer starts in training mode; `module.train()` and `module.eval()` decide afterwards.
     max_seq_length: longest sequence a layer accepts; not set for any length. From DeepSpeed's tutorial.
+    layer_id, test_gemm, is_grad_enabled: attributes there, which programs set; they change nothing. Of `deepspeed_config` of a
+        layer, layer_id is that layer's.
     """
 
     batch_size: int = -1
@@ -81,6 +83,9 @@ class DeepSpeedTransformerConfig:
     return_tuple: bool = False
     training: bool = True
     max_seq_length: int = field(default=-1, kw_only=True)
+    layer_id: int = field(default=-1, kw_only=True)
+    test_gemm: bool = field(default=False, kw_only=True)
+    is_grad_enabled: bool = field(default=True, kw_only=True)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__dataclass_fields__:
@@ -128,6 +133,8 @@ class DeepSpeedTransformerConfig:
     def _check_types(self) -> None:
         for entry in dataclasses.fields(self):
             value = getattr(self, entry.name)
+            if entry.name == "layer_id" and value is None:
+                continue  # as DeepSpeed's own tests set it
             kind = {int: Integral, float: Real, bool: bool}[entry.type]  # type: ignore[index]
             if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
                 raise ValueError(

@@ -5,6 +5,7 @@
 """
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple, overload
 
@@ -17,6 +18,9 @@ from ..ops.attention.attention import AttentionMask
 from ..ops.attention.hiding_bias import lowest_score
 from ..ops.dropout import draw_seed
 from .config import DeepSpeedTransformerConfig
+
+# As DeepSpeed calls what its own tests compare; of the fused parameters it reports the values' rows.
+_REPORTED = {"attn_qkv": "V", "attn_o": "O", "attn_n": "N2", "inter_": "int", "output_": "out", "norm_": "norm"}
 
 
 class _Linear(NamedTuple):
@@ -135,6 +139,7 @@ class DeepSpeedTransformerLayer(TransformerLayer):
             self._copy_initial("initial_biases", initial_biases, "b")
         self.train(config.training)
         self.layer_id = DeepSpeedTransformerLayer.layer_id if layer_id is None else layer_id
+        self.deepspeed_config.layer_id = self.layer_id
         DeepSpeedTransformerLayer.layer_id += 1
 
     @torch.no_grad()
@@ -172,7 +177,7 @@ class DeepSpeedTransformerLayer(TransformerLayer):
         encoder_attention_mask: None = None,
         past_key_value: None = None,
         output_attentions: bool = False,
-        grads: None = None,
+        grads: list[Any] | None = None,
     ) -> Tensor | tuple[Tensor]:
         """Return the layer's output, (B, S, H) in the dtype of hidden_states; in a 1-tuple with return_tuple.
 
@@ -180,8 +185,10 @@ class DeepSpeedTransformerLayer(TransformerLayer):
         the softmax, (B, 1, 1, S) or (B, S), any float dtype, usually 0 for tokens and -10000 for padding; None for no
         padding. -inf, or what hidden_states' dtype cannot hold, counts as half the lowest value that it can, so that a
         sequence of padding alone stays finite. No gradient flows into it.
+        grads: for tests, as there: backward appends [gradient, name] of each parameter, of attn_qkvw and attn_qkvb the values'.
         The other arguments are there for callers that pass their defaults. Raises ValueError if one of them has another
-        value, for a mask of another shape or kind, and for an input larger than batch_size or max_seq_length allow.
+        value, for a mask of another shape or kind, an input of another dtype than the parameters, and one larger than
+        batch_size or max_seq_length allow.
         """
         refused = {
             "head_mask": head_mask,
@@ -190,19 +197,33 @@ class DeepSpeedTransformerLayer(TransformerLayer):
             "encoder_attention_mask": encoder_attention_mask,
             "past_key_value": past_key_value,
             "output_attentions": output_attentions or None,
-            "grads": grads,
         }
         for name, value in refused.items():
             if value is not None:
                 raise ValueError(f"{name} was given, but the layer cannot honour it; call the layer without it")
         self._check_input(hidden_states)
+        if grads is not None and torch.is_grad_enabled():
+            self._report_gradients(grads)
         bias = None if attention_mask is None else _key_bias(attention_mask, hidden_states)
         output = super().forward(hidden_states, AttentionMask(bias=bias))
         return (output,) if self.deepspeed_config.return_tuple else output
 
+    def _report_gradients(self, grads: list[Any]) -> None:
+        for (name, reported), kind in itertools.product(_REPORTED.items(), "wb"):
+            rows, label = (
+                slice(2 * self.config.hidden_size if reported == "V" else 0, None),
+                f"{reported}_{kind.upper()}",
+            )
+            getattr(self, name + kind).register_hook(lambda g, rows=rows, label=label: grads.append([g[rows], label]))
+
     def _check_input(self, hidden_states: Tensor) -> None:
         if hidden_states.dim() != 3:
             raise ValueError(f"hidden_states has shape {tuple(hidden_states.shape)}; give it as (B, S, H)")
+        dtype = self.attn_qkvw.dtype
+        if hidden_states.dtype != dtype:
+            raise ValueError(
+                f"hidden_states is {hidden_states.dtype}, the parameters are {dtype}; convert one of them, as by .to({dtype})"
+            )
         limits = {
             "batch_size": self.deepspeed_config.batch_size,
             "max_seq_length": self.deepspeed_config.max_seq_length,

@@ -1,6 +1,7 @@
 """DeepSpeed's config of the layer: its defaults, how it is filled, what it refuses, what of it reaches the layer."""
 
 import copy
+import dataclasses
 import json
 import math
 
@@ -13,7 +14,7 @@ from xformer_train.kernels.deepspeed.layer import DeepSpeedTransformerLayer
 
 def test_every_default_is_deepspeeds():
     fresh = DeepSpeedTransformerConfig()
-    on = {"pre_layer_norm", "adjust_init_range", "training"}
+    on = {"pre_layer_norm", "adjust_init_range", "training", "is_grad_enabled"}
     off = {
         "fp16",
         "normalize_invertible",
@@ -21,9 +22,10 @@ def test_every_default_is_deepspeeds():
         "attn_dropout_checkpoint",
         "stochastic_mode",
         "return_tuple",
+        "test_gemm",
     }
     unset = {"batch_size", "hidden_size", "intermediate_size", "heads", "attn_dropout_ratio", "hidden_dropout_ratio"}
-    unset |= {"num_hidden_layers", "initializer_range", "local_rank", "seed", "max_seq_length"}
+    unset |= {"num_hidden_layers", "initializer_range", "local_rank", "seed", "max_seq_length", "layer_id"}
     expected = (
         dict.fromkeys(on, True) | dict.fromkeys(off, False) | dict.fromkeys(unset, -1) | {"layer_norm_eps": 1e-12}
     )
@@ -113,3 +115,17 @@ def test_each_flag_reaches_the_core(flag, value):
 
 def test_the_number_of_layers_is_needed_only_to_adjust_the_start():
     layer(adjust_init_range=False, num_hidden_layers=-1)
+
+
+def test_attributes_that_programs_set_there_are_taken_and_change_nothing():
+    """As the unit tests of DeepSpeed's kernels build a config."""
+    config = DeepSpeedTransformerConfig()
+    assert (config.layer_id, config.test_gemm, config.is_grad_enabled) == (-1, False, True)
+    config.layer_id, config.test_gemm, config.is_grad_enabled = None, True, False
+    config.hidden_size, config.heads, config.num_hidden_layers, config.initializer_range = 24, 3, 2, 0.02
+    config.attn_dropout_ratio = config.hidden_dropout_ratio = 0.0
+    made = DeepSpeedTransformerLayer(7, config)
+    assert made.layer_id == made.deepspeed_config.layer_id == 7
+    assert config.layer_id is None
+    with pytest.raises(ValueError, match="test_gemm=1 is of type int"):
+        DeepSpeedTransformerLayer(dataclasses.replace(config, test_gemm=1))

@@ -114,8 +114,8 @@ def test_arguments_of_deepspeeds_forward_are_refused_unless_they_have_their_defa
             made(x, **{name: torch.ones(3)})
     with pytest.raises(ValueError, match="output_attentions was given"):
         made(x, output_attentions=True)
-    with pytest.raises(ValueError, match="grads was given"):
-        made(x, grads=[])
+    with pytest.raises(ValueError, match=r"hidden_states is torch\.float64, the parameters are torch\.float32"):
+        made(x.double())
 
 
 def test_input_beyond_the_configured_sizes_is_refused():
@@ -190,3 +190,28 @@ def test_activation_checkpointing_with_a_dropout_seed_reproduces_the_masks(reent
     torch.manual_seed(1)
     checkpoint(made, x, use_reentrant=reentrant).square().sum().backward()
     assert torch.equal(plain, x.grad)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, True), (torch.float16, False), (torch.bfloat16, True)])
+def test_an_input_of_another_dtype_than_the_parameters_is_refused(dtypes):
+    dtype, fp16 = dtypes
+    x = torch.zeros(2, 5, 24, dtype=dtype)
+    with pytest.raises(ValueError, match="convert one of them"):
+        layer(fp16=fp16)(x)
+
+
+@pytest.mark.parametrize("pre_layer_norm", [True, False])
+def test_gradients_are_reported_by_the_names_of_deepspeeds_own_tests(pre_layer_norm):
+    made, found = perturbed(layer(pre_layer_norm=pre_layer_norm)), []
+    made(torch.randn(2, 5, 24), grads=found).square().sum().backward()
+    reported = {name: gradient for gradient, name in found}
+    assert len(found) == len(reported) == 12
+    for short in ("O", "int", "out", "norm", "N2", "V"):
+        ours = {"O": "attn_o", "int": "inter_", "out": "output_", "norm": "norm_", "N2": "attn_n", "V": "attn_qkv"}[
+            short
+        ]
+        for kind in ("w", "b"):
+            gradient = made.get_parameter(ours + kind).grad
+            assert torch.equal(reported[f"{short}_{kind.upper()}"], gradient[-24:] if short == "V" else gradient), short
+    with torch.no_grad():
+        made(torch.randn(2, 5, 24), grads=found)
