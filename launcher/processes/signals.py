@@ -48,6 +48,8 @@ class StopRequest:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is None and self._asked is not None:
+            self._asked[0].wait()  # all have asked; what is still under way when Python ends aborts the process
         for number, handler in self._previous.items():
             signal.signal(number, _nothing if error is None and number != signal.SIGINT else handler)
 

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal
@@ -36,6 +37,7 @@ _FOREIGN_RANKS = {
 
 _MEETING = "meeting"  # key of the store that counts arrivals
 _FIRST_POLL_S, _LAST_POLL_S = 0.001, 0.5
+_LAST_RELEASES_S = 0.1
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # the names and numbers of glibc's malloc.h
 
@@ -212,9 +214,17 @@ def _own_group(ranks: np.ndarray, rank: int) -> dist.ProcessGroup | None:
 
 
 def stop_processes() -> None:
-    """Take the process group down; without one nothing happens. After it `start_processes` may be called again."""
+    """Take the process group down; without one nothing happens. After it `start_processes` may be called again.
+
+    All processes wait for each other first, but where an error is on its way. DeepSpeed keeps its groups of ZeRO stage 3 for
+    ever, and a thread of theirs that asks for Python's lock once Python ends aborts the process.
+    """
     if not dist.is_initialized():
         return
+    if sys.exception() is None:
+        with suppress(RuntimeError):  # gloo's type: another process has failed, and says so itself
+            dist.barrier()
+        time.sleep(_LAST_RELEASES_S)  # without Python's lock, for threads that drop what they have sent
     # DeepSpeed's function, not torch's: it also forgets the groups that DeepSpeed keeps in module variables.
     import deepspeed.comm
 

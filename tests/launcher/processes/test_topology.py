@@ -237,6 +237,29 @@ def test_two_processes_under_a_quiet_deepspeed_launcher_print_their_own_lines_on
     assert run_training(tmp_path, command, DS_ACCELERATOR="cpu") == ["own line of 0 of 2", "own line of 1 of 2"]
 
 
+@pytest.mark.slow
+def test_work_that_is_under_way_at_the_end_does_not_abort_the_process():
+    """With a group that something keeps, as DeepSpeed does at ZeRO stage 3; without a wait, about every third time."""
+    program = """
+import builtins
+import torch
+import torch.distributed as dist
+from xformer_train.launcher.processes.topology import start_processes, stop_processes
+
+start_processes(60)
+builtins.kept = dist.group.WORLD
+for _ in range(5000):
+    dist.all_reduce(torch.ones(1000), async_op=True)
+stop_processes()
+"""
+    variables = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=variables, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_memory_is_used_again_without_asking_the_system():
     """Counted in page faults of 4 KiB over ten equal tensors of 64 MiB, after some with which the heap grows."""
