@@ -40,9 +40,7 @@ Gather = Callable[[Any], list[Any]]
 
 @dataclass(frozen=True)
 class _Save:
-    folder: Path
     id: str
-    is_main: bool
     state: dict[str, Any]
     """Of state.json, without `files`."""
     tensors: dict[str, Any]
@@ -51,10 +49,6 @@ class _Save:
     """By name in the checkpoint, a file or folder to copy, or the text itself."""
     problems: list[OSError] = field(default_factory=list)
     """What is wrong already."""
-
-    @property
-    def unfinished(self) -> Path:
-        return self.folder / f".{self.id}.tmp"
 
 
 class CheckpointSaver:
@@ -146,14 +140,14 @@ class CheckpointSaver:
             "loss_scaler": loss_scaler_record(engine),
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        return _Save(self._folder, checkpoint_id, topology.is_main, record, tensors, others, problems)
+        return _Save(checkpoint_id, record, tensors, others, problems)
 
     def _run(self, job: _Save, started_s: float) -> None:
         """Carry out one save, from the copy of the state to the removal of older checkpoints. No error leaves it."""
         try:
-            _write(job, lambda value: self._topology.gather(value, self._group))
+            _write(job, self._folder, self._topology.is_main, lambda value: self._topology.gather(value, self._group))
             _LOG.info("saved checkpoint %s: written and verified in %.3f s", job.id, time.monotonic() - started_s)
-            if job.is_main:
+            if self._topology.is_main:
                 self._prune(job.id)
         except LostProcessError as error:
             self._crash = error
@@ -203,18 +197,18 @@ def engine_facts(engine: Any) -> dict[str, Any]:
     }
 
 
-def _write(job: _Save, gather: Gather) -> None:
+def _write(job: _Save, folder: Path, is_main: bool, gather: Gather) -> None:
     """Make the checkpoint; called by all processes. gather: every process's value, in order of rank, on every process.
 
     Raises OSError on every process alike if the operating system refused something to one of them.
     """
-    folder, unfinished, pointer = job.folder, job.unfinished, job.folder / f".{LATEST}.tmp"
+    unfinished, pointer = folder / f".{job.id}.tmp", folder / f".{LATEST}.tmp"
     records: dict[str, FileRecord] = {}
 
     def begin() -> None:
         if job.problems:
             raise job.problems[0]
-        if job.is_main:
+        if is_main:
             if not folder.is_dir():
                 folder.mkdir(parents=True)
                 flush_folder(folder.parent)
@@ -235,7 +229,7 @@ def _write(job: _Save, gather: Gather) -> None:
                 raise OSError(f"{name} reads back otherwise than it was written; the disk may be failing")
 
     def finish() -> None:
-        if not job.is_main:
+        if not is_main:
             return
         files = {name: record._asdict() for each in everyones for name, record in each.items()}
         write_text(unfinished / STATE, store.sealed({**job.state, "files": dict(sorted(files.items()))}))
@@ -252,7 +246,7 @@ def _write(job: _Save, gather: Gather) -> None:
     for work in (begin, write, finish):
         problem = _problem_anywhere(work, gather)
         if problem is not None:
-            if job.is_main and work is not begin:
+            if is_main and work is not begin:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 pointer.unlink(missing_ok=True)
             remedy = "free space there or make it writable (earlier checkpoints are as they were)"

@@ -22,9 +22,9 @@ def fill_mask(
         quiet(debug)  # before anything that imports DeepSpeed
         from ..trained_models import sampling
 
-        opened = sampling.open_model(run, checkpoint_id, "fill-mask")
-        typer.echo(opened.title, err=True)
-        masks = sampling.fill_mask(opened.module, opened.tokenizer, text, top_k)  # type: ignore[arg-type]
+        title, model, tokenizer = sampling.open_model(run, checkpoint_id, "fill-mask")
+        typer.echo(title, err=True)
+        masks = sampling.fill_mask(model, tokenizer, text, top_k)  # type: ignore[arg-type]
         for number, candidates in enumerate(masks, start=1):
             if len(masks) > 1:
                 typer.echo(f"mask {number}")

@@ -26,7 +26,7 @@ def sample(  # noqa: PLR0913, PLR0917  each parameter is an option of the comman
         quiet(debug)  # before anything that imports DeepSpeed
         from ..trained_models import sampling
 
-        opened = sampling.open_model(run, checkpoint_id, "sample")
-        typer.echo(opened.title, err=True)
+        title, model, tokenizer = sampling.open_model(run, checkpoint_id, "sample")
+        typer.echo(title, err=True)
         options = sampling.Sampling(max_new_tokens, temperature, top_k, seed, greedy)
-        typer.echo(sampling.sample(opened.module, opened.tokenizer, prompt, options))  # type: ignore[arg-type]
+        typer.echo(sampling.sample(model, tokenizer, prompt, options))  # type: ignore[arg-type]

@@ -65,16 +65,9 @@ class Lamb(torch.optim.Optimizer):
         self._slices: dict[int, Slice] = {}
         self._data_group: ProcessGroup | None = None
         self._device: torch.device | None = None
-        options = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "bias_correction": bias_correction,
-            "convention": convention,
-            "max_coeff": max_coeff,
-            "min_coeff": min_coeff,
-        }
+        options: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        options |= {"bias_correction": bias_correction, "convention": convention}
+        options |= {"max_coeff": max_coeff, "min_coeff": min_coeff}
         super().__init__(params, options)
 
     def __setstate__(self, state: dict[str, Any]) -> None:

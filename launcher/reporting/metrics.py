@@ -85,11 +85,8 @@ class RunLog:
     def log_step(self, record: StepRecord) -> None:
         """Write one row, one point per series and one line."""
         rates = rates_of(record, self._peak_flops)
-        row = {
-            "step": record.step,
-            "epoch": record.epoch,
-            "samples": record.samples,
-            "loss": record.loss,
+        row: dict[str, Any] = {name: getattr(record, name) for name in ("step", "epoch", "samples", "loss")}
+        row |= {
             **record.losses,
             "lr": record.lr,
             "grad_norm": record.grad_norm,

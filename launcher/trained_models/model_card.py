@@ -66,11 +66,7 @@ The vocabulary is the tokenizer's {config["vocab_size"]:,} symbols; rows that fi
 
 
 def _facts(
-    checkpoint: Path,
-    saved: Mapping[str, Any],
-    run: RunConfig,
-    config: Mapping[str, Any],
-    state: Mapping[str, Tensor],
+    checkpoint: Path, saved: Mapping[str, Any], run: RunConfig, config: Mapping[str, Any], state: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, str]]:
     engine, model, data = saved["engine"], run.model, run.data
     yield "parameters", f"{sum(tensor.numel() for tensor in state.values()):,}, {config['torch_dtype']}"

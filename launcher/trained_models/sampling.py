@@ -16,17 +16,8 @@ from .pretrained import open_pretrained
 MASK = "[MASK]"
 
 
-@dataclass(frozen=True)
-class OpenedModel:
-    """A model that a command uses; title: a line that says which model it is."""
-
-    title: str
-    module: nn.Module
-    tokenizer: RunTokenizer
-
-
-def open_model(run: Path, checkpoint_id: str | None, command: str) -> OpenedModel:
-    """Return the model that `--run` and `--id` name.
+def open_model(run: Path, checkpoint_id: str | None, command: str) -> tuple[str, nn.Module, RunTokenizer]:
+    """Return a line that says which model `--run` and `--id` name, the model and its tokenizer.
 
     Raises UserError if another command than this one is for its type, or it has no tokenizer.
     """
@@ -39,7 +30,7 @@ def open_model(run: Path, checkpoint_id: str | None, command: str) -> OpenedMode
     if trained.tokenizer is None:
         raise UserError(f"{run} has no tokenizer.json or vocab.txt; save its tokenizer there")
     title = f"{place}: {model.type}, {model.num_hidden_layers} layers, hidden size {model.hidden_size:,}"
-    return OpenedModel(title, trained.build(), trained.tokenizer)
+    return title, trained.build(), trained.tokenizer
 
 
 @dataclass(frozen=True)
