@@ -5,9 +5,9 @@ from collections.abc import Callable, Sequence
 from torch import nn
 
 from ....kernels.errors import UserError
-from . import models
+from .models import FAMILIES
 from .policy import Policy
-from .shipped_policy import ShippedPolicy, by_class
+from .shipped_policy import Family, ShippedPolicy
 
 Policies = type[Policy] | Sequence[type[Policy]] | None
 
@@ -25,14 +25,14 @@ def policies_for(model: nn.Module) -> list[type[Policy]]:
     if not found:
         raise UserError(
             f"no policy is shipped for {type(model).__name__}; write one and give it as policy (docs/huggingface.md shows "
-            f"how), or use one of these models: {shipped_models(lambda _: True)}"
+            f"how), or use one of these models: {shipped_models(bool)}"
         )
     return list(found)
 
 
-def shipped_models(offers: Callable[[type[ShippedPolicy]], bool]) -> str:
-    """Return the models of the shipped policies that `offers` something, in words."""
-    return ", ".join(sorted({name.split(".")[2] for name, policy in SHIPPED.items() if offers(policy)}))
+def shipped_models(offers: Callable[[Family], object]) -> str:
+    """Return the models of the families that `offers` something, in words."""
+    return ", ".join(sorted({name.split(".")[2] for name, policy in SHIPPED.items() if offers(policy.family)}))
 
 
 def _policy_of(cls: type) -> type[Policy] | None:
@@ -54,8 +54,5 @@ def resolve_policies(model: nn.Module, policy: Policies) -> list[type[Policy]]:
 
 
 SHIPPED: dict[str, type[ShippedPolicy]] = {
-    layer_class: policy
-    for family in vars(models).values()
-    if isinstance(family, type) and issubclass(family, ShippedPolicy) and family is not ShippedPolicy
-    for layer_class, policy in by_class(family).items()
+    layer_class: policy for family in FAMILIES for layer_class, policy in family.policies().items()
 }

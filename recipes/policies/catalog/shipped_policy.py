@@ -1,38 +1,24 @@
-"""Shipped policies as data: a subclass of `ShippedPolicy` says where models keep what, and inherits the methods."""
+"""Shipped policies as data: a `Family` says where models keep what, and makes a policy for each class of layers."""
 
+import functools
 import importlib
 import itertools
 import re
-from typing import ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import nn
 
-from .layer import Layer
+from .layer import Description, Layer
 from .policy import Policy
 
 
 class ShippedPolicy(Policy):
-    """A policy whose rules are texts that `paths` reads; a module holds a weight and perhaps a bias."""
+    """What the policies made by `Family.policies` have in common."""
 
-    models: ClassVar[str]
-    """The classes of layers, each as "bert.BertLayer" for transformers.models.bert.modeling_bert.BertLayer."""
+    family: ClassVar["Family"]
     layer_class: ClassVar[str]
-    """The one of them that this class is of, by its qualified name."""
-    attention: ClassVar[str] = "->"
-    """From queries, keys and values to the output."""
-    mlp: ClassVar[str] = "->"
-    """From hidden to intermediate size, and from there back."""
-    counts: ClassVar[str] = ""
-    """Attributes that count heads or their columns."""
-    norm_paths: ClassVar[str] = ""
-    whole: ClassVar[str] = ""
-    words: ClassVar[str] = "word_embedding{,s} embed_tokens shared wte embed_in tokens_embed w embeddings"
-    """The ends of names of embeddings; a model has some of them."""
-    logits: ClassVar[str] = (
-        "{predictions,lm_head}.decoder pred_layer.proj lm_head generator_lm_head vocab_projector embed_out output_projection "
-        "lm_loss"
-    )
-    """The ends of names of the projections to these words."""
 
     @classmethod
     def original_layer_class(cls) -> type[nn.Module]:
@@ -41,40 +27,57 @@ class ShippedPolicy(Policy):
         return found
 
     @classmethod
-    def divided(cls) -> list[str]:
-        return [path for path, *_ in paths(cls.counts)]
+    def describe(cls, config: Any) -> Description | None:
+        fields = (cls.family.description or {}).items()
+        given = {name: getattr(config, value) if isinstance(value, str) else value for name, value in fields}
+        return Description(**given) if given else None
 
-    @classmethod
-    def attn_qkv(cls) -> list[Layer]:
-        return _layers(cls.attention.split("->")[0])
 
-    @classmethod
-    def attn_out(cls) -> list[Layer]:
-        return _layers(cls.attention.split("->")[1])
+@dataclass(frozen=True)
+class Family:
+    """Models with the same modules. All texts name paths below a layer, as `paths` reads them.
 
-    @classmethod
-    def mlp_in(cls) -> list[Layer]:
-        return _layers(cls.mlp.split("->")[0])
+    models: classes of layers, each as "bert.BertLayer" for transformers.models.bert.modeling_bert.BertLayer.
+    attention: "a -> b", from queries, keys and values to the output; mlp: from hidden to intermediate size and back. These are
+    modules with a weight and perhaps a bias; biases: parameters of attention that are no module's.
+    counts: attributes that count heads or their columns. norms: as `Policy.norms` says. whole: modules that stay whole.
+    words, logits: ends of names of embeddings, and of the projections to these words; a model has some of them.
+    description: fields of a `Description`, texts being the config's names for them.
+    """
 
-    @classmethod
-    def mlp_out(cls) -> list[Layer]:
-        return _layers(cls.mlp.split("->")[1])
+    models: str
+    attention: str = "->"
+    mlp: str = "->"
+    counts: str = ""
+    biases: str = ""
+    norms: str = ""
+    whole: str = ""
+    words: str = "word_embedding{,s} embed_tokens shared wte embed_in tokens_embed w embeddings"
+    logits: str = (
+        "{predictions,lm_head}.decoder pred_layer.proj lm_head generator_lm_head vocab_projector embed_out lm_loss "
+        "output_projection"
+    )
+    description: Mapping[str, Any] | None = None
 
-    @classmethod
-    def norms(cls) -> list[Layer]:
-        return _layers(cls.norm_paths)
-
-    @classmethod
-    def embeddings(cls) -> list[Layer]:
-        return [Layer(f"{path}.weight", ignore_checker=True) for path, *_ in paths(cls.words)]
-
-    @classmethod
-    def head(cls) -> list[Layer]:
-        return [Layer(f"{path}.weight", ignore_checker=True) for path, *_ in paths(cls.logits)]
-
-    @classmethod
-    def replicated(cls) -> list[str]:
-        return [path for path, *_ in paths(cls.whole)]
+    def policies(self) -> dict[str, type[ShippedPolicy]]:
+        """A policy for each class of layers, by the qualified name of that class."""
+        texts = (*self.attention.split("->"), *self.mlp.split("->"), self.norms)
+        rules: dict[str, list[Any]] = dict(
+            zip(("attn_qkv", "attn_out", "mlp_in", "mlp_out", "norms"), map(_layers, texts), strict=True)
+        )
+        rules["attn_qkv"] += [Layer(bias=path) for path, *_ in paths(self.biases)]
+        for rule, text in (("embeddings", self.words), ("head", self.logits)):
+            rules[rule] = [Layer(f"{path}.weight", ignore_checker=True) for path, *_ in paths(text)]
+        for rule, text in (("divided", self.counts), ("replicated", self.whole)):
+            rules[rule] = [path for path, *_ in paths(text)]
+        methods: dict[str, Any] = {rule: staticmethod(functools.partial(list, one)) for rule, one in rules.items()}
+        found = {}
+        for model in self.models.split():
+            folder, *module, name = model.split(".")
+            layer_class = ".".join(["transformers.models", folder, *(module or [f"modeling_{folder}"]), name])
+            fields = {"family": self, "layer_class": layer_class, **methods}
+            found[layer_class] = type(f"{name}Policy", (ShippedPolicy,), fields)
+        return found
 
 
 def _layers(text: str) -> list[Layer]:
@@ -96,14 +99,4 @@ def paths(text: str) -> list[tuple[str, int | None, bool]]:
         choices = [part.split(",") for part in re.split("[{}]", path)]
         for steps in itertools.product(*choices):
             found.append(("".join(steps), int(n_fused) if n_fused else None, word.endswith("?")))
-    return found
-
-
-def by_class(family: type[ShippedPolicy]) -> dict[str, type[ShippedPolicy]]:
-    """A policy for each class of layers of a family, by the qualified name of that class."""
-    found = {}
-    for model in family.models.split():
-        folder, *module, name = model.split(".")
-        layer_class = ".".join(["transformers.models", folder, *(module or [f"modeling_{folder}"]), name])
-        found[layer_class] = type(family.__name__, (family,), {"layer_class": layer_class})
     return found

@@ -153,7 +153,9 @@ class _Planner:
                     place.name, f"its {block} has a projection that is cut, and none out of it that joins the parts"
                 )
         self._fill_arguments(place)
-        self._check_heads(place)
+        if any(one.block == "attention" for one in place.projections):
+            for count, name in sorted(self._heads(place.config).items()):
+                self._share(place.name, count, f"{count} heads ({name} of the config)")
         return place
 
     def _projection(self, place: Place, kind: Kind, block: Block, layer: Layer) -> Projection | None:
@@ -236,18 +238,16 @@ class _Planner:
             elif name not in optional:
                 self._problem(place.name, f"{path} of divided does not exist")
         if dead:
-            heads = {
-                f"{path}.{one}": getattr(module, one, None) for path, module in place.holders.items() for one in _HEADS
-            }
-            counts = self._heads(place.config)
-            left = [name for name, count in heads.items() if count in counts and name not in place.arguments]
+            counts, left = self._heads(place.config), ""
+            for path, module in place.holders.items():
+                whole_ones = (one for one in _HEADS if getattr(module, one, None) in counts)
+                left = next((name for one in whole_ones if (name := join(path, one)) not in place.arguments), left)
             for path in dead:
+                what = f"{path} of replace_arguments does not exist"
                 if left:
-                    self._problem(
-                        place.name, f"{path} of replace_arguments does not exist, and {left[0]} stays as it is"
-                    )
+                    self._problem(place.name, f"{what}, and {left} stays as it is")
                 else:
-                    self.notes[f"{path} of replace_arguments does not exist; it is left out"].append(place.name)
+                    self.notes[f"{what}; it is left out"].append(place.name)
 
     def _optional(self, place: Place) -> set[str]:
         """Beginnings of paths at which nothing stands, and a rule allows it."""
@@ -259,11 +259,6 @@ class _Planner:
         """The numbers of heads in the config, each with one of its names."""
         found = {getattr(config, name, None): name for name in reversed(_HEADS)}
         return {count: name for count, name in found.items() if isinstance(count, int) and count > 0}
-
-    def _check_heads(self, place: Place) -> None:
-        if any(one.block == "attention" for one in place.projections):
-            for count, name in sorted(self._heads(place.config).items()):
-                self._share(place.name, count, f"{count} heads ({name} of the config)")
 
     def _check_whole_parameters(self, places: Sequence[Place]) -> None:
         """Matrices in no rule, as large as those in one: beside these they would compute with whole heads."""

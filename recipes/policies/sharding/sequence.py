@@ -36,7 +36,7 @@ def check_sequence_parallel(plan: Plan) -> None:
     if reason is not None:
         raise UserError(
             f"sequence_parallel=True: {reason}; leave it out, or use one of these models without cross-attention: "
-            f"{shipped_models(lambda policy: bool(policy.norms()))}"
+            f"{shipped_models(lambda family: family.norms)}"
         )
 
 

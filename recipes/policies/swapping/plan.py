@@ -302,7 +302,7 @@ class _Planner:
     def _raise_problems(self) -> None:
         if not self.problems:
             return
-        models = shipped_models(lambda policy: policy.describe is not Policy.describe)
+        models = shipped_models(lambda family: family.description)
         raise UserError(
             f"{type(self.model).__name__} cannot be swapped:\n"
             + problem_list(self.problems, self.model)

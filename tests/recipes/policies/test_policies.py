@@ -313,7 +313,7 @@ def test_rules_may_allow_absence():
 
 def test_a_policy_whose_layers_the_model_lacks_is_unused():
     message = error_of(grouped(), [GroupedPolicy, BERT])
-    assert "BertPolicy: the model has no BertLayer, to whose layers the policy applies" in message
+    assert "BertLayerPolicy: the model has no BertLayer, to whose layers the policy applies" in message
     absent = [Layer("other.weight", ignore_checker=True)]
     empty = dict.fromkeys(("attn_qkv", "attn_out", "mlp_in", "mlp_out"), absent)
     assert "blocks.0 and 1 more: no rule of Changed finds a tensor" in error_of(
@@ -339,7 +339,7 @@ def test_plans_that_configs_carry_become_policies():
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("t5", "T5Policy names no norms"), ("bert_decoder", "bert.encoder.layer.1 has cross-attention")],
+    [("t5", "T5BlockPolicy names no norms"), ("bert_decoder", "bert.encoder.layer.1 has cross-attention")],
 )
 def test_sequence_parallelism_says_where_it_works(name, reason):
     model = MODELS[name].build()

@@ -25,7 +25,6 @@ from torch import nn
 
 from xformer_train.recipes.policies import revert, swap
 from xformer_train.recipes.policies.catalog.lookup import SHIPPED
-from xformer_train.recipes.policies.catalog.policy import Policy
 from xformer_train.recipes.policies.swapping.fused_layer import _WITHOUT_INFLUENCE, CACHE_NAMES, FusedLayer
 
 
@@ -179,14 +178,14 @@ def test_greedy_generation_is_the_stock_models(attention, cache):
     assert torch.equal(found, model.generate(**given, **beams))
 
 
-@pytest.mark.parametrize("policy", [policy for policy in SHIPPED.values() if policy.describe is not Policy.describe])
+@pytest.mark.parametrize("policy", [policy for policy in SHIPPED.values() if policy.family.description])
 def test_stock_layers_have_no_argument_that_fused_ones_do_not_know_by_name(policy):
     parameters = inspect.signature(policy.original_layer_class().forward).parameters
     _, first, *others = (name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD)
     assert first == "hidden_states"
     assert "attention_mask" in others
     # DistilBERT is never a decoder, and its layers know no cache.
-    assert len(set(CACHE_NAMES) & set(others)) == (policy.__name__ != "DistilBertPolicy")
+    assert len(set(CACHE_NAMES) & set(others)) == (policy.__name__ != "TransformerBlockPolicy")
     refused = {"encoder_hidden_states"}
     assert set(others) <= {"attention_mask", *CACHE_NAMES, *_WITHOUT_INFLUENCE} | refused
 

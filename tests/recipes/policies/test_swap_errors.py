@@ -221,7 +221,7 @@ def test_wrong_use_is_said_in_one_sentence():
             lambda: flex.bert.encoder.layer[0](x),
             "attn_implementation is 'flex_attention'; fused layers know the masks of",
         ),
-        (lambda: swap(MODELS["bart"].build()), "BartPolicy does not describe what the layer computes"),
+        (lambda: swap(MODELS["bart"].build()), "BartEncoderLayerPolicy does not describe what the layer computes"),
         (lambda: swap(MODELS_WITH_POLICIES["grouped"].build()), "no policy is shipped for Grouped"),
         (lambda: swap(MODELS_WITH_POLICIES["openai"].build(), OpenAIGPTPolicy), "OpenAIGPTPolicy does not describe"),
         (lambda: swap(build("bert"), GPT2Policy), "the model has no GPT2Block, to whose layers the policy applies"),
