@@ -18,7 +18,7 @@ from ..processes.topology import Topology
 from .files import file_access, listed, read_file, restore_random_state, understood
 from .resharding import Saved, load_resharded, own_part
 from .saving import engine_facts
-from .store import damage, not_verified, read_state
+from .store import damage, not_verified, read_state, refuse_damaged
 
 # Settings of training that stand in the model's config but change no weight: a later run may set them anew.
 FREE_MODEL_KEYS = frozenset({"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"})
@@ -45,8 +45,8 @@ def check(checkpoint: Path, model: Mapping[str, Any], precision: Precision | Non
         remedy = "set it so, or load.what=weights to start a new run from its weights"
         raise UserError(f"{checkpoint} was trained in {trained_in}, this run has {precision}; {remedy}")
     files = state["files"]
-    if problems := damage(checkpoint, files, contents=False) or damage(checkpoint, not_verified(checkpoint, files)):
-        raise UserError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
+    refuse_damaged(checkpoint, damage(checkpoint, files, contents=False))
+    refuse_damaged(checkpoint, damage(checkpoint, not_verified(checkpoint, files)))
     return state
 
 
@@ -55,11 +55,10 @@ def check_optimizer(checkpoint: Path, moments: Set[str], kind: str) -> None:
     with understood(checkpoint):
         theirs = Saved(checkpoint, read_state(checkpoint)).moments()
     if theirs and theirs != moments:
-        raise UserError(
-            f"{checkpoint} was trained by another optimizer, which kept {', '.join(sorted(theirs))} of each parameter; "
-            f"optimizer.type={kind} keeps {', '.join(sorted(moments)) or 'nothing'}: set that of the checkpoint, or "
-            "load.what=weights to start a new run from its weights"
-        )
+        kept, keeps = (", ".join(sorted(names)) or "nothing" for names in (theirs, moments))
+        what = f"{checkpoint} was trained by another optimizer, which kept {kept} of each parameter"
+        remedy = "set that of the checkpoint, or load.what=weights to start a new run from its weights"
+        raise UserError(f"{what}; optimizer.type={kind} keeps {keeps}: {remedy}")
 
 
 class _EqualSizes(TorchFunctionMode):

@@ -18,7 +18,7 @@ import re
 import shutil
 import string
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -95,6 +95,12 @@ def problems_of(checkpoint: Path, *, contents: bool = True) -> list[str]:
     """Return what is wrong with a checkpoint as `damage` does, or that its state.json cannot be used; empty if it is whole."""
     found = _state_or_problem(checkpoint)
     return [found] if isinstance(found, str) else damage(checkpoint, found["files"], contents=contents)
+
+
+def refuse_damaged(checkpoint: Path, problems: Sequence[str]) -> None:
+    """Raise UserError if there are problems, such as `damage` returns."""
+    if problems:
+        raise UserError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
 
 
 def verify_together(checkpoint: Path, topology: "Topology") -> list[str]:

@@ -29,10 +29,9 @@ def solve_batch(training: TrainingConfig, num_replicas: int) -> BatchPlan:
     train, micro = training.train_batch_size, training.micro_batch_size
     steps = training.gradient_accumulation_steps
     if train is None and micro is None:
-        raise UserError(
-            "training.train_batch_size: no batch size is given; give training.train_batch_size (sequences per step, over "
-            "all replicas of the model) or training.micro_batch_size (sequences per forward pass of one replica), or both"
-        )
+        whole = "training.train_batch_size (sequences per step, over all replicas of the model)"
+        part = "training.micro_batch_size (sequences per forward pass of one replica)"
+        raise UserError(f"training.train_batch_size: no batch size is given; give {whole} or {part}, or both")
     steps = steps or (train // (micro * num_replicas) if train and micro else 1)
     micro = micro or (train or 0) // (steps * num_replicas)
     plan = BatchPlan(micro * steps * num_replicas, micro, steps, num_replicas)

@@ -121,10 +121,9 @@ def only_run(lock: Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, whose lock children inherit and may keep
         except BlockingIOError:
             file.seek(0)
-            raise UserError(
-                f"output folder {lock.parent} is in use by another run, {file.read()}; wait for its end, or start this one "
-                f"with another --job_name (if that process is gone with its machine, remove {lock})"
-            ) from None
+            remedy = "wait for its end, or start this one with another --job_name"
+            what = f"output folder {lock.parent} is in use by another run, {file.read()}; {remedy}"
+            raise UserError(f"{what} (if that process is gone with its machine, remove {lock})") from None
         except OSError as error:
             why = f"{lock} cannot be locked ({error.strerror})"
             console.warn(f"{why}, so nothing keeps another run out of this directory")

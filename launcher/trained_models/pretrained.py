@@ -59,9 +59,7 @@ class Pretrained:
 def from_checkpoint(checkpoint: Path) -> Pretrained:
     """Return the model of a checkpoint of any ZeRO stage and number of processes. Raises UserError if it is damaged."""
     state = store.read_state(checkpoint)
-    problems = store.damage(checkpoint, state["files"])
-    if problems:
-        raise UserError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
+    store.refuse_damaged(checkpoint, store.damage(checkpoint, state["files"]))
     facts = dict(state["model"])
     with understood(checkpoint):
         task = facts.pop("sentence_task")

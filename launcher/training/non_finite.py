@@ -50,12 +50,8 @@ class NumericsGuard:
 
     def state(self) -> dict[str, Any]:
         """Return what a guard must know to go on from here, as JSON values."""
-        return {
-            "skipped_in_a_row": self._skipped_in_a_row,
-            "rollbacks": self._rollbacks,
-            "losses": list(self._losses),
-            "in_spike": self._in_spike,
-        }
+        counts = {"skipped_in_a_row": self._skipped_in_a_row, "rollbacks": self._rollbacks}
+        return {**counts, "losses": list(self._losses), "in_spike": self._in_spike}
 
     def check_step(self, engine: Any, step: int, samples: range, diagnose: Callable[[], str]) -> None:
         """Judge a step that the engine has ended.

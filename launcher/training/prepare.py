@@ -137,12 +137,10 @@ def _warn_of_schedule_jump(setup: Setup, progress: Progress, then: int | None) -
     lengths = (then, setup.schedule_steps)
     before, now = (learning_rate(config.schedule, config.optimizer.lr, length, clock) for length in lengths)
     if abs(now - before) > 0.01 * config.optimizer.lr:
-        console.warn(
-            f"the schedule was {then:,} steps long and is {setup.schedule_steps:,} now, so the learning rate jumps from "
-            f"{before:.2e} to {now:.2e}; another run with load.path and load.rewarmup begins a schedule anew",
-            _LOG,
-            shown=setup.topology.is_main,
-        )
+        what = f"the schedule was {then:,} steps long and is {setup.schedule_steps:,} now"
+        what += f", so the learning rate jumps from {before:.2e} to {now:.2e}"
+        remedy = "another run with load.path and load.rewarmup begins a schedule anew"
+        console.warn(f"{what}; {remedy}", _LOG, shown=setup.topology.is_main)
 
 
 def _open_directory(config: RunConfig, topology: Topology, held: ExitStack, *, resume: bool) -> RunDirectory:

@@ -126,10 +126,8 @@ def _steps_text(setup: "Setup", progress: "Progress") -> str:
         steps_to_go * batch_size / setup.data.train.num_samples,
         batch_size * setup.config.data.max_seq_length,
     )
-    return (
-        f"{setup.total_steps:,}{done}; {epochs:,.2f} epochs to go, of up to {_millions(tokens)} tokens a step, "
-        f"{_millions(tokens * steps_to_go)} in all"
-    )
+    to_go = f"{epochs:,.2f} epochs to go, of up to {_millions(tokens)} tokens a step"
+    return f"{setup.total_steps:,}{done}; {to_go}, {_millions(tokens * steps_to_go)} in all"
 
 
 def _cadence(every_steps: int | None) -> str:

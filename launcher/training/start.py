@@ -177,10 +177,11 @@ class Continued(NextPhase):
 
     def progress(self, data_fingerprint: str) -> Progress:
         if self.state.get("data_fingerprint") != data_fingerprint:
-            raise UserError(
-                f"run {self.config.name} stopped at step {self.saved.step:,} on other data, another sequence length or another "
-                f"seed, so it cannot be continued exactly; start a new run with --job_name and --load_training_checkpoint"
+            what = (
+                f"run {self.config.name} stopped at step {self.saved.step:,} on other data, another sequence length or "
             )
+            what += "another seed, so it cannot be continued exactly"
+            raise UserError(f"{what}; start a new run with --job_name and --load_training_checkpoint")
         return self.saved
 
 
@@ -209,10 +210,8 @@ def has_checkpoint(directory: RunDirectory, topology: Topology) -> bool:
 
     def look() -> bool:
         if directory.has_metrics and store.has_lost_all(directory.checkpoints):
-            raise UserError(
-                f"output folder {directory.root} holds metrics of a run, but {directory.checkpoints} no checkpoint any more; "
-                "bring the checkpoints back, or start anew with --job_name"
-            )
+            what = f"output folder {directory.root} holds metrics of a run, but {directory.checkpoints} no checkpoint any more"
+            raise UserError(f"{what}; bring the checkpoints back, or start anew with --job_name")
         return bool(store.entries(directory.checkpoints))
 
     return by_main(topology, look)
@@ -227,12 +226,7 @@ def _named_by_load(config: RunConfig, topology: Topology) -> Path:
     path = Path(str(config.load.path))
     checkpoint = by_main(topology, lambda: store.resolve(path, config.load.id))
     problems = store.verify_together(checkpoint, topology)
-
-    def refuse_damage() -> None:
-        if problems:
-            raise UserError(f"{checkpoint} is damaged: {', '.join(problems)}; choose another checkpoint")
-
-    by_main(topology, refuse_damage)
+    by_main(topology, lambda: store.refuse_damaged(checkpoint, problems))
     return checkpoint
 
 
