@@ -5,8 +5,10 @@ size are made from it and turned into it. A fused parameter, the queries, keys a
 so that every process holds its heads of each.
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,26 +16,54 @@ from torch import Tensor, nn
 from ..errors import UserError
 from .collectives import Group, group_rank, group_size
 
+_KEPT = "_kept_marks"  # the attribute of a module that holds its _Marks
+
 
 @dataclass(frozen=True)
 class Partition:
-    """How a full tensor is cut: along `dim`; parts: sizes of the fused parts along it, in order, None for one part."""
+    """How a full tensor is cut: along `dim`; parts: sizes of the fused parts along it, in order, None for one part.
+
+    rows: of the full tensor that are no padding, None for all.
+    """
 
     dim: int
     parts: tuple[int, ...] | None = None
+    rows: int | None = None
 
 
-def mark_sharded(parameter: nn.Parameter, partition: Partition) -> None:
+class _Marks(dict[str, Partition]):
+    """The partitions of a module's own parameters, by name. A copy of the module marks its parameters by them."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter | None]) -> None:
+        super().__init__()
+        self.parameters = parameters
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Marks":
+        copied = _Marks(copy.deepcopy(self.parameters, memo))  # those of the module's copy, or about to be
+        copied.update(self)
+        copied.renew()
+        return copied
+
+    def renew(self) -> None:
+        for name, partition in self.items():
+            parameter = self.parameters.get(name)
+            if parameter is not None:
+                mark_sharded(parameter, partition)
+
+
+def mark_sharded(parameter: Tensor, partition: Partition) -> None:
     """Says on the parameter that it is a shard, by Megatron's names.
 
     DeepSpeed's gradient norm reads `tensor_model_parallel`: it counts marked parameters on every process of a tensor-parallel
-    group and others on the first alone. `partition_parts` is ours, for `partitions_of`.
+    group and others on the first alone. `partition_parts` and `partition_rows` are ours. A copy of the parameter has no marks
+    unless `keep_marks` was called.
     """
     marks = {
         "tensor_model_parallel": True,
         "partition_dim": partition.dim,
         "partition_stride": 1,
         "partition_parts": partition.parts,
+        "partition_rows": partition.rows,
     }
     for name, value in marks.items():
         setattr(parameter, name, value)
@@ -44,13 +74,46 @@ def is_sharded(parameter: Tensor) -> bool:
     return bool(getattr(parameter, "tensor_model_parallel", False))
 
 
+def keep_marks(module: nn.Module) -> None:
+    """Writes the marks of the module's parameters on the modules that own them, where copies of the module keep them.
+
+    So do pickles, and `load_state_dict(assign=True)`, which replaces parameters; the new ones are marked.
+    """
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is None or not is_sharded(parameter):
+                continue
+            if _KEPT not in vars(inner):
+                vars(inner)[_KEPT] = _Marks(inner._parameters)
+                inner.register_load_state_dict_post_hook(_renew)
+            vars(inner)[_KEPT][name] = _partition_on(parameter)
+
+
 def partitions_of(module: nn.Module) -> dict[str, Partition]:
-    """The partition of every parameter of the module that `mark_sharded` marked, by the names of its state dict."""
-    return {
-        name: Partition(parameter.partition_dim, parameter.partition_parts)  # type: ignore[attr-defined]
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-        if is_sharded(parameter)
-    }
+    """The partition of every parameter of the module that is a shard, by the names of its state dict.
+
+    Raises ValueError where a module has a kept mark for a parameter that it has no more, as behind a parametrization.
+    """
+    found = {}
+    for path, inner in module.named_modules(remove_duplicate=False):
+        prefix, kept = f"{path}." if path else "", vars(inner).get(_KEPT, {})
+        own = {name: parameter for name, parameter in inner._parameters.items() if parameter is not None}
+        for name in kept.keys() - own.keys():
+            raise UserError(
+                f"{prefix}{name} is marked as a shard, and the module has no such parameter any more; remove what took its "
+                f"place, as pruning and parametrizations do"
+            )
+        marked = {name: _partition_on(parameter) for name, parameter in own.items() if is_sharded(parameter)}
+        found.update({prefix + name: partition for name, partition in (marked | kept).items()})
+    return found
+
+
+def _partition_on(parameter: Any) -> Partition:
+    return Partition(parameter.partition_dim, parameter.partition_parts, parameter.partition_rows)
+
+
+def _renew(module: nn.Module, _: Any) -> None:
+    vars(module)[_KEPT].renew()
 
 
 @torch.no_grad()
@@ -68,6 +131,7 @@ def shard_parameters(module: nn.Module, partitions: Mapping[str, Partition], gro
             parameter = nn.Parameter(shard, parameter.requires_grad)
             setattr(module.get_submodule(owner), own_name, parameter)
         mark_sharded(parameter, partition)
+    keep_marks(module)
 
 
 @torch.no_grad()
@@ -168,11 +232,11 @@ def join_state_dicts(shards: Sequence[Mapping[str, Tensor]], partitions: Mapping
 def _replicated(copies: Sequence[Tensor], name: str) -> Tensor:
     """The first of equal tensors."""
     first = copies[0]
-    for rank, copy in enumerate(copies):
-        if copy.shape != first.shape or copy.dtype != first.dtype:
-            found = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (copy, first)]
+    for rank, other in enumerate(copies):
+        if other.shape != first.shape or other.dtype != first.dtype:
+            found = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (other, first)]
             difference = f"is {found[0]} on process {rank} and {found[1]} on process 0"
-        elif not torch.equal(copy, first):
+        elif not torch.equal(other, first):
             difference = f"has other values on process {rank} than on process 0"
         else:
             continue

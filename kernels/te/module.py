@@ -17,7 +17,7 @@ from ..ops.autocast import autocast_dtype
 from ..ops.main_grad import into_main_grad, main_grad_of
 from ..ops.parallel_linear import ParallelMode
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
-from ..parallel.sharding import initialize_sharded
+from ..parallel.sharding import initialize_sharded, keep_marks
 
 Initializer = Callable[[Tensor], Any]
 DEFAULT_INIT: Initializer = functools.partial(nn.init.normal_, mean=0.0, std=0.023)
@@ -173,6 +173,7 @@ class ProjectionModule(nn.Module):
             shape[dim] *= options.ranks
             sizes = [shape[dim] // parts] * parts
             initialize_sharded(parameter, start.init, shape, dim, options.tp_group, sizes if parts > 1 else None)
+            keep_marks(self)
         start.version = parameter._version
 
     def _enter(self, inp: Tensor, size: int, size_name: str) -> Tensor:

@@ -1,6 +1,7 @@
 """Tensor and sequence parallelism against one process, with groups of two and four of four processes; and what needs none."""
 
 import copy
+import pickle
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -9,7 +10,10 @@ import torch
 from distributed.workers.tensor_parallel import CHECKS, SEED, worker
 from helpers.spawn import run_processes
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.optim.swa_utils import AveragedModel
 
+from xformer_train.kernels import LayerConfig, LayerStack, te
 from xformer_train.kernels.ops.dropout import draw_seed
 from xformer_train.kernels.ops.linear import linear
 from xformer_train.kernels.ops.loss.vocab_parallel import (
@@ -21,7 +25,9 @@ from xformer_train.kernels.parallel import collectives as tp
 from xformer_train.kernels.parallel.sharding import (
     Partition,
     initialize_sharded,
+    is_sharded,
     join_state_dicts,
+    keep_marks,
     mark_sharded,
     partitions_of,
     shard_state_dict,
@@ -169,6 +175,46 @@ class Fused(nn.Module):
             mark_sharded(parameter, Partition(0, (8, 4, 4)))
         mark_sharded(self.out.weight, Partition(1))
         self.tied = self.qkv
+
+
+def own_layers():
+    module = Fused()
+    keep_marks(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: LayerStack(LayerConfig(32, 2, 64), 2),
+        lambda: te.TransformerLayer(32, 64, 2, set_parallel_mode=True),
+        own_layers,
+    ],
+    ids=["layers", "te", "a layer of one's own"],
+)
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module)), lambda module: AveragedModel(module).module],
+    ids=["deepcopy", "pickle", "AveragedModel"],
+)
+def test_copies_keep_the_marks_of_their_parameters(build, copied):
+    module = build()
+    expected = {name for name, parameter in module.named_parameters() if is_sharded(parameter)}
+    assert len(expected) > 2
+    ours = copied(module)
+    for _ in range(2):
+        assert partitions_of(ours) == partitions_of(module)
+        assert {name for name, parameter in ours.named_parameters() if is_sharded(parameter)} == expected
+        ours.load_state_dict({name: tensor.clone() for name, tensor in module.state_dict().items()}, assign=True)
+
+
+def test_a_marked_parameter_that_a_parametrization_hides_is_no_whole_one():
+    module = own_layers()
+    parametrize.register_parametrization(module.out, "weight", nn.Identity())
+    with pytest.raises(
+        ValueError, match=r"^out\.weight is marked as a shard, and the module has no such parameter any more"
+    ):
+        partitions_of(module)
 
 
 def test_a_state_dict_goes_to_another_size_and_back():
