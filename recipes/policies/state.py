@@ -4,16 +4,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...kernels.errors import UserError
 from ...kernels.parallel.sharding import Partition, join_shards
+from .sharding.modules import Sharded
 from .swapping.fused_layer import stock_partitions
 
 
 def full_state_dict(model: nn.Module, tp_group: dist.ProcessGroup) -> dict[str, Tensor]:
     """The state dict that the model had before `shard`, bit for bit, on the CPU of every process; call it on all of the group.
 
-    A copy, that later steps do not change. Parameters that are tied are one tensor. The model may be swapped.
+    A copy, that later steps do not change. Parameters that are tied are one tensor. The model may be swapped, or a copy.
+
+    Raises ValueError for a model of which nothing is marked as a shard, and where adapters stand around shards.
     """
     partitions = stock_partitions(model)
+    if not partitions:
+        raise UserError(
+            f"no parameter of this {type(model).__name__} is marked as a shard; give the model that shard(model, group) cut, "
+            f"or a copy of it"
+        )
+    for module in model.modules():
+        if isinstance(module, Sharded):
+            module.check_place()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     whole: dict[int, Tensor] = {}
     state = {}
@@ -24,8 +36,7 @@ def full_state_dict(model: nn.Module, tp_group: dist.ProcessGroup) -> dict[str, 
             if partition is None:
                 whole[id(parameter)] = own.to("cpu", copy=True)
             else:
-                joined = _gather(own, partition, name, tp_group)
-                whole[id(parameter)] = joined[: getattr(parameter, "vocabulary_size", None)]
+                whole[id(parameter)] = _gather(own, partition, name, tp_group)[: partition.rows]
         state[name] = whole[id(parameter)]
     return state
 

@@ -105,6 +105,37 @@ def test_models_train_under_autocast(results, name):
         assert ours == pytest.approx(expected, rel=5e-3)  # bf16 has 8 bits
 
 
+@pytest.mark.parametrize("kind", ["deepcopy", "trained", "averaged", "assigned"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen3_plan", "forgetful"])
+def test_copies_of_a_sharded_model_are_sharded_models(results, name, kind):
+    for result in of(results, "copies", name, 2):
+        found = result[kind]
+        assert found["state"] and found["marks"]
+        assert found["gradients"] < GRADIENTS
+
+
+def test_what_would_make_another_model_of_a_sharded_one_is_refused(results):
+    for said in of(results, "changes", "bert", 2):
+        assert "is sharded" in said["resize"] and "resize_token_embeddings before shard(model, group)" in said["resize"]
+        assert "no parameter of this BertForPreTraining is marked as a shard" in said["unsharded"]
+        for place, owner in (("query", "BertSelfAttention"), ("dense", "BertSelfOutput")):
+            for moment in ("forward", "state"):
+                assert f"{place} of a {owner} is a Lora now" in said[f"{place} {moment}"]
+        assert "bert.encoder.layer.1.attention.self.key.weight is marked as a shard" in said["pruned"]
+
+
+def test_a_norm_between_two_products_is_found_when_it_is_trained_later(results):
+    for result in of(results, "unfrozen", "forgetful", 2):
+        name_and_error = largest(result)
+        assert name_and_error[1] < GRADIENTS, name_and_error
+
+
+def test_hidden_states_that_enter_around_the_products_are_refused_by_name(results):
+    for result in of(results, "around", "grouped", 2):
+        assert "out: a row-parallel product of GatedBlock depends on gate.bias, gate.weight" in result["said"]
+        assert "let attn_qkv() or mlp_in() of the policy name what takes hidden states there" in result["said"]
+
+
 def test_every_check_ran_on_every_process_of_its_groups(results):
     expected = {(check.__name__, name, size) for check, names, size in CHECKS for name in names}
     assert results.keys() == expected

@@ -277,6 +277,40 @@ class T5OldPolicy(Policy):
         return T5Block
 
 
+class ForgetfulPolicy(GroupedPolicy):
+    """Does not say that all heads use one norm of queries."""
+
+    @staticmethod
+    def shared_by_heads():
+        return []
+
+
+class GatedBlock(Block):
+    """With a gate of the attention's output that hidden states reach around the projections."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.gate = nn.Linear(config.hidden_size, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(self.norms[0](x)).sigmoid()
+        with_gate = self.out.register_forward_pre_hook(lambda _, args: (args[0] * gate,))
+        try:
+            return super().forward(x)
+        finally:
+            with_gate.remove()
+
+
+class Gated(Grouped):
+    """Two blocks whose gates have partial gradients in part."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.blocks = nn.ModuleList([GatedBlock(config) for _ in range(2)])
+
+
+GATED = Small(Gated, {}, lambda generator: {"x": torch.randn(2, 6, 16, generator=generator)}, lambda _: GroupedPolicy)
+
 MODELS_WITH_POLICIES: dict[str, Small] = {
     "openai": Small(
         "OpenAIGPTLMHeadModel",
@@ -286,6 +320,15 @@ MODELS_WITH_POLICIES: dict[str, Small] = {
     ),
     "grouped": Small(
         Grouped, {}, lambda generator: {"x": torch.randn(2, 6, 16, generator=generator)}, lambda config: GroupedPolicy
+    ),
+    "forgetful": Small(
+        Grouped, {}, lambda generator: {"x": torch.randn(2, 6, 16, generator=generator)}, lambda config: ForgetfulPolicy
+    ),
+    "apertus_plan": Small(  # whose activation is learnt, two numbers a layer, which its plan does not say
+        "ApertusForCausalLM",
+        WORDS | SIZES | ENDS | {"num_key_value_heads": 2},
+        decoder_text,
+        Policy.from_tp_plan,
     ),
     "llama_plan": Small(
         "LlamaForCausalLM", WORDS | SIZES | ENDS | {"num_key_value_heads": 2}, decoder_text, Policy.from_tp_plan

@@ -25,11 +25,26 @@ class Sharded(nn.Module):
 
     parallel: the processes that hold the other shards. random: of the dropout between a column- and a row-parallel product,
     None: of one's own choice. in_attention: whether the module stands in attention, where tokens are not independent.
+    place: the module that has this one, and under which name. look_behind: of a row-parallel product, see `PartialGradients`.
     """
 
     parallel: TensorParallel = ONE_PROCESS
     random: RankRandom | None = None
     in_attention: bool = False
+    place: tuple[nn.Module, str] | None = None
+    look_behind: Callable[[Tensor], None] | None = None
+
+    def check_place(self) -> None:
+        """Raise ValueError where another module has taken the place of this one, which it then calls."""
+        if self.place is None:
+            return
+        owner, name = self.place
+        found = owner._modules.get(name)
+        if found is not self:
+            raise UserError(
+                f"{name} of a {type(owner).__name__} is a {type(found).__name__} now, around a shard that it knows nothing of; "
+                f"remove it: a sharded model takes no adapters, but merge them before shard(model, group)"
+            )
 
     @property
     def mp_group(self) -> Group:
@@ -38,6 +53,7 @@ class Sharded(nn.Module):
 
     def column_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """This process's columns of x @ weight.T + bias, (B, S, N/t); weight: (N/t, K)."""
+        self.check_place()
         if self.random is not None and self.training:
             self.random.enter(x.device)
         x, weight, bias = _autocast(x, weight, bias)
@@ -49,6 +65,9 @@ class Sharded(nn.Module):
 
     def row_parallel(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x @ weight.T + bias of all processes, (B, S, N), with sequence parallelism this process's (B, S/t, N)."""
+        self.check_place()
+        if self.look_behind is not None:
+            self.look_behind(x)
         if self.random is not None:
             self.random.leave()
         x, weight, bias = _autocast(x, weight, bias)
@@ -125,6 +144,7 @@ class VocabParallelEmbedding(Sharded, nn.Embedding):
     """An nn.Embedding that holds V/t of its rows, after padding V to a multiple of t; its result is replicated."""
 
     def forward(self, input: Tensor) -> Tensor:  # named as in nn.Embedding
+        self.check_place()
         y = vocab_parallel_embedding(input, self.weight, self.parallel.group)
         if self.padding_idx is None:
             return y
@@ -140,6 +160,7 @@ class VocabParallelLinear(Sharded, nn.Linear):
     vocabulary_size: int
 
     def forward(self, x: Tensor) -> Tensor:
+        self.check_place()
         x, weight, bias = _autocast(x, self.weight, self.bias)
         y = column_parallel_linear(x, weight, bias, self.parallel.group)
         return gather_from_group(y, self.parallel.group)[..., : self.vocabulary_size]
@@ -155,6 +176,12 @@ def become(module: nn.Module, cls: Any, *, keep_overrides: bool = False) -> None
         module.__class__ = cls
     elif not issubclass(own, cls):
         module.__class__ = type(cls.__name__, (own, cls) if keep_overrides else (cls, own), {})
+
+
+def give_group(module: nn.Module, group: Group) -> None:
+    """Sets `mp_group` as parallelformers' modules have it, on a class of its own: a copy of the module can copy no group."""
+    cls = type(module)
+    module.__class__ = type(cls.__name__, (cls,), {"mp_group": group, "__module__": cls.__module__})
 
 
 def projection_class(module: nn.Module) -> str | None:

@@ -1,5 +1,7 @@
 """Dropout that differs over the processes of a group, in models that draw it from torch's default generator."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,9 @@ class RankRandom:
         self._parallel = parallel
         self._generator: torch.Generator | None = None
         self._outer: Tensor | None = None  # the state that the default generator had outside
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RankRandom":
+        return self  # copies of a model share it, because hooks refer to it
 
     @property
     def active(self) -> bool:

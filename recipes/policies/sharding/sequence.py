@@ -15,9 +15,7 @@ from ....kernels.parallel.collectives import (
     gather_from_group,
     gather_from_sequence,
     scatter_to_group,
-    sum_gradient_over,
 )
-from ....kernels.parallel.sharding import is_sharded
 from ..catalog.lookup import shipped_models
 from .plan import Plan
 from .rank_random import RankRandom
@@ -51,9 +49,6 @@ def divide_sequence(model: nn.Module, plan: Plan, parallel: TensorParallel, rand
 
     for place in plan.places:
         stacks.setdefault(place.name.rpartition(".")[0], []).append(place.module)
-        for parameter in place.module.parameters():
-            if not is_sharded(parameter):
-                sum_gradient_over(parameter, parallel.group)
         for holder in place.holders.values():
             holder.register_forward_pre_hook(_on_input(gather_tokens), with_kwargs=True)
         # All dropout of a layer is of this process's tokens or heads.

@@ -5,6 +5,7 @@ out of it a process computes its own heads and columns; everything else is repli
 token.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -14,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ....kernels.errors import UserError
-from ....kernels.parallel.collectives import TensorParallel, sum_gradient_over
-from ....kernels.parallel.sharding import is_sharded, mark_sharded, take_shard
+from ....kernels.parallel.collectives import TensorParallel
+from ....kernels.parallel.sharding import is_sharded, keep_marks, mark_sharded, take_shard
 from ..catalog.lookup import Policies
 from ..catalog.paths import ABSENT, find, owner_of
 from .agreement import check_first_forward
@@ -30,9 +31,11 @@ from .modules import (
     VocabParallelEmbedding,
     VocabParallelLinear,
     become,
+    give_group,
     projection_class,
 )
-from .plan import Plan, Projection, make_plan
+from .partial_gradients import PartialGradients
+from .plan import Place, Plan, Projection, make_plan
 from .rank_random import RankRandom
 from .sequence import check_sequence_parallel, divide_sequence
 
@@ -59,9 +62,11 @@ def shard(
 
     Afterwards every process must be given the same batch, and have torch's (and numpy's) default generators seeded alike:
     dropout of whole activations is then equal on all, that of attention probabilities and of intermediate activations differs.
-    A parameter that is cut carries the marks of `kernels.sharding.mark_sharded`. Attention weights that a model returns are
+    A parameter that is cut carries the marks of `kernels.sharding.mark_sharded`, and so do those of copies. Whole parameters
+    between two products, as norms of queries, get the sum of their gradients. Attention weights that a model returns are
     those of this process's heads. The first forward asks whether batches and generators are equal, and raises a ValueError
     if not. `save_pretrained` must be given the `full_state_dict`. Call it before optimizers or DeepSpeed engines are made.
+    Afterwards `resize_token_embeddings` is an error, and so is a pass through adapters or other modules around what is cut.
 
     Raises ValueError without a group, for a model without a policy, for a model that is sharded already, under
     sequence_parallel for a model that does not support it, and one for all rules that do not fit.
@@ -78,8 +83,9 @@ def shard(
     _broadcast(model, tp_group)
     apply_plan(model, plan, TensorParallel(tp_group, sequence_parallel))
     check_first_forward(model, tp_group)
-    if hasattr(model, "save_pretrained"):
-        model.save_pretrained = functools.partial(_save_whole, model)  # type: ignore[assignment]  # survives copies
+    for name, instead in {"save_pretrained": _save_whole, "resize_token_embeddings": _refuse_to_resize}.items():
+        if hasattr(model, name):
+            setattr(model, name, functools.partial(instead, model))  # survives copies
 
 
 def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
@@ -87,16 +93,18 @@ def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
     random = RankRandom(parallel)
     for module, replacement in plan.replaced_modules:
         become(module, replacement)
-        module.mp_group = parallel.group  # type: ignore[assignment]  # as parallelformers' have it
+        give_group(module, parallel.group)
     _cut(model, plan, parallel)
+    places = {id(inner): (owner, name) for owner in model.modules() for name, inner in owner.named_children()}
     for projection in plan.projections:
         _replace(projection, parallel, random)
+        if isinstance(projection.module, Sharded):
+            projection.module.place = places[id(projection.module)]
     for place in plan.places:
         for path, value in place.arguments.items():
             owner, name = owner_of(place.module, path)
             setattr(owner, name, value)
-        for path in place.policy.shared_by_heads():
-            sum_gradient_over(find(place.module, path)[1], parallel.group)
+        _sum_partial_gradients(place, parallel)
         for path in place.policy.replicated():
             _draw_alike(place.module, path, random)
         place.module.register_forward_hook(lambda *_: random.leave(), always_call=True)  # when an error kept it from it
@@ -112,6 +120,13 @@ def _save_whole(model: Any, *args: Any, state_dict: dict[str, Tensor] | None = N
             "save_pretrained(folder, state_dict=full_state_dict(model, group))"
         )
     type(model).save_pretrained(model, *args, state_dict=state_dict, **kwargs)
+
+
+def _refuse_to_resize(model: nn.Module, *_: Any, **__: Any) -> None:
+    raise UserError(
+        f"this {type(model).__name__} is sharded, and its processes would each change a vocabulary of their own; call "
+        f"resize_token_embeddings before shard(model, group)"
+    )
 
 
 @torch.no_grad()
@@ -139,11 +154,27 @@ def _cut(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:
                 whole = F.pad(parameter, (0, 0) * (parameter.dim() - 1) + (0, -len(parameter) % parallel.size))
             own = take_shard(whole, partition, parallel.rank, parallel.size, name)
             shard = nn.Parameter(own, parameter.requires_grad)
-            mark_sharded(shard, partition)
-            if projection.block == "vocabulary":
-                shard.vocabulary_size = len(parameter)  # type: ignore[attr-defined]
+            rows = len(parameter) if projection.block == "vocabulary" else None
+            mark_sharded(shard, dataclasses.replace(partition, rows=rows))
             for owner, own_name in owners[id(parameter)]:
                 setattr(owner, own_name, shard)
+    keep_marks(model)
+
+
+def _sum_partial_gradients(place: Place, parallel: TensorParallel) -> None:
+    """Lets the layer sum gradients of whole parameters between two products, under sequence parallelism of all whole ones."""
+    known = {find(place.module, path)[0] for path in place.policy.shared_by_heads()}
+    if parallel.divides_tokens:
+        known |= {name for name, parameter in place.module.named_parameters() if not is_sharded(parameter)}
+    partial = PartialGradients(place.module, known, parallel)
+    partial.sum_known()
+    place.module.register_forward_pre_hook(partial.sum_known)
+    foreign = any(one.replace and not isinstance(one.module, Sharded) for one in place.projections)
+    if parallel.divides_tokens or parallel.size == 1 or foreign:
+        return  # all are known, or a product of the policy's own is not told from others
+    for module in (one.module for one in place.projections if one.kind == "row"):
+        if isinstance(module, Sharded) and module.place is not None:
+            module.look_behind = functools.partial(partial.look_behind, module.place[1])
 
 
 def _replace(projection: Projection, parallel: TensorParallel, random: RankRandom) -> None:
@@ -155,14 +186,14 @@ def _replace(projection: Projection, parallel: TensorParallel, random: RankRando
     cls = projection.replace or _CLASSES[projection.kind, projection_class(module)]
     become(module, cls, keep_overrides=projection.kind == "embedding")
     if not isinstance(module, Sharded):
-        module.mp_group = parallel.group  # type: ignore[assignment]
+        give_group(module, parallel.group)
         return
     module.parallel = parallel if projection.block != "vocabulary" else TensorParallel(parallel.group)
     module.in_attention = projection.block == "attention"
     if projection.block != "vocabulary" and not parallel.divides_tokens:
         module.random = random
     if isinstance(module, VocabParallelLinear):
-        module.vocabulary_size = module.weight.vocabulary_size  # type: ignore[attr-defined]
+        module.vocabulary_size = module.weight.partition_rows  # type: ignore[attr-defined]
 
 
 def _set_sizes(module: nn.Module) -> None:

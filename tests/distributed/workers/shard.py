@@ -14,17 +14,27 @@ import torch
 import torch.distributed as dist
 from helpers.hf_models import MODELS
 from helpers.hf_similar_models import SIMILAR_MODELS
-from helpers.own_policies import MODELS_WITH_POLICIES
+from helpers.lora import Lora
+from helpers.own_policies import GATED, MODELS_WITH_POLICIES
 from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
-from xformer_train.kernels.parallel.sharding import join_shards, partitions_of
+from xformer_train.kernels.parallel.sharding import is_sharded, join_shards, partitions_of
 from xformer_train.recipes.policies import full_state_dict, shard
 
 Results = dict[str, Any]
 OWN = MODELS | MODELS_WITH_POLICIES
 ALL = OWN | SIMILAR_MODELS
-TWO_KEY_HEADS = ("llama", "grouped", "llama_plan", "qwen3_plan")  # which four processes cannot share
+TWO_KEY_HEADS = (
+    "llama",
+    "grouped",
+    "forgetful",
+    "apertus_plan",
+    "llama_plan",
+    "qwen3_plan",
+)  # of no use to four processes
 OVER_FOUR = tuple(name for name in OWN if name not in TWO_KEY_HEADS)
 SEQUENCE_PARALLEL = (
     "bert",
@@ -67,7 +77,7 @@ def whole_gradients(model: nn.Module, group: dist.ProcessGroup) -> dict[str, Ten
         if name in partitions:
             shards = [torch.empty_like(gradient) for _ in range(group.size())]
             dist.all_gather(shards, gradient.contiguous(), group)
-            gradient = join_shards(shards, partitions[name])[: getattr(parameter, "vocabulary_size", None)]
+            gradient = join_shards(shards, partitions[name])[: partitions[name].rows]
         gradients[name] = gradient
     return gradients
 
@@ -84,7 +94,7 @@ def error(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, flo
 
 def sharded(name: str, group: dist.ProcessGroup, sequence_parallel: bool = False, **fields: Any) -> nn.Module:
     """The small model in shards; its weights are drawn differently on each process, the first's count."""
-    small = ALL[name]
+    small = (ALL | {"gated": GATED})[name]
     model = small.build(seed=group.rank(), **fields)
     shard(model, group, small.policy and small.policy(model.config), sequence_parallel)
     return model
@@ -252,6 +262,71 @@ def autocast(name: str, group: dist.ProcessGroup) -> Results:
     return {"losses": losses, "sound": sound}
 
 
+def copies(name: str, group: dist.ProcessGroup) -> Results:
+    """Whether copies of a sharded model have its whole state, its marks and its gradients, before and behind its first pass."""
+    model, inputs = sharded(name, group), ALL[name].make_inputs()
+    made = {"deepcopy": copy.deepcopy(model)}
+    run(model, inputs)
+    gradients, state = whole_gradients(model, group), full_state_dict(model, group)
+    made |= {"trained": copy.deepcopy(model), "averaged": AveragedModel(model).module, "assigned": sharded(name, group)}
+    made["assigned"].load_state_dict({n: tensor.clone() for n, tensor in model.state_dict().items()}, assign=True)
+    made["assigned"].tie_weights()
+    found: Results = {}
+    for kind, ours in made.items():
+        ours.zero_grad()
+        run(ours, inputs)
+        joined, marked = full_state_dict(ours, group), {n for n, p in ours.named_parameters() if is_sharded(p)}
+        found[kind] = {
+            "state": all(torch.equal(joined[n], state[n]) for n in joined.keys() | state.keys()),
+            "marks": marked == {n for n, p in model.named_parameters() if is_sharded(p)} != set(),
+            "gradients": max(error(whole_gradients(ours, group), gradients).values()),
+        }
+    return found
+
+
+def said_by(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def changes(name: str, group: dist.ProcessGroup) -> Results:
+    """What is said of changes to a sharded model that would make another one of it."""
+    model, inputs = sharded(name, group), MODELS[name].make_inputs()
+    said = {"resize": said_by(lambda: copy.deepcopy(model).resize_token_embeddings(64))}
+    said["unsharded"] = said_by(lambda: full_state_dict(MODELS[name].build(), group))
+    run(model, inputs)
+    attention = model.bert.encoder.layer[1].attention
+    for place, owner in (("query", attention.self), ("dense", attention.output)):
+        plain = getattr(owner, place)
+        setattr(owner, place, Lora(plain))
+        said[f"{place} forward"] = said_by(lambda: model(**inputs))
+        said[f"{place} state"] = said_by(lambda: full_state_dict(model, group))
+        setattr(owner, place, plain)
+    prune.l1_unstructured(attention.self.key, "weight", 0.5)
+    said["pruned"] = said_by(lambda: full_state_dict(model, group))
+    return said
+
+
+def unfrozen(name: str, group: dist.ProcessGroup) -> Results:
+    """Gradients of a norm between two products that is trained from the second pass on."""
+    whole, ours = ALL[name].build(), sharded(name, group)
+    for model in (whole, ours):
+        for trained in (False, True):
+            for block in model.blocks:
+                block.query_norm.requires_grad_(trained)
+            model.zero_grad()
+            run(model, ALL[name].make_inputs())
+    return error(whole_gradients(ours, group), {n: p.grad for n, p in whole.named_parameters()})
+
+
+def around(name: str, group: dist.ProcessGroup) -> Results:
+    """What is said where hidden states reach a row-parallel product around the column-parallel ones."""
+    return {"said": said_by(lambda: sharded("gated", group)(**GATED.make_inputs()))}
+
+
 CHECKS: list[tuple[Callable[[str, dist.ProcessGroup], Results], tuple[str, ...], int]] = [
     (equals_one_process, tuple(ALL), 2),
     (equals_one_process, OVER_FOUR, 4),
@@ -265,6 +340,10 @@ CHECKS: list[tuple[Callable[[str, dist.ProcessGroup], Results], tuple[str, ...],
     (hidden_masks, ("bert",), 2),
     (disagreement, ("bert",), 2),
     (autocast, ("bert", "gpt2"), 2),
+    (copies, ("bert", "gpt2", "qwen3_plan", "forgetful"), 2),
+    (changes, ("bert",), 2),
+    (unfrozen, ("forgetful",), 2),
+    (around, ("grouped",), 2),
 ]
 
 
