@@ -4,7 +4,7 @@ import pytest
 from distributed.workers.shard_swap import CHECKS, worker
 from helpers.spawn import run_processes
 
-pytest.importorskip("transformers", "5.0", reason="swap refuses the layers of transformers 4")
+pytest.importorskip("transformers")
 
 # Sums in another order in fp32: some units of the last place of values up to some tens, and their sums over tokens.
 OUTPUTS, GRADIENTS = 1e-5, 1e-4
