@@ -17,7 +17,7 @@ Kernels = Literal["auto", "reference"]
 
 
 def uses_triton(tensor: "Tensor", kernels: Kernels) -> bool:
-    """Return whether Triton computes an op on this tensor: on CUDA, unless kernels is `reference`.
+    """Return whether Triton computes an op on this tensor: on CUDA, unless kernels is `reference` or torch.export looks on.
 
     Raises ValueError if it should and its dtype has no GPU kernel.
     """
@@ -27,4 +27,6 @@ def uses_triton(tensor: "Tensor", kernels: Kernels) -> bool:
         raise ValueError(
             f"dtype {tensor.dtype} has no GPU kernel; use float32, float16 or bfloat16, or kernels='reference'"
         )
-    return True
+    from torch.compiler import is_exporting
+
+    return not is_exporting()

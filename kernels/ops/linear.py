@@ -72,7 +72,8 @@ def cpu_library() -> str:
 
 
 def _takes_onednn(a: Tensor, b: Tensor) -> bool:
-    return a.is_cpu and b.is_cpu and a.dtype == torch.float32 and _PREFERS_ONEDNN
+    on_cpu = a.is_cpu and b.is_cpu and a.dtype == torch.float32
+    return on_cpu and _PREFERS_ONEDNN and not torch.compiler.is_exporting()
 
 
 def _is_amd_with_avx512() -> bool:

@@ -18,7 +18,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]]
     schema: `name(Tensor x, float p) -> Tensor`, in torch's operator language; no result may share memory with an argument.
     fake: takes the same arguments and gives empty results of the right shape, dtype and device.
     Eager calls run the function itself: the dispatcher would add 10 us to each. On a GPU that is the device of the first tensor
-    meanwhile.
+    meanwhile. Exports run it too, as other programs know torch's own operators alone.
     """
     name = schema.partition("(")[0]
 
@@ -39,7 +39,7 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]]
 
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
                 recorded: R = traced(*args, **kwargs)
                 return recorded
             return run(*args, **kwargs)
@@ -52,6 +52,11 @@ def operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[P, R]]
 def reshaped(x: Tensor, *shape: int) -> Tensor:
     """Return a fresh tensor in another shape, for an autograd function to return: nobody could change a view in place."""
     return x.view(shape) if torch.compiler.is_compiling() else x.view(shape).data
+
+
+def reused(x: Tensor) -> Tensor | None:
+    """Return the memory for a result that takes the place of x; None in an export, whose graph torch may differentiate."""
+    return None if torch.compiler.is_exporting() else x
 
 
 def _other_device(args: Iterable[object]) -> torch.device | None:

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ..choices import Kernels, uses_triton
 from ..dropout import keep_mask, keep_scale
-from ..operator import operator
+from ..operator import operator, reused
 from .hiding_bias import hiding_bias
 
 LARGEST_TRITON_HEAD = 128
@@ -106,6 +106,8 @@ class AttentionMask:
 
     def _once(self, key: Any, make: Callable[[], Tensor | None]) -> Tensor | None:
         """make() of the first layer that asks, for all; another one under inference_mode, whose tensors serve no training."""
+        if torch.compiler.is_exporting():
+            return make()  # its sizes are symbols, and no keys
         key = key, not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
         if key not in self._made:
             self._made[key] = make()
@@ -323,7 +325,7 @@ def _product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *res
     parts = _heads_first(padded)
     scores = _scores(parts, bias, heads)
     probabilities = torch.softmax(scores, -1)
-    dropped = torch.mul(probabilities, keep_mask(scores.shape, p, seed, site), out=scores)
+    dropped = torch.mul(probabilities, keep_mask(scores.shape, p, seed, site), out=reused(scores))
     context = _bmm(dropped, parts[2], keep_scale(p)).view(batch, heads, length, size).transpose(1, 2).flatten(2)
     return _unpadded(context, rows), parts, probabilities, dropped if keep_dropped else qkv.new_empty(0)
 

@@ -79,7 +79,7 @@ class _Options:
 
 def gelu_forward_reference(f: Tensor, activation: Activation) -> Tensor:
     """Return a = GELU(f), (T, F)."""
-    if activation == "gelu_tanh" and f.device.type == "cpu":
+    if activation == "gelu_tanh" and f.device.type == "cpu" and not torch.compiler.is_exporting():
         return _tanh_gate(f).mul_(f).to(f.dtype)
     return gelu(f, activation)
 

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ..amax import largest_magnitude
 from ..choices import Kernels, uses_triton
 from ..dropout import keep_mask, keep_scale
-from ..operator import operator, reshaped
+from ..operator import operator, reshaped, reused
 from .residual_norm_options import Gradients, Options, Saved, check_shapes, make_options
 
 # Recovering x_hat = (y - bias) / weight multiplies the rounding error of y by about (|bias| + |weight|) / |weight|. Above
@@ -123,7 +123,7 @@ def residual_add_forward_reference(
         return residual + x if bias is None else (x + bias).add_(residual)
     mask = keep_mask(x.shape, options.p, seed, options.site)
     kept = x * mask if bias is None else (x + bias).mul_(mask)
-    return torch.add(residual, kept, alpha=keep_scale(options.p), out=kept)
+    return torch.add(residual, kept, alpha=keep_scale(options.p), out=reused(kept))
 
 
 def residual_add_backward_reference(
