@@ -95,7 +95,7 @@ def lines(name: str, shape: AttentionShape, device: torch.device) -> Iterator[di
             with failing_alone(record):
                 record["forward_s"], record["backward_s"] = measure()
             yield record
-    own = choose_tiles(sets[0][0], shape.length, None)
+    own = choose_tiles(sets[0][0], shape.length, Options(seed=torch.tensor(7), p=P))
     for kernel in (name for name, tile in own._asdict().items() if tile is not None):
         tried = CANDIDATES[
             "whole" if kernel == "keys" and own.queries is None else kernel, 64 if shape.width <= 64 else 128

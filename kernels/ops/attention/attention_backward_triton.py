@@ -172,8 +172,10 @@ def attention_backward_keys(
         dv = tl.dot(kept.to(dout.dtype), dout, dv, input_precision="tf32x3")
         dp = tl.dot(v, tl.trans(dout), input_precision="tf32x3")
         if seed_ptr is not None:
-            dp = drop_transposed(dp, dropout, salt, query_start, key_start, threshold)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)
+            ds = kept * dp - p * delta[None, :]  # P M dP - P delta: what was dropped need not be dropped again
+        else:
+            ds = p * (dp - delta[None, :])
+        ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="tf32x3")
         if WITH_DQ:
             # (D, Q), because wgmma takes no fewer than 64 rows
@@ -212,12 +214,11 @@ def backward(
     """
     length, num_heads, num_sequences = sequence_grid(qkv, options)
     shared = shared_arguments(qkv, options)
-    drops = shared[2] is not None
     if dout.stride(-1) != 1:
         dout = dout.contiguous()
     given = dout, Strides(0 if options.cu_seqlens is not None else dout.stride(0), dout.stride(-2)), qkv
     dqkv = qkv.new_empty(qkv.shape)
-    rows, keys = (tiles or choose_tiles(qkv, length, options.segment_ids))[1:]
+    rows, keys = (tiles or choose_tiles(qkv, length, options))[1:]
     grid = (triton.cdiv(length, keys.keys), num_heads, num_sequences)
 
     def run_keys(out: Tensor | None, delta: Tensor | None, dq_sum: Tensor | None) -> None:
@@ -226,7 +227,7 @@ def backward(
 
     if rows is None:
         run_keys(out, None, None)
-    elif stochastic and drops and qkv.shape[-1] <= 64 and qkv.dtype != torch.float32:
+    elif stochastic and options.drops and qkv.shape[-1] <= 64 and qkv.dtype != torch.float32:
         dq = torch.zeros_like(out, dtype=torch.float32)
         run_keys(out, None, dq)
         dqkv.select(-3, 0).copy_(dq.unflatten(-1, qkv.shape[-2:]))

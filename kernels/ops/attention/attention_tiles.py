@@ -37,13 +37,14 @@ class Tiles(NamedTuple):
 
 
 # By bits of the dtype and compute capability, then by widest head and longest sequence; the first row that fits is taken.
-# Other devices take the rows of 80. No tile spills registers, except those of fp32 with heads over 64, where every tile does.
+# Other devices take the rows of 80. No tile spills registers, except those of fp32 with heads over 64, where every tile does,
+# and on 80 that of dQ in fp32 with dropout for packed batches.
 # The limits on registers let one more program onto an SM.
 _TABLE = {
     (16, 80): {
         (64, 64): Tiles(Tile(64, 64, 4, 1), None, Tile(16, 64, 4, 2)),
         (64, 128): Tiles(Tile(128, 64, 8, 3), None, Tile(16, 128, 8, 2)),
-        (64, math.inf): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+        (64, math.inf): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2, 168), Tile(32, 64, 4, 2)),
         (128, math.inf): Tiles(Tile(128, 32, 8, 3), Tile(128, 32, 8, 2), Tile(16, 128, 8, 2)),
     },
     (16, 90): {  # it multiplies from shared memory, and so has registers left for larger tiles
@@ -53,7 +54,7 @@ _TABLE = {
         (128, math.inf): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(32, 128, 8, 2)),
     },
     (32, 80): {
-        (64, math.inf): Tiles(Tile(64, 16, 4, 2), Tile(64, 16, 4, 1), Tile(16, 32, 4, 2)),
+        (64, math.inf): Tiles(Tile(64, 16, 4, 2), Tile(32, 16, 2, 1), Tile(16, 32, 4, 2)),
         (128, math.inf): Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
     },
     (32, 90): {
@@ -61,14 +62,24 @@ _TABLE = {
         (128, math.inf): Tiles(Tile(32, 32, 4, 1), Tile(16, 32, 4, 1), Tile(16, 32, 4, 1)),
     },
 }
+# Rows that are others without dropout, which needs no limits on registers and leaves some for more queries.
+_WITHOUT_DROPOUT = {
+    (16, 80): {(64, math.inf): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2))},
+    (16, 90): {
+        (64, 128): Tiles(Tile(128, 64, 8, 3), None, Tile(64, 128, 8, 2)),
+        (64, math.inf): Tiles(Tile(128, 64, 8, 3), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+    },
+    (32, 80): {(64, math.inf): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2))},
+}
 
 
-def tiles_for(capability: int, bits: int, head_dim: int, length: int, limited: bool) -> Tiles:
+def tiles_for(capability: int, bits: int, head_dim: int, length: int, drops: bool, limited: bool) -> Tiles:
     """Return the tiles for heads of head_dim columns, up to 128, and sequences of up to `length` tokens.
 
-    capability: of the device, times ten; bits: of the dtype; limited: whether the forward kernel fits into the table's limit on
-    registers, which it does in bf16 and without segment_ids.
+    capability: of the device, times ten; bits: of the dtype; drops: whether there is dropout; limited: whether the forward
+    kernel fits into the table's limit on registers, which it does in bf16 and without segment_ids.
     """
-    rows = _TABLE.get((bits, capability), _TABLE[bits, 80])
+    device = (bits, capability if (bits, capability) in _TABLE else 80)
+    rows = _TABLE[device] if drops else _TABLE[device] | _WITHOUT_DROPOUT.get(device, {})
     tiles = next(tiles for (widest, longest), tiles in rows.items() if head_dim <= widest and length <= longest)
     return tiles if limited else tiles._replace(forward=tiles.forward._replace(registers=None))

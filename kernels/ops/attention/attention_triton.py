@@ -62,6 +62,11 @@ class Options(NamedTuple):
     site: int = 0
     lengths: Tensor | None = None
 
+    @property
+    def drops(self) -> bool:
+        """Whether there is dropout."""
+        return self.seed is not None and self.p > 0
+
 
 _NO_OPTIONS = Options()
 
@@ -254,20 +259,19 @@ def shared_arguments(qkv: Tensor, options: Options) -> tuple[Any, ...]:
     strides = (0,) * packed + qkv.stride()
     assert strides[-1] == 1, "a head's columns lie side by side in the output of the QKV projection"
     assert size <= 128, "no tile for such heads"
-    drops = options.seed is not None and options.p > 0
     # the kernels index these without strides, and one row of a mask may stand for the whole batch
     by_sequence = (None if mask is None else mask.contiguous() for mask in (options.lengths, options.cu_seqlens))
     by_token = (None if mask is None else mask.expand(qkv.shape[:-3]).contiguous() for mask in options[:3])
     return (
         Masks(*by_sequence, *by_token),
         Strides(*strides[:-1]),
-        options.seed if drops else None,
+        options.seed if options.drops else None,
         0 if packed else qkv.shape[1],
         row_blocks(qkv),
         math.log2(math.e) / math.sqrt(size),
         options.site,
         drop_threshold(options.p),
-        keep_scale(options.p) if drops else 1.0,
+        keep_scale(options.p) if options.drops else 1.0,
         options.causal,
         size,
         max(16, triton.next_power_of_2(size)),
@@ -289,11 +293,12 @@ def sequence_grid(qkv: Tensor, options: Options) -> tuple[int, int, int]:
     return length, qkv.shape[-2], num_sequences
 
 
-def choose_tiles(qkv: Tensor, length: int, segment_ids: Tensor | None) -> Tiles:
+def choose_tiles(qkv: Tensor, length: int, options: Options) -> Tiles:
     """Return the tiles of this device for sequences of up to `length` tokens."""
     target = target_info.current_target()  # None in triton's interpreter
-    limited = qkv.dtype == torch.bfloat16 and segment_ids is None
-    return tiles_for(80 if target is None else target.arch, 8 * qkv.itemsize, qkv.shape[-1], length, limited)
+    capability, bits = 80 if target is None else target.arch, 8 * qkv.itemsize
+    limited = qkv.dtype == torch.bfloat16 and options.segment_ids is None
+    return tiles_for(capability, bits, qkv.shape[-1], length, options.drops, limited)
 
 
 def forward(qkv: Tensor, options: Options = _NO_OPTIONS, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
@@ -308,7 +313,7 @@ def forward(qkv: Tensor, options: Options = _NO_OPTIONS, tiles: Tiles | None = N
     length, num_heads, num_sequences = sequence_grid(qkv, options)
     out = qkv.new_empty((*qkv.shape[:-3], num_heads * qkv.shape[-1]))
     lse = qkv.new_empty((num_heads, row_blocks(qkv) * 16), dtype=torch.float32)
-    tile = (tiles or choose_tiles(qkv, length, options.segment_ids)).forward
+    tile = (tiles or choose_tiles(qkv, length, options)).forward
     attention_forward[(triton.cdiv(length, tile.queries), num_heads, num_sequences)](
         qkv, out, lse, *shared_arguments(qkv, options), tile.queries, tile.keys, **tile.options()
     )

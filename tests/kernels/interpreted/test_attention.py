@@ -143,13 +143,14 @@ def test_strided_inputs_equal_contiguous_ones(size):
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize(("size", "dim"), [(64, 64), (128, 64), (150, 64), (150, 128)])
-def test_the_tiles_of_every_device_give_the_same_up_to_rounding(size, dim):
+def test_the_tiles_of_every_device_give_the_same_up_to_rounding(size, dim, p):
     qkv, dout = torch.randn(1, size, 3, 2, dim).half(), torch.randn(1, size, 2 * dim).half()
     results = []
     for capability in (80, 90):
-        tiles = tiles_for(capability, 16, dim, size, limited=True)
-        results.append(run(dout, qkv, p=0.1, seed=seed(), site=SITE, causal=True, tiles=tiles))
+        tiles = tiles_for(capability, 16, dim, size, drops=p > 0, limited=True)
+        results.append(run(dout, qkv, p=p, seed=seed(), site=SITE, causal=True, tiles=tiles))
     torch.testing.assert_close(*results, rtol=2e-3, atol=2e-3)
 
 
