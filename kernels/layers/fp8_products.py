@@ -41,9 +41,9 @@ class Fp8Products(Products):
         self._before_attention, self._before_mlp = states
         self._amax: Tensor | None = None
 
-    def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor, **options: Any) -> Tensor:
-        _, y, self._amax = norm_before(self._before_attention, None, None, z, weight, norm_bias, **options)
-        return y
+    def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        z, y, self._amax = norm_before(self._before_attention, None, None, z, weight, norm_bias, **options)
+        return z, y
 
     def residual_norm(self, x: Tensor, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
         z, y, self._amax = norm_before(self._before_mlp, x, *tensors, **options)
@@ -54,12 +54,17 @@ class Fp8Products(Products):
         state, amax = state_of(projection), self._take_amax()
         return project(x, projection.weight, bias, state, mode, parallel, amax=amax)
 
-    def mlp(self, x: Tensor, inward: Any, outward: Any, config: LayerConfig, parallel: TensorParallel) -> Tensor:
+    def project_and_input(self, x: Tensor, projection: Any, parallel: TensorParallel) -> tuple[Tensor, Tensor]:
+        return self.project(x, projection, "column", parallel), x
+
+    def mlp(
+        self, x: Tensor, inward: Any, outward: Any, config: LayerConfig, parallel: TensorParallel
+    ) -> tuple[Tensor, Tensor]:
         states, amax = (state_of(inward), state_of(outward)), self._take_amax()
         if not runs_fp8(states[0], x.device):
             return super().mlp(x, inward, outward, config, parallel)
         parameters = inward.weight, inward.bias, outward.weight
-        return project_mlp(x, *parameters, config.hidden_act, states, parallel, amax=amax)
+        return project_mlp(x, *parameters, config.hidden_act, states, parallel, amax=amax), x
 
     def _take_amax(self) -> Tensor | None:
         amax, self._amax = self._amax, None

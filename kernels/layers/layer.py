@@ -203,17 +203,19 @@ class TransformerLayer(nn.Module):
             if "attention_norm" in now.called:
                 normalized = self.attention_norm(x)
             else:
-                normalized = now.products.norm(x, *norm, eps=eps, invertible=invertible, kernels=config.kernels)
-        residual, normalized = self._join_attention(self._attend(normalized, now), x, now)
-        out = self._feed_forward(normalized, now)
-        return self._join_mlp(out, residual if config.pre_layer_norm else normalized, now)
+                x, normalized = now.products.norm(x, *norm, eps=eps, invertible=invertible, kernels=config.kernels)
+        out, read = self._attend(normalized, now)
+        residual, normalized = self._join_attention(out, x if config.pre_layer_norm else read, now)
+        out, read = self._feed_forward(normalized, now)
+        return self._join_mlp(out, residual if config.pre_layer_norm else read, now)
 
-    def _feed_forward(self, x: Tensor, now: Pass) -> Tensor:
-        """Return the feed-forward half, without the bias of `output` unless that is called."""
+    def _feed_forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
+        """Return the feed-forward half, without the bias of `output` unless that is called, and x as `_attend` does."""
         if "intermediate" not in now.called and "output" not in now.called:
-            return now.products.mlp(x, self.intermediate, self.output, self.config, self.parallel)
+            out, read = now.products.mlp(x, self.intermediate, self.output, self.config, self.parallel)
+            return out, x if now.called else read
         hidden = gelu(self._project("intermediate", x, "column", now), self.config.hidden_act)
-        return self._project("output", hidden, "row", now)
+        return self._project("output", hidden, "row", now), x
 
     def _project(self, name: str, x: Tensor, mode: ParallelMode, now: Pass) -> Tensor:
         """Return x through a projection, without the bias of a row-parallel one unless that is called."""
@@ -282,16 +284,23 @@ class TransformerLayer(nn.Module):
         site = self._site(site, self.parallel.divides_tokens)
         return {"p": self.config.hidden_dropout_prob, "seed": now.seed, "site": site, "kernels": self.config.kernels}
 
-    def _attend(self, x: Tensor, now: Pass) -> Tensor:
-        """Return the attention half up to its projection, without the projection's bias unless that is called."""
+    def _attend(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
+        """Return the attention half up to its projection, without the projection's bias unless that is called, and x.
+
+        x: for the residual stream of post-LN, whose gradient the first product adds in backward; not where modules are called,
+        whose hooks may keep gradients.
+        """
         config = self.config
         heads = config.num_attention_heads // self.parallel.size
         width = config.hidden_size // config.num_attention_heads
-        qkv = self._project("qkv", x, "column", now)
+        if config.pre_layer_norm or now.called:
+            qkv = self._project("qkv", x, "column", now)
+        else:
+            qkv, x = now.products.project_and_input(x, self.qkv, self.parallel)
         context = self._contexts(qkv.reshape(*now.token_shape, 3, heads, width), now)
         if self.parallel.divides_tokens:
             context = context.flatten(0, -2)
-        return self._project("attention_output", context, "row", now)
+        return self._project("attention_output", context, "row", now), x
 
     def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
         """Return the output of this process's heads, (..., H/t), of qkv (..., 3, N/t, D)."""

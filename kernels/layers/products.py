@@ -4,9 +4,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..ops.mlp.mlp import mlp
-from ..ops.norm.residual_norm import norm, residual_norm
-from ..ops.parallel_linear import ParallelMode, column_parallel_linear, row_parallel_linear
+from ..ops.mlp.mlp import MlpOptions, mlp_and_input
+from ..ops.norm.residual_norm import norm_and_input, residual_norm
+from ..ops.parallel_linear import ParallelMode, column_parallel_linear, linear_and_input, row_parallel_linear
 from ..parallel.collectives import TensorParallel
 from .config import LayerConfig
 
@@ -17,9 +17,9 @@ class Products:
     For a pass inside fp8_autocast `Fp8Products` of fp8_products.py takes its place.
     """
 
-    def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor, **options: Any) -> Tensor:
-        """Return `norm` of the layer's input, which the QKV projection reads."""
-        return norm(z, weight, norm_bias, **options)
+    def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """Return the layer's input again, for the residual stream, and its `norm`, which the QKV projection reads."""
+        return norm_and_input(z, weight, norm_bias, **options)
 
     def residual_norm(self, x: Tensor, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """Return `residual_norm` of the attention half's output, which the feed-forward half reads."""
@@ -31,15 +31,14 @@ class Products:
         bias = projection.bias if mode == "column" else None
         return multiply(x, projection.weight, bias, parallel.group, sequence_parallel=parallel.sequence)
 
-    def mlp(self, x: Tensor, inward: Any, outward: Any, config: LayerConfig, parallel: TensorParallel) -> Tensor:
-        """Return the feed-forward half of two projections, without the bias of the second."""
-        return mlp(
-            x,
-            inward.weight,
-            inward.bias,
-            outward.weight,
-            config.hidden_act,
-            gelu_checkpoint=config.gelu_checkpoint,
-            kernels=config.kernels,
-            parallel=parallel,
-        )
+    def project_and_input(self, x: Tensor, projection: Any, parallel: TensorParallel) -> tuple[Tensor, Tensor]:
+        """Return x through a column-parallel projection, and x again for the residual stream."""
+        weight, bias, sequence = projection.weight, projection.bias, parallel.sequence
+        return linear_and_input(x, weight, bias, parallel.group, sequence_parallel=sequence)
+
+    def mlp(
+        self, x: Tensor, inward: Any, outward: Any, config: LayerConfig, parallel: TensorParallel
+    ) -> tuple[Tensor, Tensor]:
+        """Return the feed-forward half of two projections, without the bias of the second, and x for the residual stream."""
+        options = MlpOptions(config.hidden_act, config.gelu_checkpoint, config.kernels, parallel)
+        return mlp_and_input(x, inward.weight, inward.bias, outward.weight, options)

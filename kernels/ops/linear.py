@@ -8,6 +8,7 @@ Which library computes a product, by this rule:
 """
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,25 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     return product(dy.t(), x.t())
 
 
+def start_input_gradient(
+    dy: Tensor, weight: Tensor, group: Group, sequence_parallel: bool, around: Tensor | None
+) -> Callable[[], Tensor]:
+    """Start dx = dy @ weight, (T, K), summed over the group, plus `around`; return what waits for it. Without autograd.
+
+    around: (T, K), the gradient of the residual stream that goes around the product, or None. On a GPU a product of one process
+    adds it for nothing, in its memory; elsewhere it is added behind, which gives the bits of autograd's own addition.
+    """
+    if around is not None and group_size(group) == 1 and _adds_inside(around):
+        dx = around.addmm_(dy, weight)
+        return lambda: dx
+    summing = (start_reduce_scatter if sequence_parallel else start_all_reduce_)(product(dy, weight.t()), group)
+    return lambda: summing.wait() if around is None else summing.wait().add_(around)
+
+
+def _adds_inside(around: Tensor) -> bool:
+    return around.is_cuda
+
+
 def cpu_library() -> str:
     """Return the library that computes fp32 products on this machine's CPU."""
     if _PREFERS_ONEDNN:
@@ -89,34 +109,44 @@ _PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _is_amd_with_avx512()
 
 
 class Linear(torch.autograd.Function):
-    """`linear`, or with a group `column_parallel_linear`."""
+    """`linear`, or with a group `column_parallel_linear`; with_input: `linear_and_input`."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, sequence_parallel: bool
-    ) -> Tensor:
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        group: Group,
+        sequence_parallel: bool,
+        with_input: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         rows, shape = x.reshape(-1, x.shape[-1]), [*x.shape[:-1], weight.shape[0]]
         ctx.save_for_backward(rows, weight)
         ctx.shape, ctx.group, ctx.sequence_parallel = x.shape, group, sequence_parallel
         if sequence_parallel:
             rows = start_all_gather(rows, group).wait()
             shape[0] *= group_size(group)
-        return reshaped(product(rows, weight, bias), *shape)
+        ctx.set_materialize_grads(not with_input)
+        y = reshaped(product(rows, weight, bias), *shape)
+        return (y, x.view_as(x)) if with_input else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dinput: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dinput, None, None, None, None, None
         rows, weight = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
         dy_rows = dy.reshape(-1, dy.shape[-1])
         gathering = start_all_gather(rows, ctx.group) if ctx.sequence_parallel and needs_dweight else Pending(rows)
         dx = dweight = None
         if needs_dx:
-            start = start_reduce_scatter if ctx.sequence_parallel else start_all_reduce_
-            summing = start(product(dy_rows, weight.t()), ctx.group)
+            around = None if dinput is None else dinput.reshape(-1, dinput.shape[-1])
+            finish_dx = start_input_gradient(dy_rows, weight, ctx.group, ctx.sequence_parallel, around)
         if needs_dweight:
             dweight = weight_gradient(dy_rows, gathering.wait())
         dbias = dy_rows.sum(0) if needs_dbias else None
         if needs_dx:
-            dx = summing.wait().view(ctx.shape)
-        return dx, dweight, dbias, None, None
+            dx = finish_dx().view(ctx.shape)
+        return dx, dweight, dbias, None, None, None

@@ -39,6 +39,18 @@ def column_parallel_linear(
     return Linear.apply(x, weight, bias, group, sequence_parallel)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def linear_and_input(
+    x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, *, sequence_parallel: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return `column_parallel_linear` of x, and x again for the residual stream that goes around the product.
+
+    Backward adds the gradient of the second to dx, on a GPU within the product that makes dx, which overwrites that gradient:
+    nobody else may keep it. `residual_norm` makes a new one for its residual.
+    """
+    _check_last_dim(x, weight)
+    return Linear.apply(x, weight, bias, group, sequence_parallel, True)  # type: ignore[no-any-return, no-untyped-call]
+
+
 def row_parallel_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, group: Group, *, sequence_parallel: bool = False
 ) -> Tensor:

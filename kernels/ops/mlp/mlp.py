@@ -23,7 +23,7 @@ from ...parallel.collectives import (
     start_reduce_scatter,
 )
 from ..choices import Activation, Kernels, uses_triton
-from ..linear import product, weight_gradient
+from ..linear import product, start_input_gradient, weight_gradient
 from ..operator import operator, reshaped
 
 _APPROXIMATION = {"gelu": "none", "gelu_tanh": "tanh"}
@@ -56,7 +56,23 @@ def mlp(
     Raises ValueError for shapes that do not fit, and for float64 on a GPU.
     """
     check_sizes(x, w1, b1, w2)
-    return _Mlp.apply(x, w1, b1, w2, _Options(activation, gelu_checkpoint, kernels, parallel))  # type: ignore[no-any-return, no-untyped-call]
+    return _Mlp.apply(x, w1, b1, w2, MlpOptions(activation, gelu_checkpoint, kernels, parallel), False)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@dataclass(frozen=True)
+class MlpOptions:
+    """Arguments of `mlp` beside tensors."""
+
+    activation: Activation
+    gelu_checkpoint: bool
+    kernels: Kernels
+    parallel: TensorParallel
+
+
+def mlp_and_input(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, options: MlpOptions) -> tuple[Tensor, Tensor]:
+    """Return `mlp`, and x again for the residual stream around it; see `linear_and_input`."""
+    check_sizes(x, w1, b1, w2)
+    return _Mlp.apply(x, w1, b1, w2, options, True)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def check_sizes(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> None:
@@ -67,14 +83,6 @@ def check_sizes(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> None:
             f"x {tuple(x.shape)}, w1 {tuple(w1.shape)}, b1 {tuple(b1.shape)} and w2 {tuple(w2.shape)} do not fit; "
             f"they must be (..., H), (F, H), (F,) and (H, F)"
         )
-
-
-@dataclass(frozen=True)
-class _Options:
-    activation: Activation
-    gelu_checkpoint: bool
-    kernels: Kernels
-    parallel: TensorParallel
 
 
 def gelu_forward_reference(f: Tensor, activation: Activation) -> Tensor:
@@ -135,36 +143,46 @@ def _gelu_backward_(
 
 class _Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, options: _Options) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, options: MlpOptions, with_input: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
         rows = x.reshape(-1, x.shape[-1])
         f = product(_start_gather(rows, options).wait(), w1, b1)
         a = _gelu_forward(f, options.activation, options.kernels)
         ctx.save_for_backward(rows, f, None if options.gelu_checkpoint else a, w1, w2)
         ctx.options = options
-        return reshaped(_start_sum_(product(a, w2), options).wait(), *x.shape[:-1], w2.shape[0])
+        ctx.set_materialize_grads(not with_input)
+        y = reshaped(_start_sum_(product(a, w2), options).wait(), *x.shape[:-1], w2.shape[0])
+        return (y, x.view_as(x)) if with_input else y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dinput: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return dinput, None, None, None, None, None
         rows, f, a, w1, w2 = ctx.saved_tensors
-        options: _Options = ctx.options
+        options: MlpOptions = ctx.options
         dy_rows = _start_gather(dy.reshape(-1, dy.shape[-1]), options).wait()
         gathering = _start_gather(rows, options)
         df = product(dy_rows, w2.t())  # the gradient of GELU's output until the next line
         db1, recomputed = _gelu_backward_(df, f, options.activation, a is None, options.kernels)
         dw2 = weight_gradient(dy_rows, recomputed if a is None else a)
         del a, recomputed  # (T, F), gone before the last two products ask for memory
-        summing = _start_sum_(product(df, w1.t()), options)
+        around = (
+            None if dinput is None else dinput.reshape(-1, dinput.shape[-1])
+        )  # may be dy, which nothing reads any more
+        parallel = options.parallel
+        finish_dx = start_input_gradient(df, w1, parallel.group, parallel.sequence, around)
         dw1 = weight_gradient(df, gathering.wait())
-        return summing.wait().view(*dy.shape[:-1], w1.shape[1]), dw1, db1, dw2, None
+        return finish_dx().view(*dy.shape[:-1], w1.shape[1]), dw1, db1, dw2, None, None
 
 
-def _start_gather(rows: Tensor, options: _Options) -> Pending:
+def _start_gather(rows: Tensor, options: MlpOptions) -> Pending:
     """Return the rows of all processes, where each has a part of them."""
     return start_all_gather(rows, options.parallel.group) if options.parallel.sequence else Pending(rows)
 
 
-def _start_sum_(rows: Tensor, options: _Options) -> Pending:
+def _start_sum_(rows: Tensor, options: MlpOptions) -> Pending:
     """Return the sum over the processes, or where each has a part of the rows, its part of the sum."""
     start = start_reduce_scatter if options.parallel.sequence else start_all_reduce_
     return start(rows, options.parallel.group)

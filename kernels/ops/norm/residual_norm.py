@@ -56,8 +56,15 @@ def norm(
     z: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float, invertible: bool = False, kernels: Kernels = "auto"
 ) -> Tensor:
     """Return LayerNorm(z) * weight + norm_bias, with the shape and dtype of z: `residual_norm` without anything to add."""
+    return norm_and_input(z, weight, norm_bias, eps=eps, invertible=invertible, kernels=kernels)[1]
+
+
+def norm_and_input(
+    z: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float, invertible: bool, kernels: Kernels
+) -> tuple[Tensor, Tensor]:
+    """Return z again for the residual stream, whose gradient backward adds to the norm's in one pass, and `norm`."""
     options = make_options(eps, 0.0, None, 0, invertible, kernels)
-    return sum_norm_and_amax(None, None, z, weight, norm_bias, None, options)[1]
+    return sum_norm_and_amax(None, None, z, weight, norm_bias, None, options)[:2]
 
 
 def sum_norm_and_amax(
@@ -69,11 +76,11 @@ def sum_norm_and_amax(
     seed: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return z and y of `residual_norm`, or without x residual and its `norm`, and with options.amax max |y|, (), fp32."""
+    """Return z and y of `residual_norm`, or without x `norm_and_input`, and with options.amax max |y|, (), fp32."""
     check_shapes(x, bias, residual, weight, norm_bias)
     drawn = seed if options.p > 0 else None
     z, y, amax = _ResidualNorm.apply(x, bias, residual, weight, norm_bias, drawn, options)  # type: ignore[no-untyped-call]
-    return residual if x is None else z, y, amax
+    return z, y, amax
 
 
 def residual_add(
@@ -283,15 +290,16 @@ class _ResidualNorm(torch.autograd.Function):
     """`sum_norm_and_amax`; what that has not is None here."""
 
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None]:
         x, bias, residual, weight, norm_bias, seed, options = arguments
         rows = residual.reshape(-1, residual.shape[-1])
         x_rows = None if x is None else x.reshape(rows.shape)
         sums, y, mean, rstd, amax = _norm_forward(x_rows, bias, rows, weight, norm_bias, seed, *options)
-        y, z = reshaped(y, *residual.shape), None if x is None else reshaped(sums, *residual.shape)
-        kept = y if options.inverted else rows if z is None else z
+        adds, y = x is not None, reshaped(y, *residual.shape)
+        z = reshaped(sums, *residual.shape) if adds else residual.view_as(residual)
+        kept = y if options.inverted else z if adds else rows
         ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
-        ctx.options, ctx.adds = options, z is not None
+        ctx.options, ctx.adds = options, adds
         ctx.set_materialize_grads(False)
         if options.amax:
             ctx.mark_non_differentiable(amax)
