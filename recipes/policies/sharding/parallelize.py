@@ -51,8 +51,8 @@ def parallelize(model: nn.Module, num_gpus: int, fp16: bool = False, policy: Pol
     Raises RuntimeError, with the traceback, for what happens in a process; if only some of them answer, or the call is
     interrupted, all are ended. Threads may call at the same time and take turns.
     """
-    if num_gpus < 1:
-        raise UserError(f"num_gpus is {num_gpus}; it must be 1 or more")
+    if isinstance(num_gpus, bool) or num_gpus < 1:
+        raise UserError(f"num_gpus is {num_gpus}; it must be a number, 1 or more, and stands before fp16")
     devices = {parameter.device.type for parameter in model.parameters()}
     if devices != {"cpu"}:
         raise UserError(f"the model is on {', '.join(sorted(devices))}; call model.cpu() before parallelize")
