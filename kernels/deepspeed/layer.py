@@ -116,22 +116,17 @@ class DeepSpeedTransformerLayer(TransformerLayer):
             torch.cuda.set_device(config.local_rank)
         H, F_ = self.config.hidden_size, self.config.intermediate_size
         shapes = {
-            "attn_qkvw": (3 * H, H),
-            "attn_qkvb": (3 * H,),
-            "attn_ow": (H, H),
-            "attn_ob": (H,),
-            "attn_nw": (H,),
-            "attn_nb": (H,),
-            "inter_w": (F_, H),
-            "inter_b": (F_,),
-            "output_w": (H, F_),
-            "output_b": (H,),
-            "norm_w": (H,),
-            "norm_b": (H,),
+            "attn_qkv": (3 * H, H),
+            "attn_o": (H, H),
+            "attn_n": (H,),
+            "inter_": (F_, H),
+            "output_": (H, F_),
+            "norm_": (H,),
         }
         dtype = torch.half if config.fp16 else torch.get_default_dtype()
         for name, shape in shapes.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype)))
+            self.register_parameter(name + "w", nn.Parameter(torch.empty(shape, dtype=dtype)))
+            self.register_parameter(name + "b", nn.Parameter(torch.empty(shape[0], dtype=dtype)))
         self.reset_parameters()
         if initial_weights is not None:
             self._copy_initial("initial_weights", initial_weights, "w")

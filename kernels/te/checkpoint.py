@@ -143,17 +143,10 @@ def _by_form(named: tuple[Any, Any, Any], args: tuple[Any, ...]) -> tuple[tuple[
 
 
 def _reentrant_keeps_gradients(inputs: Sequence[Any]) -> bool:
-    direct = [value for value in inputs if isinstance(value, Tensor)]
-    inside = [value for value in inputs if not isinstance(value, Tensor)]
-    return any(tensor.requires_grad for tensor in direct) and not any(map(_has_gradient, inside))
-
-
-def _has_gradient(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.requires_grad
-    if isinstance(value, dict):
-        value = list(value.values())
-    return isinstance(value, list | tuple) and any(map(_has_gradient, value))
+    direct, nested = (
+        [x for x in values if isinstance(x, Tensor)] for values in (inputs, tree_flatten(list(inputs))[0])
+    )
+    return 0 < sum(x.requires_grad for x in direct) == sum(x.requires_grad for x in nested)
 
 
 def _reentrant(call: Callable[..., Any], preserve_rng_state: bool, inputs: list[Any]) -> Any:

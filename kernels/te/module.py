@@ -69,15 +69,10 @@ class SharedOptions:
     def part(self, name: str, size: int) -> int:
         """Return one rank's part of `size`; raises ValueError where it is not whole."""
         if size % self.ranks:
-            legal = [n for n in range(1, size + 1) if size % n == 0]
-            raise ValueError(
-                f"{name}={size} is not divisible by tp_size={self.ranks}; legal sizes: {_shortened(legal)}"
-            )
+            legal = [str(n) for n in range(1, size + 1) if size % n == 0]
+            shown = ", ".join(legal[:8]) + (", ..." if len(legal) > 8 else "")
+            raise ValueError(f"{name}={size} is not divisible by tp_size={self.ranks}; legal sizes: {shown}")
         return size // self.ranks
-
-
-def _shortened(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")
 
 
 @dataclass(frozen=True)
@@ -303,13 +298,10 @@ def check_positive(**sizes: int) -> None:
 
 def parallel_mode_of(name: str | None) -> ParallelMode | None:
     """Return 'column' or 'row' for Transformer Engine's two spellings; raises ValueError for anything else but None."""
-    modes: dict[str | None, ParallelMode | None] = {
-        None: None,
-        "column": "column",
-        "Column": "column",
-        "row": "row",
-        "Row": "row",
-    }
-    if name not in modes:
+    if name in ("column", "Column"):
+        return "column"
+    if name in ("row", "Row"):
+        return "row"
+    if name is not None:
         raise ValueError(f"parallel_mode={name!r} is unknown; use 'column', 'row' or None")
-    return modes[name]
+    return None
