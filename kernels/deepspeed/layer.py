@@ -115,14 +115,8 @@ class DeepSpeedTransformerLayer(TransformerLayer):
         if config.local_rank >= 0 and torch.cuda.is_available():
             torch.cuda.set_device(config.local_rank)
         H, F_ = self.config.hidden_size, self.config.intermediate_size
-        shapes = {
-            "attn_qkv": (3 * H, H),
-            "attn_o": (H, H),
-            "attn_n": (H,),
-            "inter_": (F_, H),
-            "output_": (H, F_),
-            "norm_": (H,),
-        }
+        shapes = {"attn_qkv": (3 * H, H), "attn_o": (H, H), "attn_n": (H,)}
+        shapes |= {"inter_": (F_, H), "output_": (H, F_), "norm_": (H,)}
         dtype = torch.half if config.fp16 else torch.get_default_dtype()
         for name, shape in shapes.items():
             self.register_parameter(name + "w", nn.Parameter(torch.empty(shape, dtype=dtype)))

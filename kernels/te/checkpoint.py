@@ -143,10 +143,9 @@ def _by_form(named: tuple[Any, Any, Any], args: tuple[Any, ...]) -> tuple[tuple[
 
 
 def _reentrant_keeps_gradients(inputs: Sequence[Any]) -> bool:
-    direct, nested = (
-        [x for x in values if isinstance(x, Tensor)] for values in (inputs, tree_flatten(list(inputs))[0])
-    )
-    return 0 < sum(x.requires_grad for x in direct) == sum(x.requires_grad for x in nested)
+    leaves, _ = tree_flatten(list(inputs))
+    direct, all_of_them = (sum(isinstance(x, Tensor) and x.requires_grad for x in part) for part in (inputs, leaves))
+    return 0 < direct == all_of_them
 
 
 def _reentrant(call: Callable[..., Any], preserve_rng_state: bool, inputs: list[Any]) -> Any:
