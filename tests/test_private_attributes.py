@@ -111,6 +111,7 @@ USES = {
     "torch.nn:Module._forward_pre_hooks": "kernels/layers recipes/policies",
     "torch.nn:Module._modules": "kernels/layers recipes/policies",
     "torch.nn:Module._parameters": "kernels/parallel kernels/te recipes/policies",
+    "torch.ops.aten._unsafe_view": "kernels/ops",
     "torch.ops.mkldnn._linear_pointwise": "kernels/ops",
     "torch.Tensor._post_accumulate_grad_hooks": "kernels/ops",
     "torch.Tensor._version": "kernels/fp8 kernels/te recipes/policies",

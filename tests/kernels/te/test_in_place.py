@@ -123,3 +123,17 @@ def test_embedded_tokens_may_be_changed_in_place():
     y += 1
     y.sum().backward()
     assert weight.grad.sum() == 8
+
+
+@pytest.mark.parametrize("name", ["Linear", "LayerNorm", "LayerNormMLP", "layer without dropout", "ours"])
+def test_results_may_be_changed_in_place_in_a_trace(name):
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    module, x = MODULES[name]().eval(), torch.randn(5, 2, 32)
+    expected = gradients(module, x, added, 1)
+    whole = torch.compile(lambda x: added(module(x)), fullgraph=True, backend="aot_eager")
+    leaf = x.clone().requires_grad_()
+    y = whole(leaf)
+    torch.testing.assert_close(y, expected[0][0])
+    (y * torch.arange(32.0)).square().sum().backward()
+    torch.testing.assert_close(leaf.grad, expected[1][0])
