@@ -341,9 +341,10 @@ def test_no_help_cuts_an_option_at_80_columns():
             assert options <= words, f"{path}: {options - words} is cut"
 
 
-def test_the_module_is_the_console_script(tmp_path):
+@pytest.mark.parametrize("module", ["xformer_train", "xformer_train.launcher"])
+def test_the_module_is_the_console_script(tmp_path, module):
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "xformer_train.launcher", "--local_rank=0", "--cf", "none.yaml"]
+    command = [sys.executable, "-m", module, "--local_rank=0", "--cf", "none.yaml"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("none.yaml: no such file")
