@@ -116,7 +116,9 @@ def test_copies_of_a_sharded_model_are_sharded_models(results, name, kind):
 
 def test_what_would_make_another_model_of_a_sharded_one_is_refused(results):
     for said in of(results, "changes", "bert", 2):
-        assert "is sharded" in said["resize"] and "resize_token_embeddings before shard(model, group)" in said["resize"]
+        for resize in (said["resize"], said["inner resize"]):
+            assert "is sharded" in resize and "resize_token_embeddings before shard(model, group)" in resize
+        assert "this BertModel is sharded; on every process, call save_pretrained(folder, " in said["inner save"]
         assert "no parameter of this BertForPreTraining is marked as a shard" in said["unsharded"]
         for place, owner in (("query", "BertSelfAttention"), ("dense", "BertSelfOutput")):
             for moment in ("forward", "state"):

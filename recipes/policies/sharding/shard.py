@@ -66,7 +66,8 @@ def shard(
     between two products, as norms of queries, get the sum of their gradients. Attention weights that a model returns are
     those of this process's heads. The first forward asks whether batches and generators are equal, and raises a ValueError
     if not. `save_pretrained` must be given the `full_state_dict`. Call it before optimizers or DeepSpeed engines are made.
-    Afterwards `resize_token_embeddings` is an error, and so is a pass through adapters or other modules around what is cut.
+    Afterwards `resize_token_embeddings` is an error, of models inside too, and so is a pass through adapters or other modules
+    around what is cut.
 
     Raises ValueError without a group, for a model without a policy, for a model that is sharded already, under
     sequence_parallel for a model that does not support it, and one for all rules that do not fit.
@@ -83,9 +84,10 @@ def shard(
     _broadcast(model, tp_group)
     apply_plan(model, plan, TensorParallel(tp_group, sequence_parallel))
     check_first_forward(model, tp_group)
-    for name, instead in {"save_pretrained": _save_whole, "resize_token_embeddings": _refuse_to_resize}.items():
-        if hasattr(model, name):
-            setattr(model, name, functools.partial(instead, model))  # survives copies
+    for inner in model.modules():  # the model that a head stands on has these methods too
+        for name, instead in {"save_pretrained": _save_whole, "resize_token_embeddings": _refuse_to_resize}.items():
+            if hasattr(inner, name):
+                setattr(inner, name, functools.partial(instead, inner))  # survives copies
 
 
 def apply_plan(model: nn.Module, plan: Plan, parallel: TensorParallel) -> None:

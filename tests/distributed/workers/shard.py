@@ -296,6 +296,8 @@ def changes(name: str, group: dist.ProcessGroup) -> Results:
     """What is said of changes to a sharded model that would make another one of it."""
     model, inputs = sharded(name, group), MODELS[name].make_inputs()
     said = {"resize": said_by(lambda: copy.deepcopy(model).resize_token_embeddings(64))}
+    said["inner resize"] = said_by(lambda: copy.deepcopy(model).bert.resize_token_embeddings(64))
+    said["inner save"] = said_by(lambda: model.bert.save_pretrained("/dev/null/refused"))
     said["unsharded"] = said_by(lambda: full_state_dict(MODELS[name].build(), group))
     run(model, inputs)
     attention = model.bert.encoder.layer[1].attention
