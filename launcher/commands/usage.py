@@ -34,9 +34,10 @@ class Commands(TyperGroup):
 
 
 class Launch(TyperCommand):
-    """The command `launch`, which says where the options of training stand."""
+    """The command `launch`, which says where the run config and the options of training stand."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        files = [word for word in args if word.endswith(_FILES)]
         try:
             return super().parse_args(ctx, args)
         except UsageError as error:
@@ -45,4 +46,6 @@ class Launch(TyperCommand):
                 error.possibilities = None
                 remedy = f"write it after --, as in: launch --config FILE -- --{name} ..."
                 error.message = f"--{name} is an option of training; {remedy}"
+            elif not error.message and files:
+                error.message = f"A run config is given with --config {files[0]}"
             raise

@@ -243,6 +243,8 @@ def test_a_wrong_world_size_is_named(runs, monkeypatch):
         (["run.yaml"], "a run config is given with --config run.yaml"),
         (["--config", "run.yaml", "more.json"], "a run config is given with --config more.json"),
         (["config", "check", "run.yaml"], "a run config is given with --config run.yaml"),
+        (["launch", "run.yaml"], "run config is given with --config run.yaml"),
+        (["launch", "--processes", "2", "run.json"], "run config is given with --config run.json"),
         (["doctor", "run.yml"], "a run config is given with --config run.yml"),
         (
             ["launch", "--config", "run.yaml", "--max_steps", "4"],
