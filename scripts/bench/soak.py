@@ -166,7 +166,7 @@ def moment(checkpoints: Path, begun_ns: int) -> str:
         if (folder / "state.json").exists() and (folder / "state.json").stat().st_size > 10:
             return "sealed, not renamed"
         return "files being written" if tensors else "before the first file"
-    newest = next(reversed(store.list_ids(checkpoints)), "")
+    newest = next((entry.id for entry in reversed(store.entries(checkpoints)) if entry.state is not None), "")
     fresh = newest != store.latest_id(checkpoints) and changed_ns(checkpoints / newest) > begun_ns
     return "renamed, latest not moved" if fresh else ""
 
@@ -222,10 +222,11 @@ def _one_run(
         report.losses_compared += len(losses)
         if wrong:
             report.faults.append(f"{name} has other losses at steps {wrong}")
-        lost = seen - set(store.list_ids(checkpoints))
+        there = {entry.id for entry in store.entries(checkpoints) if entry.state is not None}
+        lost = seen - there
         if lost:
             report.faults.append(f"{name} lost {sorted(lost)}")
-        seen |= set(store.list_ids(checkpoints))
+        seen |= there
         if not killed:
             break
     if sorted(losses) != sorted(expected):

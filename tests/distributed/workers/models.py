@@ -1,5 +1,6 @@
 """Models and layer stacks over two and four processes beside the same in one, on every process."""
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 from datetime import timedelta
@@ -13,6 +14,7 @@ from saved_activations import count_saved_bytes, saved_activations
 from torch import Tensor, nn
 
 from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
+from xformer_train.kernels.ops import linear
 from xformer_train.kernels.ops.mlp import mlp
 from xformer_train.kernels.parallel.collectives import TensorParallel
 from xformer_train.kernels.parallel.sharding import Partition, partitions_of, shard_state_dict
@@ -192,26 +194,29 @@ def kept_for_backward(group: dist.ProcessGroup) -> Triples:
 def mlp_overlap(group: dist.ProcessGroup) -> Triples:
     """In the backward pass of the MLP a product follows each start of a collective but the first, which nothing can hide."""
     calls: list[str] = []
-    names = ("start_all_gather", "start_all_reduce_", "start_reduce_scatter", "product", "weight_gradient")
-    originals = {name: getattr(mlp, name) for name in names}
+    names = {  # by the file that calls them
+        mlp: ("start_all_gather", "product", "weight_gradient"),
+        linear: ("start_all_reduce_", "start_reduce_scatter"),
+    }
 
-    def recorded(name: str) -> Any:
+    def recorded(file: Any, name: str) -> Any:
+        original = getattr(file, name)
+
         def call(*args: Any) -> Any:
             calls.append(name)
-            return originals[name](*args)
+            return original(*args)
 
         return call
 
     for sequence, expected in (
-        (False, "product weight_gradient product start_all_reduce_ weight_gradient"),
-        (
-            True,
-            "start_all_gather start_all_gather product weight_gradient product start_reduce_scatter weight_gradient",
-        ),
+        (False, "product weight_gradient start_all_reduce_ weight_gradient"),
+        (True, "start_all_gather start_all_gather product weight_gradient start_reduce_scatter weight_gradient"),
     ):
         x, w1, b1, w2 = (torch.randn(size, requires_grad=True) for size in ((2, 3), (5, 3), (5,), (3, 5)))
         y = mlp.mlp(x, w1, b1, w2, "gelu", gelu_checkpoint=False, parallel=TensorParallel(group, sequence))
-        with mock.patch.multiple(mlp, **{name: recorded(name) for name in names}):
+        with contextlib.ExitStack() as patches:
+            for file, of_file in names.items():
+                patches.enter_context(mock.patch.multiple(file, **{name: recorded(file, name) for name in of_file}))
             y.sum().backward()
         yield f"overlap, sequence={sequence}", torch.tensor(" ".join(calls) == expected), torch.tensor(True)
         calls.clear()
