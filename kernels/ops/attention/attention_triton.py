@@ -49,6 +49,10 @@ class Options(NamedTuple):
         are (T,) when packed.
     p, seed, site: dropout of the probabilities as in `kernels.dropout`, seed an int64 scalar on the device; None: no dropout.
         Decisions depend on seed, site, sequence number, head, and places of query and key within their sequence.
+    key_heads: G of qkv (B, S, N + 2G, D) or (T, N + 2G, D); None: qkv holds as many key heads as query heads.
+    rotary: (L, D) fp32, L no less than the tokens of the longest sequence: cosines, then sines, of the angles that queries and
+        keys are turned by; None: they are not turned.
+    window: a query sees keys at most so many tokens away; None: at any distance.
     """
 
     key_mask: Tensor | None = None
@@ -60,6 +64,9 @@ class Options(NamedTuple):
     causal: bool = False
     p: float = 0.0
     site: int = 0
+    key_heads: int | None = None
+    rotary: Tensor | None = None
+    window: int | None = None
     lengths: Tensor | None = None
 
     @property
