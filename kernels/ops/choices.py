@@ -11,9 +11,10 @@ if TYPE_CHECKING:
 IGNORED = -100
 """The label that counts for nothing."""
 
-Activation = Literal["gelu", "gelu_tanh"]
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu2"]
 ActivationCheckpointing = Literal["none", "selective", "full"]
 Kernels = Literal["auto", "reference"]
+Norm = Literal["layer_norm", "rms_norm"]
 
 
 def uses_triton(tensor: "Tensor", kernels: Kernels) -> bool:

@@ -231,6 +231,15 @@ def test_a_causal_mask_does_not_see_the_future():
         ({"attention_probs_dropout_prob": 1.0}, "attention_probs_dropout_prob=1.0"),
         ({"hidden_act": "relu"}, "hidden_act='relu'"),
         ({"intermediate_size": 0}, "intermediate_size=0"),
+        ({"norm": "batch_norm"}, "norm='batch_norm' is unknown"),
+        ({"norm": "rms_norm"}, "norm_bias=True with norm='rms_norm'"),
+        ({"num_key_value_heads": 2}, "num_key_value_heads=2 does not divide num_attention_heads=3"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0"),
+        ({"head_dim": 7, "rope_theta": 1e4}, "head_dim=7 is odd"),
+        ({"hidden_size": 21, "rope_theta": 1e4}, "hidden_size / num_attention_heads=7 is odd"),
+        ({"rope_theta": 0.0}, "rope_theta=0.0"),
+        ({"attention_window": 0}, "attention_window=0"),
+        ({"pre_layer_norm": False, "norm_before_attention": False}, "norm_before_attention=False is for pre-LN"),
     ],
 )
 def test_impossible_layers_are_refused_with_the_field_and_its_value(change, message):
