@@ -11,11 +11,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ..kernels.ops.choices import Activation, Kernels
+from ..kernels.ops.choices import Activation, Kernels, Norm
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 DropoutProbability = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 SentenceTask = Literal["nsp", "sop", "none"]
 Masking = Literal["subword", "whole_word", "span"]
 TokenizerKind = Literal["wordpiece", "bpe", "bytes"]
@@ -52,28 +53,73 @@ class ModelConfig(Section):
     num_hidden_layers: PositiveInt = 12
     """Layers of the model, without the embedding and the head."""
     num_attention_heads: PositiveInt = 12
-    """Attention heads of each layer; they divide hidden_size equally."""
+    """Attention heads of each layer; without head_dim they divide hidden_size equally."""
+    num_key_value_heads: PositiveInt | None = None
+    """Heads of the keys and values, each shared by equally many heads of queries; null is one for each."""
+    head_dim: PositiveInt | None = None
+    """Width of one attention head; null is hidden_size / num_attention_heads."""
+    qk_norm: bool = False
+    """RMSNorm of each head's query and key before attention, as in Qwen3."""
     intermediate_size: PositiveInt = 3072
     """Width of the feed-forward part of each layer; four times hidden_size in BERT and GPT-2."""
     hidden_act: Activation = "gelu"
-    """GELU by the error function (BERT) or its tanh approximation (GPT-2)."""
+    """GELU by the error function (BERT) or its tanh approximation (GPT-2), SiLU (Llama), or the square of ReLU."""
+    gated_mlp: bool = False
+    """Multiply the activation by a second projection of equal width: GeGLU with gelu (ModernBERT), SwiGLU with silu (Llama)."""
     hidden_dropout_prob: DropoutProbability = 0.1
     """Share of values dropped after the embedding and at the end of each half of a layer."""
     attention_probs_dropout_prob: DropoutProbability = 0.1
     """Share of the attention probabilities dropped."""
     max_position_embeddings: PositiveInt = 512
     """Longest sequence that the model can take, in tokens; data.max_seq_length is at most this."""
+    position_embedding: Literal["learned", "rope"] = "learned"
+    """How a token knows its place: a learned vector for each position, or queries and keys turned by an angle that grows with
+    the position (rotary embedding, ModernBERT and Llama)."""
+    rope_theta: PositiveFloat = 10000.0
+    """rope: base of the angles. A larger one turns slower, for longer sequences."""
+    local_rope_theta: PositiveFloat | None = None
+    """rope: base of the angles in local layers; null is rope_theta."""
+    sliding_window: Annotated[int, Field(ge=2)] | None = None
+    """Local attention over so many tokens: GPT sees a token and sliding_window - 1 before it, BERT sliding_window // 2 to each
+    side; null is attention over all."""
+    global_attn_every_n_layers: PositiveInt | None = None
+    """Every n-th layer from the first on sees all tokens, whatever sliding_window is; null makes all layers local."""
     pre_layer_norm: bool = True
-    """LayerNorm before each half of the layer and once after the last layer; false is the original, post-LN BERT."""
-    layer_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
-    """Added to the variance in LayerNorm. Transformers has 1e-12 for BERT and 1e-5 for GPT-2."""
-    initializer_range: Annotated[float, Field(gt=0)] = 0.02
+    """A norm before each half of the layer and once after the last layer; false is the original, post-LN BERT."""
+    norm: Norm = "layer_norm"
+    """LayerNorm, or RMSNorm, which subtracts no mean (Llama)."""
+    norm_bias: bool = True
+    """Whether LayerNorms have a bias; RMSNorm has none."""
+    attention_bias: bool = True
+    """Whether the projections of attention have biases."""
+    mlp_bias: bool = True
+    """Whether the projections of the feed-forward part have biases, and the one before BERT's masked-token head."""
+    layer_norm_eps: PositiveFloat = 1e-12
+    """Added to the variance in LayerNorm, to the mean square in RMSNorm. Transformers has 1e-12 for BERT and 1e-5 for GPT-2."""
+    initializer_range: PositiveFloat = 0.02
     """Standard deviation of the normal distribution that weights start from."""
     vocab_size: PositiveInt | Literal["auto"] = "auto"
     """Rows of the embedding; auto is the tokenizer's size, rounded up to a multiple of 64."""
+    tie_word_embeddings: bool = True
+    """Use the word embedding as the output projection too; false gives GPT an `lm_head` of its own."""
     init_from: PathText | None = None
     """A Hugging Face model to start a new run from, with its tokenizer: a folder, or an id of the hub. The keys above must
     describe it: docs/huggingface.md."""
+
+    @property
+    def head_size(self) -> int:
+        """Return the width of one attention head."""
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def key_heads(self) -> int:
+        """Return the number of heads of the keys, and of the values."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    def is_local(self, layer: int) -> bool:
+        """Return whether the layer of this number, from 0, has local attention."""
+        every = self.global_attn_every_n_layers
+        return self.sliding_window is not None and (every is None or layer % every != 0)
 
 
 class LayerFlags(Section):
@@ -126,7 +172,7 @@ class SourceConfig(Section):
     """The split of an hf dataset."""
     streaming: bool = False
     """Read an hf dataset without storing it whole first."""
-    weight: Annotated[float, Field(gt=0)] | None = None
+    weight: PositiveFloat | None = None
     """Share of the samples drawn from this source, relative to the other weights; give it to all sources, or to none to draw
     from each in proportion to its size."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...kernels.errors import UserError
+from ...recipes.config import ModelConfig
 from ..config.schema import Precision
 from ..processes.topology import Topology
 from .files import file_access, listed, read_file, restore_random_state, understood
@@ -22,6 +23,8 @@ from .store import damage, not_verified, read_state, refuse_damaged
 
 # Settings of training that stand in the model's config but change no weight: a later run may set them anew.
 FREE_MODEL_KEYS = frozenset({"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"})
+# What a model has by keys that its run config did not know yet. Not vocab_size: a checkpoint says how many rows there are.
+_MODEL_DEFAULTS = ModelConfig().model_dump(mode="json", exclude={"vocab_size"})
 
 
 def check(checkpoint: Path, model: Mapping[str, Any], precision: Precision | None) -> dict[str, Any]:
@@ -31,7 +34,7 @@ def check(checkpoint: Path, model: Mapping[str, Any], precision: Precision | Non
     Raises UserError for another model, another precision, missing, cut or changed files.
     """
     state = read_state(checkpoint)
-    theirs, ours = state["model"], json.loads(json.dumps(dict(model)))
+    theirs, ours = (_MODEL_DEFAULTS | known for known in (state["model"], json.loads(json.dumps(dict(model)))))
     differing = [
         f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
         for key in sorted((theirs.keys() | ours.keys()) - FREE_MODEL_KEYS)

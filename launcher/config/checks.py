@@ -15,6 +15,7 @@ from ...recipes.config import Fault, SourceConfig
 from .batch import divisors, solve_batch
 from .deepspeed import deepspeed_faults
 from .deepspeed_keys import show
+from .model_checks import model_faults
 from .optimizers import optimizer_faults
 from .schema import RunConfig
 
@@ -68,9 +69,7 @@ def _run_and_model_faults(config: RunConfig) -> Iterator[Fault]:
         yield Fault(("name",), f"got {config.name!r}, must be {FILE_NAME_RULE}; folders go into output_dir")
     if not config.output_dir.strip():
         yield Fault(("output_dir",), 'got an empty path, must name a folder; "." is the current one')
-    if model.hidden_size % model.num_attention_heads:
-        rule = f"must be a multiple of model.num_attention_heads {model.num_attention_heads}"
-        yield Fault(("model.hidden_size", "model.num_attention_heads"), f"got {model.hidden_size}, {rule}")
+    yield from model_faults(model)
     if data.max_seq_length > model.max_position_embeddings:
         rule = f"must be at most model.max_position_embeddings {model.max_position_embeddings}"
         yield Fault(("data.max_seq_length", "model.max_position_embeddings"), f"got {data.max_seq_length}, {rule}")
@@ -191,6 +190,10 @@ def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Faul
             found = divisors(size)
             listed = ", ".join([*map(str, found[:8]), *(["..."] if len(found) > 8 else [])])
             yield Fault((key, name), f"got {tensor}, must divide {name} {size}: {listed}")
+    keys = model.num_key_value_heads
+    if keys is not None and keys % tensor and tensor % keys:
+        rule = f"must divide model.num_key_value_heads {keys}, or be a multiple of it"
+        yield Fault((key, "model.num_key_value_heads"), f"got {tensor}, {rule}")
     if tensor > 1 and config.layer.cuda_graph:
         text = f"got true, but a graph cannot hold what the {tensor} processes of {key} send each other; set false"
         yield Fault(("layer.cuda_graph", key), text)
@@ -208,13 +211,20 @@ def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Faul
 def _fp8_faults(config: RunConfig) -> Iterator[Fault]:
     if config.training.precision != "fp8":
         return
-    tensor = config.parallel.tensor
-    sizes = {"model.hidden_size": config.model.hidden_size, "model.intermediate_size": config.model.intermediate_size}
+    model, tensor = config.model, config.parallel.tensor
     on_each = "" if tensor == 1 else f" times parallel.tensor {tensor}"
-    for name, size in sizes.items():
+    need = f"the matrix products of training.precision fp8 need a multiple of {FP8_MULTIPLE}{on_each}"
+    keys = ("training.precision", "parallel.tensor")
+    for name, size in (("model.hidden_size", model.hidden_size), ("model.intermediate_size", model.intermediate_size)):
         if size % (FP8_MULTIPLE * tensor):
-            need = f"the matrix products of training.precision fp8 need a multiple of {FP8_MULTIPLE}{on_each}"
-            yield Fault((name, "training.precision", "parallel.tensor"), f"got {size}, but {need}")
+            yield Fault((name, *keys), f"got {size}, but {need}")
+    queries, keys_and_values = model.num_attention_heads * model.head_size, 2 * model.key_heads * model.head_size
+    if model.head_dim is not None and queries % (FP8_MULTIPLE * tensor):
+        what = f"which makes {queries} columns of all model.num_attention_heads {model.num_attention_heads}"
+        yield Fault(("model.head_dim", "model.num_attention_heads", *keys), f"got {model.head_dim}, {what}, but {need}")
+    elif model.num_key_value_heads is not None and keys_and_values % (FP8_MULTIPLE * tensor):
+        what = f"which with heads of {model.head_size} columns makes {keys_and_values} of keys and values"
+        yield Fault(("model.num_key_value_heads", *keys), f"got {model.key_heads}, {what}, but {need}")
     for flag in ("normalize_invertible", "gelu_checkpoint"):
         if getattr(config.layer, flag):
             why = "saves nothing with training.precision fp8, which keeps one byte of each number"

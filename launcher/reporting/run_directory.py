@@ -103,7 +103,8 @@ def open_run_directory(config: RunConfig, held: ExitStack, *, resume: bool) -> R
     held.enter_context(only_run(directory.lock))
     if previous is None:
         return directory
-    return RunDirectory(root, tuple(_differences(previous, config.model_dump(mode="json"))))
+    now, defaults = config.model_dump(mode="json"), RunConfig().model_dump(mode="json")
+    return RunDirectory(root, tuple(_differences(previous, now, defaults)))
 
 
 @contextmanager
@@ -186,11 +187,12 @@ def _write(path: Path, text: str) -> None:
         replace_text(path, text)
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """Return the dotted keys whose values differ, as `key: old -> new`."""
+def _differences(old: Any, new: Any, default: Any = None, path: str = "") -> list[str]:
+    """Return the dotted keys whose values differ, as `key: old -> new`. A key that was not known before had its default."""
     if isinstance(old, dict) and isinstance(new, dict):
-        found = []
+        found, defaults = [], default if isinstance(default, dict) else {}
         for key in dict.fromkeys([*old, *new]):
-            found += _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+            usual = defaults.get(key)
+            found += _differences(old.get(key, usual), new.get(key), usual, f"{path}.{key}" if path else key)
         return found
     return [] if old == new else [f"{path}: {old} -> {new}"]

@@ -7,4 +7,7 @@ from ..config import Fault, LayerFlags, ModelConfig, ObjectiveConfig, objective_
 
 def faults(model: ModelConfig, _: LayerFlags, objective: ObjectiveConfig) -> Iterator[Fault]:
     """Yield every rule that is broken."""
+    if not model.tie_word_embeddings:
+        why = "the head of model.type bert always is the word embedding; set true"
+        yield Fault(("model.tie_word_embeddings", "model.type"), f"got false, but {why}")
     yield from objective_faults(model, objective, "mlm")

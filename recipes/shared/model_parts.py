@@ -18,11 +18,25 @@ from ...kernels.parallel.sharding import Partition, shard_parameters
 from ..config import LayerFlags, ModelConfig
 from ..recipe import Runtime
 
+# Keys of the model that say nothing of a layer, or that each layer has its own of.
+_NOT_A_LAYERS = {
+    "type",
+    "max_position_embeddings",
+    "vocab_size",
+    "init_from",
+    "tie_word_embeddings",
+    "position_embedding",
+    "rope_theta",
+    "local_rope_theta",
+    "sliding_window",
+    "global_attn_every_n_layers",
+}
+
 
 def build_layers(model: ModelConfig, flags: LayerFlags, runtime: Runtime) -> LayerStack:
     """num_hidden_layers fresh layers with the model's geometry and the run's flags."""
     config = LayerConfig(
-        **model.model_dump(exclude={"type", "max_position_embeddings", "vocab_size", "init_from"}),
+        **model.model_dump(exclude=_NOT_A_LAYERS),
         **flags.model_dump(exclude={"unpad", "cuda_graph"}),
         # The original BERT is post-LN, whose LayerNorms rescale the residual stream themselves.
         adjust_init_range=model.pre_layer_norm,

@@ -212,6 +212,13 @@ def test_a_checkpoint_of_another_model_is_refused_with_both_values(alone, engine
     loading.load(engine, tmp_path / "a", MODEL | {"hidden_dropout_prob": 0.0}, alone)
 
 
+def test_a_checkpoint_from_before_a_key_of_the_model_has_its_default(alone, engine, tmp_path):
+    save(engine, tmp_path, "a", 1, alone)
+    loading.load(engine, tmp_path / "a", MODEL | {"norm": "layer_norm", "head_dim": None, "rope_theta": 10000.0}, alone)
+    with pytest.raises(ValueError, match="another model: norm is 'layer_norm' there and 'rms_norm' here"):
+        loading.load(engine, tmp_path / "a", MODEL | {"norm": "rms_norm"}, alone)
+
+
 def test_a_checkpoint_of_another_precision_is_refused(alone, engine, tmp_path):
     save(engine, tmp_path, "a", 1, alone)
     with changed_state(tmp_path / "a") as state:

@@ -25,7 +25,10 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
         ("name: a/b", "name: got 'a/b', must be a plain name: no slash"),
         ("name: .hidden", "name: got '.hidden', must be a plain name"),
         ("output_dir: ''", "output_dir: got an empty path"),
-        ("model: {hidden_size: 100}", "model.hidden_size: got 100, must be a multiple of model.num_attention_heads 12"),
+        (
+            "model: {hidden_size: 100}",
+            "model.hidden_size: got 100, must be a multiple of model.num_attention_heads 12 unless model.head_dim is",
+        ),
         ("model: {type: gpt}", "objective.type: got 'mlm', but model.type gpt needs 'clm'"),
         ("objective: {type: clm}", "objective.type: got 'clm', but model.type bert needs 'mlm'"),
         ("model: {type: gpt, pre_layer_norm: false}\nobjective: {type: clm}", "model.pre_layer_norm: got false, but"),

@@ -9,9 +9,10 @@ import sys
 from contextlib import ExitStack
 
 import pytest
+import yaml
 from helpers.runs import metrics, write_config
 
-from xformer_train.launcher.config.loading import load_config
+from xformer_train.launcher.config.loading import dump_config, load_config
 from xformer_train.launcher.reporting.run_directory import only_run, open_run_directory
 from xformer_train.launcher.training.train import run
 
@@ -87,6 +88,21 @@ def test_a_run_whose_recorded_config_cannot_be_read_is_continued_with_a_warning(
     said = capsys.readouterr().err
     assert said.startswith(f"warning: {folder}/config.resolved.yaml") and said.count("\n") == 1
     assert said.endswith("; which keys have changed since the last start is not told\n")
+
+
+def test_a_key_that_the_run_did_not_know_before_counts_as_its_default(tmp_path):
+    config = load_config(write_config(tmp_path), (), world_size=1).config
+    folder = tmp_path / "runs/run"
+    (folder / "checkpoints").mkdir(parents=True)
+    known = yaml.safe_load(dump_config(config))
+    for key in ("norm", "gated_mlp", "sliding_window"):
+        del known["model"][key]
+    (folder / "config.resolved.yaml").write_text(yaml.safe_dump(known))
+    now = load_config(write_config(tmp_path, model__sliding_window=8), (), world_size=1).config
+    with ExitStack() as held:
+        assert open_run_directory(config, held, resume=True).changed_keys == ()
+    with ExitStack() as held:
+        assert open_run_directory(now, held, resume=True).changed_keys == ("model.sliding_window: None -> 8",)
 
 
 def test_a_resume_with_a_broken_row_of_metrics_is_refused_before_anything_is_prepared(tmp_path):
