@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...errors import UserError
 from ..choices import Kernels, uses_triton
 from ..operator import operator
 from .attention_product import AttentionWithDropout, padded, unpadded
@@ -149,38 +150,50 @@ def _check_borders(cu_seqlens: Tensor, max_length: int) -> None:
             )
 
 
-def attention(
+def attention(  # noqa: PLR0913 - the axes in which layers and batches differ
     qkv: Tensor,
     mask: AttentionMask,
     p: float,
     seed: Tensor | None,
     site: int,
     *,
+    key_heads: int | None = None,
+    rotary: Tensor | None = None,
+    window: int | None = None,
     recompute: Recompute = "nothing",
     stochastic: bool = False,
     kernels: Kernels = "auto",
 ) -> Tensor:
-    """The attention output before its projection, (B, S, H), or (T, H) for a packed batch.
+    """The attention output before its projection, (B, S, N * D), or (T, N * D) for a packed batch.
 
     qkv: (B, S, 3, N, D), or (T, 3, N, D) where the mask has cu_seqlens; any float dtype.
+    key_heads: G, which divides N; qkv is then (B, S, N + 2G, D) or (T, N + 2G, D), N query heads, G key heads, G value heads,
+        and query head h attends with key head h // (N / G).
+    rotary: (L, D) fp32 of `rotary_table`, L at least S: queries and keys are turned by the angles of their place in their row,
+        or in their sequence of a packed batch: column i with column i + D/2.
+    window: a query sees keys at most so many tokens away, of those that the mask lets it see.
     p: dropout of the probabilities; seed: int64 scalar tensor, None for no dropout.
     recompute: what backward computes again in place of keeping it: with `dropout` the probabilities after dropout, with `core`
         those before it too, from scores on. The Triton path and the one without dropout keep nothing of size S * S anyway.
     stochastic: let the Triton backward add dQ atomically where that is faster; its last bits then vary from run to run.
     Raises ValueError for a packed qkv without a mask that has cu_seqlens, and the other way round; for a mask of another size;
-    on a CPU for rows that differ from the last border.
+    for key_heads, rotary or window that break what is said of them; on a CPU for rows that differ from the last border.
     """
-    if qkv.ndim != (5 if mask.cu_seqlens is None else 4):
-        raise ValueError(
-            f"qkv is {tuple(qkv.shape)}; it must be (T, 3, N, D) with a mask that has cu_seqlens, else (B, S, 3, N, D)"
-        )
+    _check_layout(qkv, mask, key_heads)
+    size = qkv.shape[1] if mask.max_length is None else mask.max_length
+    heads = qkv.shape[-2] - (0 if key_heads is None else 2 * key_heads)
     if mask.cu_seqlens is None:
-        _check_sizes(qkv, mask)
+        _check_sizes(qkv.shape[0], size, heads, mask)
+    _check_rotary(rotary, size, qkv)
+    if window is not None and window < 0:
+        raise UserError(f"window={window} is below 0; a query sees keys at most so many tokens away, and itself at 0")
     seed = seed if p > 0 else None
     if uses_triton(qkv, kernels) and qkv.shape[-1] <= LARGEST_TRITON_HEAD and (mask.bias is None or mask.bias_per_key):
         return _TritonAttention.apply(  # type: ignore[no-any-return, no-untyped-call]
-            qkv, mask, mask.key_bias(), seed, (p, site), stochastic
+            qkv, mask, mask.key_bias(), rotary, seed, (p, site, key_heads, window), stochastic
         )
+    if (key_heads, rotary, window) != (None, None, None):
+        return _plain(qkv, mask, (p, seed, site), key_heads, rotary, window, recompute)
     rows = mask.rows_when_padded(qkv.shape[0])
     bias = mask.additive(qkv.shape[1] if mask.max_length is None else mask.max_length, qkv)
     if seed is not None:
@@ -191,9 +204,72 @@ def attention(
     return unpadded(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2), rows)
 
 
-def _check_sizes(qkv: Tensor, mask: AttentionMask) -> None:
-    """Raises ValueError for a mask that does not fit qkv (B, S, 3, N, D): the Triton kernels would read past its end."""
-    batch, size, _, heads, _ = qkv.shape
+def _plain(
+    qkv: Tensor, mask: AttentionMask, dropout: Any, key_heads: Any, rotary: Any, window: Any, recompute: Any
+) -> Tensor:
+    p, seed, site = dropout
+    size = qkv.shape[1] if mask.max_length is None else mask.max_length
+    rows, bias = mask.rows_when_padded(qkv.shape[0]), mask.additive(size, qkv)
+    whole = padded(qkv, rows, bias)
+    if key_heads is None:
+        q, k, v = whole.unbind(2)
+    else:
+        q, k, v = whole.split([qkv.shape[-2] - 2 * key_heads, key_heads, key_heads], 2)
+    if rotary is not None:
+        cos, sin = rotary[:size, None].to(torch.promote_types(q.dtype, torch.float32)).chunk(2, -1)
+
+        def turned(x: Tensor) -> Tensor:
+            first, second = x.to(cos.dtype).chunk(2, -1)
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
+
+        q, k = turned(q), turned(k)
+    if window is not None:
+        places = torch.arange(size, device=qkv.device)
+        seen = (places[:, None] - places).abs() <= window
+        band = hiding_bias(seen[None, None], qkv.dtype)
+        bias = band if bias is None else torch.minimum(bias, band)
+    if seed is None:
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
+        return unpadded(out.transpose(1, 2).flatten(2), rows)
+    k, v = (part.repeat_interleave(q.shape[2] // part.shape[2], 2) for part in (k, v))
+    whole = torch.stack([q, k, v], 2)
+    out: Tensor = AttentionWithDropout.apply(whole, bias, None, seed, (p, site), recompute)  # type: ignore
+    return unpadded(out, rows)
+
+
+def _check_layout(qkv: Tensor, mask: AttentionMask, key_heads: int | None) -> None:
+    """Raises ValueError unless qkv has the dims that the mask and key_heads ask for."""
+    heads = "3, N, D" if key_heads is None else "N + 2G, D"
+    if qkv.ndim != (mask.cu_seqlens is None) + 3 + (key_heads is None):
+        raise ValueError(
+            f"qkv is {tuple(qkv.shape)}; it must be (T, {heads}) with a mask that has cu_seqlens, else (B, S, {heads})"
+        )
+    if key_heads is not None:
+        queries = qkv.shape[-2] - 2 * key_heads
+        if key_heads < 1 or queries < 1 or queries % key_heads:
+            raise UserError(
+                f"key_heads={key_heads} does not divide the {queries} query heads of qkv {tuple(qkv.shape)}, which is "
+                f"(..., N + 2G, D) with G key heads; G must divide N"
+            )
+
+
+def _check_rotary(rotary: Tensor | None, size: int, qkv: Tensor) -> None:
+    """Raises UserError for a table that does not turn heads of these columns at all places up to size."""
+    if rotary is None:
+        return
+    dim = qkv.shape[-1]
+    if dim % 2:
+        raise UserError(f"heads have D={dim} columns; rotary turns pairs of columns, so D must be even")
+    if rotary.ndim != 2 or rotary.shape[1] != dim or rotary.shape[0] < size or rotary.dtype != torch.float32:
+        raise UserError(
+            f"rotary is {rotary.dtype} {tuple(rotary.shape)}; it must be float32 (L, {dim}) with L at least {size}: make it "
+            f"with rotary_table({size}, {dim}, theta)"
+        )
+
+
+def _check_sizes(batch: int, size: int, heads: int, mask: AttentionMask) -> None:
+    """Raises ValueError for a mask that does not fit B, S, N of qkv: the Triton kernels would read past its end."""
     by_token = "(B or 1, S)", ((1, batch), (size,))
     by_score = "(B or 1, N or 1, S or 1, S)", ((1, batch), (1, heads), (1, size), (size,))
     for name, (shape, legal) in (("key_mask", by_token), ("segment_ids", by_token), ("bias", by_score)):
@@ -206,15 +282,19 @@ def _check_sizes(qkv: Tensor, mask: AttentionMask) -> None:
             )
 
 
-def _fake_triton_forward(qkv: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    tokens, (heads, size) = qkv.shape[:-3], qkv.shape[-2:]
+def _fake_triton_forward(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    key_heads = arguments[-3]
+    tokens, heads, size = qkv.shape[:-3], qkv.shape[-2], qkv.shape[-1]
+    if key_heads is not None:
+        tokens, heads = qkv.shape[:-2], heads - 2 * key_heads
     rows = (math.prod(tokens) + 15) // 16 * 16
     return qkv.new_empty((*tokens, heads * size)), qkv.new_empty((heads, rows), dtype=torch.float32)
 
 
 @operator(
     "attention_forward(Tensor qkv, Tensor? key_mask, Tensor? segment_ids, Tensor? key_bias, Tensor? cu_seqlens, "
-    "Tensor? seed, SymInt? max_length, bool causal, float p, int site) -> (Tensor, Tensor)",
+    "Tensor? seed, SymInt? max_length, bool causal, float p, int site, int? key_heads, Tensor? rotary, "
+    "SymInt? window) -> (Tensor, Tensor)",
     _fake_triton_forward,
 )
 def _triton_forward(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -227,7 +307,7 @@ def _triton_forward(qkv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
 @operator(
     "attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor? key_mask, Tensor? segment_ids, "
     "Tensor? key_bias, Tensor? cu_seqlens, Tensor? seed, SymInt? max_length, bool causal, float p, int site, "
-    "bool stochastic) -> Tensor",
+    "int? key_heads, Tensor? rotary, SymInt? window, bool stochastic) -> Tensor",
     lambda dout, qkv, *_: qkv.new_empty(qkv.shape),
 )
 def _triton_backward(dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *arguments: Any) -> Tensor:
@@ -245,20 +325,23 @@ class _TritonAttention(torch.autograd.Function):
         qkv: Tensor,
         mask: AttentionMask,
         key_bias: Tensor | None,
+        rotary: Tensor | None,
         seed: Tensor | None,
-        dropout: tuple[float, int],
+        numbers: tuple[float, int, int | None, int | None],
         stochastic: bool,
     ) -> Tensor:
         if key_bias is not None:  # in place of the others
             mask = AttentionMask()
+        p, site, key_heads, window = numbers
         tensors = (mask.key_mask, mask.segment_ids, key_bias, mask.cu_seqlens, seed)
-        ctx.rest = (mask.max_length, mask.causal, *dropout)
-        out, lse = _triton_forward(qkv, *tensors, *ctx.rest)
-        ctx.save_for_backward(qkv, out, lse, *tensors)
-        ctx.stochastic = stochastic
+        ctx.rest = (mask.max_length, mask.causal, p, site, key_heads)
+        out, lse = _triton_forward(qkv, *tensors, *ctx.rest, rotary, window)
+        ctx.save_for_backward(rotary, qkv, out, lse, *tensors)
+        ctx.window, ctx.stochastic = window, stochastic
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        return _triton_backward(dout, *ctx.saved_tensors, *ctx.rest, ctx.stochastic), *[None] * 5
+        rotary, *tensors = ctx.saved_tensors
+        return _triton_backward(dout, *tensors, *ctx.rest, rotary, ctx.window, ctx.stochastic), *[None] * 6

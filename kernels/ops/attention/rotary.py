@@ -1,0 +1,22 @@
+"""Rotary position embedding of queries and keys: pairs of a head's columns, turned by angles that grow with the position."""
+
+import torch
+from torch import Tensor
+
+from ...errors import UserError
+
+
+def rotary_table(length: int, dim: int, theta: float, device: torch.device | str | None = None) -> Tensor:
+    """Return cos in columns 0 .. dim/2 and sin in dim/2 .. dim of each position's angles, (length, dim) fp32.
+
+    dim: D, of a head, even. theta: angles fall from 1 to about 1 / theta per position. Computed in fp32 in the order of
+    transformers, so that its checkpoints see the angles they were trained with. Raises UserError for an odd dim.
+    Source: Su et al., RoFormer, arXiv 2104.09864.
+    """
+    if dim <= 0 or dim % 2:
+        raise UserError(
+            f"dim={dim} is not positive and even; rotary embedding turns pairs of columns: give an even head dim"
+        )
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
+    angles = torch.arange(length, device=device).float()[:, None] * (1 / theta**exponents)
+    return torch.cat([angles.cos(), angles.sin()], -1)
