@@ -227,7 +227,7 @@ class Fault:
     text: str
 
 
-ConfigCheck = Callable[[ModelConfig, LayerFlags, ObjectiveConfig], Iterator[Fault]]
+ConfigCheck = Callable[[ModelConfig, LayerFlags, DataConfig, ObjectiveConfig], Iterator[Fault]]
 """Yields every rule of one model that these sections break."""
 
 

@@ -41,7 +41,7 @@ def faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:
     world_size: processes of the run; None: as many as one replica of the model takes.
     """
     yield from _run_and_model_faults(config)
-    yield from CONFIG_CHECKS[config.model.type](config.model, config.layer, config.objective)
+    yield from CONFIG_CHECKS[config.model.type](config.model, config.layer, config.data, config.objective)
     yield from _tokenizer_and_objective_faults(config)
     yield from _data_faults(config)
     yield from _schedule_faults(config)

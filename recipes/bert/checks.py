@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from ..config import Fault, LayerFlags, ModelConfig, ObjectiveConfig, objective_faults
+from ..config import DataConfig, Fault, LayerFlags, ModelConfig, ObjectiveConfig, objective_faults
 
 
-def faults(model: ModelConfig, _: LayerFlags, objective: ObjectiveConfig) -> Iterator[Fault]:
+def faults(model: ModelConfig, _: LayerFlags, __: DataConfig, objective: ObjectiveConfig) -> Iterator[Fault]:
     """Yield every rule that is broken."""
     if not model.tie_word_embeddings:
         why = "the head of model.type bert always is the word embedding; set true"

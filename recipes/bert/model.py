@@ -69,18 +69,26 @@ class BertForPretraining(nn.Module):
         shard_vocabulary(self, ["word_embeddings.weight", "mlm_bias"], vocab_size, runtime.parallel.group)
 
     def encode(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        token_type_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
     ) -> Tensor:
         """The hidden state of every token, (B, S, H).
 
         input_ids: (B, S) int64; token_type_ids: (B, S) int64 in {0, 1}, default 0; attention_mask: (B, S) bool, True = a
-        token, default all. Raises ValueError if S exceeds max_position_embeddings.
+        token, default all; position_ids: (B, S) int64, default 0 .. S - 1; segment_ids: (B, S) int, tokens see only their own
+        segment, default one segment. Raises ValueError if S exceeds max_position_embeddings.
         """
         check_positions(input_ids, self.config.max_position_embeddings)
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        return self._encode(input_ids, token_type_ids, positions, AttentionMask(key_mask=attention_mask))
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+        mask = AttentionMask(key_mask=attention_mask, segment_ids=segment_ids)
+        return self._encode(input_ids, token_type_ids, position_ids, mask)
 
     def _encode_unpadded(
         self, input_ids: Tensor, token_type_ids: Tensor, token_positions: Tensor
@@ -104,7 +112,7 @@ class BertForPretraining(nn.Module):
     def _encode(self, input_ids: Tensor, token_type_ids: Tensor, positions: Tensor, mask: AttentionMask) -> Tensor:
         """Hidden states of a padded batch, (B, S, H) from (B, S), or a packed one, (T, H) from (T,), as the mask has it.
 
-        positions: place of each token in its sequence, (S,) or (T,) int64.
+        positions: place of each token in its sequence, (S,), (B, S) or (T,) int64.
         """
         hidden = embedded(input_ids, self.word_embeddings, self.parallel.group)
         hidden = hidden + self.token_type_embeddings(token_type_ids) + self.position_embeddings(positions)
@@ -131,7 +139,7 @@ class BertForPretraining(nn.Module):
         scores: Tensor = self.sentence_classifier(torch.tanh(self.pooler(first)))
         return scores
 
-    def forward(
+    def forward(  # noqa: PLR0913 - the tensors of a batch
         self,
         input_ids: Tensor,
         token_type_ids: Tensor,
@@ -140,6 +148,9 @@ class BertForPretraining(nn.Module):
         masked_labels: Tensor,
         sentence_labels: Tensor | None = None,
         token_positions: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """The summed loss of each task, {"mlm": (), and "nsp" or "sop": ()} in fp32.
 
@@ -148,9 +159,12 @@ class BertForPretraining(nn.Module):
         token_positions: (T,) int64, the flat indices at which attention_mask is True, ascending, among them the first of every
             row and all masked ones. With them padding is left out before the embedding and never put back, which changes
             neither losses nor gradients beyond rounding, but the dropout masks outside attention, which count elements.
+        position_ids, segment_ids: as in `encode`, for rows of several samples, where padding is a segment of its own and
+            attention_mask says nothing more.
         """
         if token_positions is None:
-            hidden = self.encode(input_ids, token_type_ids, attention_mask)
+            key_mask = attention_mask if segment_ids is None else None
+            hidden = self.encode(input_ids, token_type_ids, key_mask, position_ids, segment_ids)
             first, hidden = hidden[:, 0], hidden.flatten(0, 1)
         else:
             hidden, first_rows = self._encode_unpadded(input_ids, token_type_ids, token_positions)

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from ..config import Fault, LayerFlags, ModelConfig, ObjectiveConfig, objective_faults
+from ..config import DataConfig, Fault, LayerFlags, ModelConfig, ObjectiveConfig, objective_faults
 
 
-def faults(model: ModelConfig, layer: LayerFlags, objective: ObjectiveConfig) -> Iterator[Fault]:
+def faults(model: ModelConfig, layer: LayerFlags, _: DataConfig, objective: ObjectiveConfig) -> Iterator[Fault]:
     """Yield every rule that is broken."""
     if not model.pre_layer_norm:
         yield Fault(("model.pre_layer_norm", "model.type"), "got false, but model.type gpt is pre-LN only; set true")

@@ -203,6 +203,40 @@ def test_leaving_padding_out_changes_neither_losses_nor_gradients(task, hole, dr
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-6)
 
 
+def test_bert_samples_in_one_row_equal_samples_in_rows_of_their_own_in_losses_and_gradients():
+    """Dropout is off, as it counts elements. Padding, a segment of its own, changes nothing either."""
+    model, objective = ModelConfig(type="bert", **SIZES), ObjectiveConfig(sentence_task="none")
+    bert = randomize(RECIPES["bert"].build_model(model, LayerFlags(), objective, VOCABULARY)).double().train()
+    lengths, size = (6, 1, 9), 19
+    ids = torch.zeros(1, size, dtype=torch.int64)
+    ids[0, :16] = torch.randint(1, VOCABULARY, (16,))
+    segments = torch.tensor([[0] * 6 + [1] + [2] * 9 + [3] * 3])
+    position_ids = torch.tensor([[*range(6), 0, *range(9), *range(3)]])
+    positions = torch.tensor([2, 5, 6, 8, 15])
+    labels = torch.randint(0, VOCABULARY, (5,))
+    packed = bert(
+        ids,
+        torch.zeros_like(ids),
+        segments < 3,
+        positions,
+        labels,
+        position_ids=position_ids,
+        segment_ids=segments,
+    )["mlm"]
+    alone, first = 0, 0
+    hidden = bert.encode(ids, position_ids=position_ids, segment_ids=segments)
+    for length in lengths:
+        own = ids[:, first : first + length]
+        here = (positions >= first) & (positions < first + length)
+        everything = torch.ones_like(own, dtype=torch.bool)
+        alone = alone + bert(own, torch.zeros_like(own), everything, positions[here] - first, labels[here])["mlm"]
+        torch.testing.assert_close(hidden[:, first : first + length], bert.encode(own))
+        first += length
+    torch.testing.assert_close(packed, alone)
+    gradients = [torch.autograd.grad(loss, list(bert.parameters())) for loss in (packed, alone)]
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("task", ["none", "sop"])
 def test_the_sentence_task_decides_which_heads_exist(task):
     model = ModelConfig(type="bert", **SIZES)
