@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.amax_triton import magnitude_bits, raise_amax
 from ..ops.choices import Activation
-from ..ops.mlp.mlp_triton import gelu
+from ..ops.mlp.activation_triton import gelu
 from .layout import empty_cast, padded
 
 _TILE_ROWS, _TILE_COLUMNS = 64, 128  # of a cast with a transpose

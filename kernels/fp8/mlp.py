@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops.choices import Activation
-from ..ops.mlp.mlp import check_sizes, gelu, gelu_backward_reference, gelu_forward_reference, mlp
+from ..ops.mlp.activation import activated, activation_backward_reference, activation_forward_reference
+from ..ops.mlp.mlp import check_sizes, mlp
 from ..ops.operator import operator, reshaped
 from .layout import Fp8Tensor, empty_cast
 from .linear import Fp8State, LinearCall, breaks_graph, check_operands, fp8_linear
@@ -82,7 +83,7 @@ def _mlp(
 ) -> Tensor:
     call1, call2 = layer1.begin(x.device), layer2.begin(x.device)
     if call1.calibrates or (call1.enabled and call1.wide_wgrad):
-        return layer2.linear(gelu(layer1.linear(x, w1, b1, amax), activation), w2, None)
+        return layer2.linear(activated(layer1.linear(x, w1, b1, amax), activation), w2, None)
     if not call1.enabled:
         wide1, wide2 = call1.trained(w1).to(x.dtype), call2.trained(w2).to(x.dtype)
         return mlp(x, wide1, b1.to(x.dtype), wide2, activation, gelu_checkpoint=False)
@@ -149,7 +150,7 @@ def gelu_quantize_reference(
     f: Tensor, scale: Tensor | None, activation: Activation, dtype: torch.dtype, columns: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return GELU(f) of f (T, F) in FP8: rows (T, F), columns (F, T'), amax () and 1 / scale (); as `quantize`."""
-    return quantize_reference(gelu_forward_reference(f, activation), scale, None, dtype, True, columns)
+    return quantize_reference(activation_forward_reference(f, activation, False), scale, None, dtype, True, columns)
 
 
 def gelu_backward_quantize_reference(
@@ -159,7 +160,8 @@ def gelu_backward_quantize_reference(
 
     da, f: (T, F), contiguous; da is overwritten.
     """
-    df, db1, _ = gelu_backward_reference(da, f, activation, False)
+    df, db1, _ = activation_backward_reference(da, f, activation, False)
+    assert db1 is not None, "it was asked for"
     return *quantize_reference(df, scale, None, dtype, rows, columns), db1
 
 

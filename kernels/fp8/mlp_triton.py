@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.amax_triton import magnitude_bits, raise_amax
 from ..ops.choices import Activation
-from ..ops.mlp.mlp_triton import gelu_and_slope
+from ..ops.mlp.activation_triton import gelu_and_slope
 from ..ops.norm.residual_norm_triton import sum_partials
 from .cast_triton import quantize, rounded_gelu, store_cast
 from .layout import empty_cast, padded

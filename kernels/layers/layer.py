@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..ops.attention.attention import AttentionMask, Recompute, attention
 from ..ops.autocast import autocast_dtype
 from ..ops.dropout import draw_seed
-from ..ops.mlp.mlp import gelu
+from ..ops.mlp.activation import activated
 from ..ops.norm.residual_norm import are_invertible, residual_add, residual_norm
 from ..ops.parallel_linear import ParallelMode
 from ..ops.region import active_region
@@ -214,7 +214,7 @@ class TransformerLayer(nn.Module):
         if "intermediate" not in now.called and "output" not in now.called:
             out, read = now.products.mlp(x, self.intermediate, self.output, self.config, self.parallel)
             return out, x if now.called else read
-        hidden = gelu(self._project("intermediate", x, "column", now), self.config.hidden_act)
+        hidden = activated(self._project("intermediate", x, "column", now), self.config.hidden_act)
         return self._project("output", hidden, "row", now), x
 
     def _project(self, name: str, x: Tensor, mode: ParallelMode, now: Pass) -> Tensor:

@@ -40,5 +40,5 @@ class Products:
         self, x: Tensor, inward: Any, outward: Any, config: LayerConfig, parallel: TensorParallel
     ) -> tuple[Tensor, Tensor]:
         """Return the feed-forward half of two projections, without the bias of the second, and x for the residual stream."""
-        options = MlpOptions(config.hidden_act, config.gelu_checkpoint, config.kernels, parallel)
+        options = MlpOptions(config.hidden_act, False, config.gelu_checkpoint, config.kernels, parallel)
         return mlp_and_input(x, inward.weight, inward.bias, outward.weight, options)

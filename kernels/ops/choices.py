@@ -1,4 +1,4 @@
-"""Name what callers of ops and layers may choose: the path that computes it, the activation, what backward computes again.
+"""Name what callers of ops and layers may choose: the path that computes it, activation, norm, what backward computes again.
 
 No torch import: the sections of the run config offer these choices, and reading one is quick.
 """
@@ -12,6 +12,8 @@ IGNORED = -100
 """The label that counts for nothing."""
 
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu2"]
+"""relu2 is relu(x)**2."""
+
 ActivationCheckpointing = Literal["none", "selective", "full"]
 Kernels = Literal["auto", "reference"]
 Norm = Literal["layer_norm", "rms_norm"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...kernels.ops.attention.attention import AttentionMask
 from ...kernels.ops.dropout import draw_seed
-from ...kernels.ops.mlp.mlp import gelu
+from ...kernels.ops.mlp.activation import activated
 from ...kernels.ops.norm.residual_norm import dropout
 from ..config import LayerFlags, ModelConfig, ObjectiveConfig
 from ..recipe import PLAIN_RUNTIME, Runtime
@@ -126,7 +126,7 @@ class BertForPretraining(nn.Module):
         return hidden
 
     def _mlm_features(self, hidden: Tensor) -> Tensor:
-        features = gelu(projected(hidden, self.mlm_transform), self.config.hidden_act)
+        features = activated(projected(hidden, self.mlm_transform), self.config.hidden_act)
         return normalized(features, self.mlm_norm, self.kernels)
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:

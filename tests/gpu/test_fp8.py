@@ -17,7 +17,7 @@ from xformer_train.kernels.fp8.linear import (
 from xformer_train.kernels.fp8.mlp import fp8_mlp
 from xformer_train.kernels.fp8.norm import norm_before
 from xformer_train.kernels.layers.config import LayerConfig
-from xformer_train.kernels.ops.mlp.mlp import gelu
+from xformer_train.kernels.ops.mlp.activation import activated
 
 pytestmark = [
     pytest.mark.gpu,
@@ -30,7 +30,7 @@ RECIPES = {"current": Float8CurrentScaling(), "delayed": DelayedScaling()}
 
 
 def in_steps(x, w1, b1, w2, activation, state1, state2):
-    return fp8_linear(gelu(fp8_linear(x, w1, b1, state1), activation), w2, None, state2)
+    return fp8_linear(activated(fp8_linear(x, w1, b1, state1), activation), w2, None, state2)
 
 
 def two_steps(function, tensors, dy, activation, recipe):

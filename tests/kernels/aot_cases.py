@@ -15,7 +15,7 @@ from xformer_train.kernels.fp8.cast_triton import quantize
 from xformer_train.kernels.fp8.mlp_triton import gelu_backward_quantize, gelu_quantize
 from xformer_train.kernels.ops.attention import attention_backward_triton, attention_triton
 from xformer_train.kernels.ops.loss import cross_entropy_triton
-from xformer_train.kernels.ops.mlp import mlp_triton
+from xformer_train.kernels.ops.mlp import activation_triton
 from xformer_train.kernels.ops.norm import residual_norm_triton
 from xformer_train.kernels.ops.norm.residual_norm import Options, Saved
 
@@ -107,11 +107,13 @@ def _mlp_cases() -> Iterator[Case]:
     for size, H, dtype in _sizes():
         f = torch.empty(_ROWS, 4 * H, dtype=dtype)
         for activation in ("gelu", "gelu_tanh"):
-            yield Case(f"gelu_forward {size} {activation}", partial(mlp_triton.gelu_forward, f, activation))
+            yield Case(
+                f"gelu_forward {size} {activation}", partial(activation_triton.activation_forward, f, activation, False)
+            )
             for recompute in (False, True):
                 yield Case(
                     f"gelu_backward {size} {activation} recompute={recompute}",
-                    partial(mlp_triton.gelu_backward, f, f, activation, recompute),
+                    partial(activation_triton.activation_backward, f, f, activation, recompute),
                 )
 
 

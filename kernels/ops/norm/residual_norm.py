@@ -1,10 +1,12 @@
-"""residual + dropout(x + bias) and the LayerNorm that follows it, as one op; each part also on its own.
+"""residual + dropout(x + bias) and the LayerNorm or RMSNorm that follows it, as one op; each part also on its own.
 
 Forward, rows of T, sums over H: z = residual + keep * (x + bias) / (1 - p);  x_hat = (z - mean) * rstd;
 y = x_hat * weight + norm_bias. Backward: w = dy * weight;
 dresidual = dz + rstd * (w - mean(w) - x_hat * mean(w * x_hat));  dx = dresidual * keep / (1 - p);
 dbias = sum_T dx;  dweight = sum_T dy * x_hat;  dnorm_bias = sum_T dy.
-Source of the norm: Ba et al., Layer Normalization, arXiv 1607.06450.
+RMSNorm is the same with 0 in the place of mean and mean(w), and rstd = 1 / sqrt(mean(z**2) + eps).
+Sources: Ba et al., Layer Normalization, arXiv 1607.06450; Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv
+1910.07467.
 """
 
 from collections.abc import Sequence
@@ -15,10 +17,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..amax import largest_magnitude
-from ..choices import Kernels, uses_triton
+from ..choices import Kernels, Norm, uses_triton
 from ..dropout import keep_mask, keep_scale
 from ..operator import operator, reshaped, reused
 from .residual_norm_options import Gradients, Options, Saved, check_shapes, make_options
+from .row_norms import layer_norm, layer_norm_gradients, rms_norm, rms_norm_gradients
 
 # Recovering x_hat = (y - bias) / weight multiplies the rounding error of y by about (|bias| + |weight|) / |weight|. Above
 # these bounds the gradient of a column's weight is off by more than about a percent, so that column's call keeps the input.
@@ -30,7 +33,7 @@ def residual_norm(  # noqa: PLR0913 - the tensors of two ops
     bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     *,
     eps: float,
     p: float,
@@ -38,32 +41,49 @@ def residual_norm(  # noqa: PLR0913 - the tensors of two ops
     site: int,
     invertible: bool = False,
     kernels: Kernels = "auto",
+    kind: Norm = "layer_norm",
 ) -> tuple[Tensor, Tensor]:
     """Return z = residual + dropout(x + bias) and y = LayerNorm(z) * weight + norm_bias, both with shape and dtype of residual.
 
-    x, residual: (..., H), equal shapes and dtypes; bias: (H,) or None; weight, norm_bias: (H,).
+    x, residual: (..., H), equal shapes and dtypes; bias, norm_bias: (H,) or None; weight: (H,).
+    kind: `rms_norm` for RMSNorm(z) * weight, without a norm_bias.
     p, seed, site: dropout, see `kernels.dropout`; seed None means no dropout (evaluation).
-    Kept for backward, besides parameters: z, and mean and reciprocal deviation per row in fp32. No mask: it is drawn again.
+    Kept for backward, besides parameters: z, and reciprocal deviation and, of LayerNorm, mean per row in fp32. No mask: it is
+    drawn again.
     invertible: keep y instead of z and mean. y is the input of the next projection, which keeps it anyway, so z is then kept
     by nobody. Only for parameters that `are_invertible` allows; with others their gradients are wrong.
     Raises ValueError for shapes that do not fit, and on a GPU for float64 or H over 8192.
     """
-    options = make_options(eps, p, seed, site, invertible, kernels)
+    options = make_options(eps, p, seed, site, invertible, kernels, kind)
     return sum_norm_and_amax(x, bias, residual, weight, norm_bias, seed, options)[:2]
 
 
 def norm(
-    z: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float, invertible: bool = False, kernels: Kernels = "auto"
+    z: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    *,
+    eps: float,
+    invertible: bool = False,
+    kernels: Kernels = "auto",
+    kind: Norm = "layer_norm",
 ) -> Tensor:
     """Return LayerNorm(z) * weight + norm_bias, with the shape and dtype of z: `residual_norm` without anything to add."""
-    return norm_and_input(z, weight, norm_bias, eps=eps, invertible=invertible, kernels=kernels)[1]
+    return norm_and_input(z, weight, norm_bias, eps=eps, invertible=invertible, kernels=kernels, kind=kind)[1]
 
 
 def norm_and_input(
-    z: Tensor, weight: Tensor, norm_bias: Tensor, *, eps: float, invertible: bool, kernels: Kernels
+    z: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor | None,
+    *,
+    eps: float,
+    invertible: bool,
+    kernels: Kernels,
+    kind: Norm = "layer_norm",
 ) -> tuple[Tensor, Tensor]:
     """Return z again for the residual stream, whose gradient backward adds to the norm's in one pass, and `norm`."""
-    options = make_options(eps, 0.0, None, 0, invertible, kernels)
+    options = make_options(eps, 0.0, None, 0, invertible, kernels, kind)
     return sum_norm_and_amax(None, None, z, weight, norm_bias, None, options)[:2]
 
 
@@ -72,12 +92,14 @@ def sum_norm_and_amax(
     bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     seed: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return z and y of `residual_norm`, or without x `norm_and_input`, and with options.amax max |y|, (), fp32."""
     check_shapes(x, bias, residual, weight, norm_bias)
+    if norm_bias is not None and options.kind == "rms_norm":
+        raise ValueError("norm_bias is given, and an RMSNorm has none; leave it out, or take kind='layer_norm'")
     drawn = seed if options.p > 0 else None
     z, y, amax = _ResidualNorm.apply(x, bias, residual, weight, norm_bias, drawn, options)  # type: ignore[no-untyped-call]
     return z, y, amax
@@ -111,13 +133,14 @@ def dropout(x: Tensor, *, p: float, seed: Tensor | None, site: int, kernels: Ker
 
 
 @torch.no_grad()
-def are_invertible(weights: Sequence[Tensor], biases: Sequence[Tensor], dtype: torch.dtype) -> list[bool]:
+def are_invertible(weights: Sequence[Tensor], biases: Sequence[Tensor | None], dtype: torch.dtype) -> list[bool]:
     """Return for each norm whether its input can be recovered from an output of `dtype` to about one percent of the gradients.
 
-    weights, biases: (H,) each. All norms are looked up at once, because the answer makes the host wait for a GPU.
+    weights, biases: (H,) each, or None for a bias. All norms are looked up at once: the answer makes the host wait for a GPU.
     """
     magnitudes = torch.stack(list(weights)).abs().float()
-    amplifications = (torch.stack(list(biases)).abs().float() + magnitudes) / magnitudes
+    given = [torch.zeros_like(w) if b is None else b for w, b in zip(weights, biases, strict=True)]
+    amplifications = (torch.stack(given).abs().float() + magnitudes) / magnitudes
     worst: list[float] = amplifications.amax(1).tolist()
     return [w <= _LARGEST_AMPLIFICATION[dtype] for w in worst]  # inf and nan (weight = 0) compare false
 
@@ -148,72 +171,67 @@ def residual_norm_forward_reference(
     bias: Tensor | None,
     residual: Tensor,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     seed: Tensor | None,
     options: Options,
     amax: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return z and y (T, H), mean and rstd (T,), from x and residual (T, H); without x, z is residual.
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return z and y (T, H), mean and rstd (T,), from x and residual (T, H); without x, z is residual. RMSNorm: mean is None.
 
     amax: (), fp32, becomes max |y|.
     """
     z = residual if x is None else residual_add_forward_reference(x, bias, residual, seed, options)
-    wide = torch.promote_types(z.dtype, torch.float32)
-    y, mean, rstd = torch.native_layer_norm(z.to(wide), weight.shape, weight.to(wide), norm_bias.to(wide), options.eps)
-    y = y.to(z.dtype)
+    mean = None
+    if options.kind == "rms_norm":
+        y, rstd = rms_norm(z, weight, options.eps)
+    else:
+        y, mean, rstd = layer_norm(z, weight, norm_bias, options.eps)
     if amax is not None:
         amax.copy_(largest_magnitude(y))
-    return z, y, mean.flatten(), rstd.flatten()
+    return z, y, mean, rstd
 
 
 def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved, options: Options) -> Gradients:
-    """Return dx (T, H), dbias (H,), dresidual (T, H), dweight (H,), dnorm_bias (H,); dbias None if there is no bias.
+    """Return dx (T, H), dbias (H,), dresidual (T, H), dweight (H,), dnorm_bias (H,); that of a missing bias is None.
 
     dz: (T, H) or None for zero; dy: (T, H). Without dropout dx is the same tensor as dresidual.
     """
-    kept, mean, rstd, weight, norm_bias, bias, seed = saved
-    wide = torch.promote_types(kept.dtype, torch.float32)  # sums over H in half precision would lose the gradient
-    z, scale = kept.to(wide), weight.to(wide)
-    if options.inverted:
-        # With x_hat for z, mean 0 and deviation 1, the norm's gradient lacks nothing but the factor rstd.
-        z = (z - norm_bias).div_(scale)
-        mean, unit = torch.zeros_like(rstd), torch.ones_like(rstd)
+    kept, weight, norm_bias = saved.kept, saved.weight, saved.norm_bias
+    dnorm_bias = None
+    if options.kind == "rms_norm":
+        dresidual, dweight = rms_norm_gradients(dy, saved, options.inverted)
     else:
-        assert mean is not None, "a norm that is not inverted saves its means"
-        unit = rstd
-    dresidual, dweight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        dy.to(wide), z, weight.shape, mean[:, None], unit[:, None], scale, norm_bias.to(wide), [True, True, True]
-    )
-    if options.inverted:
-        dresidual.mul_(rstd[:, None])
+        dresidual, dweight, dnorm_bias = layer_norm_gradients(dy, saved, options.inverted)
     if dz is not None:
         dresidual.add_(dz)
-    dx, dbias = residual_add_backward_reference(dresidual, bias, seed, options)
+    dx, dbias = residual_add_backward_reference(dresidual, saved.bias, saved.seed, options)
     dresidual_out = dresidual.to(kept.dtype)
     dx_out = dresidual_out if dx is dresidual else dx.to(kept.dtype)
-    return dx_out, dbias, dresidual_out, dweight.to(weight.dtype), dnorm_bias.to(norm_bias.dtype)
+    dnorm_bias = None if norm_bias is None or dnorm_bias is None else dnorm_bias.to(norm_bias.dtype)
+    return dx_out, dbias, dresidual_out, dweight.to(weight.dtype), dnorm_bias
 
 
-_OPTIONS_SCHEMA = "float eps, float p, int site, bool inverted, str kernels, bool amax=False"
+_OPTIONS_SCHEMA = "float eps, float p, int site, bool inverted, str kernels, bool amax=False, str kind='layer_norm'"
 
 
 def _fake_norm_forward(x: Tensor | None, _: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    wide = torch.promote_types(residual.dtype, torch.float32)
+    wide, options = torch.promote_types(residual.dtype, torch.float32), Options(*rest[3:])
     z = residual.new_empty(0 if x is None else residual.shape)
-    mean, rstd = (residual.new_empty(residual.shape[0], dtype=wide) for _ in range(2))
-    amax = residual.new_empty(() if Options(*rest[3:]).amax else 0, dtype=torch.float32)
+    rstd = residual.new_empty(residual.shape[0], dtype=wide)
+    mean = residual.new_empty(0) if options.kind == "rms_norm" else torch.empty_like(rstd)
+    amax = residual.new_empty(() if options.amax else 0, dtype=torch.float32)
     return z, residual.new_empty(residual.shape), mean, rstd, amax
 
 
 @operator(
-    "residual_norm_forward(Tensor? x, Tensor? bias, Tensor residual, Tensor weight, Tensor norm_bias, Tensor? seed, "
+    "residual_norm_forward(Tensor? x, Tensor? bias, Tensor residual, Tensor weight, Tensor? norm_bias, Tensor? seed, "
     f"{_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_norm_forward,
 )
 def _norm_forward(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """Return z, y (T, H), mean and rstd (T,) on the path that the options and the device choose, and amax.
 
-    Without x z is empty, and without options.amax amax is.
+    Without x z is empty, of RMSNorm mean is, and without options.amax amax is.
     """
     weight, norm_bias, seed, *values = rest
     options = Options(*values)
@@ -222,8 +240,9 @@ def _norm_forward(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest
         from .residual_norm_triton import residual_norm_forward as forward
     amax = residual.new_zeros(() if options.amax else 0, dtype=torch.float32)
     asked = amax if options.amax else None
-    z, *others = forward(x, bias, residual, weight, norm_bias, seed, options, asked)
-    return residual.new_empty(0) if x is None else z, *others, amax
+    z, y, mean, rstd = forward(x, bias, residual, weight, norm_bias, seed, options, asked)
+    nothing = residual.new_empty(0)
+    return nothing if x is None else z, y, torch.empty_like(nothing) if mean is None else mean, rstd, amax
 
 
 def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
@@ -232,16 +251,17 @@ def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tens
     dx = saved.kept.new_empty(0 if saved.seed is None else shape)
     dbias = torch.empty_like(saved.bias) if saved.bias is not None else dy.new_empty(0)
     dresidual = saved.kept.new_empty(shape)
-    return dx, dbias, dresidual, torch.empty_like(saved.weight), torch.empty_like(saved.norm_bias)
+    dnorm_bias = torch.empty_like(saved.norm_bias) if saved.norm_bias is not None else dy.new_empty(0)
+    return dx, dbias, dresidual, torch.empty_like(saved.weight), dnorm_bias
 
 
 @operator(
     "residual_norm_backward(Tensor? dz, Tensor dy, Tensor kept, Tensor? mean, Tensor rstd, Tensor weight, "
-    f"Tensor norm_bias, Tensor? bias, Tensor? seed, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"Tensor? norm_bias, Tensor? bias, Tensor? seed, {_OPTIONS_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_norm_backward,
 )
 def _norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    """Return dx, dbias, dresidual, dweight, dnorm_bias; dx is empty where it equals dresidual, dbias where there is no bias."""
+    """Return dx, dbias, dresidual, dweight, dnorm_bias; empty are dx where it equals dresidual, and those of missing biases."""
     saved, options = Saved(*rest[: len(Saved._fields)]), Options(*rest[len(Saved._fields) :])
     if uses_triton(saved.kept, options.kernels):
         from .residual_norm_triton import residual_norm_backward as backward
@@ -249,7 +269,8 @@ def _norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, .
         backward = residual_norm_backward_reference
     dx, dbias, dresidual, dweight, dnorm_bias = backward(dz, dy, saved, options)
     dx = dy.new_empty(0) if dx is dresidual else dx
-    return dx, dy.new_empty(0) if dbias is None else dbias, dresidual, dweight, dnorm_bias
+    dbias, dnorm_bias = (dy.new_empty(0) if given is None else given for given in (dbias, dnorm_bias))
+    return dx, dbias, dresidual, dweight, dnorm_bias
 
 
 @operator(
@@ -298,7 +319,8 @@ class _ResidualNorm(torch.autograd.Function):
         adds, y = x is not None, reshaped(y, *residual.shape)
         z = reshaped(sums, *residual.shape) if adds else residual.view_as(residual)
         kept = y if options.inverted else z if adds else rows
-        ctx.save_for_backward(*Saved(kept, None if options.inverted else mean, rstd, weight, norm_bias, bias, seed))
+        saved_mean = None if options.inverted or options.kind == "rms_norm" else mean
+        ctx.save_for_backward(*Saved(kept, saved_mean, rstd, weight, norm_bias, bias, seed))
         ctx.options, ctx.adds = options, adds
         ctx.set_materialize_grads(False)
         if options.amax:
@@ -319,7 +341,8 @@ class _ResidualNorm(torch.autograd.Function):
         dresidual = dresidual.view(given.shape)
         # without dropout one object for both, so that autograd sees that it is shared
         dx_out = (dresidual if saved.seed is None else dx.view(given.shape)) if ctx.adds else None
-        return dx_out, None if saved.bias is None else dbias, dresidual, dweight, dnorm_bias, None, None
+        dnorm_bias_out = None if saved.norm_bias is None else dnorm_bias
+        return dx_out, None if saved.bias is None else dbias, dresidual, dweight, dnorm_bias_out, None, None
 
 
 class _ResidualAdd(torch.autograd.Function):

@@ -5,9 +5,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ...errors import UserError
-from ..choices import Kernels
+from ..choices import Kernels, Norm
 
-Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]
+Gradients = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None]
 
 
 class Options(NamedTuple):
@@ -23,29 +23,38 @@ class Options(NamedTuple):
     inverted: bool
     kernels: Kernels
     amax: bool = False
+    kind: Norm = "layer_norm"
 
 
 class Saved(NamedTuple):
     """What the backward of the norm gets from its forward.
 
-    kept: (T, H), z or, if inverted, y; mean: (T,) or None if inverted; rstd: (T,); weight, norm_bias: (H,);
-    bias: (H,) or None; seed: int64 scalar or None. mean and rstd are fp32, fp64 for fp64 input.
+    kept: (T, H), z or, if inverted, y; mean: (T,) or None if inverted and of RMSNorm; rstd: (T,); weight: (H,);
+    norm_bias, bias: (H,) or None; seed: int64 scalar or None. mean and rstd are fp32, fp64 for fp64 input.
     """
 
     kept: Tensor
     mean: Tensor | None
     rstd: Tensor
     weight: Tensor
-    norm_bias: Tensor
+    norm_bias: Tensor | None
     bias: Tensor | None
     seed: Tensor | None
 
 
-def make_options(eps: float, p: float, seed: Tensor | None, site: int, inverted: bool, kernels: Kernels) -> Options:
+def make_options(
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    site: int,
+    inverted: bool,
+    kernels: Kernels,
+    kind: Norm = "layer_norm",
+) -> Options:
     """Return the options of one call; raises ValueError for a p that is no probability."""
     if not 0 <= p < 1:
         raise UserError(f"p={p} is not a dropout probability; it must be in [0, 1)")
-    return Options(eps, 0.0 if seed is None else p, site, inverted, kernels)
+    return Options(eps, 0.0 if seed is None else p, site, inverted, kernels, kind=kind)
 
 
 def check_shapes(

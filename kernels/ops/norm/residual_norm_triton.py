@@ -229,6 +229,8 @@ def residual_norm_forward(
     amax: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute what `residual_norm_forward_reference` does; amax must be zero before. Without weight z alone has values."""
+    if weight is not None and norm_bias is None:
+        raise NotImplementedError("a norm without a bias has no GPU kernel yet; use kernels='reference'")
     num_rows, H = residual.shape
     tile = _tile(H)
     residual = residual.contiguous()
@@ -255,6 +257,7 @@ def residual_norm_backward(dz: Tensor | None, dy: Tensor, saved: Saved, options:
     """Compute what `residual_norm_backward_reference` does."""
     kept, mean, rstd, weight, norm_bias, bias, seed = saved
     kept = kept.contiguous()  # the input of `norm` is kept as it was given
+    assert norm_bias is not None, "forward took no other"
     dresidual = torch.empty_like(kept)
     dx = dresidual if seed is None else torch.empty_like(kept)
     dz = None if dz is None else dz.contiguous()

@@ -16,7 +16,12 @@ from xformer_train.kernels.fp8.linear import (
     fp8_linear,
 )
 from xformer_train.kernels.fp8.mlp import fp8_mlp
-from xformer_train.kernels.ops.mlp.mlp import gelu, gelu_backward_reference, gelu_forward_reference, mlp
+from xformer_train.kernels.ops.mlp.activation import (
+    activated,
+    activation_backward_reference,
+    activation_forward_reference,
+)
+from xformer_train.kernels.ops.mlp.mlp import mlp
 
 H, F = 32, 48
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -25,18 +30,18 @@ RECIPES = [CURRENT, Float8CurrentScaling(fp8_format=Format.E4M3), DELAYED]
 
 
 class Gelu(torch.autograd.Function):
-    """The GELU of kernels/ops/mlp/mlp.py on a CPU, whose tanh approximation differs from torch's in the last bits."""
+    """The GELU of kernels/ops/mlp/activation.py on a CPU, whose tanh approximation differs from torch's in the last bits."""
 
     @staticmethod
     def forward(ctx, f, activation):
         ctx.save_for_backward(f)
         ctx.activation = activation
-        return gelu_forward_reference(f, activation)
+        return activation_forward_reference(f, activation, False)
 
     @staticmethod
     def backward(ctx, da):
         (f,) = ctx.saved_tensors
-        return gelu_backward_reference(da.clone(), f, ctx.activation, False)[0], None
+        return activation_backward_reference(da.clone(), f, ctx.activation, False)[0], None
 
 
 class Mlp(nn.Module):
@@ -110,7 +115,7 @@ def test_with_gradients_of_weights_in_high_precision_it_is_three_ops():
     recipe = DelayedScaling(override_linear_precision=(False, False, True))
     fused, steps = pair()
     x, dy = draw(21)
-    assert_equal(step(fused, x, dy, recipe), step(steps, x, dy, recipe, gelu=gelu))
+    assert_equal(step(fused, x, dy, recipe), step(steps, x, dy, recipe, gelu=activated))
 
 
 @pytest.mark.parametrize("recipe", [CURRENT, DELAYED], ids=["current", "delayed"])
@@ -158,7 +163,7 @@ def test_calibrating_records_all_four_amaxes_in_high_precision():
     fused, steps = pair()
     x, _ = draw(21)
     with fp8_autocast(enabled=False, calibrating=True, fp8_recipe=DELAYED):
-        assert torch.equal(fused(x), steps(x, gelu=gelu))
+        assert torch.equal(fused(x), steps(x, gelu=activated))
     for ours, theirs in ((fused.fp8_1, steps.fp8_1), (fused.fp8_2, steps.fp8_2)):
         assert_equal(ours.state_dict(), theirs.state_dict())
         assert (theirs.state_dict()["scale"][:2] != 1).all()

@@ -14,7 +14,7 @@ from xformer_train.kernels import (
     TransformerLayer,
 )
 from xformer_train.kernels.ops.attention import attention
-from xformer_train.kernels.ops.mlp import mlp
+from xformer_train.kernels.ops.mlp import activation
 from xformer_train.kernels.ops.norm import residual_norm
 
 CONFIG = LayerConfig(16, 2, 24, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, initializer_range=0.3)
@@ -22,7 +22,7 @@ CONFIG = LayerConfig(16, 2, 24, hidden_dropout_prob=0.2, attention_probs_dropout
 
 @pytest.fixture(autouse=True)
 def _on_triton(monkeypatch):
-    for module in (attention, mlp, residual_norm):
+    for module in (activation, attention, residual_norm):
         monkeypatch.setattr(module, "uses_triton", lambda *_: True)
 
 
@@ -39,8 +39,8 @@ def test_the_kernels_of_a_layer_keep_torchs_rules():
         ("residual_norm_backward", (x, x, x, statistic, statistic, vector, vector, vector, seed, *options)),
         ("residual_add_forward", (x, vector, x + 1, seed, *options)),
         ("residual_add_backward", (x, vector, seed, *options)),
-        ("gelu_forward", (x, "gelu", "auto")),
-        ("gelu_backward_", (x.clone(), x, "gelu", True, "auto")),
+        ("activation_forward", (x, "gelu", False, "auto")),
+        ("activation_backward_", (x.clone(), x, "gelu", True, True, "auto")),
         ("attention_forward", (qkv, *packed)),
         ("attention_forward", (padded, *biased)),
         ("attention_backward", (out, qkv, out, lse, *packed, False)),
@@ -80,6 +80,6 @@ def test_deepspeeds_layer_stays_on_the_kernels_with_its_mask(dropout, monkeypatc
     formula = saved_activations(layer.config, 2, 40, torch.float32, triton_attention=True)
     assert saved == sum(formula.values()) + 4 * 2 * 40
     ours = layer.eval()(x, mask)
-    for module in (attention, mlp, residual_norm):
+    for module in (activation, attention, residual_norm):
         monkeypatch.setattr(module, "uses_triton", lambda *_: False)
     torch.testing.assert_close(ours, layer(x, mask), rtol=1e-4, atol=1e-4)  # fp32, summed in other orders

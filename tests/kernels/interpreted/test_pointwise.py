@@ -15,8 +15,9 @@ from xformer_train.kernels.ops.choices import IGNORED
 from xformer_train.kernels.ops.dropout import drop_threshold
 from xformer_train.kernels.ops.dropout_triton import keep_rows
 from xformer_train.kernels.ops.loss.cross_entropy_triton import softmax_loss_
-from xformer_train.kernels.ops.mlp.mlp import gelu_backward_reference, gelu_forward_reference, mlp
-from xformer_train.kernels.ops.mlp.mlp_triton import gelu_backward, gelu_forward
+from xformer_train.kernels.ops.mlp.activation import activation_backward_reference, activation_forward_reference
+from xformer_train.kernels.ops.mlp.activation_triton import activation_backward, activation_forward
+from xformer_train.kernels.ops.mlp.mlp import mlp
 from xformer_train.kernels.ops.norm import residual_norm as contract
 from xformer_train.kernels.ops.norm.residual_norm import Options, Saved
 from xformer_train.kernels.ops.norm.residual_norm_triton import (
@@ -285,7 +286,7 @@ def test_the_public_ops_reach_the_kernels_with_the_right_arguments(op, monkeypat
 
     expected = run("reference")
     calls = []
-    for module in ("norm.residual_norm", "mlp.mlp"):
+    for module in ("norm.residual_norm", "mlp.activation"):
         name = f"xformer_train.kernels.ops.{module}.uses_triton"
         monkeypatch.setattr(name, lambda *_: calls.append(1) or True)
     for a, b in zip(run("auto"), expected, strict=True):
@@ -320,11 +321,15 @@ def test_gelu_kernels_equal_the_reference(activation, size, dtype, recompute):
     f = (3 * torch.randn(size)).to(dtype)
     f.view(-1)[0] = -30.0
     da = torch.randn(size).to(dtype)
-    a = gelu_forward(f, activation)
-    results = gelu_backward(da.clone(), f, activation, recompute)
-    same_dtype = gelu_backward_reference(da.clone(), f, activation, recompute)
-    exact = gelu_backward_reference(da.double(), f.double(), activation, recompute)
-    assert_close(a, gelu_forward_reference(f.double(), activation), gelu_forward_reference(f, activation))
+    a = activation_forward(f, activation, False)
+    results = activation_backward(da.clone(), f, activation, recompute)
+    same_dtype = activation_backward_reference(da.clone(), f, activation, recompute)
+    exact = activation_backward_reference(da.double(), f.double(), activation, recompute)
+    assert_close(
+        a,
+        activation_forward_reference(f.double(), activation, False),
+        activation_forward_reference(f, activation, False),
+    )
     for ours, expected, torchs in zip(results, exact, same_dtype, strict=True):
         if expected is None:
             assert ours is None
@@ -337,13 +342,13 @@ def test_gelu_kernels_equal_the_reference(activation, size, dtype, recompute):
 def test_gelu_is_as_exact_as_fp32_everywhere_and_keeps_what_is_no_number():
     f = torch.linspace(-12, 12, 9001)
     exact = f.double() * 0.5 * (1 + torch.erf(f.double() / math.sqrt(2)))
-    assert ((gelu_forward(f, "gelu") - exact).abs() <= 3e-7 * f.abs().clamp(min=1)).all()
+    assert ((activation_forward(f, "gelu", False) - exact).abs() <= 3e-7 * f.abs().clamp(min=1)).all()
     values = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38])
     limits = torch.tensor(
         [math.inf, math.nan, math.nan, 3e38, 0.0]
     )  # x Phi(x); PyTorch's own erf GELU makes inf of 3e38
     for activation in ("gelu", "gelu_tanh"):
-        torch.testing.assert_close(gelu_forward(values, activation), limits, equal_nan=True)
+        torch.testing.assert_close(activation_forward(values, activation, False), limits, equal_nan=True)
 
 
 @pytest.mark.parametrize(

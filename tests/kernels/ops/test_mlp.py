@@ -1,55 +1,104 @@
-"""mlp on the reference path: output, every gradient, and what is kept for backward."""
+"""mlp and activated on the reference path: output, every gradient, and what is kept for backward."""
+
+from typing import get_args
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from xformer_train.kernels.ops.choices import Activation
+from xformer_train.kernels.ops.mlp.activation import activated
 from xformer_train.kernels.ops.mlp.mlp import mlp
 
+FUNCTIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "relu2": lambda x: F.relu(x) ** 2,
+}
+every_activation = pytest.mark.parametrize("activation", get_args(Activation))
 
-def inputs_of(T, H, width):
+
+def inputs_of(T, H, width, gated=False):
     """x not contiguous, w1, b1, w2."""
     torch.manual_seed(T + H + width)
-    shapes = ((2, T, H), (width, H), (width,), (H, width))
+    rows = 2 * width if gated else width
+    shapes = ((2, T, H), (rows, H), (rows,), (H, width))
     x, w1, b1, w2 = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
     return x.transpose(0, 1), w1, b1, w2
 
 
-def plain(x, w1, b1, w2, activation):
-    return F.linear(F.gelu(F.linear(x, w1, b1), approximate="tanh" if activation == "gelu_tanh" else "none"), w2)
+def plain(x, w1, b1, w2, activation, gated=False):
+    return F.linear(plain_activation(F.linear(x, w1, b1), activation, gated), w2)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+def plain_activation(f, activation, gated):
+    if not gated:
+        return FUNCTIONS[activation](f)
+    g, u = f.chunk(2, -1)
+    return FUNCTIONS[activation](g) * u
+
+
+@every_activation
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("gelu_checkpoint", [False, True])
 @pytest.mark.parametrize("size", [(1, 1, 1), (63, 5, 7), (3, 10, 1000)])
-def test_mlp_equals_plain_torch(activation, gelu_checkpoint, size):
-    inputs = inputs_of(*size)
-    ours = mlp(*inputs, activation, gelu_checkpoint=gelu_checkpoint)
-    theirs = plain(*inputs, activation)
+def test_mlp_equals_plain_torch(activation, gated, with_bias, gelu_checkpoint, size):
+    x, w1, b1, w2 = inputs_of(*size, gated)
+    inputs = (x, w1, b1, w2) if with_bias else (x, w1, None, w2)
+    wanted = [tensor for tensor in inputs if tensor is not None]
+    ours = mlp(*inputs, activation, gated=gated, gelu_checkpoint=gelu_checkpoint)
+    theirs = plain(*inputs, activation, gated)
     dy = torch.randn_like(theirs).transpose(0, 1).contiguous().transpose(0, 1)
     torch.testing.assert_close(ours, theirs)
-    for a, b in zip(torch.autograd.grad(ours, inputs, dy), torch.autograd.grad(theirs, inputs, dy), strict=True):
+    for a, b in zip(torch.autograd.grad(ours, wanted, dy), torch.autograd.grad(theirs, wanted, dy), strict=True):
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_gradcheck(activation):
-    assert torch.autograd.gradcheck(lambda *inputs: mlp(*inputs, activation, gelu_checkpoint=True), inputs_of(2, 3, 4))
+@every_activation
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradcheck(activation, gated):
+    def run(*inputs):
+        return mlp(*inputs, activation, gated=gated, gelu_checkpoint=True)
+
+    assert torch.autograd.gradcheck(run, inputs_of(2, 3, 4, gated))
 
 
-def test_backward_can_run_twice():
-    inputs = inputs_of(5, 6, 7)
-    y = mlp(*inputs, "gelu", gelu_checkpoint=True)
+@every_activation
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("shape", [(1, 2), (7, 3, 26), (40, 2000)])
+def test_activated_equals_plain_torch(activation, gated, shape):
+    torch.manual_seed(0)
+    f = torch.randn(*shape[:-1], 2 * shape[-1], dtype=torch.float64, requires_grad=True)[..., ::2]  # not contiguous
+    ours, theirs = activated(f, activation, gated=gated), plain_activation(f, activation, gated)
+    da = torch.randn_like(theirs)
+    before = da.clone()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(torch.autograd.grad(ours, f, da), torch.autograd.grad(theirs, f, da))
+    assert torch.equal(da, before), "the gradient that came in is somebody else's"
+
+
+def test_a_gate_has_two_halves():
+    with pytest.raises(ValueError, match="f has last dim 7"):
+        activated(torch.zeros(3, 7), "silu", gated=True)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_backward_can_run_twice(gated):
+    inputs = inputs_of(5, 6, 7, gated)
+    y = mlp(*inputs, "gelu", gated=gated, gelu_checkpoint=True)
     first = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
     second = torch.autograd.grad(y.sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("gelu_checkpoint", [False, True])
-def test_kept_for_backward_are_the_input_and_one_or_two_wide_tensors(gelu_checkpoint):
-    T, H, width = 50, 8, 32
+@pytest.mark.parametrize("gated", [False, True])
+def test_kept_for_backward_are_the_input_and_what_the_activation_read_and_gave(gelu_checkpoint, gated):
+    T, H, width, rows = 50, 8, 32, 64 if gated else 32
     x = torch.randn(T, H, requires_grad=True)
-    w1, b1, w2 = torch.randn(width, H), torch.randn(width), torch.randn(H, width)
+    w1, b1, w2 = torch.randn(rows, H), torch.randn(rows), torch.randn(H, width)
     kept = {}
 
     def pack(tensor):
@@ -57,25 +106,27 @@ def test_kept_for_backward_are_the_input_and_one_or_two_wide_tensors(gelu_checkp
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = mlp(x, w1, b1, w2, "gelu", gelu_checkpoint=gelu_checkpoint)
+        y = mlp(x, w1, b1, w2, "gelu", gated=gated, gelu_checkpoint=gelu_checkpoint)
     assert y.requires_grad
-    wide = 1 if gelu_checkpoint else 2
-    assert sum(kept.values()) == (T * H + wide * T * width + 2 * H * width) * 4
+    wide = rows if gelu_checkpoint else rows + width
+    assert sum(kept.values()) == (T * H + T * wide + H * (rows + width)) * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
-def test_half_precision_is_within_twice_torchs_own_error(dtype, activation):
-    half = [t.detach().mul(0.5).to(dtype).requires_grad_() for t in inputs_of(63, 16, 24)]
+@every_activation
+@pytest.mark.parametrize("gated", [False, True])
+def test_half_precision_is_within_twice_torchs_own_error(dtype, activation, gated):
+    half = [t.detach().mul(0.5).to(dtype).requires_grad_() for t in inputs_of(63, 16, 24, gated)]
     exact = [t.detach().double().requires_grad_() for t in half]
     dy = torch.randn(half[0].shape).to(dtype)
 
     def results(y, inputs):
         return y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))
 
-    truth = results(plain(*exact, activation), exact)
-    torchs = results(plain(*half, activation), half)
-    for a, b, c in zip(results(mlp(*half, activation, gelu_checkpoint=True), half), torchs, truth, strict=True):
+    truth = results(plain(*exact, activation, gated), exact)
+    torchs = results(plain(*half, activation, gated), half)
+    ours = results(mlp(*half, activation, gated=gated, gelu_checkpoint=True), half)
+    for a, b, c in zip(ours, torchs, truth, strict=True):
         assert a.dtype == dtype
         assert (a.double() - c).norm() <= 2 * (b.double() - c).norm() + 1e-6
 
@@ -84,3 +135,5 @@ def test_shapes_that_do_not_fit_are_refused():
     x, w1, b1, w2 = inputs_of(2, 3, 4)
     with pytest.raises(ValueError, match=r"w2 \(4, 3\) do not fit"):
         mlp(x, w1, b1, w2.t(), "gelu", gelu_checkpoint=False)
+    with pytest.raises(ValueError, match=r"must be \(..., H\), \(2F, H\), \(2F,\) or None, and \(H, F\)"):
+        mlp(x, w1, b1, w2, "silu", gated=True, gelu_checkpoint=False)

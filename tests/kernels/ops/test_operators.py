@@ -1,6 +1,8 @@
 """Every op as an operator of torch.library: what traces rely on, on the CPU path and on the GPU path without a GPU."""
 
+import itertools
 from contextlib import contextmanager
+from typing import get_args
 
 import pytest
 import torch
@@ -9,9 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer
 from xformer_train.kernels.layers.layer import invertible_norms
 from xformer_train.kernels.ops.attention import attention
+from xformer_train.kernels.ops.choices import Activation
 from xformer_train.kernels.ops.loss import cross_entropy
 from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
-from xformer_train.kernels.ops.mlp import mlp
+from xformer_train.kernels.ops.mlp import activation
 from xformer_train.kernels.ops.norm import residual_norm
 
 T, H, F, V = 5, 8, 12, 7
@@ -39,10 +42,16 @@ def cases():
         yield "residual_add_forward", (z, bias, rows(T, H), seed, *OPTIONS)
         yield "residual_add_backward", (z, bias, seed, *OPTIONS)
     yield "residual_add_backward", (z, vector, None, *NO_DROPOUT)
-    for activation in ("gelu", "gelu_tanh"):
-        yield "gelu_forward", (rows(T, F), activation, "auto")
-        for recompute in (False, True):
-            yield "gelu_backward_", (rows(T, F), rows(T, F), activation, recompute, "auto")
+    rms = (1e-5, 0.3, 2, False, "auto", True, "rms_norm")
+    yield "residual_norm_forward", (z, None, rows(T, H), vector, None, seed, *rms)
+    yield "residual_norm_backward", (z, z, z, None, statistic, vector, None, None, seed, *rms)
+    yield "residual_norm_backward", (None, z, z, statistic, statistic, vector, None, None, None, *NO_DROPOUT)
+    for name, gated in itertools.product(get_args(Activation), (False, True)):
+        f = rows(T, 2 * F if gated else F)
+        yield "activation_forward", (f, name, gated, "auto")
+        backward = "gate_backward_" if gated else "activation_backward_"
+        for recompute, with_bias in itertools.product((False, True), (False, True)):
+            yield backward, (rows(T, F), f, name, recompute, with_bias, "auto")
     qkv, packed, borders = rows(2, 4, 3, 2, 3), rows(6, 3, 2, 3), torch.tensor([0, 2, 6], dtype=torch.int32)
     mask = AttentionMask(cu_seqlens=borders, max_length=4)
     for layout, bias, places in (
@@ -75,7 +84,7 @@ def test_operators_keep_torchs_rules(name, arguments):
 @pytest.mark.parametrize("packed", [True, False])
 def test_no_step_of_the_gpu_path_makes_the_host_wait(flags, pre_layer_norm, packed, monkeypatch):
     """On the meta device, where reading a value raises, the ops of the GPU path are their fake implementations."""
-    for module in (attention, cross_entropy, mlp, residual_norm):
+    for module in (activation, attention, cross_entropy, residual_norm):
         monkeypatch.setattr(module, "uses_triton", lambda *_: True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     config = LayerConfig(

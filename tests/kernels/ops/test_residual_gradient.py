@@ -11,7 +11,7 @@ from xformer_train.kernels.ops.norm.residual_norm import norm, norm_and_input
 from xformer_train.kernels.ops.parallel_linear import linear_and_input
 from xformer_train.kernels.parallel.collectives import ONE_PROCESS
 
-OPTIONS = MlpOptions("gelu", False, "auto", ONE_PROCESS)
+OPTIONS = MlpOptions("gelu", False, False, "auto", ONE_PROCESS)
 OPS = {  # inputs -> (op alone, op with its input)
     "linear": (
         lambda x, w1, b1, *_: linear.linear(x, w1, b1),

@@ -11,6 +11,10 @@ from xformer_train.kernels.ops.norm.residual_norm import norm, residual_add, res
 
 SEED = torch.tensor(1234)
 SIZES = [(1, 1), (63, 5), (3, 1000)]  # (T, H)
+# the norm, and whether it has a bias
+NORMS = pytest.mark.parametrize(
+    ("kind", "with_norm_bias"), [("layer_norm", True), ("layer_norm", False), ("rms_norm", False)]
+)
 
 
 def randn(*shape):
@@ -25,24 +29,32 @@ def inputs_of(T, H):
     return randn(2, T, H).transpose(0, 1), randn(H), randn(T, 2, H), weight, randn(H)
 
 
-def plain(x, bias, residual, weight, norm_bias, p):
+def plain(x, bias, residual, weight, norm_bias, p, kind="layer_norm"):
     """The same in plain torch, with the same mask."""
     summed = x if bias is None else x + bias
     if p:
         summed = summed * keep_mask(torch.Size([x.numel() // x.shape[-1], x.shape[-1]]), p, SEED, 2).view(x.shape)
         summed = summed * keep_scale(p)
     z = residual + summed
-    return z, F.layer_norm(z, z.shape[-1:], weight, norm_bias, 1e-5)
+    return z, plain_norm(z, weight, norm_bias, kind)
+
+
+def plain_norm(z, weight, norm_bias, kind):
+    if kind == "rms_norm":
+        return F.rms_norm(z, weight.shape, weight, 1e-5)
+    return F.layer_norm(z, weight.shape, weight, norm_bias, 1e-5)
 
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+@NORMS
 @pytest.mark.parametrize(("invertible", "with_bias"), list(itertools.product([False, True], [False, True])))
-def test_residual_norm_equals_plain_torch_with_the_same_mask(size, p, invertible, with_bias):
+def test_residual_norm_equals_plain_torch_with_the_same_mask(size, p, invertible, with_bias, kind, with_norm_bias):
     x, bias, residual, weight, norm_bias = inputs_of(*size)
-    bias = bias if with_bias else None
-    ours = residual_norm(x, bias, residual, weight, norm_bias, eps=1e-5, p=p, seed=SEED, site=2, invertible=invertible)
-    theirs = plain(x, bias, residual, weight, norm_bias, p)
+    bias, norm_bias = bias if with_bias else None, norm_bias if with_norm_bias else None
+    options = {"eps": 1e-5, "p": p, "seed": SEED, "site": 2, "invertible": invertible, "kind": kind}
+    ours = residual_norm(x, bias, residual, weight, norm_bias, **options)
+    theirs = plain(x, bias, residual, weight, norm_bias, p, kind)
     wanted = [t for t in (x, bias, residual, weight, norm_bias) if t is not None]
     dz, dy = torch.randn(2, *residual.shape, dtype=torch.float64).transpose(1, 2).contiguous().transpose(1, 2)
     ours_gradients = torch.autograd.grad(ours, wanted, (dz, dy))
@@ -52,11 +64,14 @@ def test_residual_norm_equals_plain_torch_with_the_same_mask(size, p, invertible
 
 @pytest.mark.parametrize("used", ["z", "y", "both"])
 @pytest.mark.parametrize("invertible", [False, True])
-def test_gradcheck_whichever_output_is_used(used, invertible):
+@NORMS
+def test_gradcheck_whichever_output_is_used(used, invertible, kind, with_norm_bias):
     inputs = inputs_of(2, 6)
+    inputs = inputs if with_norm_bias else inputs[:4]
 
     def forward(*tensors):
-        z, y = residual_norm(*tensors, eps=1e-5, p=0.4, seed=SEED, site=1, invertible=invertible)
+        tensors = tensors if with_norm_bias else (*tensors, None)
+        z, y = residual_norm(*tensors, eps=1e-5, p=0.4, seed=SEED, site=1, invertible=invertible, kind=kind)
         return {"z": z, "y": y, "both": (z, y)}[used]
 
     if used == "z":  # LayerNorm's parameters have no part in z
@@ -66,12 +81,14 @@ def test_gradcheck_whichever_output_is_used(used, invertible):
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("invertible", [False, True])
-def test_norm_equals_torchs_layer_norm(size, invertible):
+@NORMS
+def test_norm_equals_torchs(size, invertible, kind, with_norm_bias):
     _, _, z, weight, norm_bias = inputs_of(*size)
-    ours = norm(z, weight, norm_bias, eps=1e-5, invertible=invertible)
-    theirs = F.layer_norm(z, weight.shape, weight, norm_bias, 1e-5)
+    norm_bias = norm_bias if with_norm_bias else None
+    ours = norm(z, weight, norm_bias, eps=1e-5, invertible=invertible, kind=kind)
+    theirs = plain_norm(z, weight, norm_bias, kind)
     dy = torch.randn_like(theirs)
-    wanted = (z, weight, norm_bias)
+    wanted = (z, weight, norm_bias) if with_norm_bias else (z, weight)
     torch.testing.assert_close(ours, theirs)
     for a, b in zip(torch.autograd.grad(ours, wanted, dy), torch.autograd.grad(theirs, wanted, dy), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -155,18 +172,21 @@ def test_kept_for_backward_are_z_and_statistics_or_y_and_one_statistic():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("invertible", [False, True])
-def test_half_precision_is_within_twice_torchs_own_error(dtype, invertible):
+@NORMS
+def test_half_precision_is_within_twice_torchs_own_error(dtype, invertible, kind, with_norm_bias):
     exact = [t.detach() for t in inputs_of(63, 40)]
     half = [t.to(dtype).requires_grad_() for t in exact]
+    half = half if with_norm_bias else half[:4]
     exact = [t.detach().double().requires_grad_() for t in half]
     dz, dy = torch.randn(2, *half[2].shape).to(dtype).unbind()
 
     def results(outputs, inputs, scale):
         return *outputs, *torch.autograd.grad(outputs, inputs, (dz.to(scale), dy.to(scale)))
 
-    truth = results(plain(*exact, 0.1), exact, torch.float64)
-    torchs = results(plain(*half, 0.1), half, dtype)
-    ours = residual_norm(*half, eps=1e-5, p=0.1, seed=SEED, site=2, invertible=invertible)
+    none = [] if with_norm_bias else [None]
+    truth = results(plain(*exact, *none, 0.1, kind), exact, torch.float64)
+    torchs = results(plain(*half, *none, 0.1, kind), half, dtype)
+    ours = residual_norm(*half, *none, eps=1e-5, p=0.1, seed=SEED, site=2, invertible=invertible, kind=kind)
     for a, b, c in zip(results(ours, half, dtype), torchs, truth, strict=True):
         assert a.dtype == dtype
         assert (a.double() - c).norm() <= 2 * (b.double() - c).norm() + 1e-6
@@ -180,6 +200,7 @@ def test_half_precision_is_within_twice_torchs_own_error(dtype, invertible):
         ({"bias": torch.zeros(9)}, r"bias has shape \(9,\)"),
         ({"weight": torch.zeros(1)}, r"weight has shape \(1,\)"),
         ({"p": 1.0}, "p=1.0 is not a dropout probability"),
+        ({"kind": "rms_norm"}, "norm_bias is given, and an RMSNorm has none"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(change, message):

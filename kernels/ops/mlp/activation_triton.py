@@ -1,4 +1,4 @@
-"""GPU kernels of mlp.py: GELU, and its gradient together with the gradient of the bias before it."""
+"""GPU kernels of activation.py: an activation or gate, and its gradient together with that of the bias before it."""
 
 import torch
 import triton
@@ -106,8 +106,10 @@ def _gelu_backward_kernel(
     tl.store(partial_ptr + part.to(tl.int64) * F + columns, tl.sum(total, 0), mask=columns < F)
 
 
-def gelu_forward(f: Tensor, activation: Activation) -> Tensor:
-    """Compute what `gelu_forward_reference` does."""
+def activation_forward(f: Tensor, activation: Activation, gated: bool) -> Tensor:
+    """Compute what `activation_forward_reference` does."""
+    if gated or activation not in ("gelu", "gelu_tanh"):
+        raise NotImplementedError("this activation has no GPU kernel yet; use kernels='reference'")
     f = f.contiguous()
     a = torch.empty_like(f)
     _gelu_forward_kernel[(triton.cdiv(f.numel(), _BLOCK),)](
@@ -116,10 +118,10 @@ def gelu_forward(f: Tensor, activation: Activation) -> Tensor:
     return a
 
 
-def gelu_backward(
-    da: Tensor, f: Tensor, activation: Activation, recompute: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Compute what `gelu_backward_reference` does."""
+def activation_backward(
+    da: Tensor, f: Tensor, activation: Activation, recompute: bool, with_bias: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Compute what `activation_backward_reference` does."""
     num_rows, F = f.shape
     tiles = max(1, triton.cdiv(triton.cdiv(num_rows, _TILE_ROWS), _ROW_PARTS))
     parts = triton.cdiv(num_rows, _TILE_ROWS * tiles)
@@ -129,3 +131,10 @@ def gelu_backward(
     grid = (triton.cdiv(F, _TILE_COLUMNS), parts)
     _gelu_backward_kernel[grid](da, f, a, partial, num_rows, tiles, F, *options, num_warps=8)
     return da, sum_partials(partial, [f])[0], a
+
+
+def gate_backward(
+    da: Tensor, f: Tensor, activation: Activation, recompute: bool, with_bias: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Compute what `gate_backward_reference` does."""
+    raise NotImplementedError("a gate has no GPU kernel yet; use kernels='reference'")
