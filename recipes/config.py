@@ -122,6 +122,10 @@ class ModelConfig(Section):
         return self.sliding_window is not None and (every is None or layer % every != 0)
 
 
+FREE_MODEL_KEYS = frozenset({"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"})
+"""Settings of training that stand in the model's config but change no weight: a later run may set them anew."""
+
+
 class LayerFlags(Section):
     kernels: Kernels = "auto"
     """auto: Triton for CUDA tensors, PyTorch elsewhere; reference: PyTorch everywhere, to bisect a bad loss."""

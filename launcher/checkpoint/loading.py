@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ...kernels.errors import UserError
-from ...recipes.config import ModelConfig
+from ...recipes.config import FREE_MODEL_KEYS, ModelConfig
 from ..config.schema import Precision
 from ..processes.topology import Topology
 from .files import file_access, listed, read_file, restore_random_state, understood
@@ -21,8 +21,6 @@ from .resharding import Saved, load_resharded, own_part
 from .saving import engine_facts
 from .store import damage, not_verified, read_state, refuse_damaged
 
-# Settings of training that stand in the model's config but change no weight: a later run may set them anew.
-FREE_MODEL_KEYS = frozenset({"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"})
 # What a model has by keys that its run config did not know yet. Not vocab_size: a checkpoint says how many rows there are.
 _MODEL_DEFAULTS = ModelConfig().model_dump(mode="json", exclude={"vocab_size"})
 

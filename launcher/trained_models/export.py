@@ -88,7 +88,7 @@ def _write_tokenizer(folder: Path, tokenizer: RunTokenizer, model: ModelConfig, 
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": trained_length,  # positions beyond it have not been trained
         "padding_side": form.padding_side,
-        "model_input_names": form.inputs,
+        "model_input_names": form.written_as(model).inputs,
         "clean_up_tokenization_spaces": False,
         **specials,
     }

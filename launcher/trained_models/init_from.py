@@ -9,7 +9,8 @@ from ...kernels.errors import UserError
 from ...recipes.config import ModelConfig, TokenizerConfig
 from ...recipes.data.run_tokenizer import RunTokenizer
 from ...recipes.data.tokenizer import given_tokenizer
-from ..checkpoint.loading import FREE_MODEL_KEYS
+from ...recipes.shared.transformers_form import BY_SYMBOL
+from ...recipes.transformers_format.convert import differing_keys, shown
 from ..checkpoint.resharding import own_part
 from ..config.paths import HUB_ID
 from ..processes.topology import Topology
@@ -18,9 +19,6 @@ from .pretrained import CONFIG_FILE, TOKENIZER_FILES, Pretrained, from_folder
 _WEIGHTS = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 _FILES = [CONFIG_FILE, *TOKENIZER_FILES, "tokenizer_config.json", *_WEIGHTS]
 _PICKLES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
-# What both sides must agree in.
-_GEOMETRY = [key for key in ModelConfig.model_fields if key not in FREE_MODEL_KEYS | {"vocab_size", "init_from"}]
-_BY_SYMBOL = ("word_embeddings.weight", "mlm_bias")
 
 
 def find_folder(name: str) -> Path:
@@ -60,9 +58,8 @@ def read_initial(name: str, folder: Path, model: ModelConfig) -> Pretrained:
     except UserError as error:
         raise UserError(f"model.init_from={name}: {error}") from None
     differing = [
-        f"model.{key} is {_shown(theirs)} there and {_shown(ours)} in the run config"
-        for key in _GEOMETRY
-        if (theirs := getattr(found.model, key)) != (ours := getattr(model, key))
+        f"model.{key} is {shown(getattr(found.model, key))} there and {shown(getattr(model, key))} in the run config"
+        for key in differing_keys(found.model, model)
     ]
     if differing:
         raise UserError(f"model.init_from={name} is another model: {'; '.join(differing)}; change the run config")
@@ -100,7 +97,7 @@ def load_initial(
     weights = {name: weight for name, weight in initial.weights.items() if name in module.state_dict()}
     if initial.sentence_task != sentence_task:
         weights = {name: weight for name, weight in weights.items() if not name.startswith("sentence_classifier.")}
-    for name in _BY_SYMBOL:
+    for name in BY_SYMBOL:
         if name in weights:
             weights[name] = with_rows(weights[name], vocab_size)
     own = own_part(weights, module, topology)
@@ -124,7 +121,3 @@ def with_rows(weight: Tensor, rows: int) -> Tensor:
         return weight[:rows]
     mean = weight.float().mean(dim=0, keepdim=True).to(weight.dtype)
     return torch.cat([weight, mean.expand(missing, *weight.shape[1:])])
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

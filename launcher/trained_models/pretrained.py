@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 from ...kernels.errors import UserError, refused
 from ...recipes import RECIPES
-from ...recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
+from ...recipes.config import LayerFlags, ModelConfig, ObjectiveConfig, SentenceTask
 from ...recipes.data.run_tokenizer import RunTokenizer
 from ...recipes.data.tokenizer import load_tokenizer
-from ...recipes.transformers_format.convert import from_huggingface, model_config_of, sentence_task_of
+from ...recipes.transformers_format.convert import from_huggingface, model_config_of, parameters_of, sentence_task_of
 from ..checkpoint import store
 from ..checkpoint.files import read_file, understood
 from ..checkpoint.loading import weights as checkpoint_weights
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILES = ("tokenizer.json", "vocab.txt")
+_SENTENCE_HEAD = "sentence_classifier.weight"
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,17 @@ class Pretrained:
     """
 
     model: ModelConfig
-    sentence_task: str
+    sentence_task: SentenceTask
     weights: dict[str, Tensor]
     tokenizer: RunTokenizer | None
     left_out: tuple[str, ...] = ()
 
     def build(self) -> nn.Module:
-        """Return the model in fp32, in evaluation mode, on the CPU, without a sentence head.
+        """Return the model in fp32, in evaluation mode, on the CPU, with the sentence head where the weights have one.
 
         Raises UserError if another head is missing.
         """
-        objective = ObjectiveConfig(sentence_task="none")
+        objective = ObjectiveConfig(sentence_task=self.sentence_task if _SENTENCE_HEAD in self.weights else "none")
         assert isinstance(self.model.vocab_size, int), "the rows of a trained model are known"
         module = RECIPES[self.model.type].build_model(self.model, LayerFlags(), objective, self.model.vocab_size)
         missing = sorted({name.split(".")[0] for name in module.state_dict().keys() - self.weights.keys()})
@@ -66,7 +67,7 @@ def from_checkpoint(checkpoint: Path) -> Pretrained:
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
         found = Pretrained(ModelConfig(**facts), task, checkpoint_weights(checkpoint), tokenizer)
         _check_layers(found.model, found.weights)
-        _check_weights(found.model, found.weights)
+        _check_weights(found.model, task, found.weights)
     return found
 
 
@@ -94,7 +95,7 @@ def from_folder(folder: Path) -> Pretrained:
             state = _read_weights(folder)
             _check_layers(model, state)
             weights, left_out = from_huggingface(state, config)
-            _check_weights(model, weights)
+            _check_weights(model, task, weights)
     except UserError as error:
         text = str(error)
         raise UserError(text if text.startswith(str(folder)) else f"{folder}: {text}") from error
@@ -129,14 +130,11 @@ def _check_layers(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
         raise UserError(f"{what}; give a whole model")
 
 
-def _check_weights(model: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+def _check_weights(model: ModelConfig, sentence_task: SentenceTask, weights: Mapping[str, Tensor]) -> None:
     """Raise UserError unless the weights, by our names, are floating-point numbers of the sizes that config.json gives."""
-    assert isinstance(model.vocab_size, int), "config.json says how many rows there are"
-    with torch.device("meta"):
-        module = RECIPES[model.type].build_model(model, LayerFlags(), ObjectiveConfig(), model.vocab_size)
-    expected = module.state_dict()
+    expected = parameters_of(model, sentence_task)
     for name, weight in weights.items():
-        shape = tuple(expected[name].shape)
+        shape = tuple(expected[name])
         if tuple(weight.shape) != shape:
             raise UserError(f"{name} is {tuple(weight.shape)}, and {shape} by {CONFIG_FILE}; give a whole folder")
         if not weight.is_floating_point():

@@ -1,6 +1,6 @@
 """What a recipe says of the models of transformers that compute what its own do: parameters, config.json, tokenizer, card."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,27 +19,39 @@ ACTIVATIONS: Mapping[str, Activation] = {
     "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
+    "silu": "silu",
+    "swish": "silu",
+    "relu2": "relu2",
 }
-"""Our name of each activation of transformers that is a GELU."""
-WRITTEN_ACTIVATIONS: Mapping[Activation, str] = {"gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+"""Our name of each activation of transformers that a layer here has."""
+WRITTEN_ACTIVATIONS: Mapping[Activation, str] = {
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "silu": "silu",
+    "relu2": "relu2",
+}
+BY_SYMBOL = ("word_embeddings.weight", "lm_head.weight", "mlm_bias")
+"""Our parameters with a row for each symbol of the tokenizer."""
 
 _PROJECTION_WEIGHTS = (".qkv.weight", ".attention_output.weight", ".intermediate.weight", ".output.weight")
-_EMBEDDINGS = ("word_embeddings", "position_embeddings", "token_type_embeddings")
 
 
 @dataclass(frozen=True)
 class Architecture:
     """Where a kind of transformers model keeps what one of ours has.
 
-    model_type: its name in config.json. recipe: `model.type`. base: the module around everything but the heads. body: our
-        modules outside the layers, with theirs below `base`. layer: our modules of a layer, with theirs below
-        `base`.`layers`.{number}; three are one fused projection of ours. heads: our modules, with theirs from the top. bias: of
-        the MLM head; an export has it under every name.
+    model_type: its name in config.json. fixed: keys of `ModelConfig` that all of its models have alike; `type` is one.
+    base: the module around everything but the heads. body: our modules outside the layers, with theirs below `base`. layer: our
+        modules of a layer, with theirs below `base`.`layers`.{number}; several are one fused projection of ours. heads: our
+        modules, with theirs from the top. bias: of the MLM head; an export has it under every name.
     keys: of `ModelConfig`, with the key of config.json and the value that it has where config.json leaves it out.
+    read(config, obstacles), write(model): further keys of `ModelConfig` out of config.json, and further keys of config.json,
+        where one does not stand for one. What no model of ours computes is added to the obstacles.
     features: keys of config.json that choose another function, with the only value that is one of ours, and the default.
     symbols: keys of config.json that hold the id of a special token. copies: further keys, with those of `ModelConfig`.
     ignored: ends of the names of parameters that are copies or constants.
     classes: what an export is a model of, without and with a sentence task; none of what is only imported.
+    inputs: the tensors that it takes from its tokenizer.
     sentence_task: of a config.json that does not say it.
     token_types: rows of the embedding of token types, 0 where there is none.
     positions_after_pad: position p stands in row pad_token_id + 1 + p.
@@ -47,18 +59,20 @@ class Architecture:
     """
 
     model_type: str
-    recipe: str
-    pre_layer_norm: bool
+    fixed: Mapping[str, Any]
     base: str
     layers: str
     body: Mapping[str, str]
     layer: Mapping[str, tuple[str, ...]]
     heads: Mapping[str, str]
-    bias: tuple[str, ...]
     keys: Mapping[str, tuple[str, Any]]
     features: Mapping[str, Any]
-    symbols: dict[str, SpecialToken]
+    symbols: Mapping[str, SpecialToken]
     ignored: tuple[str, ...]
+    inputs: tuple[str, ...]
+    bias: tuple[str, ...] = ()
+    read: Callable[[Mapping[str, Any], list[str]], dict[str, Any]] = lambda *_: {}
+    write: Callable[[ModelConfig], dict[str, Any]] = lambda _: {}
     copies: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     sentence_task: str = "none"
@@ -66,20 +80,16 @@ class Architecture:
     positions_after_pad: bool = False
     transposed: bool = False
 
-    def names(self, depth: int) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """Yield each parameter of ours in a model of `depth` layers, and the parameters it is made of along dim 0."""
-        places: dict[str, tuple[str, ...]] = {name: (f"{self.base}.{theirs}",) for name, theirs in self.body.items()}
-        for number in range(depth):
-            prefix = f"{self.base}.{self.layers}.{number}."
-            places |= {
-                f"layers.{number}.{name}": tuple(prefix + part for part in parts) for name, parts in self.layer.items()
-            }
-        places |= {name: (theirs,) for name, theirs in self.heads.items()}
-        for name, parts in places.items():
-            for kind in ("weight",) if name in _EMBEDDINGS else ("weight", "bias"):
-                yield f"{name}.{kind}", tuple(f"{part}.{kind}" for part in parts)
-        if self.bias:
-            yield "mlm_bias", self.bias[:1]
+    def parts(self, name: str) -> tuple[str, ...]:
+        """Return the parameters of theirs that a parameter of ours is made of along dim 0."""
+        if name == "mlm_bias":
+            return self.bias[:1]
+        module, _, kind = name.rpartition(".")
+        if module.startswith("layers."):
+            _, number, own = module.split(".")
+            return tuple(f"{self.base}.{self.layers}.{number}.{part}.{kind}" for part in self.layer[own])
+        theirs = self.heads[module] if module in self.heads else f"{self.base}.{self.body[module]}"
+        return (f"{theirs}.{kind}",)
 
     def is_transposed(self, name: str) -> bool:
         """Return whether they keep this parameter of ours as its transpose."""
@@ -94,9 +104,8 @@ class Architecture:
 class TransformersForm:
     """The models of a recipe as transformers knows them.
 
-    architectures: all that can be imported. written_as(model): the one that an export of a model is. Raises UserError if no
-        architecture computes what the model does.
-    inputs: the tensors that a model takes from its tokenizer.
+    architectures: all that can be imported. lacked: `model_type` of others, with what no model here computes of them.
+    written_as(model): the architecture whose models are closest to a model. Raises UserError if there is none.
     generation: keys of generation_config.json that hold the id of a special token; empty where there is no such file.
     padding_side: where padding stands that does not change what the model says, of a text or going on from one.
     post_processor(tokenizer): what puts the special tokens of a sample around a text; None where samples have none.
@@ -106,7 +115,6 @@ class TransformersForm:
 
     architectures: tuple[Architecture, ...]
     written_as: Callable[[ModelConfig], Architecture]
-    inputs: tuple[str, ...]
     generation: Mapping[str, SpecialToken]
     padding_side: Literal["left", "right"]
     post_processor: "Callable[[RunTokenizer], PostProcessor | None]"
@@ -114,3 +122,4 @@ class TransformersForm:
     auto_class: str
     objective: Callable[[ObjectiveConfig], str]
     notes: Callable[[ModelConfig, ObjectiveConfig], list[str]]
+    lacked: Mapping[str, str] = field(default_factory=dict)

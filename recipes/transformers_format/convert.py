@@ -3,8 +3,9 @@
 Nothing here needs transformers, and nothing knows a model: `Recipe.transformers` says what stands where.
 """
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import ValidationError
@@ -12,20 +13,24 @@ from torch import Tensor
 
 from ...kernels.errors import UserError
 from .. import RECIPES
-from ..config import ModelConfig
+from ..config import FREE_MODEL_KEYS, LayerFlags, ModelConfig, ObjectiveConfig, SentenceTask
 from ..data.run_tokenizer import RunTokenizer
-from ..shared.transformers_form import ACTIVATIONS, WRITTEN_ACTIVATIONS, Architecture
+from ..shared.transformers_form import ACTIVATIONS, BY_SYMBOL, WRITTEN_ACTIVATIONS, Architecture
 
 _OLD_SUFFIXES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # checkpoints of 2018
+_FREE_KEYS = FREE_MODEL_KEYS | {"vocab_size", "init_from"}
 
 
 def _architecture_of(config: Mapping[str, Any]) -> Architecture:
     """Return the architecture of a config.json. Raises UserError, naming those there are, if no model of ours computes it."""
-    known = {one.model_type: one for recipe in RECIPES.values() for one in recipe.transformers.architectures}
+    forms = [recipe.transformers for recipe in RECIPES.values()]
+    known = {one.model_type: one for form in forms for one in form.architectures}
+    lacked = {model_type: what for form in forms for model_type, what in form.lacked.items()}
     model_type = config.get("model_type")
     if not isinstance(model_type, str) or model_type not in known:
+        has = f", which has {lacked[model_type]}" if isinstance(model_type, str) and model_type in lacked else ""
         able = f"only {', '.join(known)} compute what a model here does"
-        raise UserError(f"config.json has model_type {model_type!r}, and {able}")
+        raise UserError(f"config.json has model_type {model_type!r}{has}, and {able}")
     return known[model_type]
 
 
@@ -40,7 +45,8 @@ def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
     obstacles = [f"{key} is {config[key]!r}, not {value!r}" for key, value in other.items()]
     activation = ACTIVATIONS.get(str(found["hidden_act"]))
     if activation is None:
-        obstacles.append(f"{architecture.keys['hidden_act'][0]} is {found['hidden_act']!r}, not a kind of GELU")
+        key = architecture.keys["hidden_act"][0]
+        obstacles.append(f"{key} is {found['hidden_act']!r}, not one of {', '.join(ACTIVATIONS)}")
     elif architecture.positions_after_pad and activation != "gelu":
         obstacles.append(f"hidden_act is {found['hidden_act']!r}, but the head has 'gelu'")
     types = architecture.token_types
@@ -48,19 +54,16 @@ def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
         obstacles.append(f"type_vocab_size is {config['type_vocab_size']}, not {types}")
     if architecture.positions_after_pad and not isinstance(config.get("pad_token_id", 0), int):
         obstacles.append(f"pad_token_id is {config['pad_token_id']!r}, but positions are counted from it")
+    found |= architecture.read(config, obstacles)
     if obstacles:
-        raise UserError(f"config.json describes what no model here computes: {'; '.join(obstacles)}")
+        reasons = "; ".join(dict.fromkeys(obstacles))
+        raise UserError(f"config.json describes what no model here computes: {reasons}")
     positions, width = found["max_position_embeddings"], found["hidden_size"]
     if isinstance(positions, int):  # any other value is refused below, as every value of another type
         found["max_position_embeddings"] = positions - architecture.first_position(config)
     if found["intermediate_size"] is None and isinstance(width, int):
         found["intermediate_size"] = 4 * width
-    found |= {
-        "type": architecture.recipe,
-        "hidden_act": activation,
-        "pre_layer_norm": architecture.pre_layer_norm,
-        "vocab_size": config.get("vocab_size"),
-    }
+    found |= {**architecture.fixed, "hidden_act": activation, "vocab_size": config.get("vocab_size")}
     try:
         return ModelConfig(**found)
     except ValidationError as error:
@@ -68,9 +71,35 @@ def model_config_of(config: Mapping[str, Any]) -> ModelConfig:
         raise UserError(f"config.json describes no model: {', '.join(dict.fromkeys(wrong))}") from None
 
 
-def sentence_task_of(config: Mapping[str, Any]) -> str:
-    """Return the task of the sentence head in a model with this config.json: nsp, sop or none. Exports say which."""
-    return str(config.get("sentence_task", _architecture_of(config).sentence_task))
+def differing_keys(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """Return the keys by which one model computes something else than the other, but for the vocabulary."""
+    ours, theirs = _meaning(one), _meaning(other)
+    return [key for key in ModelConfig.model_fields if key not in _FREE_KEYS and ours[key] != theirs[key]]
+
+
+def _meaning(model: ModelConfig) -> dict[str, Any]:
+    """Return the values of a model, those of equal effect alike: what null stands for, and what no layer reads."""
+    local = [model.is_local(layer) for layer in range(model.num_hidden_layers)]
+    mixed, local_theta = any(local) and not all(local), model.local_rope_theta
+    theta = model.rope_theta if local_theta is None or not all(local) else local_theta
+    return model.model_dump() | {
+        "num_key_value_heads": model.key_heads,
+        "head_dim": model.head_size,
+        "rope_theta": theta,
+        "local_rope_theta": local_theta if mixed and local_theta != theta else None,
+        "global_attn_every_n_layers": local if mixed else None,
+    }
+
+
+def sentence_task_of(config: Mapping[str, Any]) -> SentenceTask:
+    """Return the task of the sentence head of a model with this config.json; exports say which. Raises UserError for others."""
+    task = config.get("sentence_task", _architecture_of(config).sentence_task)
+    found = next((one for one in get_args(SentenceTask) if one == task), None)
+    if found is None:
+        raise UserError(
+            f"config.json has sentence_task {task!r}; it must be one of {', '.join(get_args(SentenceTask))}"
+        )
+    return found  # type: ignore[no-any-return]
 
 
 def config_json(model: ModelConfig, tokenizer: RunTokenizer, sentence_task: str) -> dict[str, Any]:
@@ -85,6 +114,7 @@ def config_json(model: ModelConfig, tokenizer: RunTokenizer, sentence_task: str)
         "model_type": architecture.model_type,
         **{theirs: getattr(model, ours) for ours, (theirs, _) in architecture.keys.items()},
         **architecture.features,
+        **architecture.write(model),
         architecture.keys["hidden_act"][0]: WRITTEN_ACTIVATIONS[model.hidden_act],
         "vocab_size": tokenizer.vocab_size,
         **{theirs: getattr(model, ours) for theirs, ours in architecture.copies.items()},
@@ -95,28 +125,54 @@ def config_json(model: ModelConfig, tokenizer: RunTokenizer, sentence_task: str)
         config["type_vocab_size"] = architecture.token_types
     if "sentence_classifier" in architecture.heads:
         config["sentence_task"] = sentence_task
+    _check_written(model, config, sentence_task)
     return config
+
+
+def _check_written(model: ModelConfig, config: Mapping[str, Any], sentence_task: str) -> None:
+    """Raise UserError, naming all keys, unless a model of this config.json computes what the model does."""
+    written = model_config_of(config)
+    obstacles = [
+        f"model.{key} is {shown(getattr(model, key))}, and there it is {shown(getattr(written, key))}"
+        for key in differing_keys(model, written)
+    ]
+    if sentence_task != "none" and "sentence_task" not in config:
+        obstacles.append(f"objective.sentence_task is {sentence_task}, and there are no token types and no head for it")
+    if obstacles:
+        closest = f"no architecture of transformers computes this {model.type}; the closest is {config['model_type']}"
+        raise UserError(f"{closest}: {'; '.join(obstacles)}; such runs can be exported with the values there")
+
+
+def shown(value: object) -> str:
+    """Return a value of a run config as YAML has it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def parameters_of(model: ModelConfig, sentence_task: SentenceTask) -> dict[str, torch.Size]:
+    """Return the shapes of a model's parameters by their names."""
+    assert isinstance(model.vocab_size, int), "the rows of a trained model are known"
+    objective = ObjectiveConfig(sentence_task=sentence_task)
+    with torch.device("meta"):
+        module = RECIPES[model.type].build_model(model, LayerFlags(), objective, model.vocab_size)
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
 
 
 def to_huggingface(state: Mapping[str, Tensor], model: ModelConfig, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict of a model of ours under the names of its `config_json`, rows of no symbol cut off.
 
-    Same values and dtype; contiguous, and no two share memory. The head is left out: transformers ties it to the words,
-    as it is here.
+    Same values and dtype; contiguous, and no two share memory. A head that is the word embedding is left out: transformers
+    ties it, as it is here.
     """
     architecture = RECIPES[model.type].transformers.written_as(model)
     converted = {}
-    for name, parts in architecture.names(model.num_hidden_layers):
-        if name not in state:
-            continue  # a model without a sentence task has no head for one
-        value = state[name]
-        if name in ("word_embeddings.weight", "mlm_bias"):
-            value = value[: config["vocab_size"]]
+    for name, tensor in state.items():
+        parts, value = architecture.parts(name), tensor[: config["vocab_size"]] if name in BY_SYMBOL else tensor
         if name == "position_embeddings.weight":
             value = torch.cat([value.new_zeros(architecture.first_position(config), value.shape[1]), value])
         if architecture.is_transposed(name):
             value = value.t()
-        for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
+        rows = _rows(name, len(parts), model)
+        for part, piece in zip(parts, value.split(rows) if rows else (value,), strict=True):
             converted[part] = piece.clone(memory_format=torch.contiguous_format)
     for copy in architecture.bias[1:]:
         converted[copy] = converted[architecture.bias[0]].clone()
@@ -130,49 +186,60 @@ def from_huggingface(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     stay as they are, those of positions begin at position 0, and both token types have a row.
     Raises ValueError for missing parameters.
     """
-    architecture = _architecture_of(config)
+    architecture, model = _architecture_of(config), model_config_of(config)
     state = {_modern(name, architecture.base): tensor for name, tensor in state.items()}
     heads = {*architecture.heads, "mlm_bias"}
-    refused = {"pooler", "sentence_classifier"} if sentence_task_of(config) == "none" else set()
     missing, converted, taken = [], {}, set[str]()
-    for name, parts in architecture.names(model_config_of(config).num_hidden_layers):
+    for name in parameters_of(model, sentence_task_of(config)):
+        parts = architecture.parts(name)
         absent = [part for part in parts if part not in state]
-        head = name.split(".")[0]
-        if head in refused or (head in heads and absent):
+        if absent and name.split(".")[0] in heads:
             continue
         missing += absent
         if not missing:
-            value = _joined(parts, state)
+            value = _joined(parts, state, _rows(name, len(parts), model))
             converted[name] = value.t().contiguous() if architecture.is_transposed(name) else value
             taken.update(parts)
     if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise UserError(f"the weights lack {shown}, which a {architecture.model_type} has")
-    positions = converted["position_embeddings.weight"]
-    converted["position_embeddings.weight"] = positions[architecture.first_position(config) :]
-    if architecture.token_types:
-        name = "token_type_embeddings.weight"
-        if len(converted[name]) == 1:
-            converted[name] = converted[name].expand(architecture.token_types, -1)
+        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise UserError(f"the weights lack {listed}, which a {architecture.model_type} has")
+    positions = converted.get("position_embeddings.weight")
+    if positions is not None:
+        converted["position_embeddings.weight"] = positions[architecture.first_position(config) :]
+    types = converted.get("token_type_embeddings.weight")
+    if types is not None and len(types) == 1:
+        converted["token_type_embeddings.weight"] = types.expand(architecture.token_types, -1)
     return converted, [name for name in state if name not in taken and not name.endswith(architecture.ignored)]
 
 
-def _joined(parts: tuple[str, ...], state: Mapping[str, Tensor]) -> Tensor:
-    """Parameters of equal shape as one, along dim 0."""
+def _rows(name: str, parts: int, model: ModelConfig) -> list[int]:
+    """Return how many rows each of several parts has of a parameter of ours; nothing of what is one part."""
+    if parts == 1:
+        return []
+    if ".qkv." in name:
+        keys = model.key_heads * model.head_size
+        return [model.num_attention_heads * model.head_size, keys, keys]
+    return [model.intermediate_size] * parts
+
+
+def _joined(parts: tuple[str, ...], state: Mapping[str, Tensor], rows: list[int]) -> Tensor:
+    """Parameters with these numbers of rows as one, along dim 0."""
     for part in parts:
         if not state[part].is_floating_point():
             remedy = "give the model before quantization"
             raise UserError(f"{part} is {state[part].dtype}, as quantized weights are; {remedy}")
+    if not rows:
+        return state[parts[0]]
     shapes = {part: tuple(state[part].shape) for part in parts}
-    if len(set(shapes.values())) > 1:
+    if list(shapes.values()) != [(size, *shapes[parts[0]][1:]) for size in rows]:
         found = ", ".join(f"{part} {shape}" for part, shape in shapes.items())
-        raise UserError(f"the weights {found} must have one shape")
-    return state[parts[0]] if len(parts) == 1 else torch.cat([state[part] for part in parts])
+        raise UserError(f"the weights {found} must have {', '.join(map(str, rows))} rows of one size by config.json")
+    return torch.cat([state[part] for part in parts])
 
 
 def _modern(name: str, base: str) -> str:
     """A parameter's name as classes with heads have it today."""
     for old, new in _OLD_SUFFIXES.items():
         name = name.removesuffix(old) + new if name.endswith(old) else name
-    from_the_top = (f"{base}.", "cls.", "lm_head.", "classifier.", "sentence_head.")
+    from_the_top = (f"{base}.", "cls.", "lm_head.", "classifier.", "sentence_head.", "head.", "decoder.", "score.")
     return name if name.startswith(from_the_top) else f"{base}.{name}"

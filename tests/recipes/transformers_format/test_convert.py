@@ -207,8 +207,10 @@ def test_what_no_model_here_computes_is_refused_with_all_reasons():
         model_config_of(config)
     for reason in ("'relu'", "relative_key", "tie_word_embeddings is False", "type_vocab_size is 5"):
         assert reason in str(error.value)
-    with pytest.raises(ValueError, match="model_type 'llama', and only bert, roberta"):
-        model_config_of({"model_type": "llama"})
+    with pytest.raises(
+        ValueError, match=r"model_type 't5', and only bert, roberta, .* gpt2, llama, mistral, qwen3 compute"
+    ):
+        model_config_of({"model_type": "t5"})
     with pytest.raises(ValueError, match="hidden_size is 'wide'"):
         model_config_of({"model_type": "bert", "hidden_size": "wide", "vocab_size": 90})
     with pytest.raises(ValueError, match="scale_attn_by_inverse_layer_idx is True"):
