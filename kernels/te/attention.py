@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .core_attention import Dropping, Visibility, cached_attention, cross_attention, self_attention
+from .core_attention import Dropping, Visibility, attention_over_cache, cross_attention, self_attention
 from .inference import Cache
 from .layer_options import LayerOptions
 from .linear import LayerNormLinear, Linear
@@ -104,7 +104,7 @@ class MultiheadAttention(ProjectionModule):
             if known is None or known[0].shape[1] == qkv.shape[1]:
                 context = self_attention(qkv, seen, dropping, recompute=recompute)
             else:
-                context = cached_attention(qkv[:, :, 0], *known, seen)
+                context = attention_over_cache(qkv[:, :, 0], *known, seen)
         out, bias = self.proj(self._batch_first(context), is_first_microbatch=is_first_microbatch)
         return out, self._handed_out(bias), residual
 

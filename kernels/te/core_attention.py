@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..layers.recomputation import recompute_in_backward
 from ..ops.attention.attention import AttentionMask, attention
+from ..ops.attention.cached_attention import cached_attention
 from ..ops.attention.hiding_bias import hiding_bias
 from ..ops.dropout import keep_mask, keep_scale
 
@@ -117,12 +118,9 @@ def self_attention(qkv: Tensor, seen: Visibility, dropping: Dropping, *, recompu
     return _seeing(context, seen)
 
 
-def cached_attention(q: Tensor, keys: Tensor, values: Tensor, seen: Visibility) -> Tensor:
-    """Return (B, Sq, N * D) of q (B, Sq, N, D) and keys and values (B, Sk, G, D), each for N / G heads in order; no dropout."""
-    q, keys, values = (part.transpose(1, 2) for part in (q, keys, values))
-    shared = q.shape[1] != keys.shape[1]
-    context = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen.mask.bias, enable_gqa=shared)
-    return _seeing(context.transpose(1, 2).flatten(2), seen)
+def attention_over_cache(q: Tensor, keys: Tensor, values: Tensor, seen: Visibility) -> Tensor:
+    """Return (B, Sq, N * D) of q (B, Sq, N, D) and keys and values (B, Sk, G, D), see `cached_attention`."""
+    return _seeing(cached_attention(q, keys, values, seen.mask.bias), seen)
 
 
 def cross_attention(q: Tensor, kv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool) -> Tensor:
