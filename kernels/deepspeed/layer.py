@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.layer import TransformerLayer
+from ..layers.parts import compose
 from ..layers.products import Products
 from ..ops.attention.attention import AttentionMask
 from ..ops.attention.hiding_bias import lowest_score
@@ -112,6 +113,7 @@ class DeepSpeedTransformerLayer(TransformerLayer):
         layer_id: int | None = None,
     ) -> None:
         self.config, self.deepspeed_config = config.layer_config(), copy.copy(config)
+        self.parts = compose(self.config, self.parallel)
         if config.local_rank >= 0 and torch.cuda.is_available():
             torch.cuda.set_device(config.local_rank)
         H, F_ = self.config.hidden_size, self.config.intermediate_size

@@ -1,9 +1,10 @@
-"""The feed-forward half of a layer, GELU(x @ w1.T + b1) @ w2.T, with FP8 products and the casts between them inside of GELU.
+"""The feed-forward half of a layer, act(x @ w1.T + b1) @ w2.T, with FP8 products and the casts between them inside of GELU.
 
   forward   x -> FP8;  f = x @ w1.T + b1;  GELU(f) -> FP8;  y = GELU(f) @ w2.T
   backward  dy -> FP8;  da = dy @ w2;  df = da * GELU'(f) -> FP8;  db1 = sum_T df;  dw2, dw1, dx
 f and da have the dtype of x. GELU(f) and df are rounded to it before they are cast, as if they had been in memory. On a GPU
 they never are, with one exception: under current scaling df takes the place of da until its amax is known.
+Another activation, or a gate, is an op of its own between two products.
 """
 
 from typing import Any, NamedTuple
@@ -27,33 +28,35 @@ MainGrads = tuple[Tensor | None, Tensor | None]
 def fp8_mlp(  # noqa: PLR0913 - the arguments of two linear layers
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
     activation: Activation,
     state1: Fp8State,
     state2: Fp8State,
     *,
+    gated: bool = False,
     is_first_microbatch: bool | None = None,
     main_grads: MainGrads = (None, None),
     amax: Tensor | None = None,
 ) -> Tensor:
-    """Return GELU(x @ w1.T + b1) @ w2.T, (..., H) in the dtype of x, with FP8 products where fp8_autocast says so.
+    """Return act(x @ w1.T + b1) @ w2.T, (..., H) in the dtype of x, with FP8 products where fp8_autocast says so.
 
-    On a CPU bit for bit what fp8_linear, GELU and fp8_linear give one after the other. Over several processes it is one's part:
-    x is replicated, w1 and w2 are shards along F, and the result is a part of a sum over the processes.
-    x: (..., H); w1: (F, H); b1: (F,); w2: (H, F); state1, state2: of the two products. Dtypes, sizes, amax, of x,
-    is_first_microbatch, main_grads, of w1 and w2, and torch.compile: as in `fp8_linear`. Outside of FP8 regions it is
-    kernels/ops/mlp/mlp.py's mlp in the dtype of x.
-    Kept for backward: x, GELU(f) and both weights in FP8, one byte per number, and f in the dtype of x. Where the recipe's
-    override_linear_precision leaves the gradients of weights in high precision, GELU(f) is needed so, and it is three ops.
+    On a CPU bit for bit what fp8_linear, the activation and fp8_linear give one after the other. Over several processes it is
+    one's part: x is replicated, w1 and w2 are shards along F, and the result is a part of a sum over the processes.
+    x: (..., H); w1: (F, H), gated (2F, H); b1: as many or None; w2: (H, F). state1, state2: of the two products. Dtypes, sizes,
+    amax, of x, is_first_microbatch, main_grads, of w1 and w2, and torch.compile: as in `fp8_linear`. Outside of FP8 regions it
+    is kernels/ops/mlp/mlp.py's mlp in the dtype of x.
+    Kept for backward: x, act(f) and both weights in FP8, one byte per number, and f in the dtype of x. Where the recipe's
+    override_linear_precision leaves the gradients of weights in high precision, act(f) is needed so.
     Raises ValueError for shapes and dtypes other than these.
     """
-    check_sizes(x, w1, b1, w2)
+    check_sizes(x, w1, b1, w2, gated)
     run = _mlp
     if breaks_graph():
         run = torch.compiler.disable(_mlp)  # here and not at import, because it imports torch._dynamo and triton
     first, (main1, main2) = is_first_microbatch, main_grads
-    return run(x, w1, b1, w2, activation, _Layer(state1, first, main1), _Layer(state2, first, main2), amax)
+    layers = _Layer(state1, first, main1), _Layer(state2, first, main2)
+    return run(x, w1, b1, w2, (activation, gated), *layers, amax)
 
 
 class _Layer(NamedTuple):
@@ -74,26 +77,30 @@ class _Layer(NamedTuple):
 def _mlp(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    activation: Activation,
+    part: tuple[Activation, bool],
     layer1: _Layer,
     layer2: _Layer,
     amax: Tensor | None,
 ) -> Tensor:
+    activation, gated = part
     call1, call2 = layer1.begin(x.device), layer2.begin(x.device)
-    if call1.calibrates or (call1.enabled and call1.wide_wgrad):
-        return layer2.linear(activated(layer1.linear(x, w1, b1, amax), activation), w2, None)
+    casts_inside = not gated and activation in ("gelu", "gelu_tanh") and not call1.wide_wgrad
+    if call1.calibrates or (call1.enabled and not casts_inside):
+        return layer2.linear(activated(layer1.linear(x, w1, b1, amax), activation, gated=gated), w2, None)
     if not call1.enabled:
         wide1, wide2 = call1.trained(w1).to(x.dtype), call2.trained(w2).to(x.dtype)
-        return mlp(x, wide1, b1.to(x.dtype), wide2, activation, gelu_checkpoint=False)
+        wide_bias = None if b1 is None else b1.to(x.dtype)
+        return mlp(x, wide1, wide_bias, wide2, activation, gated=gated, gelu_checkpoint=False)
     check_operands(x, w1)
     check_operands(x, w2)
-    trains = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (x, w1, b1, w2)]
+    given = [tensor is not None and tensor.requires_grad for tensor in (x, w1, b1, w2)]
+    trains = [torch.is_grad_enabled() and requires for requires in given]
     with torch.no_grad():
         x_q = call1.quantize_input(x.detach().reshape(-1, x.shape[-1]), trains[1], amax)
         w1_q = call1.quantize_weight(w1, trains[0])
-        f = fprop(x_q, w1_q, b1.detach(), x.dtype)
+        f = fprop(x_q, w1_q, None if b1 is None else b1.detach(), x.dtype)
         scale, dtype = call2.scale("input"), forward_dtype(call2.recipe)
         rows, columns, a_amax, a_inv = _gelu_quantize(f, scale, activation, dtype, trains[3])
         call2.record("input", a_amax)
@@ -114,12 +121,14 @@ class _Operands(NamedTuple):
 
 class _Fp8Mlp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, operands: _Operands, *rest: Any) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, *rest: Any) -> Tensor:
+        operands: _Operands
+        operands, *others = rest
         columns = [part for q in operands if isinstance(q, Fp8Tensor) for part in (q.columns, q.scale_inv)]
         ctx.save_for_backward(operands.f, *columns)
-        ctx.calls, ctx.activation = rest
+        ctx.calls, ctx.activation = others
         ctx.owners = [call.owner(weight) for call, weight in zip(ctx.calls, (w1, w2), strict=True)]
-        ctx.dtypes = x.dtype, w1.dtype, b1.dtype, w2.dtype
+        ctx.dtypes = x.dtype, w1.dtype, w1.dtype if b1 is None else b1.dtype, w2.dtype
         return reshaped(fprop(operands.a, operands.w2, None, x.dtype), *x.shape[:-1], w2.shape[0])
 
     @staticmethod

@@ -4,6 +4,8 @@ A product is `column` when each process makes its part of the output features, `
 features and the results are added up, None when it is not shared. kernels/parallel/collectives.py has shapes and collectives.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,25 +67,26 @@ def project(  # noqa: PLR0913 - of a product in high precision, in FP8 and over 
 def project_mlp(  # noqa: PLR0913 - as fp8_mlp
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
     activation: Activation,
     fp8: tuple[Fp8State, Fp8State],
     parallel: TensorParallel,
     *,
+    gated: bool = False,
     is_first_microbatch: bool | None = None,
     main_grads: MainGrads = (None, None),
     amax: Tensor | None = None,
 ) -> Tensor:
-    """Return GELU(x @ w1.T + b1) @ w2.T by `fp8_mlp`, in the shape and dtype of x.
+    """Return act(x @ w1.T + b1) @ w2.T by `fp8_mlp`, in the shape and dtype of x.
 
-    The first product is column-parallel, the second row-parallel. w1: (F/t, H), b1: (F/t,), w2: (H, F/t), this process's parts.
+    The first product is column-parallel, the second row-parallel. w1: (F/t, H), gated (2F/t, H), b1: as many or None,
+    w2: (H, F/t), this process's parts.
     fp8: the states of the two products. The other arguments are those of `fp8_mlp`.
     """
     x, amax = _all_tokens(x, amax, parallel)
-    out = fp8_mlp(
-        x, w1, b1, w2, activation, *fp8, is_first_microbatch=is_first_microbatch, main_grads=main_grads, amax=amax
-    )
+    options: dict[str, Any] = {"is_first_microbatch": is_first_microbatch, "main_grads": main_grads, "amax": amax}
+    out = fp8_mlp(x, w1, b1, w2, activation, *fp8, gated=gated, **options)
     return _summed(out, parallel)
 
 

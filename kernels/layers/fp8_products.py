@@ -9,9 +9,11 @@ from ..errors import UserError
 from ..fp8.linear import Fp8State, breaks_graph, check_fp8_features
 from ..fp8.norm import norm_before
 from ..fp8.project import project, project_mlp, runs_fp8
+from ..ops.mlp.mlp import MlpOptions
 from ..ops.parallel_linear import ParallelMode
 from ..parallel.collectives import TensorParallel
 from .config import LayerConfig
+from .parts import compose
 from .products import Products
 
 _OF_TRACES = Fp8State()  # stays empty: a trace has current scaling, which keeps nothing
@@ -41,7 +43,7 @@ class Fp8Products(Products):
         self._before_attention, self._before_mlp = states
         self._amax: Tensor | None = None
 
-    def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         z, y, self._amax = norm_before(self._before_attention, None, None, z, weight, norm_bias, **options)
         return z, y
 
@@ -57,14 +59,14 @@ class Fp8Products(Products):
     def project_and_input(self, x: Tensor, projection: Any, parallel: TensorParallel) -> tuple[Tensor, Tensor]:
         return self.project(x, projection, "column", parallel), x
 
-    def mlp(
-        self, x: Tensor, inward: Any, outward: Any, config: LayerConfig, parallel: TensorParallel
-    ) -> tuple[Tensor, Tensor]:
+    def mlp(self, x: Tensor, inward: Any, outward: Any, options: MlpOptions) -> tuple[Tensor, Tensor]:
         states, amax = (state_of(inward), state_of(outward)), self._take_amax()
         if not runs_fp8(states[0], x.device):
-            return super().mlp(x, inward, outward, config, parallel)
+            return super().mlp(x, inward, outward, options)
         parameters = inward.weight, inward.bias, outward.weight
-        return project_mlp(x, *parameters, config.hidden_act, states, parallel, amax=amax), x
+        return project_mlp(
+            x, *parameters, options.activation, states, options.parallel, gated=options.gated, amax=amax
+        ), x
 
     def _take_amax(self) -> Tensor | None:
         amax, self._amax = self._amax, None
@@ -78,5 +80,7 @@ def check_fp8(config: LayerConfig, parallel: TensorParallel) -> None:
             raise UserError(
                 f"{flag}=True saves nothing with fp8=True, which keeps inputs of products in one byte a number; turn one off"
             )
-    for width in (config.hidden_size, config.intermediate_size):
-        check_fp8_features(config.hidden_size, width // parallel.size)
+    heads = compose(config, parallel).heads
+    widths = heads.queries * heads.size, (heads.queries + 2 * heads.keys) * heads.size
+    for width in (*widths, config.intermediate_size // parallel.size):
+        check_fp8_features(config.hidden_size, width)

@@ -1,12 +1,12 @@
-"""The transformer layer: attention and feed-forward halves around one residual stream, pre-LN or post-LN."""
+"""The transformer layer: attention and feed-forward halves around one residual stream, of the parts that parts.py chooses."""
 
-import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -22,32 +22,16 @@ from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
 from ..parallel.sharding import Partition, shard_parameters
 from .config import LayerConfig
 from .inner_modules import must_be_called
+from .norms import make_norm
+from .parts import Parts, compose
 from .products import Products
 from .projection import Projection
 
 # The dropouts of one layer draw from one seed; the site keeps their masks apart, and those of processes where they must differ.
 _ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE, _SITES = 1, 2, 3, 8
 _PLAIN = Products()
-_NORMS = ("attention_norm", "mlp_norm")
 _PROJECTIONS = ("qkv", "attention_output", "intermediate", "output")
-_INNER: dict[str, type[nn.Module]] = {**dict.fromkeys(_NORMS, nn.LayerNorm), **dict.fromkeys(_PROJECTIONS, Projection)}
-_WHOLE = (*itertools.product(_NORMS, ("weight", "bias")), ("attention_output", "bias"), ("output", "bias"))
-
-
-class _Affine(NamedTuple):
-    """A LayerNorm's parameters, (H,) each."""
-
-    weight: Tensor
-    bias: Tensor
-
-
-class _Replicated(NamedTuple):
-    """The parameters that every process holds whole; biases (H,). None: of a module that is called."""
-
-    attention_norm: _Affine
-    mlp_norm: _Affine
-    attention_output_bias: Tensor | None
-    output_bias: Tensor | None
+_INVERTIBLE = ("attention_norm", "mlp_norm")  # the order of the answers
 
 
 @dataclass(frozen=True)
@@ -55,7 +39,8 @@ class Pass:
     """What one forward pass has besides its hidden states.
 
     seed: None where nothing is dropped. invertible: (attention_norm, mlp_norm). token_shape: (B, S) or (T,), of all processes.
-    recompute: of attention. products: how this pass multiplies. called: the modules that compute for themselves, see
+    recompute: of attention. replicated: the vectors that every process holds whole, by (module, weight or bias), of modules
+    that are not called. products: how this pass multiplies. called: the modules that compute for themselves, see
     `TransformerLayer.called_modules`.
     """
 
@@ -64,24 +49,26 @@ class Pass:
     invertible: tuple[bool, bool]
     token_shape: torch.Size
     recompute: Recompute
-    replicated: _Replicated
+    replicated: Mapping[tuple[str, str], Tensor]
     products: Products
     called: tuple[str, ...]
 
 
 class TransformerLayer(nn.Module):
-    """One layer of BERT or GPT.
+    """One layer of a BERT or a GPT, of 2018 or of today: `LayerConfig` says which.
 
     pre-LN:  r = x + drop(attn(norm(x)));  y = r + drop(mlp(norm(r)))
     post-LN: r = norm(x + drop(attn(x)));  y = norm(r + drop(mlp(r)))
 
-    Each half owns one LayerNorm, `attention_norm` and `mlp_norm`, whichever side it stands on. The rows of `qkv` are all
-    queries, then all keys, then all values, each (N, D). Dropout follows `module.training`. A stack of pre-LN layers needs
-    one more LayerNorm at its end.
+    Each half owns one norm, `attention_norm` and `mlp_norm`, whichever side it stands on. The rows of `qkv` are all
+    queries (N, D), then all keys, then all values, (G, D) each; of a gated `intermediate` F pass the activation, and F more
+    multiply. `q_norm` and `k_norm` (D,) are there with qk_norm. Dropout follows `module.training`. A stack of pre-LN
+    layers needs one more norm at its end.
 
-    parallel: the t processes that share the layer. Each has N/t heads and F/t of the feed-forward width; parameters are shards,
-        marked as parallel/sharding.py has it, with the start values of one process if torch is seeded alike on all. With
-        `sequence` hidden states are this process's part of the rows of tokens, as a LayerStack gives them.
+    parallel: the t processes that share the layer. Each has N/t heads, G/t key heads, or one where t is a multiple of G, and
+        F/t of the feed-forward width; parameters are shards, marked as parallel/sharding.py has it, with the start values of
+        one process if torch is seeded alike on all. With `sequence` hidden states are this process's part of the rows of
+        tokens, as a LayerStack gives them.
 
     Inside fp8_autocast the four projections have FP8 products. normalize_invertible and gelu_checkpoint save nothing there,
     since a projection keeps one byte per number of its input.
@@ -90,46 +77,58 @@ class TransformerLayer(nn.Module):
     place or one with hooks, is called instead, outside of fused ops, FP8 and memory flags; on one process.
     """
 
-    parallel = ONE_PROCESS  # of subclasses with parameters of their own
+    parallel = ONE_PROCESS  # of subclasses with parameters of their own, as the next line
+    _plain: Mapping[str, type[nn.Module]] = {}
+    parts: Parts
 
     def __init__(self, config: LayerConfig, parallel: TensorParallel = ONE_PROCESS) -> None:
         super().__init__()
-        for field in ("num_attention_heads", "intermediate_size"):
-            if getattr(config, field) % parallel.size:
-                raise UserError(
-                    f"{field}={getattr(config, field)} is not divisible by the {parallel.size} processes that share the layer; "
-                    f"choose a tensor-parallel size that divides it"
-                )
-        size, eps = config.hidden_size, config.layer_norm_eps
+        size, (queries, keys, values) = config.hidden_size, config.qkv_parts
+        width = config.intermediate_size
+        inward_parts = (width, width) if config.gated_mlp else (width,)
         self.config = config
-        self.attention_norm = nn.LayerNorm(size, eps=eps)
-        self.qkv = Projection(size, 3 * size)
-        self.attention_output = Projection(size, size)
-        self.mlp_norm = nn.LayerNorm(size, eps=eps)
-        self.intermediate = Projection(size, config.intermediate_size)
-        self.output = Projection(config.intermediate_size, size)
+        self.parts = compose(config, parallel)
+        if "attention_norm" in self.parts.norms:
+            self.attention_norm = self._make_norm()
+        self.qkv = Projection(size, queries + keys + values, config.attention_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (
+                make_norm(config.head_size, config.layer_norm_eps, "rms_norm", False) for _ in "qk"
+            )
+        self.attention_output = Projection(queries, size, config.attention_bias)
+        self.mlp_norm = self._make_norm()
+        self.intermediate = Projection(size, sum(inward_parts), config.mlp_bias)
+        self.output = Projection(width, size, config.mlp_bias)
         inward, outward = (self.qkv, self.intermediate), (self.attention_output, self.output)
         for projection in (*inward, *outward):
             projection.std = config.initializer_range if projection in inward else config.output_range
+        self._plain = {name: type(module) for name, module in self.named_children()}
         self.reset_parameters()
         self.parallel = parallel
-        columns, fused = Partition(0), Partition(0, (size,) * 3)
-        shards = {"qkv": fused, "intermediate": columns, "attention_output": Partition(1), "output": Partition(1)}
-        partitions = {f"{name}.weight": partition for name, partition in shards.items()}
-        partitions |= {"qkv.bias": fused, "intermediate.bias": columns}
-        shard_parameters(self, partitions, parallel.group)
-        for projection in (self.qkv, self.attention_output, self.intermediate, self.output):
+        shards = {
+            "qkv": Partition(0, config.qkv_parts),
+            "intermediate": Partition(0, inward_parts if config.gated_mlp else None),
+        }
+        partitions = {f"{name}.{kind}": shards[name] for name in shards for kind in ("weight", "bias")}
+        partitions |= {"attention_output.weight": Partition(1), "output.weight": Partition(1)}
+        own = dict(self.named_parameters())
+        shard_parameters(self, {name: cut for name, cut in partitions.items() if name in own}, parallel.group)
+        for projection in (*inward, *outward):
             projection.out_features, projection.in_features = projection.weight.shape
             projection.parallel = parallel
 
     def reset_parameters(self) -> None:
-        """Draw weights from N(0, initializer_range), see LayerConfig.adjust_init_range; biases are 0, LayerNorms the identity.
+        """Draw weights from N(0, initializer_range), see LayerConfig.adjust_init_range; biases are 0, norms the identity.
 
         Raises ValueError where processes share the layer: they hold shards, and weights are drawn whole.
         """
-        projections = self.qkv, self.intermediate, self.attention_output, self.output
-        for part in (*projections, self.attention_norm, self.mlp_norm):
-            part.reset_parameters()
+        norms = *self.parts.norms.names, *self.parts.heads.norms
+        for name in ("qkv", "intermediate", "attention_output", "output", *norms):
+            getattr(self, name).reset_parameters()
+
+    def _make_norm(self) -> nn.Module:
+        config = self.config
+        return make_norm(config.hidden_size, config.layer_norm_eps, config.norm, config.norm_bias)
 
     def forward(
         self,
@@ -185,7 +184,7 @@ class TransformerLayer(nn.Module):
         Raises ValueError where processes share the layer, of whose shards and tokens these modules know nothing.
         """
         modules = self._modules
-        called = tuple(name for name in _INNER if name in modules and must_be_called(modules[name], _INNER[name]))
+        called = tuple(name for name, plain in self._plain.items() if must_be_called(modules[name], plain))
         if called and self.parallel.size > 1:
             raise UserError(
                 f"{called[0]} of this {type(self).__name__}, a {type(modules[called[0]]).__name__}, has hooks or a forward of "
@@ -196,25 +195,28 @@ class TransformerLayer(nn.Module):
 
     def _run(self, x: Tensor, now: Pass) -> Tensor:
         """Return the layer's output: both halves, each with what adds it to the residual stream."""
-        config, norm = self.config, now.replicated.attention_norm
-        normalized = x
-        if config.pre_layer_norm:
-            eps, invertible = config.layer_norm_eps, now.invertible[0]
-            if "attention_norm" in now.called:
-                normalized = self.attention_norm(x)
-            else:
-                x, normalized = now.products.norm(x, *norm, eps=eps, invertible=invertible, kernels=config.kernels)
+        norms, normalized = self.parts.norms, x
+        if norms.before is not None:
+            x, normalized = self._norm_before_attention(norms.before, x, now)
         out, read = self._attend(normalized, now)
-        residual, normalized = self._join_attention(out, x if config.pre_layer_norm else read, now)
+        residual, normalized = self._join_attention(out, read if norms.before is None else x, now)
         out, read = self._feed_forward(normalized, now)
-        return self._join_mlp(out, residual if config.pre_layer_norm else read, now)
+        return self._join_mlp(out, residual if norms.behind is None else read, now)
+
+    def _norm_before_attention(self, name: str, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
+        """Return x, for the residual stream, and its norm."""
+        if name in now.called:
+            return x, getattr(self, name)(x)
+        return now.products.norm(x, *_affine(name, now), **self._norming(name, now))
 
     def _feed_forward(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
         """Return the feed-forward half, without the bias of `output` unless that is called, and x as `_attend` does."""
+        part = self.parts.feed_forward
         if "intermediate" not in now.called and "output" not in now.called:
-            out, read = now.products.mlp(x, self.intermediate, self.output, self.config, self.parallel)
+            out, read = now.products.mlp(x, self.intermediate, self.output, part)
             return out, x if now.called else read
-        hidden = activated(self._project("intermediate", x, "column", now), self.config.hidden_act)
+        hidden = self._project("intermediate", x, "column", now)
+        hidden = activated(hidden, part.activation, gated=part.gated, kernels=part.kernels)
         return self._project("output", hidden, "row", now), x
 
     def _project(self, name: str, x: Tensor, mode: ParallelMode, now: Pass) -> Tensor:
@@ -238,12 +240,21 @@ class TransformerLayer(nn.Module):
         """Return the site of a dropout whose masks differ between the processes or not."""
         return site + _SITES * self.parallel.rank if differs else site
 
-    def _replicated(self, called: tuple[str, ...]) -> _Replicated:
-        """Return what every process holds whole. Backward adds up its gradients over the processes' tokens, in one message."""
-        vectors: Any = [None if name in called else getattr(getattr(self, name), kind) for name, kind in _WHOLE]
-        if self.parallel.divides_tokens:
-            vectors = copy_to_group(torch.cat(vectors), self.parallel.group).chunk(len(vectors))
-        return _Replicated(_Affine(*vectors[:2]), _Affine(*vectors[2:4]), *vectors[4:])
+    def _replicated(self, called: tuple[str, ...]) -> dict[tuple[str, str], Tensor]:
+        """Return what every process holds whole, see `Pass`.
+
+        Backward adds up, in one message, gradients that are those of a process's tokens or, of head norms, of its heads.
+        """
+        own = {
+            place: getattr(getattr(self, place[0]), place[1])
+            for place in self.parts.replicated
+            if place[0] not in called
+        }
+        partial = [place for place in own if self.parallel.divides_tokens or place[0] in self.parts.heads.norms]
+        if self.parallel.size > 1 and partial:
+            whole = copy_to_group(torch.cat([own[place] for place in partial]), self.parallel.group)
+            own |= zip(partial, whole.split([len(own[place]) for place in partial]), strict=True)
+        return own
 
     def _products(self, called: tuple[str, ...]) -> Products:
         """Return how this pass multiplies: with FP8 inside fp8_autocast, and in a recomputation as in the first pass."""
@@ -258,63 +269,87 @@ class TransformerLayer(nn.Module):
         return active_region() is None and not any(states)  # a state knows a recomputation that torch runs
 
     def _join_attention(self, out: Tensor, residual: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
-        """Return (residual + dropout(out + bias), its LayerNorm): the attention half added, and what the MLP reads."""
-        ours, pre = now.replicated, self.config.pre_layer_norm
-        norm = ours.mlp_norm if pre else ours.attention_norm
-        options = self._joining(_ATTENTION_OUTPUT_SITE, now)
-        invertible, eps = now.invertible[1 if pre else 0], self.config.layer_norm_eps
-        bias, name = ours.attention_output_bias, "mlp_norm" if pre else "attention_norm"
+        """Return (residual + dropout(out + bias), its norm): the attention half added, and what the MLP reads."""
+        name, options = self.parts.norms.between, self._joining(_ATTENTION_OUTPUT_SITE, now)
+        bias = now.replicated.get(("attention_output", "bias"))
         if name in now.called:
-            z = residual_add(out, bias, residual, **options)
+            z = residual_add(out, bias, residual, kernels=self.config.kernels, **options)
             return z, getattr(self, name)(z)
-        return now.products.residual_norm(out, bias, residual, *norm, eps=eps, invertible=invertible, **options)
+        return now.products.residual_norm(
+            out, bias, residual, *_affine(name, now), **self._norming(name, now), **options
+        )
 
     def _join_mlp(self, out: Tensor, residual: Tensor, now: Pass) -> Tensor:
-        """Return residual + dropout(out + bias), in post-LN its LayerNorm: the layer's output."""
-        ours, options = now.replicated, self._joining(_OUTPUT_SITE, now)
-        if self.config.pre_layer_norm or "mlp_norm" in now.called:
-            z = residual_add(out, ours.output_bias, residual, **options)
-            return z if self.config.pre_layer_norm else self.mlp_norm(z)  # type: ignore[no-any-return]
-        invertible, eps = now.invertible[1], self.config.layer_norm_eps
-        norm = ours.mlp_norm
-        return residual_norm(out, ours.output_bias, residual, *norm, eps=eps, invertible=invertible, **options)[1]
+        """Return residual + dropout(out + bias), in post-LN its norm: the layer's output."""
+        name, options = self.parts.norms.behind, self._joining(_OUTPUT_SITE, now)
+        bias = now.replicated.get(("output", "bias"))
+        if name is None or name in now.called:
+            z = residual_add(out, bias, residual, kernels=self.config.kernels, **options)
+            return z if name is None else getattr(self, name)(z)  # type: ignore[no-any-return]
+        weight, norm_bias = _affine(name, now)
+        return residual_norm(out, bias, residual, weight, norm_bias, **self._norming(name, now), **options)[1]
+
+    def _norming(self, name: str, now: Pass) -> dict[str, Any]:
+        """Return the options of an op that computes a norm."""
+        invertible = now.invertible[_INVERTIBLE.index(name)]
+        return {**self.parts.norms.options, "invertible": invertible, "kernels": self.config.kernels}
 
     def _joining(self, site: int, now: Pass) -> dict[str, Any]:
         """Return the options of an op that adds a half to the residual stream."""
         site = self._site(site, self.parallel.divides_tokens)
-        return {"p": self.config.hidden_dropout_prob, "seed": now.seed, "site": site, "kernels": self.config.kernels}
+        return {"p": self.config.hidden_dropout_prob, "seed": now.seed, "site": site}
 
     def _attend(self, x: Tensor, now: Pass) -> tuple[Tensor, Tensor]:
         """Return the attention half up to its projection, without the projection's bias unless that is called, and x.
 
-        x: for the residual stream of post-LN, whose gradient the first product adds in backward; not where modules are called,
-        whose hooks may keep gradients.
+        x: for the residual stream where attention reads it, whose gradient the first product adds in backward; not where
+        modules are called, whose hooks may keep gradients.
         """
-        config = self.config
-        heads = config.num_attention_heads // self.parallel.size
-        width = config.hidden_size // config.num_attention_heads
-        if config.pre_layer_norm or now.called:
-            qkv = self._project("qkv", x, "column", now)
+        heads = self.parts.heads
+        if "qkv" in now.called:
+            qkv = self.qkv(x)
+        elif self.parts.norms.before is not None or now.called:
+            qkv = now.products.project(x, heads.projection(self.qkv), "column", self.parallel)
         else:
-            qkv, x = now.products.project_and_input(x, self.qkv, self.parallel)
-        context = self._contexts(qkv.reshape(*now.token_shape, 3, heads, width), now)
+            qkv, x = now.products.project_and_input(x, heads.projection(self.qkv), self.parallel)
+        qkv = self._norm_heads(heads.divide(qkv, now.token_shape), now)
+        context = self._contexts(qkv, now)
         if self.parallel.divides_tokens:
             context = context.flatten(0, -2)
         return self._project("attention_output", context, "row", now), x
 
+    def _norm_heads(self, qkv: Tensor, now: Pass) -> Tensor:
+        """Return qkv with the norms of queries and keys; itself in a layer without them."""
+        heads = self.parts.heads
+        if not heads.norms:
+            return qkv
+        queries, keys, values = heads.split(qkv)
+        parts = [self._normed_heads(*given, now) for given in zip(heads.norms, (queries, keys), strict=True)]
+        return torch.cat([*parts, values], -2).view(qkv.shape)
+
+    def _normed_heads(self, name: str, x: Tensor, now: Pass) -> Tensor:
+        if name in now.called:
+            return getattr(self, name)(x)  # type: ignore[no-any-return]
+        return F.rms_norm(x, x.shape[-1:], now.replicated[name, "weight"], self.config.layer_norm_eps)
+
     def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
-        """Return the output of this process's heads, (..., H/t), of qkv (..., 3, N/t, D)."""
-        config = self.config
+        """Return the output of this process's heads, (..., N/t * D), of qkv (..., 3, N/t, D) or (..., (N + 2G)/t, D)."""
+        config, heads = self.config, self.parts.heads
         return attention(
             qkv,
             now.mask,
             config.attention_probs_dropout_prob,
             now.seed,
             self._site(_ATTENTION_SITE, differs=True),
+            rotary=heads.position(now.mask, now.token_shape, qkv.device),
             recompute=now.recompute,
-            stochastic=config.stochastic_mode,
-            kernels=config.kernels,
+            **heads.options,
         )
+
+
+def _affine(name: str, now: Pass) -> tuple[Tensor, Tensor | None]:
+    """Return weight and bias of a norm that is not called."""
+    return now.replicated[name, "weight"], now.replicated.get((name, "bias"))
 
 
 def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, bool]]:
@@ -324,7 +359,7 @@ def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, boo
     gradients are off.
     """
     asked = [layer for layer in layers if layer.config.normalize_invertible]
-    asked = [layer for layer in asked if set(_NORMS).isdisjoint(layer.called_modules())]
+    asked = [layer for layer in asked if set(_INVERTIBLE).isdisjoint(layer.called_modules())]
     if not asked or not torch.is_grad_enabled():
         return [(False, False)] * len(layers)
     if torch.compiler.is_compiling():
@@ -332,16 +367,17 @@ def invertible_norms(layers: Sequence[TransformerLayer]) -> list[tuple[bool, boo
             "normalize_invertible looks at the weights, which a trace of torch.compile cannot; call "
             "invertible_norms(layers) outside and pass each layer its answer as `invertible`"
         )
-    asked_norms = [layer_norm for layer in asked for layer_norm in (layer.attention_norm, layer.mlp_norm)]
-    weights, biases = [n.weight for n in asked_norms], [n.bias for n in asked_norms]
+    places = [(layer, name) for layer in asked for name in layer.parts.norms.names]
+    norms = [getattr(layer, name) for layer, name in places]
     qkv = asked[0].qkv
     of_qkv = qkv.weight if hasattr(qkv, "weight") else next(qkv.parameters())
-    allowed = are_invertible(weights, biases, of_qkv.dtype)  # that of hidden states; norms may be in fp32
+    # in the dtype of hidden states; norms may be in fp32
+    allowed = are_invertible([n.weight for n in norms], [getattr(n, "bias", None) for n in norms], of_qkv.dtype)
     if not all(allowed):
         warnings.warn(
-            "normalize_invertible: a LayerNorm has a weight too small to recover its input from its output; such LayerNorms "
-            "keep their input",
+            "normalize_invertible: a norm has a weight too small to recover its input from its output; such norms keep their "
+            "input",
             stacklevel=2,
         )
-    answers = iter(zip(allowed[::2], allowed[1::2], strict=True))
-    return [next(answers) if layer in asked else (False, False) for layer in layers]
+    yes = {place for place, answer in zip(places, allowed, strict=True) if answer}
+    return [tuple((layer, name) in yes for name in _INVERTIBLE) for layer in layers]  # type: ignore[misc]

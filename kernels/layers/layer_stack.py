@@ -25,8 +25,9 @@ _WARM_UPS = 3  # compile the kernels and let the matrix libraries choose theirs,
 
 
 class LayerStack(nn.ModuleList):
-    """`depth` layers of one kind; the layers are its items.
+    """Layers in order, which are its items: `depth` of one config, or one of each config of a sequence.
 
+    A sequence mixes kinds of layers, as local and global attention, of one hidden size.
     cuda_graph: in training on a GPU, capture forward and backward of the whole stack in two CUDA graphs when a shape first
         comes, and replay them from then on: one launch each in place of dozens per layer, which is what a small batch waits
         for. It needs parameters that stay where they are (not ZeRO stage 3), padded batches without additive bias, and the
@@ -45,8 +46,8 @@ class LayerStack(nn.ModuleList):
 
     def __init__(
         self,
-        config: LayerConfig,
-        depth: int,
+        config: LayerConfig | Sequence[LayerConfig],
+        depth: int | None = None,
         *,
         cuda_graph: bool = False,
         fp8: bool = False,
@@ -66,11 +67,13 @@ class LayerStack(nn.ModuleList):
                 "activation_checkpointing='full' computes layers again in backward, but cuda_graph=True holds the memory of "
                 "all that a graph computes; turn one off"
             )
-        super().__init__(TransformerLayer(config, parallel) for _ in range(depth))
+        configs = _one_per_layer(config, depth)
+        super().__init__(TransformerLayer(each, parallel) for each in configs)
         if fp8:
             from .fp8_products import check_fp8
 
-            check_fp8(config, parallel)
+            for each in dict.fromkeys(configs):
+                check_fp8(each, parallel)
         self.cuda_graph, self.fp8, self.parallel = cuda_graph, fp8, parallel
         self.activation_checkpointing = activation_checkpointing
         self._graphs: dict[Any, _Graph] = {}
@@ -187,6 +190,21 @@ class LayerStack(nn.ModuleList):
             run = functools.partial(call, layer, mask, options)
             hidden_states = recompute_in_backward(run, hidden_states, seed) if full else run(hidden_states, seed)
         return hidden_states
+
+
+def _one_per_layer(config: LayerConfig | Sequence[LayerConfig], depth: int | None) -> list[LayerConfig]:
+    if isinstance(config, LayerConfig):
+        if depth is None:
+            raise ValueError("depth is not given with one config for all layers; give it, or a sequence of configs")
+        return [config] * depth
+    if depth is not None and depth != len(config):
+        raise ValueError(f"depth={depth} with {len(config)} configs, one per layer; leave depth out")
+    sizes = {each.hidden_size for each in config}
+    if len(sizes) > 1:
+        raise UserError(
+            f"hidden_size differs between layers, {sorted(sizes)}; the layers of a stack have one residual stream"
+        )
+    return list(config)
 
 
 def _run_layer(

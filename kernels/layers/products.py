@@ -1,4 +1,4 @@
-"""The matrix products of a layer and the LayerNorms in front of them, which FP8 computes differently."""
+"""The matrix products of a layer and the norms in front of them, which FP8 computes differently."""
 
 from typing import Any
 
@@ -8,7 +8,6 @@ from ..ops.mlp.mlp import MlpOptions, mlp_and_input
 from ..ops.norm.residual_norm import norm_and_input, residual_norm
 from ..ops.parallel_linear import ParallelMode, column_parallel_linear, linear_and_input, row_parallel_linear
 from ..parallel.collectives import TensorParallel
-from .config import LayerConfig
 
 
 class Products:
@@ -17,7 +16,7 @@ class Products:
     For a pass inside fp8_autocast `Fp8Products` of fp8_products.py takes its place.
     """
 
-    def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
         """Return the layer's input again, for the residual stream, and its `norm`, which the QKV projection reads."""
         return norm_and_input(z, weight, norm_bias, **options)
 
@@ -36,9 +35,6 @@ class Products:
         weight, bias, sequence = projection.weight, projection.bias, parallel.sequence
         return linear_and_input(x, weight, bias, parallel.group, sequence_parallel=sequence)
 
-    def mlp(
-        self, x: Tensor, inward: Any, outward: Any, config: LayerConfig, parallel: TensorParallel
-    ) -> tuple[Tensor, Tensor]:
+    def mlp(self, x: Tensor, inward: Any, outward: Any, options: MlpOptions) -> tuple[Tensor, Tensor]:
         """Return the feed-forward half of two projections, without the bias of the second, and x for the residual stream."""
-        options = MlpOptions(config.hidden_act, False, config.gelu_checkpoint, config.kernels, parallel)
         return mlp_and_input(x, inward.weight, inward.bias, outward.weight, options)

@@ -18,8 +18,8 @@ class Projection(nn.Linear):
     std: float | None = None
     parallel = ONE_PROCESS
 
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
         self.register_module("fp8", None)
 
     def reset_parameters(self) -> None:
@@ -35,7 +35,8 @@ class Projection(nn.Linear):
                 f"{self.parallel.size} processes share the layer, whose weights cannot be drawn again; build a new layer"
             )
         nn.init.normal_(self.weight, std=self.std)
-        nn.init.zeros_(self.bias)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if f"{prefix}fp8.scale" in state_dict:

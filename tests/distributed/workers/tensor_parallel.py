@@ -4,6 +4,7 @@ Each check gives (what, ours, expected) triples; all processes draw the same ful
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import timedelta
 from itertools import product as cases
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
+from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
 from xformer_train.kernels.ops import linear
 from xformer_train.kernels.ops.choices import IGNORED
 from xformer_train.kernels.ops.dropout import keep_mask
@@ -21,7 +23,7 @@ from xformer_train.kernels.ops.loss import cross_entropy, vocab_parallel
 from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
 from xformer_train.kernels.ops.parallel_linear import column_parallel_linear, row_parallel_linear
 from xformer_train.kernels.parallel import collectives as tensor_parallel
-from xformer_train.kernels.parallel.sharding import initialize_sharded, join_shards, partitions_of
+from xformer_train.kernels.parallel.sharding import initialize_sharded, join_shards, partitions_of, shard_state_dict
 from xformer_train.kernels.te.rng_tracker import RngStatesTracker, draw_dropout_seeds, seed_tensor_parallel
 
 Triples = Iterator[tuple[str, Tensor, Tensor]]
@@ -257,6 +259,81 @@ def initialization(group: dist.ProcessGroup) -> Triples:
         yield f"shards joined of {what}", join_shards(shards, partitions_of(module)["weight"]), full
 
 
+MODERN = LayerConfig(
+    24,
+    8,
+    20,
+    hidden_act="silu",
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    norm="rms_norm",
+    norm_bias=False,
+    attention_bias=False,
+    mlp_bias=False,
+    gated_mlp=True,
+    num_key_value_heads=4,
+    head_dim=6,
+    qk_norm=True,
+    rope_theta=1e4,
+    initializer_range=0.3,
+)
+MODERN_KINDS = {
+    "qwen3 and mistral": (MODERN, replace(MODERN, qk_norm=False, attention_window=2)),
+    "modernbert": (
+        replace(MODERN, norm="layer_norm", hidden_act="gelu", num_key_value_heads=None, norm_before_attention=False),
+        replace(MODERN, norm="layer_norm", attention_window=2, mlp_bias=True, attention_bias=True, norm_bias=True),
+    ),
+    "shared key heads": (
+        replace(MODERN, num_key_value_heads=2, attention_bias=True),
+        replace(MODERN, num_key_value_heads=1, head_dim=4, norm_before_attention=False, attention_window=3),
+    ),
+    "post-LN": (replace(MODERN, pre_layer_norm=False, normalize_invertible=True, gelu_checkpoint=True),),
+}
+
+
+def modern_layers(group: dist.ProcessGroup) -> Triples:
+    """Start values, outputs and gradients of stacks of today's layers, packed batches too; dropout where all drop alike."""
+    batch, length = 2, 8
+    lengths = torch.tensor([8, 4])
+    real = torch.arange(length) < lengths[:, None]
+    borders = torch.tensor([0, 8, 12], dtype=torch.int32)
+    for (name, configs), sequence, packed in cases(MODERN_KINDS.items(), (False, True), (False, True)):
+        p = 0.0 if sequence else 0.2
+        dropping = [replace(config, hidden_dropout_prob=p) for config in configs]
+        stacks = []
+        for parallel in (tensor_parallel.ONE_PROCESS, tensor_parallel.TensorParallel(group, sequence)):
+            torch.manual_seed(SEED)
+            stacks.append(LayerStack(dropping, parallel=parallel).double())
+        single, ours = stacks
+        cuts, title = partitions_of(ours), f"{name}, SP {sequence}, packed {packed}"
+
+        def mine(full: dict[str, Tensor], cuts: Any = cuts) -> dict[str, Tensor]:
+            return shard_state_dict(full, cuts, group.rank(), group.size())
+
+        for key, value in mine(single.state_dict()).items():
+            yield f"start of {key}, {title}", ours.state_dict()[key].clone(), value.clone()
+        with torch.no_grad():
+            for index, parameter in enumerate(single.parameters()):
+                parameter.add_(0.1 * randn(*parameter.shape, key=60 + index))
+        ours.load_state_dict(mine(single.state_dict()))
+        results = []
+        for stack in stacks:
+            x, dy = leaf(randn(batch, length, 24, key=80)), randn(batch, length, 24, key=81)
+            mask = AttentionMask(causal=True, key_mask=real)
+            given = x
+            if packed:
+                mask = AttentionMask(causal=True, cu_seqlens=borders, max_length=length)
+                given, dy = x[real], dy[real]
+            torch.manual_seed(SEED)
+            y = stack(given, mask)
+            y.backward(dy)
+            results.append((y, x.grad))
+        for what, one, other in zip(("y", "dx"), *results, strict=True):
+            yield f"{what}, {title}", other, one
+        for key, value in mine({key: parameter.grad for key, parameter in single.named_parameters()}).items():
+            yield f"gradient of {key}, {title}", ours.get_parameter(key).grad, value
+
+
 def embeddings(group: dist.ProcessGroup) -> Triples:
     rows = 6 * group.size()
     for dtype, parallel in cases(DTYPES, (False, True)):
@@ -340,6 +417,7 @@ CHECKS: dict[str, Callable[[dist.ProcessGroup], Triples]] = {
         blocks,
         overlap,
         initialization,
+        modern_layers,
         embeddings,
         cross_entropies,
         half_precision_cross_entropies,
