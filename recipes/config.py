@@ -198,6 +198,9 @@ class DataConfig(Section):
     """Tokens in one sample, special ones included."""
     short_seq_prob: Fraction = 0.1
     """BERT: share of the samples cut to a random shorter length."""
+    packing: Literal["none", "best_fit"] = "none"
+    """BERT without a sentence task: best_fit fills each sequence with whole samples, which do not see each other, in place of
+    padding."""
     cache_dir: PathText | None = None
     """Where prepared data is kept; default $XDG_CACHE_HOME/xformer-train, else ~/.cache/xformer-train."""
 
@@ -213,7 +216,7 @@ class ObjectiveConfig(Section):
     """Next-sentence prediction, sentence-order prediction, or none (BERT). With clm the default is none, and nothing else
     fits."""
     max_predictions_per_seq: PositiveInt | None = None
-    """Most positions to predict in one sequence; default mlm_probability times max_seq_length, rounded up."""
+    """Most positions to predict in one sample; default mlm_probability times max_seq_length, rounded up."""
 
     @model_validator(mode="before")
     @classmethod

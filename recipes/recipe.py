@@ -41,10 +41,28 @@ class Runtime:
 PLAIN_RUNTIME = Runtime()
 
 
+@dataclass(frozen=True)
+class Packing:
+    """What rows of several whole samples hold. tokens: special ones included; size: the tokens that a row has room for."""
+
+    rows: int
+    samples: int
+    tokens: int
+    size: int
+
+    def __str__(self) -> str:
+        share = self.tokens / (self.rows * self.size)
+        return f"{self.samples:,} samples in {self.rows:,} rows, {self.samples / self.rows:.2f} in each, {share:.1%} filled"
+
+
 class Samples(Protocol):
-    """The samples of one source, numbered from 0."""
+    """The samples of one source, numbered from 0; where whole samples are packed into rows, each row counts as one."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def packing(self) -> Packing | None:
+        """What the rows hold; None where samples are not packed."""
 
     def rows(self, index: np.ndarray, keys: np.ndarray) -> Rows:
         """Return the samples of these numbers, as arrays whose first dimension is B.

@@ -224,7 +224,7 @@ def _open_data(
             what = (
                 f"fewer than training.train_batch_size={batch.train_batch_size:,}; add text or make the batch smaller"
             )
-            raise UserError(f"data.sources hold {data.train.num_samples:,} training samples, {what}")
+            raise UserError(f"data.sources hold {data.train.num_samples:,} training {data.sizes.unit}, {what}")
         if len(set(fingerprints)) > 1:
             what = "data.sources differ between machines, so their processes would train on different data"
             raise UserError(f"{what}; give all machines the same files")

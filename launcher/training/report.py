@@ -43,7 +43,7 @@ def startup_report(
     alone = config.parallel.tensor == 1
     replica, replicas = ("process", "processes") if alone else ("replica", "replicas")
     shared = "layers, embedding, head and tokens" if config.parallel.sequence else "layers, embedding and head"
-    held_out = "none" if data.validation is None else f"{data.validation.num_samples:,} samples"
+    held_out = "none" if data.validation is None else f"{data.validation.num_samples:,} {data.sizes.unit}"
     lines = [
         (
             "model",
@@ -64,9 +64,10 @@ def startup_report(
         ("ZeRO", f"stage {setup.engine.zero_optimization_stage()}"),
         (
             "data",
-            f"{data.sizes.documents:,} documents, {data.sizes.tokens:,} tokens, {data.train.num_samples:,} samples per epoch, "
-            f"{held_out} held out",
+            f"{data.sizes.documents:,} documents, {data.sizes.tokens:,} tokens, {data.train.num_samples:,} "
+            f"{data.sizes.unit} per epoch, {held_out} held out",
         ),
+        ("packing", "" if data.sizes.packing is None else str(data.sizes.packing)),
         ("sources", _shares_text(config, data)),
         ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols"),
         ("steps", _steps_text(setup, progress)),

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..data.run_tokenizer import RunTokenizer
 from ..data.token_store import TokenStore
 from ..recipe import Collate, DataTask, Report, Rows
 from .masking import MaskingRule, mask_rows
+from .packing import PACKING_VERSION, PackedSamples, open_packed, packed_batch
 
 TABLE_VERSION = 1  # raise it when the same store would give another table
 
@@ -43,13 +45,10 @@ class SampleTable:
 
 
 def open_table(
-    store: TokenStore, seq_length: int, short_seq_prob: float, sentence_task: SentenceTask, cache: Path, report: Report
+    store: TokenStore, seq_length: int, short_seq_prob: float, sentence_task: SentenceTask, folder: Path, report: Report
 ) -> SampleTable:
-    """The samples of a store, built now unless the cache has them. Raises ValueError if the text is too short for one."""
+    """The samples of a store, built now unless the folder is there. Raises ValueError if the text is too short for one."""
     pairs = sentence_task != "none"
-    kind = "pairs" if pairs else "single"
-    known = f"{store.digest}-{TABLE_VERSION}-{kind}-{seq_length}-{short_seq_prob!r}"
-    folder = cache / "samples" / known
     names = {"starts": "<i8", "spans": "<u4", "targets": "<u4"}
 
     def build(partial: Path) -> dict[str, Any]:
@@ -143,6 +142,7 @@ class BertSamples:
     seq_length: int
     sentence_task: SentenceTask
     tokenizer: RunTokenizer
+    packing = None  # a row is a sample
 
     def __post_init__(self) -> None:
         if self.sentence_task == "nsp" and self.store.num_documents < 2:
@@ -224,17 +224,24 @@ class BertSamples:
         return partner, documents[np.searchsorted(documents, partner, side="right")]
 
 
-def open_samples(store: TokenStore, task: DataTask) -> BertSamples:
+def open_samples(store: TokenStore, task: DataTask) -> BertSamples | PackedSamples:
     """See `SampleRules`."""
-    data, sentence_task = task.data, task.objective.sentence_task
-    table = open_table(store, data.max_seq_length, data.short_seq_prob, sentence_task, task.cache, task.report)
-    return BertSamples(store, table, data.max_seq_length, sentence_task, task.tokenizer)
+    data, sentence_task, size = task.data, task.objective.sentence_task, task.data.max_seq_length
+    kind = "single" if sentence_task == "none" else "pairs"
+    folder = task.cache / "samples" / f"{store.digest}-{TABLE_VERSION}-{kind}-{size}-{data.short_seq_prob!r}"
+    table = open_table(store, size, data.short_seq_prob, sentence_task, folder, task.report)
+    if data.packing == "none":
+        return BertSamples(store, table, size, sentence_task, task.tokenizer)
+    folder = folder.with_name(f"{folder.name}-{data.packing}-{PACKING_VERSION}")
+    packed = open_packed(folder, table.starts, table.spans, size, store.name, task.report)
+    return PackedSamples(store, packed, task.tokenizer)
 
 
 def sample_settings(data: DataConfig, objective: ObjectiveConfig) -> list[Any]:
     """See `SampleRules`."""
     chosen = [objective.mlm_probability, objective.masking, objective.sentence_task]
-    return [data.max_seq_length, data.short_seq_prob, *chosen, _max_predictions(data, objective)]
+    packing = [] if data.packing == "none" else [data.packing, PACKING_VERSION]
+    return [data.max_seq_length, data.short_seq_prob, *chosen, _max_predictions(data, objective), *packing]
 
 
 def _max_predictions(data: DataConfig, objective: ObjectiveConfig) -> int:
@@ -248,7 +255,8 @@ def collate(task: DataTask) -> Collate:
     Of a batch: input_ids, token_type_ids (B, S) int64; attention_mask (B, S) bool, True = a token; masked_positions (M,)
     int64, flat indices into B * S, ascending; masked_labels (M,) int64; for nsp and sop sentence_labels (B,) int64, 1 =
     random partner or swapped order; for unpad token_positions (T,) int64, where attention_mask is True, as flat indices,
-    ascending, with the first of every row.
+    ascending, with the first of every row. Of packed rows also position_ids (B, S) int64, from 0 in each sample; segment_ids
+    (B, S) int32, samples counted from 0 in each row, padding being one more.
     """
     tokenizer, objective = task.tokenizer, task.objective
     is_special = np.zeros(tokenizer.vocab_size, dtype=bool)
@@ -264,6 +272,9 @@ def collate(task: DataTask) -> Collate:
         plain_ids=np.flatnonzero(~is_special),
         word_end=word_end,
     )
+
+    if task.data.packing != "none":
+        return partial(packed_batch, rule=rule)
 
     def batch_of(rows: Rows, keys: np.ndarray) -> dict[str, np.ndarray]:
         ids, token_types, lengths, labels = rows

@@ -14,7 +14,7 @@ import torch
 
 from ...kernels.errors import UserError
 from ..config import DataConfig, ObjectiveConfig, SourceConfig
-from ..recipe import Collate, DataTask, Recipe, Report, Rows, Samples
+from ..recipe import Collate, DataTask, Packing, Recipe, Report, Rows, Samples
 from .cache import cache_folder
 from .counter_rng import hash64, permute
 from .run_tokenizer import RunTokenizer
@@ -31,11 +31,17 @@ _ORDER, _ORDER_IN_SOURCE, _CONTENT = range(3)
 
 @dataclass(frozen=True)
 class DataSizes:
-    """What there is to train on, held-out documents not counted."""
+    """What there is to train on, held-out documents not counted. packing: of all sources together, None without it."""
 
     documents: int
     tokens: int
     samples: int
+    packing: Packing | None = None
+
+    @property
+    def unit(self) -> str:
+        """What `samples` counts, as a word in the plural."""
+        return "samples" if self.packing is None else "rows"
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,7 @@ def prepare_data(
         documents=sum(first.num_documents for first, _ in stores),
         tokens=sum(len(first.tokens) for first, _ in stores),
         samples=sum(len(part) for part in train.parts),
+        packing=_together([part.packing for part in train.parts if part.packing is not None]),
     )
     digests = [first.digest for first, _ in stores]
     settings = rules.settings(data, objective)
@@ -97,6 +104,13 @@ def prepare_data(
     facts = [ORDER_VERSION, recipe.name, digests, train.draws, settings, symbols, seed]
     fingerprint = hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).hexdigest()
     return PreparedData(train, validation, fingerprint, sizes)
+
+
+def _together(packings: Sequence[Packing]) -> Packing | None:
+    if not packings:
+        return None
+    rows, samples, tokens = (sum(getattr(one, name) for one in packings) for name in ("rows", "samples", "tokens"))
+    return Packing(rows, samples, tokens, packings[0].size)
 
 
 def _check_predictions(stream: "SampleStream", recipe: Recipe, objective: ObjectiveConfig, sources: str) -> None:

@@ -21,6 +21,7 @@ class GptSamples:
 
     store: TokenStore
     seq_length: int
+    packing = None  # a window is a sample
 
     def __post_init__(self) -> None:
         if len(self) == 0:

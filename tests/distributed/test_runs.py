@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from distributed.workers.runs import runs_worker
-from helpers.runs import losses, metrics, weights, write_config
+from helpers.runs import BERT, PACKED, losses, metrics, weights, write_config
 from helpers.spawn import PATIENCE_S, free_port, run_processes
 
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
@@ -34,10 +34,12 @@ def train_quickly(path, *runs):
     assert all("finished" in text for text in printed), printed
 
 
-def test_two_processes_train_as_one_with_the_whole_batch(tmp_path):
+@pytest.mark.parametrize("base", [BERT, PACKED], ids=["padded", "packed"])
+def test_two_processes_train_as_one_with_the_whole_batch(base, tmp_path):
     """The losses of all steps agree, and each loss depends on the gradients of the steps before it."""
     path = write_config(
         tmp_path,
+        base,
         model__hidden_dropout_prob=0.0,
         model__attention_probs_dropout_prob=0.0,
         training__micro_batch_size=None,

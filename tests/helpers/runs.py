@@ -30,6 +30,7 @@ GPT = BERT | {
     "model": BERT["model"] | {"type": "gpt", "hidden_act": "gelu_tanh", "layer_norm_eps": 1e-5},
     "objective": {"type": "clm"},
 }
+PACKED = BERT | {"data": {"packing": "best_fit", "short_seq_prob": 0.5}, "objective": {"sentence_task": "none"}}
 
 
 def write_text(path: Path, num_documents: int = 40) -> Path:

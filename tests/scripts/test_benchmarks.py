@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.runs import write_text
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).parents[2]
@@ -198,3 +199,14 @@ def test_a_step_that_runs_out_of_memory_loses_its_line_alone(script, monkeypatch
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["allocated"] for record in records] == ["out of memory", "out of memory", 5]
     assert capsys.readouterr().out.count("out of memory") == 2
+
+
+def test_the_benchmark_of_packing_tells_fill_and_times(script, monkeypatch, capsys, tmp_path):
+    write_text(tmp_path / "text.txt", num_documents=20)
+    settings = ["--lengths", "32", "--samples", "1000", "--text", str(tmp_path / "text.txt")]
+    monkeypatch.setattr(sys, "argv", ["bench_packing.py", *settings])
+    script("bench_packing").main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("32 tokens: ") and "% filled; padded, they fill " in lines[1]
+    assert "for each token that is not padding: padded " in lines[2]
+    assert "1,000 samples packed and written in " in lines[3]

@@ -38,6 +38,18 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "layer: {cuda_graph: true}\ntraining: {max_steps: 1, train_batch_size: 1, activation_checkpointing: full}",
             "training.activation_checkpointing: got full, but a graph of layer.cuda_graph holds the memory",
         ),
+        (
+            "data: {packing: best_fit}",
+            "data.packing: got 'best_fit', but objective.sentence_task nsp is judged by one [CLS] in each sequence",
+        ),
+        (
+            "data: {packing: best_fit}\nmodel: {type: gpt}\nobjective: {type: clm}",
+            "data.packing: got 'best_fit', but sequences of model.type gpt are full already",
+        ),
+        (
+            "data: {packing: best_fit}\nobjective: {sentence_task: none}\nlayer: {unpad: true}",
+            "layer.unpad: got true, but data.packing best_fit leaves no padding to remove; set false, or data.packing none",
+        ),
         ("layer: {unpad: true, cuda_graph: true}", "layer.cuda_graph: got true, but without padding every batch has"),
         (
             "layer: {cuda_graph: true}\noptimizer: {type: adamw}\ndeepspeed: {zero_optimization: {stage: 3}}",

@@ -18,6 +18,7 @@ from xformer_train.launcher.training.report import closing_summary, startup_repo
 from xformer_train.launcher.training.start import Progress
 from xformer_train.recipes.config import DataConfig, ModelConfig
 from xformer_train.recipes.data.stream import DataSizes, PreparedData
+from xformer_train.recipes.recipe import Packing
 
 CONFIG = RunConfig(
     name="bert_large",
@@ -117,6 +118,16 @@ def test_the_report_tells_model_data_steps_and_origin():
         "from checkpoint step00001200 of runs/bert_large",
     ):
         assert part in text
+
+
+def test_the_report_tells_how_samples_are_packed():
+    assert "packing" not in report()
+    packing = Packing(rows=9600, samples=20_832, tokens=1_216_512, size=128)
+    text = " ".join(
+        report(data=dataclasses.replace(DATA, sizes=dataclasses.replace(DATA.sizes, packing=packing))).split()
+    )
+    assert "1,234,567 tokens, 9,600 rows per epoch, 512 rows held out" in text
+    assert "packing 20,832 samples in 9,600 rows, 2.17 in each, 99.0% filled" in text
 
 
 def test_the_report_of_a_new_run_without_validation_data_claims_nothing_it_does_not_have():

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.checkpoints import changed_state
-from helpers.runs import BERT, GPT, losses, merged, metrics, weights, write_config
+from helpers.runs import BERT, GPT, PACKED, losses, merged, metrics, weights, write_config
 
 from xformer_train.kernels.errors import UserError
 from xformer_train.launcher.commands import app as cli
@@ -47,7 +47,9 @@ def samples_of(path):
 
 
 @pytest.mark.parametrize(
-    "base", [BERT, merged(BERT, {"layer.unpad": True}), GPT], ids=["bert", "bert without padding", "gpt"]
+    "base",
+    [BERT, merged(BERT, {"layer.unpad": True}), PACKED, GPT],
+    ids=["bert", "bert without padding", "packed bert", "gpt"],
 )
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(base, tmp_path, capsys):
     """With dropout and accumulation, stopped within an epoch."""
