@@ -16,7 +16,7 @@ from xformer_train.kernels.fp8.mlp_triton import gelu_backward_quantize, gelu_qu
 from xformer_train.kernels.ops.attention import attention_backward_triton, attention_triton
 from xformer_train.kernels.ops.loss import cross_entropy_triton
 from xformer_train.kernels.ops.mlp import activation_triton
-from xformer_train.kernels.ops.norm import residual_norm_triton
+from xformer_train.kernels.ops.norm import head_norm_triton, residual_norm_triton
 from xformer_train.kernels.ops.norm.residual_norm import Options, Saved
 
 HIDDEN_SIZES = (768, 1024, 1600, 2048)
@@ -45,6 +45,8 @@ class Case:
 def cases(capability: int) -> Iterator[Case]:
     """All cases of a GPU of this compute capability, times ten."""
     yield from _residual_norm_cases()
+    yield from _other_norm_cases()
+    yield from _head_norm_cases()
     yield from _mlp_cases()
     yield from _cross_entropy_cases()
     yield from _attention_cases()
@@ -101,6 +103,36 @@ def _residual_norm_cases() -> Iterator[Case]:
                 f"norm_backward {size} inverted={inverted}",
                 partial(module.residual_norm_backward, None, x, saved, Options(1e-12, 0.0, 2, inverted, "auto")),
             )
+
+
+def _other_norm_cases() -> Iterator[Case]:
+    """Norms without a bias: their kernels are those of LayerNorm with parts left out."""
+    for size, H, dtype in _sizes():
+        x, vector, row = torch.empty(_ROWS, H, dtype=dtype), torch.empty(H, dtype=dtype), torch.empty(_ROWS)
+        kinds = ("rms_norm", "layer_norm") if dtype == torch.bfloat16 else ("rms_norm",)
+        for kind, p in itertools.product(kinds, (0.1, 0.0)):
+            seed, name = _SEED if p else None, f"{kind} without bias {size} p={p}"
+            options = Options(1e-5, p, 2, False, "auto", kind=kind)
+            parts = x, None, x, vector, None, seed, options
+            yield Case(f"forward of {name}", partial(residual_norm_triton.residual_norm_forward, *parts))
+            yield Case(f"forward of {name} amax", partial(residual_norm_triton.residual_norm_forward, *parts, _AMAX))
+            for inverted in (False, True):
+                mean = None if inverted or kind == "rms_norm" else row
+                saved, how = Saved(x, mean, row, vector, None, None, seed), options._replace(inverted=inverted)
+                backward = partial(residual_norm_triton.residual_norm_backward, x, x, saved, how)
+                yield Case(f"backward of {name} inverted={inverted}", backward)
+
+
+def _head_norm_cases() -> Iterator[Case]:
+    for (name, dtype), (heads, key_heads, D) in itertools.product(
+        DTYPES.items(), ((36, 12, 64), (15, 3, 64), (32, 8, 128), (15, 3, 80))
+    ):
+        qkv, weight = torch.empty(_ROWS, heads, D, dtype=dtype), torch.empty(D, dtype=dtype)
+        rstd, case = torch.empty(_ROWS, heads - key_heads), f"{heads} heads D{D} {name}"
+        forward = partial(head_norm_triton.head_norm_forward, qkv, weight, weight, 1e-6, key_heads)
+        backward = partial(head_norm_triton.head_norm_backward, qkv, qkv, rstd, weight, weight, key_heads)
+        yield Case(f"head_norm forward {case}", forward)
+        yield Case(f"head_norm backward {case}", backward)
 
 
 def _mlp_cases() -> Iterator[Case]:

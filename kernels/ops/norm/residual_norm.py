@@ -21,7 +21,7 @@ from ..choices import Kernels, Norm, uses_triton
 from ..dropout import keep_mask, keep_scale
 from ..operator import operator, reshaped, reused
 from .residual_norm_options import Gradients, Options, Saved, check_shapes, make_options
-from .row_norms import layer_norm, layer_norm_gradients, rms_norm, rms_norm_gradients
+from .row_norms import layer_norm, norm_gradients, rms_norm
 
 # Recovering x_hat = (y - bias) / weight multiplies the rounding error of y by about (|bias| + |weight|) / |weight|. Above
 # these bounds the gradient of a column's weight is off by more than about a percent, so that column's call keeps the input.
@@ -197,11 +197,7 @@ def residual_norm_backward_reference(dz: Tensor | None, dy: Tensor, saved: Saved
     dz: (T, H) or None for zero; dy: (T, H). Without dropout dx is the same tensor as dresidual.
     """
     kept, weight, norm_bias = saved.kept, saved.weight, saved.norm_bias
-    dnorm_bias = None
-    if options.kind == "rms_norm":
-        dresidual, dweight = rms_norm_gradients(dy, saved, options.inverted)
-    else:
-        dresidual, dweight, dnorm_bias = layer_norm_gradients(dy, saved, options.inverted)
+    dresidual, dweight, dnorm_bias = norm_gradients(dy, saved, options.kind, options.inverted)
     if dz is not None:
         dresidual.add_(dz)
     dx, dbias = residual_add_backward_reference(dresidual, saved.bias, saved.seed, options)

@@ -20,8 +20,8 @@ from .residual_norm_options import Gradients, Options, Saved
 
 _LARGEST_H = 8192
 _TILE_ELEMENTS = 2048  # 8 warps of 8 elements a thread: one 128-bit load of a 16-bit type
-_FORWARD_TILES = 4  # tiles per program: the parameters' loads are shared by them
-_BACKWARD_PROGRAMS = 264  # two per SM of an H100 or H200
+FORWARD_TILES = 4  # tiles per program: the parameters' loads are shared by them
+BACKWARD_PROGRAMS = 264  # two per SM of an H100 or H200
 _SUM_ROWS, _SUM_COLUMNS = 256, 32  # nearly all rows of a column at once: loads of the next ones would wait for these
 _NUMBERS = ["num_rows", "tiles", "site", "threshold"]
 
@@ -32,10 +32,10 @@ def _forward_kernel(
     bias_ptr,  # (H,); None: without a bias
     residual_ptr,  # (T, H)
     weight_ptr,  # (H,); None, as the next and the four results behind z: without a norm
-    norm_bias_ptr,  # (H,)
+    norm_bias_ptr,  # (H,); None: without a bias
     z_ptr,  # (T, H) out; None without x
     y_ptr,  # (T, H) out
-    mean_ptr,  # (T,) fp32 out
+    mean_ptr,  # (T,) fp32 out; None: RMSNorm
     rstd_ptr,  # (T,) fp32 out
     amax_ptr,  # () fp32 out, and zero before; None: not asked for
     seed_ptr,  # () int64; None: no dropout
@@ -53,7 +53,8 @@ def _forward_kernel(
     inside = columns < H
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        norm_bias = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        if norm_bias_ptr is not None:
+            norm_bias = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     bias = tl.zeros((1, COLUMNS), tl.float32)
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -74,12 +75,18 @@ def _forward_kernel(
             z = rounded.to(tl.float32)  # the statistics are those of what backward will read
         if weight_ptr is not None:
             z = tl.where(inside[None, :], z, 0.0)
-            mean = tl.sum(z, 1) / H
-            centred = tl.where(inside[None, :], z - mean[:, None], 0.0)
+            centred = z
+            if mean_ptr is not None:
+                mean = tl.sum(z, 1) / H
+                centred = tl.where(inside[None, :], z - mean[:, None], 0.0)
             rstd = tl.rsqrt(tl.sum(centred * centred, 1) / H + eps)
-            y = (centred * rstd[:, None] * weight + norm_bias).to(y_ptr.dtype.element_ty)
+            y = centred * rstd[:, None] * weight
+            if norm_bias_ptr is not None:
+                y = y + norm_bias
+            y = y.to(y_ptr.dtype.element_ty)
             tl.store(y_ptr + offsets, y, mask=valid)
-            tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
+            if mean_ptr is not None:
+                tl.store(mean_ptr + rows, mean, mask=rows < num_rows)
             tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
             if amax_ptr is not None:
                 largest = tl.maximum(largest, magnitude_bits(tl.where(valid, y.to(tl.float32), 0.0)))
@@ -88,18 +95,18 @@ def _forward_kernel(
 
 
 @triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=SEED)
-def _backward_kernel(
+def _backward_kernel(  # noqa: PLR0912 - parts are chosen at compile time
     dz_ptr,  # (T, H); None: zero
     dy_ptr,  # (T, H); None, as the next five and dresidual: without a norm
-    kept_ptr,  # (T, H): z, or y if mean is None
-    mean_ptr,  # (T,) fp32
+    kept_ptr,  # (T, H): z, or y if INVERTED
+    mean_ptr,  # (T,) fp32; None: INVERTED or RMS
     rstd_ptr,  # (T,) fp32
     weight_ptr,  # (H,)
-    norm_bias_ptr,  # (H,)
+    norm_bias_ptr,  # (H,); None: without a bias
     seed_ptr,  # () int64; None: no dropout
     dx_ptr,  # (T, H) out; unused without dropout
     dresidual_ptr,  # (T, H) out
-    partial_ptr,  # (programs, sums, H) fp32 out: dweight and dnorm_bias with a norm, dbias with HAS_BIAS
+    partial_ptr,  # (programs, sums, H) fp32 out: dweight with a norm, dnorm_bias with its bias, dbias with HAS_BIAS
     num_rows,
     tiles,  # tiles per program
     site,
@@ -109,15 +116,18 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    INVERTED: tl.constexpr,
+    RMS: tl.constexpr,
 ):
     NORM: tl.constexpr = dy_ptr is not None
-    INVERTED: tl.constexpr = mean_ptr is None
+    NORM_BIAS: tl.constexpr = norm_bias_ptr is not None
     columns = tl.arange(0, COLUMNS)
     inside = columns < H
     if NORM:
         weight = tl.load(weight_ptr + columns, mask=inside, other=1.0).to(tl.float32)[None, :]
         if INVERTED:
-            norm_bias = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+            if NORM_BIAS:
+                norm_bias = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
             inverse = 1.0 / weight
     seed = tl.load(seed_ptr) if seed_ptr is not None else 0
     dweight = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -133,17 +143,25 @@ def _backward_kernel(
             kept = tl.load(kept_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
             rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
             if INVERTED:
-                x_hat = tl.where(valid, (kept - norm_bias) * inverse, 0.0)
+                if NORM_BIAS:
+                    kept = kept - norm_bias
+                x_hat = tl.where(valid, kept * inverse, 0.0)
+            elif RMS:
+                x_hat = kept * rstd
             else:
                 mean = tl.load(mean_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
                 x_hat = tl.where(valid, (kept - mean) * rstd, 0.0)
             w = dy * weight
-            dx = rstd * (w - tl.sum(w, 1)[:, None] / H - x_hat * (tl.sum(w * x_hat, 1)[:, None] / H))
+            if RMS:
+                dx = rstd * (w - x_hat * (tl.sum(w * x_hat, 1)[:, None] / H))
+            else:
+                dx = rstd * (w - tl.sum(w, 1)[:, None] / H - x_hat * (tl.sum(w * x_hat, 1)[:, None] / H))
             if dz_ptr is not None:
                 dx += tl.load(dz_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
             tl.store(dresidual_ptr + offsets, dx.to(dresidual_ptr.dtype.element_ty), mask=valid)
             dweight += dy * x_hat
-            dnorm_bias += dy
+            if NORM_BIAS:
+                dnorm_bias += dy
         else:
             dx = tl.load(dz_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
         if seed_ptr is not None:
@@ -152,10 +170,11 @@ def _backward_kernel(
         if HAS_BIAS:
             # behind a norm columns beyond H hold rstd * mean(w), rows beyond T hold 0
             dbias += tl.where(valid, dx, 0.0) if NORM else dx
-    sums: tl.constexpr = (2 if NORM else 0) + (1 if HAS_BIAS else 0)
+    sums: tl.constexpr = (1 if NORM else 0) + (1 if NORM_BIAS else 0) + (1 if HAS_BIAS else 0)
     partial_ptr += tl.program_id(0).to(tl.int64) * sums * H + columns
     if NORM:
         tl.store(partial_ptr, tl.sum(dweight, 0), mask=inside)
+    if NORM_BIAS:
         tl.store(partial_ptr + H, tl.sum(dnorm_bias, 0), mask=inside)
     if HAS_BIAS:
         tl.store(partial_ptr + (sums - 1) * H, tl.sum(dbias, 0), mask=inside)
@@ -205,7 +224,7 @@ def sum_partials(partial: Tensor, like: list[Tensor]) -> list[Tensor]:
     return results
 
 
-def _tile(H: int) -> dict[str, int]:
+def tile_of(H: int) -> dict[str, int]:
     """Return the tile's shape and the warps for rows of H elements."""
     if H > _LARGEST_H:
         raise UserError(f"H={H} is over {_LARGEST_H}, the widest row of the GPU kernels; use kernels='reference'")
@@ -227,22 +246,21 @@ def residual_norm_forward(
     seed: Tensor | None,
     options: Options,
     amax: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Compute what `residual_norm_forward_reference` does; amax must be zero before. Without weight z alone has values."""
-    if weight is not None and norm_bias is None:
-        raise NotImplementedError("a norm without a bias has no GPU kernel yet; use kernels='reference'")
     num_rows, H = residual.shape
-    tile = _tile(H)
+    tile = tile_of(H)
     residual = residual.contiguous()
     z = residual if x is None else torch.empty_like(residual)
-    y, mean, rstd = z, z, z
+    y, rstd, mean = z, z, None
     if weight is not None:
         y = torch.empty_like(residual)
-        mean, rstd = (torch.empty(num_rows, dtype=torch.float32, device=residual.device) for _ in range(2))
+        rstd = torch.empty(num_rows, dtype=torch.float32, device=residual.device)
+        mean = None if options.kind == "rms_norm" else torch.empty_like(rstd)
     given = None if x is None else x.contiguous(), bias, residual, weight, norm_bias
     results = None if x is None else z, *((None,) * 3 if weight is None else (y, mean, rstd)), amax
-    numbers = num_rows, _FORWARD_TILES, options.eps, *_dropout_arguments(options)
-    _forward_kernel[(triton.cdiv(num_rows, tile["ROWS"] * _FORWARD_TILES),)](*given, *results, seed, *numbers, **tile)
+    numbers = num_rows, FORWARD_TILES, options.eps, *_dropout_arguments(options)
+    _forward_kernel[(triton.cdiv(num_rows, tile["ROWS"] * FORWARD_TILES),)](*given, *results, seed, *numbers, **tile)
     return z, y, mean, rstd
 
 
@@ -257,13 +275,14 @@ def residual_norm_backward(dz: Tensor | None, dy: Tensor, saved: Saved, options:
     """Compute what `residual_norm_backward_reference` does."""
     kept, mean, rstd, weight, norm_bias, bias, seed = saved
     kept = kept.contiguous()  # the input of `norm` is kept as it was given
-    assert norm_bias is not None, "forward took no other"
     dresidual = torch.empty_like(kept)
     dx = dresidual if seed is None else torch.empty_like(kept)
     dz = None if dz is None else dz.contiguous()
     tensors = dz, dy.contiguous(), kept, mean, rstd, weight, norm_bias, seed, dx, dresidual
-    dweight, dnorm_bias, *rest = _run_backward(kept, tensors, [weight, norm_bias], bias, options)
-    return dx, rest[0] if rest else None, dresidual, dweight, dnorm_bias
+    vectors = [weight] if norm_bias is None else [weight, norm_bias]
+    dweight, *rest = _run_backward(kept, tensors, vectors, bias, options)
+    dnorm_bias = None if norm_bias is None else rest[0]
+    return dx, None if bias is None else rest[-1], dresidual, dweight, dnorm_bias
 
 
 def residual_add_backward(
@@ -283,11 +302,12 @@ def _run_backward(
 ) -> list[Tensor]:
     """Return the gradients of the norm's vectors, if any, and of the bias. tensors: the kernel's, down to dresidual."""
     num_rows, H = rows.shape
-    tile = _tile(H)
-    tiles = max(1, triton.cdiv(triton.cdiv(num_rows, tile["ROWS"]), _BACKWARD_PROGRAMS))
+    tile = tile_of(H)
+    tiles = max(1, triton.cdiv(triton.cdiv(num_rows, tile["ROWS"]), BACKWARD_PROGRAMS))
     programs = triton.cdiv(num_rows, tile["ROWS"] * tiles)
     vectors = vectors if bias is None else [*vectors, bias]
     partial = torch.empty(programs, len(vectors), H, dtype=torch.float32, device=rows.device)
-    dropout = _dropout_arguments(options)
-    _backward_kernel[(programs,)](*tensors, partial, num_rows, tiles, *dropout, HAS_BIAS=bias is not None, **tile)
+    numbers = num_rows, tiles, *_dropout_arguments(options)
+    kind = {"HAS_BIAS": bias is not None, "INVERTED": options.inverted, "RMS": options.kind == "rms_norm"}
+    _backward_kernel[(programs,)](*tensors, partial, *numbers, **kind, **tile)
     return sum_partials(partial, vectors) if vectors else []

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..choices import Norm
 from .residual_norm_options import Saved
 
 
@@ -14,39 +15,49 @@ def layer_norm(z: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tu
     return y.to(z.dtype), mean.flatten(), rstd.flatten()
 
 
-def layer_norm_gradients(dy: Tensor, saved: Saved, inverted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def rms_norm(z: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return y in shape and dtype of z (..., H), and rstd (...) in fp32 or wider; weight: (H,); out: where y goes.
+
+    z becomes wide before it is multiplied: torch does not vectorize products of two dtypes on a CPU.
+    """
+    wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(z.shape[-1]).add_(eps).rsqrt_()
+    y = torch.mul(wide, rstd, out=out if wide is z else wide).mul_(weight.to(wide.dtype))
+    if wide is not z:
+        y = y.to(z.dtype) if out is None else out.copy_(y)
+    return y, rstd.squeeze(-1)
+
+
+def norm_gradients(dy: Tensor, saved: Saved, kind: Norm, inverted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the gradients of z (T, H), weight and bias (H,), in fp32 or wider; dy: (T, H)."""
     kept, mean, rstd, weight, norm_bias, *_ = saved
     wide = torch.promote_types(kept.dtype, torch.float32)
-    z, scale = kept.to(wide), weight.to(wide)
+    z, scale, b = kept.to(wide), weight.to(wide), None if norm_bias is None else norm_bias.to(wide)
+    unit, dy = rstd, dy.to(wide)
     if inverted:
         # With x_hat for z, mean 0 and deviation 1, the norm's gradient lacks nothing but the factor rstd.
         z = z / scale if norm_bias is None else (z - norm_bias).div_(scale)
-        mean, unit = torch.zeros_like(rstd), torch.ones_like(rstd)
-    else:
-        assert mean is not None, "a norm that is not inverted saves its means"
-        unit = rstd
-    b = None if norm_bias is None else norm_bias.to(wide)
+        unit = torch.ones_like(rstd)
+    mean = torch.zeros_like(rstd) if mean is None else mean
     dz, dweight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        dy.to(wide), z, weight.shape, mean[:, None], unit[:, None], scale, b, [True, True, b is not None]
+        dy, z, weight.shape, mean[:, None], unit[:, None], scale, b, [True, True, b is not None]
     )
+    if kind == "rms_norm":  # LayerNorm's takes mean(w) away, which has no part in this one
+        dz.add_(dy.mv(scale).mul_(unit).div_(z.shape[1])[:, None])
     return dz.mul_(rstd[:, None]) if inverted else dz, dweight, dnorm_bias
 
 
-def rms_norm(z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return y in shape and dtype of z (T, H), and rstd (T,) in fp32 or wider; weight: (H,)."""
-    wide = torch.promote_types(z.dtype, torch.float32)
-    length = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=wide)
-    rstd = length.square().div_(z.shape[-1]).add_(eps).rsqrt_()
-    return (z * rstd).mul_(weight).to(z.dtype), rstd.flatten()
+def rms_norm_gradients(dy: Tensor, x: Tensor, rstd: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """Write dx = rstd dy weight - x rstd**3 mean(dy weight x) to out, and return the weight's gradient, (H,).
 
-
-def rms_norm_gradients(dy: Tensor, saved: Saved, inverted: bool) -> tuple[Tensor, Tensor]:
-    """Return the gradients of z (T, H) and weight (H,), in fp32 or wider; dy: (T, H)."""
-    kept, wide = saved.kept, torch.promote_types(saved.kept.dtype, torch.float32)
-    scale, rstd = saved.weight.to(wide), saved.rstd[:, None]
-    x_hat = kept / scale if inverted else kept * rstd
-    products = dy * x_hat
-    shares = products.mv(scale).div_(-kept.shape[1])
-    dz = x_hat.mul_(shares[:, None]).addcmul_(dy.to(wide), scale).mul_(rstd)
-    return dz, products.sum(0)
+    dy, x, out: (..., H), rows that may lie apart; rstd: (...), fp32 or wider.
+    """
+    wide, scale, r = x.to(rstd.dtype), weight.to(rstd.dtype), rstd[..., None]
+    dy = dy.to(rstd.dtype)
+    products = dy * wide
+    shares = products.flatten(0, -2).mv(scale).view(r.shape).mul_(r * r * r).div_(-x.shape[-1])
+    dweight = products.mul_(r).flatten(0, -2).sum(0).to(weight.dtype)
+    dx = torch.mul(dy, scale, out=out if wide is x else products).mul_(r).addcmul_(wide, shares)
+    if wide is not x:
+        out.copy_(dx)
+    return dweight

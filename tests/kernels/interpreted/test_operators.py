@@ -15,14 +15,14 @@ from xformer_train.kernels import (
 )
 from xformer_train.kernels.ops.attention import attention
 from xformer_train.kernels.ops.mlp import activation
-from xformer_train.kernels.ops.norm import residual_norm
+from xformer_train.kernels.ops.norm import head_norm, residual_norm
 
 CONFIG = LayerConfig(16, 2, 24, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, initializer_range=0.3)
 
 
 @pytest.fixture(autouse=True)
 def _on_triton(monkeypatch):
-    for module in (activation, attention, residual_norm):
+    for module in (activation, attention, head_norm, residual_norm):
         monkeypatch.setattr(module, "uses_triton", lambda *_: True)
 
 
@@ -37,6 +37,10 @@ def test_the_kernels_of_a_layer_keep_torchs_rules():
     for name, arguments in (
         ("residual_norm_forward", (x, vector, x + 1, vector, vector, seed, *options)),
         ("residual_norm_backward", (x, x, x, statistic, statistic, vector, vector, vector, seed, *options)),
+        ("residual_norm_forward", (x, None, x + 1, vector, None, seed, *options, True, "rms_norm")),
+        ("residual_norm_backward", (x, x, x, None, statistic, vector, None, None, seed, *options, False, "rms_norm")),
+        ("head_norm_forward", (qkv.flatten(1, 2), torch.rand(16), torch.rand(16), 1e-6, 2, "auto")),
+        ("head_norm_backward", (*[qkv.flatten(1, 2)] * 2, torch.rand(6, 4), torch.rand(16), torch.rand(16), 2, "auto")),
         ("residual_add_forward", (x, vector, x + 1, seed, *options)),
         ("residual_add_backward", (x, vector, seed, *options)),
         ("activation_forward", (x, "gelu", False, "auto")),
@@ -80,6 +84,6 @@ def test_deepspeeds_layer_stays_on_the_kernels_with_its_mask(dropout, monkeypatc
     formula = saved_activations(layer.config, 2, 40, torch.float32, triton_attention=True)
     assert saved == sum(formula.values()) + 4 * 2 * 40
     ours = layer.eval()(x, mask)
-    for module in (activation, attention, residual_norm):
+    for module in (activation, attention, head_norm, residual_norm):
         monkeypatch.setattr(module, "uses_triton", lambda *_: False)
     torch.testing.assert_close(ours, layer(x, mask), rtol=1e-4, atol=1e-4)  # fp32, summed in other orders

@@ -19,6 +19,8 @@ from xformer_train.kernels.ops.mlp.activation import activation_backward_referen
 from xformer_train.kernels.ops.mlp.activation_triton import activation_backward, activation_forward
 from xformer_train.kernels.ops.mlp.mlp import mlp
 from xformer_train.kernels.ops.norm import residual_norm as contract
+from xformer_train.kernels.ops.norm.head_norm import head_norm_backward_reference, head_norm_forward_reference
+from xformer_train.kernels.ops.norm.head_norm_triton import head_norm_backward, head_norm_forward
 from xformer_train.kernels.ops.norm.residual_norm import Options, Saved
 from xformer_train.kernels.ops.norm.residual_norm_triton import (
     residual_add_backward,
@@ -146,12 +148,14 @@ def draw_inputs(num_rows, H, dtype):
     return Inputs(x, bias, residual, weight, norm_bias, dz, dy).to(dtype)
 
 
-def all_results(forward, backward, inputs, seed, options, with_dz):
+def all_results(forward, backward, inputs, seed, options, with_dz, with_norm_bias=True):
     """z, y and every gradient. The forward with its own results kept for backward."""
     i = inputs
-    z, y, mean, rstd = forward(i.x, i.bias, i.residual, i.weight, i.norm_bias, seed, options)
+    norm_bias = i.norm_bias if with_norm_bias else None
+    z, y, mean, rstd = forward(i.x, i.bias, i.residual, i.weight, norm_bias, seed, options)
     kept, mean = (y, None) if options.inverted else (z, mean)
-    saved = Saved(kept, mean, rstd, i.weight, i.norm_bias, i.bias, seed)
+    assert (mean is None) == (options.inverted or options.kind == "rms_norm")
+    saved = Saved(kept, mean, rstd, i.weight, norm_bias, i.bias, seed)
     return z, y, *backward(i.dz if with_dz else None, i.dy, saved, options)
 
 
@@ -167,25 +171,63 @@ def all_results(forward, backward, inputs, seed, options, with_dz):
         ((63, 1000), torch.bfloat16, 0.1, False, True),
     ],
 )
-def test_residual_norm_kernels_equal_the_reference(size, dtype, p, inverted, with_dz, monkeypatch):
+@pytest.mark.parametrize(("kind", "with_norm_bias"), [("layer_norm", True), ("layer_norm", False), ("rms_norm", False)])
+def test_residual_norm_kernels_equal_the_reference(
+    size, dtype, p, inverted, with_dz, kind, with_norm_bias, monkeypatch
+):
     inputs = draw_inputs(*size, dtype)
-    options = OPTIONS._replace(p=p, inverted=inverted)
+    options = OPTIONS._replace(p=p, inverted=inverted, kind=kind)
     seed = torch.tensor(SEED) if p else None
     if p:
         mask = gpu_mask(*size, p)
         monkeypatch.setattr(contract, "keep_mask", lambda *_: mask)
-    ours = all_results(residual_norm_forward, residual_norm_backward, inputs, seed, options, with_dz)
+    given = seed, options, with_dz, with_norm_bias
+    ours = all_results(residual_norm_forward, residual_norm_backward, inputs, *given)
     reference = contract.residual_norm_forward_reference, contract.residual_norm_backward_reference
-    same_dtype = all_results(*reference, inputs, seed, options, with_dz)
-    exact = all_results(*reference, inputs.to(torch.float64), seed, options, with_dz)
+    same_dtype = all_results(*reference, inputs, *given)
+    exact = all_results(*reference, inputs.to(torch.float64), *given)
     for name, a, b, c in zip(
         ("z", "y", "dx", "dbias", "dresidual", "dweight", "dnorm_bias"), ours, exact, same_dtype, strict=True
     ):
+        if name == "dnorm_bias" and not with_norm_bias:
+            assert a is None
+            continue
         assert a.dtype == dtype, name
         if dtype == torch.bfloat16 and INTERPRETED:  # which cuts bf16 off where a GPU rounds
             assert relative_error(a, b) < 2**-7, name
         else:
             assert_close(a, b, c)
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "key_heads"),
+    [
+        ((1, 3, 1), torch.float32, 1),
+        ((37, 9, 64), torch.float32, 3),
+        ((100, 7, 24), torch.float16, 2),
+        ((9, 20, 96), torch.bfloat16, 4),
+    ],
+)
+def test_head_norm_kernels_equal_the_reference(size, dtype, key_heads):
+    torch.manual_seed(sum(size))
+    qkv, dout = (torch.randn(2 * size[2], *size[:2]).permute(1, 2, 0)[..., ::2].to(dtype) for _ in range(2))
+    weights = torch.randn(2, size[2]).to(dtype).unbind()
+
+    def results(forward, backward, dtype):
+        given, q_weight, k_weight, d = (tensor.to(dtype) for tensor in (qkv, *weights, dout))
+        out, rstd = forward(given, q_weight, k_weight, 1e-6, key_heads)
+        return out, rstd, *backward(d, given, rstd, q_weight, k_weight, key_heads)
+
+    ours = results(head_norm_forward, head_norm_backward, dtype)
+    reference = head_norm_forward_reference, head_norm_backward_reference
+    exact, torchs = results(*reference, torch.float64), results(*reference, dtype)
+    for name, a, b, c in zip(("out", "rstd", "dqkv", "dq_weight", "dk_weight"), ours, exact, torchs, strict=True):
+        assert a.dtype == c.dtype, name
+        if dtype == torch.bfloat16 and INTERPRETED:  # which cuts bf16 off where a GPU rounds
+            assert relative_error(a, b) < 2**-7, name
+        else:
+            assert_close(a, b, c)
+    assert torch.equal(ours[0][:, -key_heads:], qkv[:, -key_heads:])
 
 
 @pytest.mark.parametrize("inverted", [False, True])

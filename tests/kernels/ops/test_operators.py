@@ -52,6 +52,10 @@ def cases():
         backward = "gate_backward_" if gated else "activation_backward_"
         for recompute, with_bias in itertools.product((False, True), (False, True)):
             yield backward, (rows(T, F), f, name, recompute, with_bias, "auto")
+    for dtype in (torch.float32, torch.bfloat16):
+        heads, weight = rows(T, 5, H, dtype=dtype), rows(H, dtype=dtype)
+        yield "head_norm_forward", (heads, weight, weight, 1e-6, 1, "auto")
+        yield "head_norm_backward", (rows(T, 5, H, dtype=dtype), heads, rows(T, 4), weight, weight, 1, "auto")
     qkv, packed, borders = rows(2, 4, 3, 2, 3), rows(6, 3, 2, 3), torch.tensor([0, 2, 6], dtype=torch.int32)
     mask = AttentionMask(cu_seqlens=borders, max_length=4)
     for layout, bias, places in (
