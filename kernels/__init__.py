@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .deepspeed.config import DeepSpeedTransformerConfig
     from .deepspeed.layer import DeepSpeedTransformerLayer
+    from .layers.cache import KeyValueCache
     from .layers.config import LayerConfig
     from .layers.layer import TransformerLayer
     from .layers.layer_stack import LayerStack
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionMask",
     "DeepSpeedTransformerConfig",
     "DeepSpeedTransformerLayer",
+    "KeyValueCache",
     "LayerConfig",
     "LayerStack",
     "TransformerLayer",
@@ -30,6 +32,7 @@ _MODULES = {
     "AttentionMask": ".ops.attention.attention",
     "DeepSpeedTransformerConfig": ".deepspeed.config",
     "DeepSpeedTransformerLayer": ".deepspeed.layer",
+    "KeyValueCache": ".layers.cache",
     "LayerConfig": ".layers.config",
     "LayerStack": ".layers.layer_stack",
     "TransformerLayer": ".layers.layer",

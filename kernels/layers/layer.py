@@ -14,22 +14,24 @@ from ..ops.attention.attention import AttentionMask, Recompute, attention
 from ..ops.autocast import autocast_dtype
 from ..ops.dropout import draw_seed
 from ..ops.mlp.activation import activated
-from ..ops.norm.residual_norm import are_invertible, residual_add, residual_norm
+from ..ops.norm.residual_norm import are_invertible, residual_norm
 from ..ops.parallel_linear import ParallelMode
 from ..ops.region import active_region
 from ..ops.replay import remembered
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, copy_to_group
 from ..parallel.sharding import Partition, shard_parameters
+from .cache import LayerCache
 from .config import LayerConfig
 from .inner_modules import must_be_called
 from .norms import make_norm
 from .parts import Parts, compose
 from .products import Products
 from .projection import Projection
+from .token_products import TokenProducts
 
 # The dropouts of one layer draw from one seed; the site keeps their masks apart, and those of processes where they must differ.
 _ATTENTION_SITE, _ATTENTION_OUTPUT_SITE, _OUTPUT_SITE, _SITES = 1, 2, 3, 8
-_PLAIN = Products()
+_PLAIN, _OF_TOKENS = Products(), TokenProducts()
 _PROJECTIONS = ("qkv", "attention_output", "intermediate", "output")
 _INVERTIBLE = ("attention_norm", "mlp_norm")  # the order of the answers
 
@@ -41,7 +43,7 @@ class Pass:
     seed: None where nothing is dropped. invertible: (attention_norm, mlp_norm). token_shape: (B, S) or (T,), of all processes.
     recompute: of attention. replicated: the vectors that every process holds whole, by (module, weight or bias), of modules
     that are not called. products: how this pass multiplies. called: the modules that compute for themselves, see
-    `TransformerLayer.called_modules`.
+    `TransformerLayer.called_modules`. cache: the keys and values of earlier tokens, in generation.
     """
 
     mask: AttentionMask
@@ -52,6 +54,7 @@ class Pass:
     replicated: Mapping[tuple[str, str], Tensor]
     products: Products
     called: tuple[str, ...]
+    cache: LayerCache | None
 
 
 class TransformerLayer(nn.Module):
@@ -139,6 +142,7 @@ class TransformerLayer(nn.Module):
         invertible: tuple[bool, bool] | None = None,
         token_shape: torch.Size | None = None,
         recompute_attention: bool = False,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Return the layer's output, in shape and dtype of hidden_states.
 
@@ -148,6 +152,7 @@ class TransformerLayer(nn.Module):
         answer of `invertible_norms`; None: the layer asks. Both are for stacks, which do either for all their layers at once.
         token_shape: (B, S) or (T,), of all processes; needed with parallel.sequence, and else that of hidden_states.
         recompute_attention: keep no attention probabilities, but compute scores and softmax again in backward.
+        cache: of a LayerStack, which checks what goes with it.
         Raises ValueError if the last dim is not hidden_size, under torch.autocast to another dtype, and under torch.compile
         for normalize_invertible without `invertible`.
         """
@@ -175,7 +180,9 @@ class TransformerLayer(nn.Module):
             recompute = "core"
         called = self.called_modules()
         replicated, products = self._replicated(called), self._products(called)
-        now = Pass(mask, seed, invertible, token_shape, recompute, replicated, products, called)
+        if cache is not None and products is _PLAIN and cache.takes_token_products(hidden_states, self.parallel):
+            products = _OF_TOKENS
+        now = Pass(mask, seed, invertible, token_shape, recompute, replicated, products, called, cache)
         return self._run(hidden_states, now)
 
     def called_modules(self) -> tuple[str, ...]:
@@ -273,7 +280,7 @@ class TransformerLayer(nn.Module):
         name, options = self.parts.norms.between, self._joining(_ATTENTION_OUTPUT_SITE, now)
         bias = now.replicated.get(("attention_output", "bias"))
         if name in now.called:
-            z = residual_add(out, bias, residual, kernels=self.config.kernels, **options)
+            z = now.products.residual_add(out, bias, residual, kernels=self.config.kernels, **options)
             return z, getattr(self, name)(z)
         return now.products.residual_norm(
             out, bias, residual, *_affine(name, now), **self._norming(name, now), **options
@@ -284,7 +291,7 @@ class TransformerLayer(nn.Module):
         name, options = self.parts.norms.behind, self._joining(_OUTPUT_SITE, now)
         bias = now.replicated.get(("output", "bias"))
         if name is None or name in now.called:
-            z = residual_add(out, bias, residual, kernels=self.config.kernels, **options)
+            z = now.products.residual_add(out, bias, residual, kernels=self.config.kernels, **options)
             return z if name is None else getattr(self, name)(z)  # type: ignore[no-any-return]
         weight, norm_bias = _affine(name, now)
         return residual_norm(out, bias, residual, weight, norm_bias, **self._norming(name, now), **options)[1]
@@ -335,6 +342,10 @@ class TransformerLayer(nn.Module):
     def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
         """Return the output of this process's heads, (..., N/t * D), of qkv (..., 3, N/t, D) or (..., (N + 2G)/t, D)."""
         config, heads = self.config, self.parts.heads
+        if now.cache is not None:
+            context = now.cache.attend(qkv, heads, now.mask)
+            if context is not None:
+                return context
         return attention(
             qkv,
             now.mask,

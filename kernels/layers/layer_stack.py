@@ -16,6 +16,7 @@ from ..ops.choices import ActivationCheckpointing
 from ..ops.dropout import draw_seed
 from ..ops.region import active_region
 from ..parallel.collectives import ONE_PROCESS, TensorParallel, gather_from_group, scatter_to_group
+from .cache import KeyValueCache
 from .config import LayerConfig
 from .inner_modules import has_hooks
 from .layer import TransformerLayer, invertible_norms
@@ -78,13 +79,17 @@ class LayerStack(nn.ModuleList):
         self.activation_checkpointing = activation_checkpointing
         self._graphs: dict[Any, _Graph] = {}
 
-    def forward(self, hidden_states: Tensor, mask: AttentionMask) -> Tensor:
+    def forward(self, hidden_states: Tensor, mask: AttentionMask, cache: KeyValueCache | None = None) -> Tensor:
         """Return the last layer's output, in shape and dtype of hidden_states: (B, S, H), or (T, H) if the mask has cu_seqlens.
 
+        cache: the tokens follow those in it, and theirs are added; the mask is causal, its key_mask over all of them. In eval()
+        and without gradients alone.
         Raises ValueError for what a CUDA graph cannot take, in backward too, and with parallel.sequence for tokens that the
         processes cannot share equally.
         """
         layers: list[Any] = list(self)  # or what wraps them, as FSDP does
+        if cache is not None:
+            return self._run_with_cache(layers, hidden_states, mask, cache)
         invertible = invertible_norms(layers)
         drops = any(layer.drops for layer in layers)
         seeds = draw_seed(hidden_states.device, (len(layers),)) if drops else None
@@ -101,6 +106,28 @@ class LayerStack(nn.ModuleList):
             rows = scatter_to_group(self._rows(hidden_states), self.parallel.group, 0)
             rows = self._run(layers, invertible, rows, seeds, mask, hidden_states.shape[:-1])
             return gather_from_group(rows, self.parallel.group, 0).view(hidden_states.shape)
+
+    def _run_with_cache(
+        self, layers: Sequence[Any], hidden_states: Tensor, mask: AttentionMask, cache: KeyValueCache
+    ) -> Tensor:
+        """Return the last layer's output for tokens behind those in the cache, to which theirs are added."""
+        if self.training or torch.is_grad_enabled():
+            gradients = "on" if torch.is_grad_enabled() else "off"
+            raise UserError(
+                f"a cache is given with training={self.training} and gradients {gradients}; it passes no gradient, so call "
+                f"eval() and use torch.no_grad()"
+            )
+        if self.parallel.divides_tokens:
+            raise UserError(
+                "sequence parallelism divides tokens that a cache holds together; build the stack without it"
+            )
+        cache.check(hidden_states, mask)
+        with self._region():
+            for number, layer in enumerate(layers):
+                of_layer = cache.of_layer(number, hidden_states.shape[1])
+                hidden_states = layer(hidden_states, mask, invertible=(False, False), cache=of_layer)
+        cache.length += hidden_states.shape[1]
+        return hidden_states
 
     def _region(self) -> AbstractContextManager[None]:
         """Return what encloses the layers."""

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from ..ops.mlp.mlp import MlpOptions, mlp_and_input
-from ..ops.norm.residual_norm import norm_and_input, residual_norm
+from ..ops.norm.residual_norm import norm_and_input, residual_add, residual_norm
 from ..ops.parallel_linear import ParallelMode, column_parallel_linear, linear_and_input, row_parallel_linear
 from ..parallel.collectives import TensorParallel
 
@@ -23,6 +23,10 @@ class Products:
     def residual_norm(self, x: Tensor, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor]:
         """Return `residual_norm` of the attention half's output, which the feed-forward half reads."""
         return residual_norm(x, *tensors, **options)
+
+    def residual_add(self, x: Tensor, *tensors: Any, **options: Any) -> Tensor:
+        """Return `residual_add` of a half's output, where no norm of ours follows."""
+        return residual_add(x, *tensors, **options)
 
     def project(self, x: Tensor, projection: Any, mode: ParallelMode, parallel: TensorParallel) -> Tensor:
         """Return x through a projection; the bias of a row-parallel one is left to `residual_norm` and `residual_add`."""

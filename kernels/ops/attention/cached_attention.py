@@ -1,7 +1,10 @@
 """Attention of new tokens over the keys and values of earlier ones and their own, where text is generated token by token."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .hiding_bias import hiding_bias
 
 
 def cached_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
@@ -18,3 +21,22 @@ def cached_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | Non
     shared = heads != groups
     context = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=bias, enable_gqa=shared)
     return context.transpose(1, 2).flatten(2)
+
+
+def cached_bias(
+    queries: range, key_mask: Tensor | None, first: int, window: int | None, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """Return the bias of `cached_attention` for causal queries at these positions over keys from `first` on, None for none.
+
+    key_mask: (B or 1, end of the queries) bool, True at tokens; None: all are. window: as in `attention`; the keys of a single
+    query begin inside of it.
+    """
+    if len(queries) == 1:
+        return None if key_mask is None else hiding_bias(key_mask[:, None, None, first:], dtype)
+    places = torch.arange(first, queries.stop, device=device)
+    at = places[queries.start - first :, None]
+    seen = places <= at
+    if window is not None:
+        seen = seen & (at - places <= window)
+    seen = seen[None, None]
+    return hiding_bias(seen if key_mask is None else seen & key_mask[:, None, None, first:], dtype)

@@ -20,3 +20,15 @@ def rotary_table(length: int, dim: int, theta: float, device: torch.device | str
     exponents = torch.arange(0, dim, 2, dtype=torch.int64, device=device).float() / dim
     angles = torch.arange(length, device=device).float()[:, None] * (1 / theta**exponents)
     return torch.cat([angles.cos(), angles.sin()], -1)
+
+
+def turn(x: Tensor, rotary: Tensor, out: Tensor, *, back: bool = False) -> None:
+    """Write x to out, each row turned by the angles of its place, or with back=True turned back.
+
+    x, out: (B, heads, S, D), of any strides, without shared memory. rotary: of `rotary_table`. Computed in fp32 or wider.
+    """
+    cos, sin = rotary[: x.shape[2]].chunk(2, -1)
+    (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
+    sign = -1 if back else 1
+    out_first.copy_((first * cos).addcmul_(second, sin, value=-sign))
+    out_second.copy_((second * cos).addcmul_(first, sin, value=sign))
