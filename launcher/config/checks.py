@@ -15,7 +15,7 @@ from ...recipes.config import Fault, SourceConfig
 from .batch import divisors, solve_batch
 from .deepspeed import deepspeed_faults
 from .deepspeed_keys import show
-from .model_checks import model_faults
+from .model_checks import model_faults, shared_key_head_faults
 from .optimizers import optimizer_faults
 from .schema import RunConfig
 
@@ -190,10 +190,7 @@ def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Faul
             found = divisors(size)
             listed = ", ".join([*map(str, found[:8]), *(["..."] if len(found) > 8 else [])])
             yield Fault((key, name), f"got {tensor}, must divide {name} {size}: {listed}")
-    keys = model.num_key_value_heads
-    if keys is not None and keys % tensor and tensor % keys:
-        rule = f"must divide model.num_key_value_heads {keys}, or be a multiple of it"
-        yield Fault((key, "model.num_key_value_heads"), f"got {tensor}, {rule}")
+    yield from shared_key_head_faults(model, tensor)
     if tensor > 1 and config.layer.cuda_graph:
         text = f"got true, but a graph cannot hold what the {tensor} processes of {key} send each other; set false"
         yield Fault(("layer.cuda_graph", key), text)
@@ -218,12 +215,15 @@ def _fp8_faults(config: RunConfig) -> Iterator[Fault]:
     for name, size in (("model.hidden_size", model.hidden_size), ("model.intermediate_size", model.intermediate_size)):
         if size % (FP8_MULTIPLE * tensor):
             yield Fault((name, *keys), f"got {size}, but {need}")
-    queries, keys_and_values = model.num_attention_heads * model.head_size, 2 * model.key_heads * model.head_size
+    queries, keys_and_values = (
+        heads * model.head_size for heads in (model.num_attention_heads, 2 * max(1, model.key_heads // tensor))
+    )
     if model.head_dim is not None and queries % (FP8_MULTIPLE * tensor):
         what = f"which makes {queries} columns of all model.num_attention_heads {model.num_attention_heads}"
         yield Fault(("model.head_dim", "model.num_attention_heads", *keys), f"got {model.head_dim}, {what}, but {need}")
-    elif model.num_key_value_heads is not None and keys_and_values % (FP8_MULTIPLE * tensor):
-        what = f"which with heads of {model.head_size} columns makes {keys_and_values} of keys and values"
+    elif model.num_key_value_heads is not None and keys_and_values % FP8_MULTIPLE:
+        what = f"which with heads of {model.head_size} columns makes {keys_and_values} of keys and values in a process"
+        need = need.removesuffix(on_each)
         yield Fault(("model.num_key_value_heads", *keys), f"got {model.key_heads}, {what}, but {need}")
     for flag in ("normalize_invertible", "gelu_checkpoint"):
         if getattr(config.layer, flag):

@@ -83,3 +83,16 @@ def _norm_faults(model: ModelConfig) -> Iterator[Fault]:
     if not model.pre_layer_norm:
         why = "no post-LN model has it; set layer_norm, or model.pre_layer_norm true"
         yield Fault(("model.norm", "model.pre_layer_norm"), f"got 'rms_norm', but {why}")
+
+
+def shared_key_head_faults(model: ModelConfig, tensor: int) -> Iterator[Fault]:
+    """Yield what keeps processes from dividing key heads, or from sharing each equally; tensor: processes of a replica."""
+    keys = model.num_key_value_heads
+    if keys is None or keys % tensor == 0:
+        return
+    names = ("parallel.tensor", "model.num_key_value_heads")
+    if tensor % keys:
+        yield Fault(names, f"got {tensor}, must divide model.num_key_value_heads {keys}, or be a multiple of it")
+    elif keys * model.head_size % tensor:
+        what = f"the {keys * model.head_size} rows of all model.num_key_value_heads {keys}, which the processes store in parts"
+        yield Fault((*names, "model.head_dim"), f"got {tensor}, must divide {what}")

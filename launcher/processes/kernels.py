@@ -1,22 +1,29 @@
 """Say in words which kernels compute the layers of a model."""
 
+from collections.abc import Mapping
+
 import torch
 
 from ...kernels.fp8.linear import fp8_path
 from ...kernels.ops.attention.attention import LARGEST_TRITON_HEAD
+from ...kernels.ops.choices import Activation, Norm
 from ...kernels.ops.linear import cpu_library
 from ...recipes.config import LayerFlags, ModelConfig
 from ...recipes.recipe import Runtime
+
+_NORMS: Mapping[Norm, str] = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
+_ACTIVATIONS: Mapping[Activation, str] = {"gelu": "GELU", "gelu_tanh": "GELU", "silu": "SiLU", "relu2": "squared ReLU"}
 
 
 def kernels_text(model: ModelConfig, flags: LayerFlags, runtime: Runtime, device: torch.device) -> str:
     """Return which kernels compute the layers on this device, in words."""
     on_gpu = device.type == "cuda"
     if on_gpu and flags.kernels == "auto":
-        triton = "attention, LayerNorm, GELU, dropout and the loss"
+        elementwise = f"{_NORMS[model.norm]}, {_ACTIVATIONS[model.hidden_act]}"
+        triton = f"attention, {elementwise}, dropout and the loss"
         if runtime.parallel.size > 1:
-            triton = "attention, LayerNorm, GELU and dropout"  # the loss over a divided vocabulary is PyTorch's
-        if model.hidden_size // model.num_attention_heads > LARGEST_TRITON_HEAD:
+            triton = f"attention, {elementwise} and dropout"  # the loss over a divided vocabulary is PyTorch's
+        if model.head_size > LARGEST_TRITON_HEAD:
             triton = triton.removeprefix("attention, ") + "; PyTorch for attention, whose heads are too wide"
         text, padding = f"Triton for {triton}; cuBLAS for matrix products", "; no padding"
     else:

@@ -1,7 +1,7 @@
 """BERT: bidirectional encoder, masked-token loss on the masked positions only, and a sentence-pair task.
 
-Source: Devlin et al., arXiv 1810.04805; pre-LN placement as in DeepSpeed's BERT recipe (a LayerNorm after the embeddings
-and one after the last layer).
+Sources: Devlin et al., arXiv 1810.04805; pre-LN placement as in DeepSpeed's BERT recipe (a norm after the embeddings and one
+after the last layer); with rotary positions Warner et al., ModernBERT, arXiv 2412.13663.
 """
 
 import torch
@@ -19,6 +19,7 @@ from ..shared.model_parts import (
     check_positions,
     embedded,
     initialize,
+    model_norm,
     normalized,
     projected,
     shard_vocabulary,
@@ -30,10 +31,17 @@ NUM_TOKEN_TYPES = 2  # sentence A and sentence B
 _EMBEDDING_SITE = 1
 
 
+def attention_window(model: ModelConfig) -> int | None:
+    """Return how many tokens to each side of it one sees in local layers, or None where all layers are global."""
+    return None if model.sliding_window is None else model.sliding_window // 2
+
+
 class BertForPretraining(nn.Module):
     """BERT with its heads.
 
     objective.sentence_task: nsp or sop adds the pooler and a two-way classifier over [CLS]; with none they do not exist.
+    model.position_embedding: with rope there is no embedding of positions, none of token types without a sentence task, and the
+    norm of the embedding is what the first layer's attention reads.
     The processes of runtime.parallel each hold V/t rows of the word embedding and of mlm_bias, and their parts of the layers;
     inputs, hidden states, logits and losses are replicated.
     """
@@ -49,23 +57,23 @@ class BertForPretraining(nn.Module):
         super().__init__()
         self.config, self.kernels, self.sentence_task = model, layer.kernels, objective.sentence_task
         self.parallel = runtime.parallel
-        size, eps = model.hidden_size, model.layer_norm_eps
+        size, learned = model.hidden_size, model.position_embedding == "learned"
+        with_types = learned or self.sentence_task != "none"
         self.word_embeddings = nn.Embedding(vocab_size, size)
-        self.position_embeddings = nn.Embedding(model.max_position_embeddings, size)
-        self.token_type_embeddings = nn.Embedding(NUM_TOKEN_TYPES, size)
-        self.embedding_norm = nn.LayerNorm(size, eps=eps)
-        self.layers = build_layers(model, layer, runtime)
-        self.final_norm = nn.LayerNorm(size, eps=eps) if model.pre_layer_norm else None
-        self.mlm_transform = nn.Linear(size, size)
-        self.mlm_norm = nn.LayerNorm(size, eps=eps)
+        self.position_embeddings = nn.Embedding(model.max_position_embeddings, size) if learned else None
+        self.token_type_embeddings = nn.Embedding(NUM_TOKEN_TYPES, size) if with_types else None
+        self.embedding_norm = model_norm(model)
+        self.layers = build_layers(model, layer, runtime, window=attention_window(model), norm_before_first=learned)
+        self.final_norm = model_norm(model) if model.pre_layer_norm else None
+        self.mlm_transform = nn.Linear(size, size, bias=model.mlp_bias)
+        self.mlm_norm = model_norm(model)
         self.mlm_bias = nn.Parameter(torch.zeros(vocab_size))  # the projection itself is the word embedding
-        fresh: list[nn.Module] = [self.word_embeddings, self.position_embeddings, self.token_type_embeddings]
-        fresh.append(self.mlm_transform)
+        fresh = [self.word_embeddings, self.position_embeddings, self.token_type_embeddings, self.mlm_transform]
         if self.sentence_task != "none":
             self.pooler = nn.Linear(size, size)
             self.sentence_classifier = nn.Linear(size, 2)
             fresh += [self.pooler, self.sentence_classifier]
-        initialize(fresh, model.initializer_range)
+        initialize([module for module in fresh if module is not None], model.initializer_range)
         shard_vocabulary(self, ["word_embeddings.weight", "mlm_bias"], vocab_size, runtime.parallel.group)
 
     def encode(
@@ -81,6 +89,7 @@ class BertForPretraining(nn.Module):
         input_ids: (B, S) int64; token_type_ids: (B, S) int64 in {0, 1}, default 0; attention_mask: (B, S) bool, True = a
         token, default all; position_ids: (B, S) int64, default 0 .. S - 1; segment_ids: (B, S) int, tokens see only their own
         segment, default one segment. Raises ValueError if S exceeds max_position_embeddings.
+        Rotary positions are the places in a row, whatever position_ids are: tokens that see each other know their distance.
         """
         check_positions(input_ids, self.config.max_position_embeddings)
         if token_type_ids is None:
@@ -115,7 +124,10 @@ class BertForPretraining(nn.Module):
         positions: place of each token in its sequence, (S,), (B, S) or (T,) int64.
         """
         hidden = embedded(input_ids, self.word_embeddings, self.parallel.group)
-        hidden = hidden + self.token_type_embeddings(token_type_ids) + self.position_embeddings(positions)
+        if self.token_type_embeddings is not None:
+            hidden = hidden + self.token_type_embeddings(token_type_ids)
+        if self.position_embeddings is not None:
+            hidden = hidden + self.position_embeddings(positions)
         hidden = normalized(hidden, self.embedding_norm, self.kernels)
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
@@ -126,7 +138,7 @@ class BertForPretraining(nn.Module):
         return hidden
 
     def _mlm_features(self, hidden: Tensor) -> Tensor:
-        features = activated(projected(hidden, self.mlm_transform), self.config.hidden_act)
+        features = activated(projected(hidden, self.mlm_transform), self.config.hidden_act, kernels=self.kernels)
         return normalized(features, self.mlm_norm, self.kernels)
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
@@ -159,6 +171,7 @@ class BertForPretraining(nn.Module):
         token_positions: (T,) int64, the flat indices at which attention_mask is True, ascending, among them the first of every
             row and all masked ones. With them padding is left out before the embedding and never put back, which changes
             neither losses nor gradients beyond rounding, but the dropout masks outside attention, which count elements.
+            With rope no token may stand behind padding of its row.
         position_ids, segment_ids: as in `encode`, for rows of several samples, where padding is a segment of its own and
             attention_mask says nothing more.
         """

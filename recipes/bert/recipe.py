@@ -4,7 +4,7 @@ from ...kernels.ops.choices import IGNORED
 from ..config import ModelConfig, ObjectiveConfig
 from ..recipe import Batch, Recipe, SampleRules, TokenizerRules
 from ..shared.flops import head_flops, layer_flops
-from .model import BertForPretraining
+from .model import BertForPretraining, attention_window
 from .samples import collate, open_samples, sample_settings
 from .transformers_form import BERT_IN_TRANSFORMERS
 
@@ -17,8 +17,10 @@ def _loss_counts(batch: Batch, objective: ObjectiveConfig) -> dict[str, int]:
 
 
 def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: float, predictions: float) -> float:
+    window = attention_window(model)
+    seen = None if window is None else 2 * window + 1
     transform = 6 * predictions * model.hidden_size**2
-    return layer_flops(model, seq_length) + transform + head_flops(model, vocab_size, predictions)
+    return layer_flops(model, seq_length, seen) + transform + head_flops(model, vocab_size, predictions)
 
 
 BERT = Recipe(

@@ -4,7 +4,7 @@ from ...kernels.ops.choices import IGNORED
 from ..config import ModelConfig, ObjectiveConfig
 from ..recipe import Batch, Recipe, SampleRules, TokenizerRules
 from ..shared.flops import head_flops, layer_flops
-from .model import GptForPretraining
+from .model import GptForPretraining, attention_window
 from .samples import collate, open_samples, sample_settings
 from .transformers_form import GPT_IN_TRANSFORMERS
 
@@ -14,7 +14,9 @@ def _loss_counts(batch: Batch, _: ObjectiveConfig) -> dict[str, int]:
 
 
 def _flops_per_sample(model: ModelConfig, vocab_size: int, seq_length: float, predictions: float) -> float:
-    return layer_flops(model, seq_length) + head_flops(model, vocab_size, predictions)
+    window = attention_window(model)
+    seen = None if window is None else window + 1
+    return layer_flops(model, seq_length, seen) + head_flops(model, vocab_size, predictions)
 
 
 GPT = Recipe(

@@ -1,13 +1,15 @@
 """What both models share: the stack of layers, the vocabulary's embedding and head, how weights outside the layers start."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor, nn
 
 from ...kernels import LayerConfig, LayerStack
 from ...kernels.errors import UserError
 from ...kernels.layers.inner_modules import must_be_called
-from ...kernels.ops.choices import Kernels
+from ...kernels.layers.norms import make_norm
+from ...kernels.ops.choices import Kernels, Norm
 from ...kernels.ops.linear import linear
 from ...kernels.ops.loss.cross_entropy import linear_cross_entropy
 from ...kernels.ops.loss.vocab_parallel import vocab_parallel_embedding, vocab_parallel_linear_cross_entropy
@@ -18,37 +20,53 @@ from ...kernels.parallel.sharding import Partition, shard_parameters
 from ..config import LayerFlags, ModelConfig
 from ..recipe import Runtime
 
-# Keys of the model that say nothing of a layer, or that each layer has its own of.
-_NOT_A_LAYERS = {
-    "type",
-    "max_position_embeddings",
-    "vocab_size",
-    "init_from",
-    "tie_word_embeddings",
-    "position_embedding",
-    "rope_theta",
-    "local_rope_theta",
-    "sliding_window",
-    "global_attn_every_n_layers",
-}
+_OF_LAYERS = LayerConfig.__dataclass_fields__.keys() & ModelConfig.model_fields.keys() - {"rope_theta"}
 
 
-def build_layers(model: ModelConfig, flags: LayerFlags, runtime: Runtime) -> LayerStack:
-    """num_hidden_layers fresh layers with the model's geometry and the run's flags."""
+def build_layers(
+    model: ModelConfig,
+    flags: LayerFlags,
+    runtime: Runtime,
+    *,
+    window: int | None,
+    norm_before_first: bool = True,
+) -> LayerStack:
+    """num_hidden_layers fresh layers with the model's geometry and the run's flags.
+
+    window: how far a token sees in local layers, in tokens to a side. norm_before_first: False where the norm of the embedding
+    is the first layer's too.
+    """
     config = LayerConfig(
-        **model.model_dump(exclude=_NOT_A_LAYERS),
+        **model.model_dump(include=_OF_LAYERS),
         **flags.model_dump(exclude={"unpad", "cuda_graph"}),
         # The original BERT is post-LN, whose LayerNorms rescale the residual stream themselves.
         adjust_init_range=model.pre_layer_norm,
     )
+    rotary = model.position_embedding == "rope"
+    layers = []
+    for number in range(model.num_hidden_layers):
+        local = model.is_local(number)
+        theta = model.local_rope_theta if local and model.local_rope_theta is not None else model.rope_theta
+        layers.append(
+            replace(
+                config,
+                attention_window=window if local else None,
+                rope_theta=theta if rotary else None,
+                norm_before_attention=norm_before_first or number > 0,
+            )
+        )
     return LayerStack(
-        config,
-        model.num_hidden_layers,
+        layers,
         cuda_graph=flags.cuda_graph,
         fp8=runtime.fp8,
         activation_checkpointing=runtime.activation_checkpointing,
         parallel=runtime.parallel,
     )
+
+
+def model_norm(model: ModelConfig) -> nn.LayerNorm | nn.RMSNorm:
+    """A fresh norm outside the layers, of the kind that they have."""
+    return make_norm(model.hidden_size, model.layer_norm_eps, model.norm, model.norm_bias)
 
 
 def shard_vocabulary(model: nn.Module, names: Sequence[str], vocab_size: int, group: Group) -> None:
@@ -71,11 +89,7 @@ def embedded(input_ids: Tensor, table: nn.Embedding, group: Group) -> Tensor:
     """
     if not must_be_called(table, nn.Embedding):
         return vocab_parallel_embedding(input_ids, table.weight, group)
-    if group_size(group) > 1:
-        raise UserError(
-            f"word_embeddings, a {type(table).__name__}, has hooks or a forward of its own, which know nothing of the "
-            f"{group_size(group)} processes that share its rows; remove them, or use one process"
-        )
+    refuse_to_share("word_embeddings", table, group)
     rows: Tensor = table(input_ids)
     return rows
 
@@ -97,6 +111,15 @@ def vocabulary_loss(
     return vocab_parallel_linear_cross_entropy(hidden, weight, bias, labels, group)
 
 
+def refuse_to_share(name: str, module: nn.Module, group: Group) -> None:
+    """Raises ValueError if processes share the rows of a module that must be called."""
+    if group_size(group) > 1:
+        raise UserError(
+            f"{name}, a {type(module).__name__}, has hooks or a forward of its own, which know nothing of the "
+            f"{group_size(group)} processes that share its rows; remove them, or use one process"
+        )
+
+
 def initialize(modules: list[nn.Module], std: float) -> None:
     """Weights of the given Linear and Embedding modules from N(0, std), biases 0."""
     for module in modules:
@@ -107,11 +130,14 @@ def initialize(modules: list[nn.Module], std: float) -> None:
             nn.init.zeros_(module.bias)
 
 
-def normalized(hidden: Tensor, by: nn.LayerNorm, kernels: Kernels) -> Tensor:
-    """LayerNorm of hidden (..., H) by a module, on the same path as the layers' own norms where its parameters say all."""
-    if must_be_called(by, nn.LayerNorm):
+def normalized(hidden: Tensor, by: nn.LayerNorm | nn.RMSNorm, kernels: Kernels) -> Tensor:
+    """LayerNorm or RMSNorm of hidden (..., H) by a module, as the layers' own norms where its parameters say all."""
+    plain = nn.RMSNorm if isinstance(by, nn.RMSNorm) else nn.LayerNorm
+    if must_be_called(by, plain):
         return by(hidden)  # type: ignore[no-any-return]
-    return norm(hidden, by.weight, by.bias, eps=by.eps, kernels=kernels)
+    assert by.eps is not None, "make_norm gives each norm one"
+    kind: Norm = "rms_norm" if plain is nn.RMSNorm else "layer_norm"
+    return norm(hidden, by.weight, getattr(by, "bias", None), eps=by.eps, kernels=kernels, kind=kind)
 
 
 def projected(hidden: Tensor, by: nn.Linear) -> Tensor:
@@ -120,7 +146,7 @@ def projected(hidden: Tensor, by: nn.Linear) -> Tensor:
 
 
 def check_positions(input_ids: Tensor, limit: int) -> None:
-    """Raises ValueError when a sequence is longer than the position embedding."""
+    """Raises ValueError when a sequence is longer than the model can take."""
     if input_ids.shape[1] > limit:
         raise UserError(
             f"input_ids has {input_ids.shape[1]} positions, max_position_embeddings={limit}; shorten the sequences or "

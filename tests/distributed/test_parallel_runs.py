@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from distributed.workers.runs import runs_worker
-from helpers.runs import BERT, GPT, losses, metrics, write_config
+from helpers.runs import BERT, GPT, LLAMA, MODERNBERT, losses, metrics, write_config
 from helpers.spawn import free_port, run_processes
 
 from xformer_train.launcher.checkpoint import loading
@@ -40,6 +40,8 @@ def root(tmp_path_factory):
     lamb = {"optimizer__type": "lamb", "training__gradient_clipping": 0.5}
     bert = write_config(folder, BERT, **ALIKE, **lamb, name="bert")
     gpt = write_config(folder, GPT, **ALIKE, name="gpt")
+    modernbert = write_config(folder, MODERNBERT, **ALIKE, **lamb, name="modernbert")
+    llama = write_config(folder, LLAMA, **ALIKE, name="llama")
     half = f"training.max_steps={STEPS // 2}"
     printed = {}
 
@@ -52,6 +54,8 @@ def root(tmp_path_factory):
         1,
         (bert, named("bert1"), False),
         (gpt, named("gpt1"), False),
+        (modernbert, named("modernbert1"), False),
+        (llama, named("llama1"), False),
         (bert, named("bert1to2", half), False),
     )
     start(
@@ -59,6 +63,7 @@ def root(tmp_path_factory):
         (bert, named("bert2", TWO), False),
         (bert, named("bert2to1", TWO, half), False),
         (bert, named("bert1to2", TWO, SEQUENCE), True),
+        (modernbert, named("modernbert2", TWO), False),
         (gpt, named("gpt2fp8", TWO, SEQUENCE, "training.precision=fp8", "model.hidden_size=64"), False),
     )
     start(
@@ -68,6 +73,7 @@ def root(tmp_path_factory):
         (gpt, named("gpt4zero1", TWO, "deepspeed.zero_optimization.stage=1"), False),
         (gpt, named("gpt4zero2", TWO, SEQUENCE, "deepspeed.zero_optimization.stage=2", half), False),
         (gpt, named("gpt4zero2", TWO, SEQUENCE, "deepspeed.zero_optimization.stage=2"), True),
+        (llama, named("llama4zero2", TWO, SEQUENCE, "deepspeed.zero_optimization.stage=2"), False),
     )
     start(1, (bert, named("bert2to1"), True))
     (folder / "printed.json").write_text(json.dumps(printed))
@@ -84,6 +90,8 @@ def root(tmp_path_factory):
         ("gpt4zero2", "gpt1"),  # resumed half way
         ("bert2to1", "bert1"),  # resumed half way, by one process
         ("bert1to2", "bert1"),
+        ("modernbert2", "modernbert1"),
+        ("llama4zero2", "llama1"),
     ],
 )
 def test_a_shared_model_trains_as_a_whole_one(root, name, like):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from distributed.workers.runs import runs_worker
-from helpers.runs import BERT, GPT, losses, metrics, write_config
+from helpers.runs import BERT, GPT, LLAMA, MODERNBERT, losses, metrics, write_config
 from helpers.spawn import free_port, run_processes
 
 from xformer_train.launcher.checkpoint.resharding import Saved
@@ -26,27 +26,25 @@ CHAIN = [(2, 1, 0), (1, 1, 1), (4, 2, 3), (2, 1, 2)]
 STEPS = 3
 
 
+LAMB = {"optimizer__type": "lamb", "training__gradient_clipping": 0.5}
+BF16 = {"training__precision": "bf16"}
+MODELS = {"bert": (BERT, LAMB), "gpt": (GPT, BF16), "modernbert": (MODERNBERT, LAMB), "llama": (LLAMA, BF16)}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     quiet(debug=False)
     path = tmp_path_factory.mktemp("chain")
-    lamb = {"optimizer__type": "lamb", "training__gradient_clipping": 0.5}
-    bert, gpt = write_config(path, BERT, **SAME, **lamb, name="bert"), write_config(path, GPT, **SAME, name="gpt")
+    configs = {name: write_config(path, base, **SAME, **keys, name=name) for name, (base, keys) in MODELS.items()}
     last = f"training.max_steps={STEPS * len(CHAIN)}"
-    straight = [
-        (bert, ["name=bert_straight", last], False, free_port()),
-        (gpt, ["name=gpt_straight", last, "training.precision=bf16"], False, free_port()),
-    ]
+    straight = [(file, [f"name={name}_straight", last], False, free_port()) for name, file in configs.items()]
     for part, (processes, tensor, stage) in enumerate(CHAIN):
         sets = [
             f"training.max_steps={STEPS * (part + 1)}",
             f"parallel.tensor={tensor}",
             f"deepspeed.zero_optimization.stage={stage}",
         ]
-        runs = [
-            (bert, ["name=bert_chain", *sets], part > 0, free_port()),
-            (gpt, ["name=gpt_chain", "training.precision=bf16", *sets], part > 0, free_port()),
-        ]
+        runs = [(file, [f"name={name}_chain", *sets], part > 0, free_port()) for name, file in configs.items()]
         if processes == 1:
             runs += straight
         printed = run_processes(runs_worker, processes, processes, runs)[0]
@@ -54,9 +52,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_a_chain_of_resumes_trains_as_one_straight_run(folder):
+@pytest.mark.parametrize("name", ["bert", "modernbert"])
+def test_a_chain_of_resumes_trains_as_one_straight_run(folder, name):
     """Losses depend on weights and moments of all steps before, of LAMB on whole tensors."""
-    ours, theirs = (folder / "runs" / name for name in ("bert_chain", "bert_straight"))
+    ours, theirs = (folder / "runs" / f"{name}_{kind}" for kind in ("chain", "straight"))
     assert sorted(losses(ours)) == list(range(1, STEPS * len(CHAIN) + 1))
     # fp32 sums in another order, fed back through the optimizer
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
@@ -64,27 +63,28 @@ def test_a_chain_of_resumes_trains_as_one_straight_run(folder):
     assert norms[0] == pytest.approx(norms[1], rel=2e-3)
 
 
-def test_a_chain_in_bf16_keeps_its_fp32_weights(folder):
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_a_chain_in_bf16_keeps_its_fp32_weights(folder, name):
     """bf16 gradients summed in another order differ in the third digit."""
-    ours, theirs = (losses(folder / "runs" / name) for name in ("gpt_chain", "gpt_straight"))
+    ours, theirs = (losses(folder / "runs" / f"{name}_{kind}") for kind in ("chain", "straight"))
     assert ours == pytest.approx(theirs, rel=5e-3)
 
 
-def test_fp32_weights_of_a_bf16_run_are_loaded_bit_for_bit(folder):
+@pytest.mark.parametrize("name", ["gpt", "llama"])
+def test_fp32_weights_of_a_bf16_run_are_loaded_bit_for_bit(folder, name):
     """With a learning rate of nothing, a run elsewhere saves the weights that it loaded."""
-    newest = sorted((folder / "runs/gpt_chain/checkpoints").glob("step*"))[-1]
+    newest = sorted((folder / f"runs/{name}_chain/checkpoints").glob("step*"))[-1]
     source = Saved(newest, json.loads((newest / "state.json").read_text()))
     sets = [
-        "training.precision=bf16",
-        "name=gpt_copy",
+        f"name={name}_copy",
         f"load.path={newest}",
         f"training.max_steps={STEPS * len(CHAIN) + 1}",
         "optimizer.lr=1e-30",
         "parallel.tensor=2",
         "deepspeed.zero_optimization.stage=3",
     ]
-    run_processes(runs_worker, 4, 4, [(folder / "gpt.yaml", sets, False, free_port())])
-    (copied,) = (folder / "runs/gpt_copy/checkpoints").glob("step*")
+    run_processes(runs_worker, 4, 4, [(folder / f"{name}.yaml", sets, False, free_port())])
+    (copied,) = (folder / f"runs/{name}_copy/checkpoints").glob("step*")
     copy = Saved(copied, json.loads((copied / "state.json").read_text()))
     assert set(copy.names) == set(source.names)
     for parameter in source.names:

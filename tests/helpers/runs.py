@@ -31,6 +31,32 @@ GPT = BERT | {
     "objective": {"type": "clm"},
 }
 PACKED = BERT | {"data": {"packing": "best_fit", "short_seq_prob": 0.5}, "objective": {"sentence_task": "none"}}
+_TODAYS = {
+    "position_embedding": "rope",
+    "gated_mlp": True,
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "layer_norm_eps": 1e-5,
+}
+MODERNBERT = BERT | {
+    "model": BERT["model"]
+    | _TODAYS
+    | {"rope_theta": 160000.0, "local_rope_theta": 100.0, "sliding_window": 8, "global_attn_every_n_layers": 2},
+    "objective": {"sentence_task": "none", "mlm_probability": 0.3},
+}
+LLAMA = GPT | {
+    "model": GPT["model"]
+    | _TODAYS
+    | {
+        "norm": "rms_norm",
+        "hidden_act": "silu",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "qk_norm": True,
+        "tie_word_embeddings": False,
+    },
+}
 
 
 def write_text(path: Path, num_documents: int = 40) -> Path:

@@ -300,10 +300,26 @@ def test_flops_follow_the_published_count_for_bert_large():
     assert RECIPES["bert"].flops_per_sample(model, 30528, 128, 0) == pytest.approx(236.8e9, rel=1e-3)
 
 
-def runs_model(kind, **options):
+TODAYS = {"position_embedding": "rope", "gated_mlp": True, "norm_bias": False, "mlp_bias": False}
+KINDS = {
+    "bert": {"type": "bert"},
+    "gpt": {"type": "gpt"},
+    "modernbert": {"type": "bert", "sliding_window": 4, "global_attn_every_n_layers": 2, **TODAYS},
+    "llama": {
+        "type": "gpt",
+        "norm": "rms_norm",
+        "num_key_value_heads": 2,
+        "qk_norm": True,
+        "tie_word_embeddings": False,
+        **TODAYS,
+    },
+}
+
+
+def runs_model(name, **options):
     """A model of a run, and a batch for it."""
     torch.manual_seed(2)
-    model = ModelConfig(type=kind, pre_layer_norm=True, **SIZES)
+    kind, model = KINDS[name]["type"], ModelConfig(pre_layer_norm=True, **SIZES, **KINDS[name])
     built = RECIPES[kind].build_model(model, LayerFlags(**options), ObjectiveConfig(), VOCABULARY)
     ids = torch.randint(5, VOCABULARY, (2, 9))
     if kind == "gpt":
@@ -314,14 +330,14 @@ def runs_model(kind, **options):
     return built, batch | {"sentence_labels": torch.tensor([0, 1])}
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_adapters_on_a_runs_model_are_trained(kind):
     model, batch = runs_model(kind)
-    names = ("qkv", "attention_output", "intermediate", "output", "mlm_transform", "pooler")
+    names = ("qkv", "attention_output", "intermediate", "output", "mlm_transform", "pooler", "lm_head")
     plain = sum(model(**batch).values())
     adapt(model, names)
     sum(model(**batch).values()).backward()
-    assert len(adapters(model)) == 2 * (3 * 4 + (2 if kind == "bert" else 0))
+    assert len(adapters(model)) == 2 * (3 * 4 + {"bert": 2, "modernbert": 2, "llama": 1, "gpt": 0}[kind])
     assert all(parameter.grad.abs().sum() > 0 for parameter in adapters(model))
     with torch.no_grad():
         for parameter in adapters(model)[1::2]:
@@ -329,7 +345,7 @@ def test_adapters_on_a_runs_model_are_trained(kind):
     torch.testing.assert_close(sum(model(**batch).values()), plain)
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_hook_on_any_module_of_a_runs_model_runs_once_a_pass(kind):
     model, batch = runs_model(kind)
     plain, called = model(**batch), []

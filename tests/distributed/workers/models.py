@@ -7,6 +7,7 @@ from datetime import timedelta
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from helpers.spawn import PATIENCE_S
@@ -54,6 +55,21 @@ CASES = {
     "gpt": Case(ModelConfig(type="gpt", hidden_act="gelu_tanh", **SIZES), ObjectiveConfig(type="clm")),
     "gpt, memory flags": Case(
         ModelConfig(type="gpt", **SIZES), ObjectiveConfig(type="clm"), LayerFlags(**MEMORY_FLAGS)
+    ),
+}
+
+_TODAYS = {"position_embedding": "rope", "gated_mlp": True, "norm_bias": False, "mlp_bias": False}
+_LLAMA = SIZES | _TODAYS | {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 4, "attention_bias": False}
+CASES |= {
+    "modernbert": Case(
+        ModelConfig(type="bert", sliding_window=4, global_attn_every_n_layers=2, **SIZES, **_TODAYS),
+        ObjectiveConfig(sentence_task="none"),
+        LayerFlags(unpad=True),
+    ),
+    "llama": Case(
+        ModelConfig(type="gpt", norm="rms_norm", hidden_act="silu", qk_norm=True, tie_word_embeddings=False, **_LLAMA),
+        ObjectiveConfig(type="clm"),
+        LayerFlags(**MEMORY_FLAGS),
     ),
 }
 
@@ -253,16 +269,18 @@ def fp8(group: dist.ProcessGroup) -> Triples:
 CHECKS = (models, hidden_dropout, attention_dropout, kept_for_backward, mlp_overlap, fp8)
 
 
-def worker(sizes: tuple[int, ...]) -> dict[int, dict[str, tuple[Tensor, Tensor]]]:
-    """All triples by group size."""
+def worker(sizes: tuple[int, ...]) -> dict[int, dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """All triples by group size, as arrays: a tensor would be sent as an open file, and these are thousands."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=PATIENCE_S))
-    results: dict[int, dict[str, tuple[Tensor, Tensor]]] = {}
+    results: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
     for size in sizes:
         groups = [dist.new_group(range(first, first + size)) for first in range(0, dist.get_world_size(), size)]
         group = groups[dist.get_rank() // size]
         results[size] = {
-            name: (ours.detach(), expected.detach()) for check in CHECKS for name, ours, expected in check(group)
+            name: (ours.detach().numpy(), expected.detach().numpy())
+            for check in CHECKS
+            for name, ours, expected in check(group)
         }
     dist.destroy_process_group()
     return results

@@ -106,7 +106,7 @@ def test_a_value_that_no_key_can_have_is_refused(problems, key, values):
         ),
         (
             "hidden_size: 48, num_attention_heads: 12, num_key_value_heads: 3, intermediate_size: 64",
-            "model.num_key_value_heads: got 3, which with heads of 4 columns makes 24 of keys and values, but the matrix",
+            "model.num_key_value_heads: got 3, which with heads of 4 columns makes 24 of keys and values in a process, but the",
         ),
     ],
 )
@@ -119,15 +119,25 @@ def test_products_in_fp8_need_whole_tiles_of_each_part(load, problems, model, me
     assert problem.partition(": ")[2].startswith(message), problem
 
 
-@pytest.mark.parametrize(("tensor", "fits"), [(1, True), (2, True), (3, False), (6, False), (4, True), (12, True)])
-def test_key_heads_are_divided_or_shared_by_the_processes_of_a_replica(load, problems, tensor, fits):
-    """Four key heads: each process has some of them whole, or several processes have the same one."""
-    text = f"model: {{num_attention_heads: 12, num_key_value_heads: 4}}\nparallel: {{tensor: {tensor}}}\n{MINIMAL}"
-    if fits:
+@pytest.mark.parametrize(
+    ("tensor", "head_dim", "rule"),
+    [
+        (1, 6, None),
+        (2, 6, None),
+        (4, 6, None),
+        (12, 6, None),
+        (3, 6, "must divide model.num_key_value_heads 4, or be a multiple of it"),
+        (6, 6, "must divide model.num_key_value_heads 4, or be a multiple of it"),
+        (12, 5, "must divide the 20 rows of all model.num_key_value_heads 4, which the processes store in parts"),
+    ],
+)
+def test_key_heads_are_divided_or_shared_by_the_processes_of_a_replica(load, problems, tensor, head_dim, rule):
+    heads = f"num_attention_heads: 12, num_key_value_heads: 4, head_dim: {head_dim}"
+    text = f"model: {{{heads}}}\nparallel: {{tensor: {tensor}}}\n{MINIMAL}"
+    if rule is None:
         load(text, world_size=tensor)
         return
     [problem] = problems(text, world_size=tensor)
-    rule = "must divide model.num_key_value_heads 4, or be a multiple of it"
     assert problem.partition(": ")[2] == f"parallel.tensor: got {tensor}, {rule}"
 
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from helpers.checkpoints import changed_state
-from helpers.runs import BERT, GPT, PACKED, losses, merged, metrics, weights, write_config
+from helpers.runs import BERT, GPT, LLAMA, MODERNBERT, PACKED, losses, merged, metrics, weights, write_config
 
 from xformer_train.kernels.errors import UserError
 from xformer_train.launcher.commands import app as cli
@@ -46,11 +46,18 @@ def samples_of(path):
     return data.train.num_samples
 
 
-@pytest.mark.parametrize(
-    "base",
-    [BERT, merged(BERT, {"layer.unpad": True}), PACKED, GPT],
-    ids=["bert", "bert without padding", "packed bert", "gpt"],
-)
+UNPADDED = {"layer.unpad": True}
+KINDS = {
+    "bert": BERT,
+    "bert without padding": merged(BERT, UNPADDED),
+    "packed bert": PACKED,
+    "gpt": GPT,
+    "modernbert without padding": merged(MODERNBERT, UNPADDED),
+    "llama": LLAMA,
+}
+
+
+@pytest.mark.parametrize("base", KINDS.values(), ids=KINDS)
 def test_a_resumed_run_equals_a_straight_one_bit_for_bit(base, tmp_path, capsys):
     """With dropout and accumulation, stopped within an epoch."""
     path = write_config(tmp_path, base)
@@ -341,12 +348,13 @@ def test_a_vocabulary_too_small_for_a_given_tokenizer_is_refused(tmp_path):
         start(write_config(tmp_path, name="second", tokenizer=tokenizer, model__vocab_size=100))
 
 
-def test_leaving_padding_out_does_not_change_a_run(tmp_path, capsys):
-    """Post-LN here, pre-LN in the resumed run above."""
+@pytest.mark.parametrize("base", [merged(BERT, {"model.pre_layer_norm": False}), MODERNBERT], ids=["post-LN", "modern"])
+def test_leaving_padding_out_does_not_change_a_run(base, tmp_path, capsys):
+    """Classic pre-LN in the resumed run above."""
     path = write_config(
         tmp_path,
+        base,
         model__hidden_dropout_prob=0.0,
-        model__pre_layer_norm=False,
         data__validation_fraction=0.2,
         data__short_seq_prob=0.9,
         optimizer__lr=0.01,
@@ -375,10 +383,10 @@ def test_accumulation_does_not_change_the_loss(tmp_path):
     assert list(whole.values()) == pytest.approx(list(parts.values()), rel=2e-5)
 
 
-@pytest.mark.parametrize("base", [merged(BERT, {"layer.unpad": True}), GPT], ids=["bert without padding", "gpt"])
-def test_activation_checkpointing_changes_no_bit_of_a_run(base, tmp_path):
+@pytest.mark.parametrize("kind", ["bert without padding", "gpt", "modernbert without padding", "llama"])
+def test_activation_checkpointing_changes_no_bit_of_a_run(kind, tmp_path):
     """With dropout and accumulation."""
-    path = write_config(tmp_path, base, training__max_steps=3)
+    path = write_config(tmp_path, KINDS[kind], training__max_steps=3)
     start(path, "name=none")
     for choice in ("selective", "full"):
         start(path, f"name={choice}", f"training.activation_checkpointing={choice}")
