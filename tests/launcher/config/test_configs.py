@@ -6,6 +6,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -13,6 +14,7 @@ from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.config.batch import solve_batch
 from xformer_train.launcher.config.deepspeed import deepspeed_config
 from xformer_train.launcher.config.loading import dump_config, load_config
+from xformer_train.recipes import RECIPES
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 DEEPSPEED_FILE = "deepspeed_bsz32K_lamb_config_seq512.json"
@@ -29,6 +31,10 @@ def test_the_promised_configs_ship():
         "gpt2_medium.yaml",
         "gpt2_small.yaml",
         "gpt_tiny.yaml",
+        "llama_135m.yaml",
+        "llama_tiny.yaml",
+        "modernbert_base.yaml",
+        "modernbert_tiny.yaml",
     }
     assert promised <= set(RUN_CONFIGS)
 
@@ -55,12 +61,27 @@ def test_each_config_says_what_kind_and_size_of_model_it_is(name):
     config = load_config(CONFIGS / name).config
     given = yaml.safe_load((CONFIGS / name).read_text())
     assert {"hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"} <= given["model"].keys()
-    assert config.model.intermediate_size == 4 * config.model.hidden_size
-    if config.model.type == "gpt":
-        assert (config.model.hidden_act, config.model.layer_norm_eps) == ("gelu_tanh", 1e-5)
+    model = config.model
+    if model.position_embedding == "rope":
+        assert model.gated_mlp
+        assert model.hidden_act == {"bert": "gelu", "gpt": "silu"}[model.type]
+        assert not (model.norm_bias or model.attention_bias or model.mlp_bias)
+        return
+    assert model.intermediate_size == 4 * model.hidden_size
+    if model.type == "gpt":
+        assert (model.hidden_act, model.layer_norm_eps) == ("gelu_tanh", 1e-5)
 
 
-@pytest.mark.parametrize("name", ["bert_tiny.yaml", "gpt_tiny.yaml"])
+@pytest.mark.parametrize(("name", "number"), [("modernbert_base.yaml", 149_655_232), ("llama_135m.yaml", 134_515_008)])
+def test_a_published_model_has_its_number_of_parameters(name, number):
+    config = load_config(CONFIGS / name).config
+    with torch.device("meta"):
+        recipe, rows = RECIPES[config.model.type], config.tokenizer.vocab_size
+        model = recipe.build_model(config.model, config.layer, config.objective, rows)
+    assert sum(parameter.numel() for parameter in model.parameters()) == number
+
+
+@pytest.mark.parametrize("name", ["bert_tiny.yaml", "gpt_tiny.yaml", "modernbert_tiny.yaml", "llama_tiny.yaml"])
 def test_the_tiny_configs_need_no_download_and_no_gpu(name):
     config = load_config(CONFIGS / name).config
     assert [source.kind for source in config.data.sources] == ["builtin"]

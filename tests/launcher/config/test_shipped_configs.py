@@ -50,6 +50,8 @@ def test_each_config_trains_scaled_down(name, tmp_path):
     if name == "bert_large_seq512.yaml":
         run(load_config(CONFIGS / "bert_large_seq128.yaml", sets), resume=False)
         sets.append(f"load.path={tmp_path / 'runs' / 'bert_large_seq128'}")
+    if load_config(CONFIGS / name).config.model.num_key_value_heads is not None:
+        sets.append("model.num_key_value_heads=1")
     run(load_config(CONFIGS / name, sets), resume=False)
     assert (tmp_path / "runs" / Path(name).stem / "checkpoints" / "latest").exists()
 
