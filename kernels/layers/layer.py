@@ -339,8 +339,11 @@ class TransformerLayer(nn.Module):
             return getattr(self, name)(x)  # type: ignore[no-any-return]
         return F.rms_norm(x, x.shape[-1:], now.replicated[name, "weight"], self.config.layer_norm_eps)
 
-    def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
-        """Return the output of this process's heads, (..., N/t * D), of qkv (..., 3, N/t, D) or (..., (N + 2G)/t, D)."""
+    def _contexts(self, qkv: Tensor, now: Pass, **options: Any) -> Tensor:
+        """Return the output of this process's heads, (..., N/t * D), of qkv (..., 3, N/t, D) or (..., (N + 2G)/t, D).
+
+        options: of `attention`, in the place of the layer's own in this pass.
+        """
         config, heads = self.config, self.parts.heads
         if now.cache is not None:
             context = now.cache.attend(qkv, heads, now.mask)
@@ -352,9 +355,8 @@ class TransformerLayer(nn.Module):
             config.attention_probs_dropout_prob,
             now.seed,
             self._site(_ATTENTION_SITE, differs=True),
-            rotary=heads.position(now.mask, now.token_shape, qkv.device),
             recompute=now.recompute,
-            **heads.options,
+            **{"rotary": heads.position(now.mask, now.token_shape, qkv.device), **heads.options, **options},
         )
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from helpers.hf_models import BERT, SEQ2SEQ, VOCABULARY, WORDS, Small, decoder_text, pair, text
+from helpers.hf_models import BERT, ENDS, SEQ2SEQ, SIZES, VOCABULARY, WORDS, Small, decoder_text, pair, text
 
 
 def entities(generator: torch.Generator) -> dict[str, Any]:
@@ -84,7 +84,23 @@ _VISUAL = {
 }
 _WINDOWS = {"attention_window": 4, "max_encoder_position_embeddings": 32, "max_decoder_position_embeddings": 32}
 
+_SHARED_KEYS = WORDS | SIZES | ENDS | {"num_key_value_heads": 2}
+
 SIMILAR_MODELS: dict[str, Small] = {
+    "mistral": Small("MistralForCausalLM", _SHARED_KEYS | {"sliding_window": 4}, decoder_text),
+    "qwen3": Small(
+        "Qwen3ForCausalLM",
+        _SHARED_KEYS | {"head_dim": 8, "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
+        decoder_text,
+    ),
+    "modernbert": Small(
+        "ModernBertForMaskedLM",
+        WORDS
+        | SIZES
+        | {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "cls_token_id": 0, "sep_token_id": 2}
+        | {"local_attention": 6, "global_attn_every_n_layers": 2},
+        text,
+    ),
     "ernie": Small("ErnieForMaskedLM", BERT, text),
     "layoutlm": Small("LayoutLMForMaskedLM", BERT | {"max_2d_position_embeddings": 8}, text),
     "tapas": Small("TapasForMaskedLM", BERT | {"type_vocab_sizes": [3, 4, 4, 2, 4, 4, 2]}, text),

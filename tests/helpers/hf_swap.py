@@ -9,8 +9,10 @@ from helpers.hf_similar_models import SIMILAR_MODELS
 
 pytest.importorskip("transformers")
 
-# Three heads of five columns, and an MLP whose width is no multiple of anything.
+# Three heads of five columns, and an MLP whose width is no multiple of anything; with rotary positions an even number of
+# columns, and heads that are together wider than the hidden size, or narrower.
 BERT_SIZES = {"hidden_size": 15, "num_attention_heads": 3, "intermediate_size": 37}
+SHARED = {"num_attention_heads": 6, "head_dim": 4, "intermediate_size": 37, "attention_dropout": 0.1}
 SIZES = {
     "bert": BERT_SIZES,
     "roberta": BERT_SIZES,
@@ -21,14 +23,22 @@ SIZES = {
     "ernie": BERT_SIZES,
     "distilbert": {"dim": 15, "n_heads": 3, "hidden_dim": 37},
     "gpt2": {"n_embd": 15, "n_head": 3, "n_inner": 37},
+    "llama": SHARED | {"hidden_size": 18, "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "mistral": SHARED | {"hidden_size": 15, "num_key_value_heads": 2},
+    "qwen3": SHARED | {"hidden_size": 45, "num_key_value_heads": 6},
+    "modernbert": {"hidden_size": 18, "num_attention_heads": 3, "intermediate_size": 37},
 }
 NO_DROPOUT = {
+    **{name: {"attention_dropout": 0.0} for name in ("llama", "mistral", "qwen3")},
+    "modernbert": {},
     "distilbert": {"dropout": 0.0, "attention_dropout": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
 }
 ALL = MODELS | SIMILAR_MODELS
 BERT_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+DECODERS = ("gpt2", "llama", "mistral", "qwen3")
 models = pytest.mark.parametrize("name", SIZES)
+decoders = pytest.mark.parametrize("name", DECODERS)
 # fp32 sums in another order; values are of size 1.
 close = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-5)
 close_gradients = functools.partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6)

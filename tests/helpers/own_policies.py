@@ -337,6 +337,7 @@ MODELS_WITH_POLICIES: dict[str, Small] = {
         "Qwen3ForCausalLM",
         WORDS | SIZES | ENDS | {"num_key_value_heads": 2, "head_dim": 8},
         decoder_text,
+        Policy.from_tp_plan,
     ),
     "mpnet_old": Small("MPNetForMaskedLM", BERT, text, lambda config: [MPNetBiasPolicy, MPNetLayerPolicy]),
     "t5_old": dataclasses.replace(MODELS["t5"], policy=lambda config: T5OldPolicy),

@@ -52,10 +52,12 @@ class Layer:
 class Description:
     """What a layer computes between its projections: enough to compute it otherwise.
 
-    activation: by its name in transformers. pre_layer_norm: whether the LayerNorms stand before attention and MLP;
+    activation: by its name in transformers. pre_layer_norm: whether the norms stand before attention and MLP;
     otherwise after their residual sums. causal: whether a token sees only those before it. hidden_dropout, attention_dropout:
     probabilities, of what attention and MLP add to the residual stream, and of attention probabilities.
-    drops_attention_output: whether hidden_dropout is applied to what attention adds, too.
+    drops_attention_output: whether hidden_dropout is applied to what attention adds, too. rms_norm: whether the norms are
+    RMSNorms. gated_mlp: whether one half of what goes into the MLP passes the activation, and the other multiplies it. rotary:
+    whether the layer takes `position_embeddings`, cosines and sines (B or 1, S, D), by which queries and keys are turned.
     """
 
     activation: str
@@ -65,3 +67,6 @@ class Description:
     hidden_dropout: float
     attention_dropout: float
     drops_attention_output: bool = True
+    rms_norm: bool = False
+    gated_mlp: bool = False
+    rotary: bool = False

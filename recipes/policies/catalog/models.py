@@ -54,6 +54,23 @@ _BART = Family(
     "fc1 -> fc2",
     counts="{self_attn,encoder_attn}.{num_heads,embed_dim}",
 )
+_LLAMA = Family(
+    "llama.LlamaDecoderLayer",
+    "self_attn.{q,k,v}_proj -> self_attn.o_proj",
+    "mlp.{gate,up}_proj -> mlp.down_proj",
+    norms="input_layernorm post_attention_layernorm",
+    description={
+        "activation": "hidden_act",
+        "layer_norm_eps": "rms_norm_eps",
+        "pre_layer_norm": True,
+        "causal": True,
+        "hidden_dropout": 0.0,
+        "attention_dropout": "attention_dropout",
+        "rms_norm": True,
+        "gated_mlp": True,
+        "rotary": True,
+    },
+)
 
 FAMILIES = (
     _BERT,
@@ -183,11 +200,33 @@ FAMILIES = (
         "ffn[0] -> ffn[2]",
         counts="multi_head_attention.{num_heads,d_model_size}",
     ),
+    _LLAMA,
+    replace(_LLAMA, models="mistral.MistralDecoderLayer", window="self_attn.config.sliding_window"),
+    replace(
+        _LLAMA,
+        models="qwen3.Qwen3DecoderLayer",
+        head_norms="self_attn.{q,k}_norm",
+        window="self_attn.sliding_window",
+    ),
     Family(
-        "llama.LlamaDecoderLayer",
-        "self_attn.{q,k,v}_proj -> self_attn.o_proj",
-        "mlp.{gate,up}_proj -> mlp.down_proj",
-        norms="input_layernorm post_attention_layernorm",
+        "modernbert.ModernBertEncoderLayer",
+        "attn.Wqkv*3 -> attn.Wo",
+        "mlp.Wi*2 -> mlp.Wo",
+        norms="attn_norm? mlp_norm",  # the first layer reads the norm of the embeddings
+        window="attn.sliding_window",
+        words="tok_embeddings",
+        logits="decoder",
+        description={
+            "activation": "hidden_activation",
+            "layer_norm_eps": "norm_eps",
+            "pre_layer_norm": True,
+            "causal": False,
+            # Theirs stand elsewhere in the layer, and are zero by default.
+            "hidden_dropout": 0.0,
+            "attention_dropout": 0.0,
+            "gated_mlp": True,
+            "rotary": True,
+        },
     ),
     Family(
         "t5.T5Block mt5.MT5Block",

@@ -93,6 +93,18 @@ class Policy(ABC):
         return []
 
     @staticmethod
+    def head_norms() -> list[Layer]:
+        """Ours: the RMSNorms of each head's queries and of each head's keys, in this order, as `shared_by_heads` does."""
+        return []
+
+    @staticmethod
+    def window() -> str | None:
+        """Ours: the attribute of a layer that counts the tokens within which attention stays, a token itself and those on one
+        side of it, by its path; it may be None in a layer that sees all. None: there is no such attribute.
+        """
+        return None
+
+    @staticmethod
     def describe(config: Any) -> Description | None:
         """Ours: what the layer computes besides; None: not said, and the layer cannot be swapped."""
         return None

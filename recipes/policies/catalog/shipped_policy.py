@@ -27,6 +27,10 @@ class ShippedPolicy(Policy):
         return found
 
     @classmethod
+    def window(cls) -> str | None:
+        return cls.family.window or None
+
+    @classmethod
     def describe(cls, config: Any) -> Description | None:
         fields = (cls.family.description or {}).items()
         given = {name: getattr(config, value) if isinstance(value, str) else value for name, value in fields}
@@ -40,7 +44,8 @@ class Family:
     models: classes of layers, each as "bert.BertLayer" for transformers.models.bert.modeling_bert.BertLayer.
     attention: "a -> b", from queries, keys and values to the output; mlp: from hidden to intermediate size and back. These are
     modules with a weight and perhaps a bias; biases: parameters of attention that are no module's.
-    counts: attributes that count heads or their columns. norms: as `Policy.norms` says. whole: modules that stay whole.
+    counts: attributes that count heads or their columns. norms, head_norms, window: as in `Policy`. whole: modules that stay
+    whole.
     words, logits: ends of names of embeddings, and of the projections to these words; a model has some of them.
     description: fields of a `Description`, texts being the config's names for them.
     """
@@ -51,6 +56,8 @@ class Family:
     counts: str = ""
     biases: str = ""
     norms: str = ""
+    head_norms: str = ""
+    window: str = ""
     whole: str = ""
     words: str = "word_embedding{,s} embed_tokens shared wte embed_in tokens_embed w embeddings"
     logits: str = (
@@ -61,15 +68,16 @@ class Family:
 
     def policies(self) -> dict[str, type[ShippedPolicy]]:
         """A policy for each class of layers, by the qualified name of that class."""
-        texts = (*self.attention.split("->"), *self.mlp.split("->"), self.norms)
+        texts = (*self.attention.split("->"), *self.mlp.split("->"), self.norms, self.head_norms)
         rules: dict[str, list[Any]] = dict(
-            zip(("attn_qkv", "attn_out", "mlp_in", "mlp_out", "norms"), map(_layers, texts), strict=True)
+            zip(("attn_qkv", "attn_out", "mlp_in", "mlp_out", "norms", "head_norms"), map(_layers, texts), strict=True)
         )
         rules["attn_qkv"] += [Layer(bias=path) for path, *_ in paths(self.biases)]
         for rule, text in (("embeddings", self.words), ("head", self.logits)):
             rules[rule] = [Layer(f"{path}.weight", ignore_checker=True) for path, *_ in paths(text)]
         for rule, text in (("divided", self.counts), ("replicated", self.whole)):
             rules[rule] = [path for path, *_ in paths(text)]
+        rules["shared_by_heads"] = [layer.weight for layer in rules["head_norms"]]
         methods: dict[str, Any] = {rule: staticmethod(functools.partial(list, one)) for rule, one in rules.items()}
         found = {}
         for model in self.models.split():

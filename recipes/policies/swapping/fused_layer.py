@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from .masks import LayerMasks
 CACHE_NAMES = ("cache", "past_key_values")
 """What transformers calls a cache of keys and values, in arguments and outputs: since 5.24, and before."""
 
-# Arguments of stock layers that have no influence on what they compute, or none here: the masks know of positions.
+# Arguments of stock layers that have no influence on what they compute, or that the masks know of, as of positions.
 _WITHOUT_INFLUENCE = {
     "position_ids",
     "cache_position",
@@ -42,11 +42,13 @@ class Origin:
 
     names: of all, in the order in which they are joined along dim 0. transposed: whether matrices are stored (in, out).
     heads: this process's, of a projection to queries, keys and values that is fused head by head; None: one after the other.
+    shares: how the rows are divided among several; none: equally.
     """
 
     names: tuple[str, ...]
     transposed: bool = False
     heads: int | None = None
+    shares: tuple[int, ...] = ()
 
     def join(self, tensors: Sequence[Tensor]) -> Tensor:
         """The parameter, contiguous; the tensor itself where nothing is to be done."""
@@ -60,22 +62,29 @@ class Origin:
         """The tensors again, as views where that is possible."""
         if self.heads is not None:
             whole = whole.unflatten(0, (3, self.heads, -1)).transpose(0, 1).flatten(0, 2)
-        parts = whole.chunk(len(self.names)) if len(self.names) > 1 else [whole]
+        shares = self.shares or (1,) * len(self.names)
+        rows = [len(whole) // sum(shares) * share for share in shares]
+        parts = whole.split(rows) if len(rows) > 1 else [whole]
         return [part.t() if self.transposed and part.dim() == 2 else part for part in parts]
 
 
 @dataclass(frozen=True, eq=False)
-class _CacheMask(AttentionMask):
-    """Of a pass that adds its keys and values to a cache, whose keys and values its tokens then see."""
+class GivenMask(AttentionMask):
+    """What a stock layer of rotary positions or with a cache was given in a pass, in the place of a mask.
 
-    masks: LayerMasks | None = None
-    given: Tensor | None = None
+    positions: cosines and sines (B or 1, S, D) that turn queries and keys. cache: to which the pass adds its keys and values,
+    whose keys and values its tokens then see. convert(like), over_cache(q, length): what `LayerMasks` makes of the mask.
+    """
+
+    positions: tuple[Tensor, Tensor] | None = None
     cache: Any = None
     layer_idx: int = 0
+    convert: Callable[[Tensor], tuple[AttentionMask, int | None]] = lambda _: (AttentionMask(), None)
+    over_cache: Callable[[Tensor, int], Tensor | None] = lambda *_: None
 
 
 class FusedTransformerLayer(TransformerLayer):
-    """A `TransformerLayer` that can attend over a cache of transformers.
+    """A `TransformerLayer` with the positions, windows and cache that transformers hands to its layers.
 
     drops_attention_output: whether there is dropout behind the output projection of attention, too.
     """
@@ -88,23 +97,52 @@ class FusedTransformerLayer(TransformerLayer):
         seed = now.seed if self.drops_attention_output else None
         return super()._join_attention(out, residual, dataclasses.replace(now, seed=seed))
 
-    def _contexts(self, qkv: Tensor, now: Pass) -> Tensor:
-        mask = now.mask
-        if not isinstance(mask, _CacheMask):
-            return super()._contexts(qkv, now)
-        assert mask.masks is not None
-        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
-        k, v = mask.cache.update(k, v, mask.layer_idx)
-        if k.shape[2] == q.shape[2]:  # the cache was empty
-            return super()._contexts(qkv, dataclasses.replace(now, mask=mask.masks.convert(mask.given, qkv)))
-        bias = mask.masks.over_cache(mask.given, q, k.shape[2])
+    def _contexts(self, qkv: Tensor, now: Pass, **options: Any) -> Tensor:
+        given = now.mask
+        if not isinstance(given, GivenMask):
+            return super()._contexts(qkv, now, **options)
+        rotary = None
+        if given.positions is not None:
+            rotary = _table(*given.positions) if given.cache is None else None
+            qkv = self._turned(qkv, *given.positions) if rotary is None else qkv
+        if given.cache is not None:
+            q, k, v = (part.transpose(1, 2) for part in self.parts.heads.split(qkv))
+            k, v = given.cache.update(k, v, given.layer_idx)
+            if k.shape[2] > q.shape[2]:
+                return self._over_cache(q, k, v, given)
+        mask, window = given.convert(qkv)
+        return super()._contexts(qkv, dataclasses.replace(now, mask=mask), rotary=rotary, window=window)
+
+    def _turned(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return qkv, (B, S, ..., D), with queries and keys turned by positions of their own in each row."""
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        cos, sin = (table[:, :, None, : table.shape[-1] // 2].to(wide) for table in (cos, sin))
+        queries, keys, values = self.parts.heads.split(qkv)
+        turned = []
+        for part in (queries, keys):
+            first, second = part.to(wide).chunk(2, -1)
+            turned.append(torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(qkv.dtype))
+        return torch.cat([*turned, values], -2).view(qkv.shape)
+
+    def _over_cache(self, q: Tensor, k: Tensor, v: Tensor, given: GivenMask) -> Tensor:
+        bias = given.over_cache(q, k.shape[2])
         p, random = self.config.attention_probs_dropout_prob if self.training else 0.0, RankRandom(self.parallel)
         if p > 0:
             random.enter(q.device)
         try:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p).transpose(1, 2).flatten(2)
+            shared = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p, enable_gqa=shared)
+            return out.transpose(1, 2).flatten(2)
         finally:
             random.leave()
+
+
+def _table(cos: Tensor, sin: Tensor) -> Tensor | None:
+    """Return the `rotary` of `attention` of positions that all rows have alike, and else None."""
+    if len(cos) > 1:
+        return None
+    half = cos.shape[-1] // 2
+    return torch.cat([cos[0, :, :half], sin[0, :, :half]], -1).float()
 
 
 @dataclass(frozen=True)
@@ -113,7 +151,7 @@ class Swapped:
 
     children: its modules, without parameters. names: of its parameters, in the order of its state dict. origins: by the names
     of the fused layer's parameters. partitions: of those of its parameters that are shards, by name. layer_idx: under which it
-    stands in a cache of keys and values.
+    stands in a cache of keys and values. rotary: whether it is given `position_embeddings`. window: how far a token sees.
     """
 
     children: dict[str, nn.Module]
@@ -122,6 +160,8 @@ class Swapped:
     partitions: Mapping[str, Partition]
     masks: LayerMasks
     layer_idx: int | None
+    rotary: bool
+    window: int | None
 
 
 class FusedLayer(nn.Module):
@@ -140,6 +180,7 @@ class FusedLayer(nn.Module):
         given = dict(zip(self.arguments, args, strict=False)) | kwargs
         hidden_states: Tensor = given.pop(self.arguments[0])
         mask, cache = given.pop("attention_mask", None), self._pop_cache(given)
+        positions = self._pop_positions(given)
         for name, value in given.items():
             if value is not None and value is not False and name not in _WITHOUT_INFLUENCE:
                 raise UserError(
@@ -148,19 +189,37 @@ class FusedLayer(nn.Module):
                 )
         dtype = autocast_dtype(hidden_states.device)
         if dtype is None:
-            return self.fused(hidden_states, self._mask(mask, cache, hidden_states, given))  # type: ignore[no-any-return]
+            return self.fused(hidden_states, self._mask(mask, cache, positions, hidden_states, given))  # type: ignore[no-any-return]
         x = hidden_states.to(dtype)
         with torch.autocast(x.device.type, enabled=False):  # it does not look into autograd Functions
             weights = {name: parameter.to(dtype) for name, parameter in self.fused.named_parameters()}
-            y = torch.func.functional_call(self.fused, weights, (x, self._mask(mask, cache, x, given)))
+            y = torch.func.functional_call(self.fused, weights, (x, self._mask(mask, cache, positions, x, given)))
         return y.to(hidden_states.dtype)  # type: ignore[no-any-return]
 
-    def _mask(self, given: Tensor | None, cache: Any, x: Tensor, arguments: Mapping[str, Any]) -> AttentionMask:
+    def _mask(
+        self, given: Tensor | None, cache: Any, positions: Any, x: Tensor, arguments: Mapping[str, Any]
+    ) -> AttentionMask:
         swapped = self.swapped
-        if cache is None:
-            return swapped.masks.convert(given, x, arguments.get("position_ids"))
-        assert swapped.layer_idx is not None
-        return _CacheMask(masks=swapped.masks, given=given, cache=cache, layer_idx=swapped.layer_idx)
+        masks, window, position_ids = swapped.masks, swapped.window, arguments.get("position_ids")
+        if cache is None and positions is None:
+            return masks.convert(given, x, position_ids)[0]
+        return GivenMask(
+            positions=positions,
+            cache=cache,
+            layer_idx=swapped.layer_idx or 0,
+            convert=lambda like: masks.convert(given, like, position_ids, window),
+            over_cache=lambda q, length: masks.over_cache(given, q, length, window),
+        )
+
+    def _pop_positions(self, given: dict[str, Any]) -> Any:
+        """Takes what turns queries and keys out of the arguments; without rotary positions it stays and is refused."""
+        if not self.swapped.rotary:
+            return None
+        if given.get("position_embeddings") is None:
+            raise UserError(
+                f"a fused {type(self).__name__} turns queries and keys, and needs position_embeddings for it"
+            )
+        return given.pop("position_embeddings")
 
     def _pop_cache(self, given: dict[str, Any]) -> Any:
         """Takes the cache out of the arguments, under whichever name; a second one stays there and is refused."""
@@ -259,6 +318,9 @@ def build_fused(
     for ours, origin in origins.items():
         parameters = [stock[name] for name in origin.names]
         parameter = _converted(parameters, origin.join)
+        if getattr(parameter, "sequence_parallel", False):
+            # a hook sums its gradient over the processes, which the fused layer does by itself
+            parameter = _converted(parameters, lambda tensors: tensors[0].detach())
         if is_sharded(parameters[0]):
             mark_sharded(parameter, partitions[ours])
         set_parameter(fused, ours, parameter)

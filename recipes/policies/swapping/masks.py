@@ -7,7 +7,8 @@ None            every token sees all         causal in a decoder, else all   cau
 4-D             added to the scores          bool, True = sees; or added     -
 2-D             -                            -                               1 = token; causal in a decoder
 
-So whether causal order is part of a 4-D mask is not known; it is found out by looking at it.
+So whether causal order and a window are part of a 4-D mask is not known; it is found out by looking at it. Flash attention
+alone is told the window by the layer.
 """
 
 from typing import Any
@@ -43,29 +44,40 @@ class LayerMasks:
             )
         return str(name)
 
-    def convert(self, given: Tensor | None, x: Tensor, position_ids: Tensor | None = None) -> AttentionMask:
-        """The mask of a pass in which tokens see each other.
+    def convert(
+        self, given: Tensor | None, x: Tensor, position_ids: Tensor | None = None, window: int | None = None
+    ) -> tuple[AttentionMask, int | None]:
+        """The mask of a pass in which tokens see each other, and the window that is not part of it.
 
-        given: what the layer was called with; x: (B, S, H), in the dtype that is computed in; position_ids: (B, S) or
-        (1, S), by which flash attention tells packed sequences apart. Raises ValueError for another form of mask.
+        given: what the layer was called with; x: (B, S, ...), in the dtype that is computed in; position_ids: (B, S) or
+        (1, S), by which flash attention tells packed sequences apart; window: the layer's own, how far a token sees.
+        Raises ValueError for another form of mask.
         """
         implementation = self.implementation
         if given is None:
-            return self._convert_none(x, implementation, position_ids)
+            mask = self._convert_none(x, implementation, position_ids)
+            return mask, window if implementation.startswith("flash") else None
         if torch.compiler.is_compiling() or given.is_inference():  # no attributes, or no version to trust them by
-            return self._convert_tensor(given, x, implementation)
-        key = (given._version, len(x), x.dtype, implementation, self._causal)  # one row may serve batches of any size
+            return self._convert_tensor(given, x, implementation, window)
+        key = (
+            given._version,
+            len(x),
+            x.dtype,
+            implementation,
+            self._causal,
+            window,
+        )  # one row may serve batches of any size
         known = getattr(given, "_fused_layer_mask", None)
         if known is None or known[0] != key:
-            known = (key, self._convert_tensor(given, x, implementation))
+            known = (key, self._convert_tensor(given, x, implementation, window))
             given._fused_layer_mask = known  # type: ignore[attr-defined] # there for the other layers, gone with the mask
-        converted: AttentionMask = known[1]
+        converted: tuple[AttentionMask, int | None] = known[1]
         return converted
 
-    def over_cache(self, given: Tensor | None, q: Tensor, length: int) -> Tensor | None:
+    def over_cache(self, given: Tensor | None, q: Tensor, length: int, window: int | None = None) -> Tensor | None:
         """What torch's scaled_dot_product_attention takes as attn_mask where queries see `length` keys of a cache.
 
-        given: as above; q: (B, N, S, D). Raises ValueError for a mask of another length.
+        given, window: as above; q: (B, N, S, D). Raises ValueError for a mask of another length.
         """
         implementation = self.implementation
         batch, heads, size, _ = q.shape
@@ -74,11 +86,15 @@ class LayerMasks:
             if given.dim() == 4:
                 return given if given.dtype == torch.bool else given.to(q.dtype)
         seen = None if given is None else given.bool()[:, None, None]
-        if not self._causal or implementation == "eager" or size == 1:
+        flash = implementation.startswith("flash")
+        window = window if flash else None
+        if not self._causal or implementation == "eager" or (size == 1 and window is None):
             return seen
         # sdpa's causal order begins at the first key of the cache, so there is no mask only where that is the first query's.
-        first = 0 if implementation == "sdpa" else length - size
+        first = length - size if flash else 0
         order = torch.ones(size, length, dtype=torch.bool, device=q.device).tril_(first)[None, None]
+        if window is not None:
+            order.triu_(first - window)
         return order if seen is None else seen & order
 
     def _convert_none(self, x: Tensor, implementation: str, position_ids: Tensor | None) -> AttentionMask:
@@ -92,18 +108,20 @@ class LayerMasks:
             self._unmasked = (key, AttentionMask(causal))
         return self._unmasked[1]
 
-    def _convert_tensor(self, given: Tensor, x: Tensor, implementation: str) -> AttentionMask:
+    def _convert_tensor(
+        self, given: Tensor, x: Tensor, implementation: str, window: int | None
+    ) -> tuple[AttentionMask, int | None]:
         batch, size = x.shape[:2]
         self._check(given, (batch, None, size, size), implementation)
         if given.dim() == 2:
-            return AttentionMask(self._causal, key_mask=given.bool())
-        found = None if given.shape[1] != 1 or torch.compiler.is_compiling() else _pattern(given, batch, size)
+            return AttentionMask(self._causal, key_mask=given.bool()), window
+        found = None if given.shape[1] != 1 or torch.compiler.is_compiling() else _pattern(given, batch, size, window)
         if found is not None:
             return found
         if given.dtype == torch.bool:
-            return AttentionMask(bias=hiding_bias(given, x.dtype))
+            return AttentionMask(bias=hiding_bias(given, x.dtype)), None
         wide = given.to(torch.promote_types(given.dtype, x.dtype))
-        return AttentionMask(bias=wide.clamp(min=lowest_score(x.dtype)).to(x.dtype))
+        return AttentionMask(bias=wide.clamp(min=lowest_score(x.dtype)).to(x.dtype)), None
 
     def _check(self, given: Tensor, shape: tuple[int, int | None, int, int], implementation: str) -> None:
         """Raises ValueError for a mask that stock layers would not understand as this one."""
@@ -130,8 +148,8 @@ def _segments(position_ids: Tensor) -> Tensor:
     return begins.cumsum(1, dtype=torch.int32)
 
 
-def _pattern(given: Tensor, batch: int, size: int) -> AttentionMask | None:
-    """The mask by its keys alone, or by them and causal order, if it is nothing else: it then needs no S * S numbers.
+def _pattern(given: Tensor, batch: int, size: int, window: int | None) -> tuple[AttentionMask, int | None] | None:
+    """The mask by its keys alone, or by them, causal order and the window, if it is nothing else: it needs no S * S numbers.
 
     given: (B or 1, 1, S or 1, S). The host waits for a GPU once.
     """
@@ -140,11 +158,16 @@ def _pattern(given: Tensor, batch: int, size: int) -> AttentionMask | None:
     else:
         sees = given == 0
         clear = (sees | (given <= lowest_score(given.dtype))).all()
-    keys = sees[:, 0, -1]
-    order = torch.ones(size, size, dtype=torch.bool, device=given.device).tril_()
-    same = (sees == keys[:, None, None]).all()
-    same_causal = (sees == (keys[:, None, None] & order)).all()
-    clear, same, same_causal, whole = torch.stack([clear, same, same_causal, keys.all()]).tolist()
-    if not clear or not (same or same_causal):
+    keys = sees[:, 0].any(-2)  # that some query sees
+    every = torch.ones(size, size, dtype=torch.bool, device=given.device)
+    orders: dict[tuple[bool, int | None], Tensor] = {(False, None): every, (True, None): every.tril()}
+    if window is not None:
+        near = every.tril(window).triu_(-window)
+        orders |= {(False, window): near, (True, window): near.tril()}
+    fits = [(sees == (keys[:, None, None] & order)).all() for order in orders.values()]
+    clear, whole, *same = torch.stack([clear, keys.all(), *fits]).tolist()
+    found = next((kind for kind, fit in zip(orders, same, strict=True) if fit), None)
+    if not clear or found is None:
         return None
-    return AttentionMask(not same, key_mask=None if whole else keys.expand(batch, size).contiguous())
+    causal, own_window = found
+    return AttentionMask(causal, key_mask=None if whole else keys.expand(batch, size).contiguous()), own_window

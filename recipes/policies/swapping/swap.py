@@ -82,7 +82,8 @@ def _swap_layer(place: SwapPlace) -> None:
     names, partitions = [name for name, _ in layer.named_parameters()], partitions_of(layer)
     for name in names:
         set_parameter(layer, name, None)
-    swapped = Swapped(dict(layer._modules), names, place.origins, partitions, place.masks, place.layer_idx)
+    rotary, kept = place.description.rotary, (place.masks, place.layer_idx)
+    swapped = Swapped(dict(layer._modules), names, place.origins, partitions, *kept, rotary, place.window)
     layer._modules.clear()
     stock: Any = type(layer)
     layer.__class__ = fused_class(stock)

@@ -48,6 +48,9 @@ SEQUENCE_PARALLEL = (
     "gpt_neox",
     "opt",
     "llama",
+    "mistral",
+    "qwen3",
+    "modernbert",
 )
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CHECKPOINTED = tuple(name for name in MODELS if name != "albert")  # in which transformers has no checkpointing

@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from distributed.workers.shard import Results, equal_on_all, error, run, sharded, tensors_of, whole_gradients
-from helpers.hf_models import MODELS, cache_of, text
+from distributed.workers.shard import ALL, Results, equal_on_all, error, run, sharded, tensors_of, whole_gradients
+from helpers.hf_models import cache_of, text
 from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
 from xformer_train.kernels.parallel.sharding import is_sharded, partitions_of
 from xformer_train.recipes.policies import full_state_dict, revert, shard, swap
 
-NAMES = ("bert", "roberta", "electra", "distilbert", "gpt2")
+NAMES = ("bert", "roberta", "electra", "distilbert", "gpt2", "llama", "qwen3", "modernbert")
+DECODERS = ("gpt2", "llama", "qwen3")
 
 
 def make_inputs(name: str, seed: int = 1) -> dict[str, Any]:
-    """With padding, for GPT-2 on the right: a token that sees none, as on the left, differs from the stock model's."""
-    return text(torch.Generator().manual_seed(seed)) if name == "gpt2" else MODELS[name].make_inputs(seed)
+    """With padding, for decoders on the right: a token that sees none, as on the left, differs from the stock model's."""
+    return text(torch.Generator().manual_seed(seed)) if name in DECODERS else ALL[name].make_inputs(seed)
 
 
 def both(name: str) -> nn.Module:
@@ -31,7 +32,7 @@ def both(name: str) -> nn.Module:
 
 def equals_one_process(name: str) -> Results:
     """Outputs, gradients, state dicts and DeepSpeed's gradient norm, each beside those of the whole stock model."""
-    whole, ours, group = MODELS[name].build(), both(name), dist.group.WORLD
+    whole, ours, group = ALL[name].build(), both(name), dist.group.WORLD
     inputs = make_inputs(name) | {"output_hidden_states": True}
     before, joined = whole.state_dict(), full_state_dict(ours, group)
     outputs = error(run(ours, inputs), run(whole, inputs))
@@ -72,7 +73,7 @@ def reverts(name: str) -> Results:
 
 def steps(name: str) -> Results:
     """Losses of five steps of AdamW and one more, of both models; then what other models make of the trained state dicts."""
-    ours, whole = both(name), MODELS[name].build()
+    ours, whole = both(name), ALL[name].build()
     losses = []
     for model in (ours, whole):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -116,7 +117,7 @@ def attention_dropout(name: str) -> Results:
     fields = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.5}
     if name == "gpt2":
         fields = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.5}
-    model = MODELS[name].build(**fields)
+    model = ALL[name].build(**fields)
     layers = model.transformer.h if name == "gpt2" else model.bert.encoder.layer
     with torch.no_grad():
         for parameter in head_parameters(name, layers[0]):
@@ -147,8 +148,8 @@ def head_parameters(name: str, layer: Any) -> list[Tensor]:
 def generation(name: str) -> Results:
     """Greedy tokens of both models, with a cache."""
     found = []
-    for model in (both(name), MODELS[name].build()):
-        given = {key: value for key, value in MODELS[name].make_inputs().items() if key != "labels"}
+    for model in (both(name), ALL[name].build()):
+        given = {key: value for key, value in ALL[name].make_inputs().items() if key != "labels"}
         found.append(model.generate(**given, max_new_tokens=6, do_sample=False, pad_token_id=0).tolist())
     return {"tokens": found}
 
@@ -156,7 +157,7 @@ def generation(name: str) -> Results:
 def autocast(name: str) -> Results:
     """Losses under torch.autocast, and whether every gradient is finite and of its parameter's dtype."""
     losses = []
-    for model in (MODELS[name].build(), both(name)):
+    for model in (ALL[name].build(), both(name)):
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**make_inputs(name)).loss
         loss.backward()
@@ -167,7 +168,7 @@ def autocast(name: str) -> Results:
 
 def refusals(name: str) -> Results:
     """What wrong orders and sequence parallelism are told, and whether the model is as it was."""
-    swapped, whole = MODELS[name].build(), MODELS[name].build()
+    swapped, whole = ALL[name].build(), ALL[name].build()
     swap(swapped)
     in_sequence = sharded(name, dist.group.WORLD, sequence_parallel=True)
     inputs = make_inputs(name)
@@ -189,11 +190,11 @@ def refusals(name: str) -> Results:
 CHECKS = [
     (equals_one_process, NAMES),
     (reverts, NAMES),
-    (steps, ("bert", "distilbert", "gpt2")),
+    (steps, ("bert", "distilbert", "gpt2", "qwen3", "modernbert")),
     (dropout, ("bert", "distilbert", "gpt2")),
     (attention_dropout, ("bert", "gpt2")),
-    (generation, ("gpt2",)),
-    (autocast, ("bert", "gpt2")),
+    (generation, DECODERS),
+    (autocast, ("bert", "gpt2", "qwen3", "modernbert")),
     (refusals, ("bert", "gpt2")),
 ]
 

@@ -215,12 +215,11 @@ def test_what_an_old_policy_leaves_open_is_said():
 
 
 def test_a_model_without_a_policy_falls_back_on_its_own_plan():
-    pytest.importorskip("transformers", "4.51", reason="Qwen3 is not in transformers before")
-    model = MODELS_WITH_POLICIES["qwen3_plan"].build()
+    model = MODELS_WITH_POLICIES["apertus_plan"].build()
     plan = make_plan(model, None, 2)
-    assert [place.policy.__name__ for place in plan.places] == ["Qwen3PlanPolicy"] * 2
+    assert [place.policy.__name__ for place in plan.places] == ["ApertusPlanPolicy"] * 2
     said = "no policy is shipped for it; it is cut by the tensor-parallel plan of its config"
-    assert plan.notes == f"- Qwen3ForCausalLM: {said}"
+    assert plan.notes == f"- ApertusForCausalLM: {said}"
     with pytest.warns(UserWarning, match=said):
         plan.warn()
     assert make_plan(model, policies_for(model), 2).notes == ""  # who names a policy knows it
@@ -345,7 +344,8 @@ def test_sequence_parallelism_says_where_it_works(name, reason):
     model = MODELS[name].build()
     plan = make_plan(model, policies_for(model), 2)
     with pytest.raises(
-        ValueError, match=f"sequence_parallel=True: {reason}.*bert, camembert, distilbert, .*ernie, .*llama, opt"
+        ValueError,
+        match=f"sequence_parallel=True: {reason}.*bert, camembert, .*ernie, .*llama, mistral, modernbert, opt, qwen3",
     ):
         check_sequence_parallel(plan)
     model = MODELS["opt"].build(layerdrop=0.1)

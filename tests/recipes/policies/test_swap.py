@@ -6,8 +6,10 @@ import inspect
 import pytest
 import torch
 import transformers
-from helpers.hf_models import MODELS, cache_of
+from helpers.hf_models import cache_of
 from helpers.hf_swap import (
+    ALL,
+    DECODERS,
     SIZES,
     assert_same_bits,
     bits,
@@ -15,6 +17,7 @@ from helpers.hf_swap import (
     build_without_dropout,
     close,
     close_gradients,
+    decoders,
     inputs,
     logits_of,
     models,
@@ -62,15 +65,15 @@ def allowed_in_blocks(length=9):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["bool", "additive", "bias", "bias per head"])
 def test_own_masks_of_four_dims_are_honoured(name, attention, kind):
-    allowed = allowed_in_blocks()
+    model = build(name, attn_implementation=attention)
+    allowed, heads = allowed_in_blocks(), model.config.num_attention_heads
     masks = {
         "bool": allowed,
         "additive": torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo().min),
         "bias": torch.randn(2, 1, 9, 9, generator=torch.Generator().manual_seed(1)),
-        "bias per head": torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(1)),
+        "bias per head": torch.randn(2, heads, 9, 9, generator=torch.Generator().manual_seed(1)),
     }
     given = pretrain_inputs(name, inputs(None)) | {"attention_mask": masks[kind]}
-    model = build(name, attn_implementation=attention)
     if kind == "bool" and attention == "eager":  # stock layers add it to the scores
         swap(model)
         with pytest.raises(ValueError, match=r"attention_mask is torch.bool \(2, 1, 9, 9\) .* added to the scores$"):
@@ -83,7 +86,7 @@ def test_own_masks_of_four_dims_are_honoured(name, attention, kind):
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
     model = build(name)
-    given = pretrain_inputs(name, inputs()) | ({"use_cache": False} if name == "gpt2" else {})
+    given = pretrain_inputs(name, inputs()) | ({"use_cache": False} if name in DECODERS else {})
     swap(model)
     calls = []
     for module in model.modules():
@@ -128,7 +131,7 @@ def test_five_steps_of_adamw_have_the_stock_losses_and_come_back(name):
     close(logits_of(ours.eval()(**given)), logits_of(stock.eval()(**given)), atol=1e-3)
 
 
-@models
+@pytest.mark.parametrize("name", [name for name in SIZES if name != "modernbert"])  # which is refused with dropout
 def test_dropout_trains_and_evaluation_is_deterministic(name):
     model = build(name).train()
     swap(model)
@@ -158,10 +161,11 @@ def test_distilbert_drops_nothing_behind_attention(attention_dropout):
     assert torch.equal(layer.train()(x), expected) is (attention_dropout == 0)
 
 
+@decoders
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "none"])
-def test_greedy_generation_is_the_stock_models(attention, cache):
-    model = build("gpt2", attn_implementation=attention)
+def test_greedy_generation_is_the_stock_models(attention, cache, name):
+    model = build(name, attn_implementation=attention)
     given = inputs("left")
     del given["labels"]
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "output_logits": True}
@@ -178,19 +182,22 @@ def test_greedy_generation_is_the_stock_models(attention, cache):
     assert torch.equal(found, model.generate(**given, **beams))
 
 
+WITHOUT_A_CACHE = ("TransformerBlockPolicy", "ModernBertEncoderLayerPolicy")  # of models that are never decoders
+
+
 @pytest.mark.parametrize("policy", [policy for policy in SHIPPED.values() if policy.family.description])
 def test_stock_layers_have_no_argument_that_fused_ones_do_not_know_by_name(policy):
     parameters = inspect.signature(policy.original_layer_class().forward).parameters
     _, first, *others = (name for name, one in parameters.items() if one.kind is not one.VAR_KEYWORD)
     assert first == "hidden_states"
     assert "attention_mask" in others
-    # DistilBERT is never a decoder, and its layers know no cache.
-    assert len(set(CACHE_NAMES) & set(others)) == (policy.__name__ != "TransformerBlockPolicy")
+    assert len(set(CACHE_NAMES) & set(others)) == (policy.__name__ not in WITHOUT_A_CACHE)
+    assert ("position_embeddings" in others) is policy.family.description.get("rotary", False)
     refused = {"encoder_hidden_states"}
-    assert set(others) <= {"attention_mask", *CACHE_NAMES, *_WITHOUT_INFLUENCE} | refused
+    assert set(others) <= {"attention_mask", "position_embeddings", *CACHE_NAMES, *_WITHOUT_INFLUENCE} | refused
 
 
-def test_a_token_behind_a_cached_prefill_has_the_stock_logits_in_fp64():
+def test_a_token_behind_a_cached_prefill_has_the_stock_logits_in_fp64():  # of a layer that computes in fp64 throughout
     model = build("gpt2").double()
     ids = inputs(None)["input_ids"]
 
@@ -215,21 +222,35 @@ def test_a_layer_takes_a_cache_under_either_name(name):
     torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-12)
 
 
-def test_gradients_flow_into_a_cache():
+@decoders
+def test_gradients_flow_into_a_cache(name):
     # What a first part of a text put there, as prefix tuning does.
-    model = build("gpt2")
+    model = build(name)
     ids = inputs(None)["input_ids"]
     expected = model(ids[:, 6:], **cache_of(model(ids[:, :6]))).logits
     expected.square().sum().backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    gradients = {key: parameter.grad for key, parameter in model.named_parameters()}
     model.zero_grad()
     swap(model)
     found = model(ids[:, 6:], **cache_of(model(ids[:, :6]))).logits
     close(found, expected)
     found.square().sum().backward()
     revert(model)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-4, atol=1e-4)  # of size 10
+    for key, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-4, atol=1e-4)  # of size 10
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "modernbert"])
+def test_positions_of_each_row_turn_its_queries_and_keys(name):
+    given = inputs(None)
+    rows = torch.stack([torch.arange(9), torch.tensor([0, 1, 5, 6, 7, 30, 2, 2, 11])])
+    for positions in (rows, rows[1:]):
+        compare(build(name), given | {"position_ids": positions})
+
+
+def test_scaled_rotary_positions_are_those_that_the_model_gives_its_layers():
+    scaling = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8}
+    compare(build("llama", rope_parameters=scaling), inputs(None))
 
 
 HEADS = [
@@ -246,6 +267,11 @@ HEADS = [
     ("GPT2ForSequenceClassification", "gpt2"),
     ("GPT2ForTokenClassification", "gpt2"),
     ("GPT2Model", "gpt2"),
+    ("LlamaForSequenceClassification", "llama"),
+    ("MistralModel", "mistral"),
+    ("Qwen3ForTokenClassification", "qwen3"),
+    ("ModernBertForSequenceClassification", "modernbert"),
+    ("ModernBertModel", "modernbert"),
 ]
 
 
@@ -253,7 +279,7 @@ HEADS = [
 def test_every_head_keeps_its_outputs(model_class, name):
     cls = getattr(transformers, model_class)
     torch.manual_seed(0)
-    model = cls(cls.config_class(**MODELS[name].fields | SIZES[name] | {"pad_token_id": 1})).eval()
+    model = cls(cls.config_class(**ALL[name].fields | SIZES[name] | {"pad_token_id": 1})).eval()
     given = inputs()
     mask = given["attention_mask"].bool()
     del given["labels"]
@@ -269,7 +295,7 @@ def test_every_head_keeps_its_outputs(model_class, name):
     assert torch.equal(tuples[0], found[0])
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
+@pytest.mark.parametrize("name", ["bert", "gpt2", "qwen3", "modernbert"])
 def test_autocast_computes_in_its_dtype_and_gives_back_the_inputs(name):
     model = build(name).train()
     given = pretrain_inputs(name, inputs())

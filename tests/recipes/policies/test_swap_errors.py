@@ -7,6 +7,7 @@ from helpers.hf_models import MODELS
 from helpers.hf_swap import SIZES, build, inputs
 from helpers.own_policies import MODELS_WITH_POLICIES, OpenAIGPTPolicy
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from xformer_train.recipes.policies import policies_for, revert, swap
 from xformer_train.recipes.policies.catalog.layer import Description
@@ -100,7 +101,7 @@ def test_everything_that_cannot_be_honoured_comes_in_one_error():
         "the activation is 'relu'; it must be gelu, gelu_python, gelu_new",
         "attn_qkv names 3 projections that the layer has; a fused layer has qkv alone",
         "a fused layer has no place for ln_cross_attn.weight (15,)",
-        "supported: layers of self-attention and one MLP, with biases and two LayerNorms, of "
+        "supported: layers of self-attention and one MLP, with two norms, of "
         f"{', '.join(sorted(SIZES))}; docs/huggingface.md has the list of options",
     ):
         assert text in message, (text, message)
@@ -116,6 +117,45 @@ def test_everything_that_cannot_be_honoured_comes_in_one_error():
 )
 def test_options_of_bert_are_refused(fields, message):
     assert message in error_of(build("bert", **fields))
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "message"),
+    [
+        ("modernbert", {"mlp_dropout": 0.1}, "mlp.drop drops 0.1; its policy describes []"),
+        ("modernbert", {"attention_dropout": 0.1}, "attn.out_drop drops 0.1; its policy describes []"),
+        ("llama", {"hidden_act": "relu"}, "the activation is 'relu'; it must be gelu, "),
+        (
+            "llama",
+            {"head_dim": 3, "num_key_value_heads": 6},
+            "it does not compute on hidden states and positions alone",
+        ),
+    ],
+)
+def test_options_of_todays_layers_are_refused(name, fields, message):
+    assert message in error_of(build(name, **fields))
+
+
+def test_todays_layers_that_are_not_as_their_policy_says_are_refused():
+    def message(name, change, policy=None):
+        model = build(name)
+        change(model.model.layers[1])
+        return error_of(model, policy)
+
+    wrong = "it computes something else than its policy describes"
+    assert "input_layernorm has eps 0.1; its" in message(
+        "llama", lambda layer: setattr(layer.input_layernorm, "variance_epsilon", 0.1)
+    )
+    assert wrong in message("qwen3", lambda layer: setattr(layer.self_attn, "scaling", 0.3))
+    assert wrong in message("llama", lambda layer: setattr(layer.mlp, "act_fn", nn.GELU()))
+    gemma = type("GemmaRMSNorm", (LlamaRMSNorm,), {"forward": lambda self, x: LlamaRMSNorm.forward(self, x) * 2})
+    gemma.__module__ = LlamaRMSNorm.__module__
+    assert wrong in message("llama", lambda layer: setattr(layer.input_layernorm, "__class__", gemma))
+    own = type("OwnRMSNorm", (LlamaRMSNorm,), {"__module__": "own"})
+    said = "input_layernorm is a OwnRMSNorm; it must be an nn.Linear, an RMSNorm of transformers or Conv1D"
+    assert said in message("llama", lambda layer: setattr(layer.input_layernorm, "__class__", own))
+    cut = "self_attn.q_proj.bias is None, and others of its product are not"
+    assert cut in message("llama", lambda layer: layer.self_attn.q_proj.register_parameter("bias", None))
 
 
 class Adapted(nn.Linear):
@@ -164,7 +204,10 @@ def tie(layer):
         (lambda layer: layer.output.register_forward_hook(print), "output has forward hooks"),
         (lambda layer: layer.output.LayerNorm.double(), "its parameters have dtypes torch.float32, torch.float64"),
         (lambda layer: layer.attention.self.key.requires_grad_(False), "must be frozen together or not at all"),
-        (lambda layer: layer.output.dense.register_parameter("bias", None), "output.dense.bias is None"),
+        (
+            lambda layer: layer.output.dense.register_parameter("bias", None),
+            "output.dense.bias is None; a fused layer has biases in intermediate and output, or in",
+        ),
         (lambda layer: layer.to("meta"), "its parameters are on meta"),
         (partition, "DeepSpeed's ZeRO stage 3 has partitioned its parameters; swap before it does"),
     ],
@@ -194,6 +237,8 @@ def test_wrong_use_is_said_in_one_sentence():
     partitioned = build("bert")
     swap(partitioned)
     partition(partitioned.bert.encoder.layer[0])
+    rotary = build("modernbert").model
+    swap(rotary)
     x = torch.randn(2, 9, 15)
     two_caches = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
     wrong = [
@@ -209,6 +254,11 @@ def test_wrong_use_is_said_in_one_sentence():
         (lambda: layer.attention.self.query, "there is no attention.self: swap.model. made one fused layer"),
         (lambda: layer(x, encoder_hidden_states=x), "encoder_hidden_states was given to a fused BertLayer"),
         (lambda: layer(x, head_mask=torch.ones(3)), "head_mask was given to a fused BertLayer"),
+        (lambda: layer(x, position_embeddings=(x, x)), "position_embeddings was given to a fused BertLayer"),
+        (
+            lambda: rotary.layers[1](x),
+            "a fused ModernBertEncoderLayer turns queries and keys, and needs position_embeddings",
+        ),
         (lambda: layer(x, torch.ones(2, 9)), r"attention_mask is torch.float32 \(2, 9\) for 2 x 9 tokens"),
         (lambda: layer(x, torch.zeros(2, 1, 9, 9, requires_grad=True) + 1), "bias requires a gradient"),
         (lambda: layer(x, cache=two_caches), "cache is a EncoderDecoderCache, which a fused BertLayer cannot use"),
