@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -14,6 +13,7 @@ from ..ops.attention.attention import AttentionMask, Recompute, attention
 from ..ops.autocast import autocast_dtype
 from ..ops.dropout import draw_seed
 from ..ops.mlp.activation import activated
+from ..ops.norm.head_norm import head_norm
 from ..ops.norm.residual_norm import are_invertible, residual_norm
 from ..ops.parallel_linear import ParallelMode
 from ..ops.region import active_region
@@ -330,14 +330,12 @@ class TransformerLayer(nn.Module):
         heads = self.parts.heads
         if not heads.norms:
             return qkv
+        if set(heads.norms).isdisjoint(now.called):
+            weights = [now.replicated[name, "weight"] for name in heads.norms]
+            options = {"key_heads": heads.options["key_heads"], "kernels": self.config.kernels}
+            return head_norm(qkv, *weights, eps=self.config.layer_norm_eps, **options)
         queries, keys, values = heads.split(qkv)
-        parts = [self._normed_heads(*given, now) for given in zip(heads.norms, (queries, keys), strict=True)]
-        return torch.cat([*parts, values], -2).view(qkv.shape)
-
-    def _normed_heads(self, name: str, x: Tensor, now: Pass) -> Tensor:
-        if name in now.called:
-            return getattr(self, name)(x)  # type: ignore[no-any-return]
-        return F.rms_norm(x, x.shape[-1:], now.replicated[name, "weight"], self.config.layer_norm_eps)
+        return torch.cat([self.q_norm(queries), self.k_norm(keys), values], -2).view(qkv.shape)
 
     def _contexts(self, qkv: Tensor, now: Pass, **options: Any) -> Tensor:
         """Return the output of this process's heads, (..., N/t * D), of qkv (..., 3, N/t, D) or (..., (N + 2G)/t, D).
