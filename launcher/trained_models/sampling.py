@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.errors import UserError
+from ...kernels.layers.cache import KeyValueCache
 from ...recipes import RECIPES
 from ...recipes.bert.model import BertForPretraining
 from ...recipes.data.run_tokenizer import RunTokenizer
@@ -48,29 +49,41 @@ class Sampling:
     greedy: bool = False
 
 
-@torch.inference_mode()
 def sample(model: GptForPretraining, tokenizer: RunTokenizer, prompt: str, sampling: Sampling) -> str:
-    """Return the prompt and what follows it, up to the end of the document.
-
-    The model sees the last max_position_embeddings tokens. Raises UserError for a prompt without tokens.
-    """
+    """Return the prompt and what follows it, up to the end of the document; raises UserError for a prompt without tokens."""
     ids = [int(index) for index in tokenizer.encode_batch([prompt])[0]]
     if not ids:
         raise UserError("--prompt is empty; give text to go on from")
-    generator = torch.Generator().manual_seed(sampling.seed)
-    window, end = model.config.max_position_embeddings, tokenizer.special_id("eos")
+    return tokenizer.decode(continued(model, ids, sampling, tokenizer.vocab_size, tokenizer.special_id("eos")))
+
+
+@torch.inference_mode()
+def continued(
+    model: GptForPretraining, ids: list[int], sampling: Sampling, symbols: int, end: int | None = None
+) -> list[int]:
+    """Return the ids and what follows them, up to `end`, of the first `symbols` of the vocabulary.
+
+    The model sees the last max_position_embeddings tokens. As long as there are no more, a step computes its new token alone,
+    with the kept keys and values of those before it. After that each step drops the first token and moves all others, so that
+    their keys and values change, and computes the whole again.
+    """
+    ids, generator = [*ids], torch.Generator().manual_seed(sampling.seed)
+    window = model.config.max_position_embeddings
+    cache = KeyValueCache(min(window, len(ids) + sampling.max_new_tokens))
     for _ in range(sampling.max_new_tokens):
-        hidden = model.encode(torch.tensor([ids[-window:]]))
+        fits = len(ids) <= window
+        unseen = ids[cache.length :] if fits else ids[-window:]
+        hidden = model.encode(torch.tensor([unseen]), cache=cache if fits else None)
         # rows of the embedding beyond the last symbol mean nothing
-        logits = model.logits(hidden[:, -1])[0, : tokenizer.vocab_size]
-        chosen = _choose(logits, sampling, generator)
+        chosen = choose(model.logits(hidden[:, -1])[0, :symbols], sampling, generator)
         if chosen == end:
             break
         ids.append(chosen)
-    return tokenizer.decode(ids)
+    return ids
 
 
-def _choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Return the next token by its logits (V,); the generator is for the choice."""
     if sampling.greedy:
         return int(logits.argmax())
     kept = logits.topk(min(sampling.top_k or len(logits), len(logits)))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...kernels.errors import UserError
+from ...kernels.layers.cache import KeyValueCache
 from ...kernels.layers.inner_modules import must_be_called
 from ...kernels.ops.attention.attention import AttentionMask
 from ...kernels.ops.choices import IGNORED
@@ -73,25 +74,28 @@ class GptForPretraining(nn.Module):
         position_ids: Tensor | None = None,
         segment_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
     ) -> Tensor:
         """The hidden state of every token after the final norm, (B, S, H).
 
         input_ids: (B, S) int64; position_ids: (B, S) int64, default 0 .. S - 1; segment_ids: (B, S) int, tokens see only
         their own segment, default one segment; attention_mask: (B, S) bool, True = a token, default all.
         Rotary positions are the places in a row, whatever position_ids are: tokens that see each other know their distance.
-        Raises ValueError if S exceeds max_position_embeddings.
+        cache: the tokens follow those in it, and theirs are added; position_ids count on, and attention_mask is of all of them.
+        Raises ValueError if S, with the tokens in the cache, exceeds max_position_embeddings.
         """
-        check_positions(input_ids, self.config.max_position_embeddings)
+        start = 0 if cache is None else cache.length
+        check_positions(input_ids, self.config.max_position_embeddings, start)
         hidden = embedded(input_ids, self.word_embeddings, self.parallel.group)
         if self.position_embeddings is not None:
             if position_ids is None:
-                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)
+                position_ids = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
             hidden = hidden + self.position_embeddings(position_ids)
         p = self.config.hidden_dropout_prob
         seed = draw_seed(hidden.device) if self.training and p > 0 else None
         hidden = dropout(hidden, p=p, seed=seed, site=_EMBEDDING_SITE, kernels=self.kernels)
         mask = AttentionMask(causal=True, key_mask=attention_mask, segment_ids=segment_ids)
-        hidden = self.layers(hidden, mask)
+        hidden = self.layers(hidden, mask, cache)
         return normalized(hidden, self.final_norm, self.kernels)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -145,10 +145,11 @@ def projected(hidden: Tensor, by: nn.Linear) -> Tensor:
     return by(hidden) if must_be_called(by, nn.Linear) else linear(hidden, by.weight, by.bias)  # type: ignore[no-any-return]
 
 
-def check_positions(input_ids: Tensor, limit: int) -> None:
-    """Raises ValueError when a sequence is longer than the model can take."""
-    if input_ids.shape[1] > limit:
+def check_positions(input_ids: Tensor, limit: int, start: int = 0) -> None:
+    """Raises ValueError when a sequence is longer than the model can take; start: its tokens in a cache."""
+    if start + input_ids.shape[1] > limit:
+        behind = f" behind {start} in the cache" if start else ""
         raise UserError(
-            f"input_ids has {input_ids.shape[1]} positions, max_position_embeddings={limit}; shorten the sequences or "
+            f"input_ids has {input_ids.shape[1]} positions{behind}, max_position_embeddings={limit}; shorten the sequences or "
             f"build the model with more positions"
         )

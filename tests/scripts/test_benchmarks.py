@@ -128,6 +128,18 @@ def test_the_steps_of_two_engines_are_timed_without_data(script, monkeypatch):
     assert len(batch["masked_positions"].unique()) == step.counts["mlm"]
 
 
+def test_texts_with_and_without_a_cache_are_compared_before_their_speeds_are_printed(script, monkeypatch, capsys):
+    bench = script("bench_sample")
+    config = str(ROOT / "configs" / "gpt_tiny.yaml")
+    monkeypatch.setattr(sys, "argv", ["bench_sample.py", "--config", config, "--tokens", "5", "--turns", "1"])
+    bench.main()
+    lines = capsys.readouterr().out.splitlines()[1:]
+    assert [line.split(":")[0] for line in lines] == ["gpt_tiny, greedy", "gpt_tiny, by chance"]
+    monkeypatch.setattr(bench, "without_cache", lambda *_: [1, 2])
+    with pytest.raises(ValueError, match="the text with a cache is not that without"):
+        bench.main()
+
+
 def test_an_interrupt_leaves_the_rows_that_are_ready(bench, monkeypatch, tmp_path, capsys):
     """As when a limit of time ends a compilation that takes too long."""
     monkeypatch.setitem(bench.SHAPES, "small", bench.Shape(16, 2, 3, 8))

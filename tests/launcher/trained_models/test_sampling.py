@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from xformer_train.launcher.trained_models.sampling import Sampling, fill_mask, sample
+from xformer_train.launcher.trained_models.sampling import Sampling, choose, continued, fill_mask, sample
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig, TokenizerConfig
 from xformer_train.recipes.data.tokenizer import train_tokenizer
@@ -11,18 +11,39 @@ from xformer_train.recipes.data.tokenizer import train_tokenizer
 ROWS = 320
 
 
-def build(kind):
+LLAMA = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "position_embedding": "rope",
+    "norm": "rms_norm",
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "gated_mlp": True,
+    "layer_norm_eps": 1e-5,
+}
+KINDS = {
+    "gpt": {"num_hidden_layers": 2},
+    "llama": LLAMA,
+    "mistral": {**LLAMA, "sliding_window": 3},
+    "qwen3": {**LLAMA, "qk_norm": True, "head_dim": 6, "tie_word_embeddings": False},
+}
+
+
+def build(kind, **keys):
     """A model whose logits differ widely, with its tokenizer of bytes."""
     torch.manual_seed(2)
-    config = ModelConfig(
-        type=kind,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=12,
-        initializer_range=1.0,
-    )
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 12,
+        "initializer_range": 1.0,
+    }
+    config = ModelConfig(type=kind, **sizes | keys)
     model = RECIPES[kind].build_model(config, LayerFlags(), ObjectiveConfig(sentence_task="none"), ROWS).eval()
     return model, train_tokenizer("bytes", TokenizerConfig(), (), print, specials=RECIPES[kind].tokenizer.specials)
 
@@ -50,6 +71,31 @@ def test_greedy_takes_the_best_symbol_and_goes_on_past_the_longest_sequence(gpt)
     expected = greedy_ids(model, list(b"abc"), 20, tokenizer.vocab_size)
     assert tokenizer.special_id("eos") not in expected
     assert sample(model, tokenizer, "abc", Sampling(20, greedy=True)) == tokenizer.decode(expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("top_k", [None, 7])
+@pytest.mark.parametrize("keys", KINDS.values(), ids=KINDS)
+def test_a_seed_chooses_the_text_that_passes_over_the_whole_choose(keys, top_k):
+    model, tokenizer = build("gpt", **keys)
+    for seed in range(3):
+        options = Sampling(16, temperature=2.0, top_k=top_k, seed=seed)
+        ids, generator = list(b"abc"), torch.Generator().manual_seed(seed)
+        for _ in range(16):  # to 7 tokens more than the model sees
+            logits = model.logits(model.encode(torch.tensor([ids[-12:]])))[0, -1, : tokenizer.vocab_size]
+            ids.append(choose(logits, options, generator))
+        assert continued(model, list(b"abc"), options, tokenizer.vocab_size) == ids
+
+
+def test_a_step_computes_its_new_token_alone_as_long_as_the_model_sees_all(gpt, monkeypatch):
+    model, _ = gpt
+    lengths, encode = [], model.encode
+    monkeypatch.setattr(model, "encode", lambda ids, **rest: lengths.append(ids.shape[1]) or encode(ids, **rest))
+    continued(model, list(b"abc"), Sampling(13), ROWS)
+    assert lengths == [3, *[1] * 9, *[12] * 3]
+    lengths.clear()
+    continued(model, list(range(14)), Sampling(2), ROWS)
+    assert lengths == [12, 12]
 
 
 def test_one_symbol_to_choose_from_and_a_low_temperature_are_greedy(gpt):
