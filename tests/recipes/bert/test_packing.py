@@ -16,6 +16,15 @@ from xformer_train.recipes.data.counter_rng import hash64
 
 ALONE = ObjectiveConfig(sentence_task="none")
 RNG = np.random.default_rng(0)
+MODERN = {  # the first layer is global, the second one local
+    "position_embedding": "rope",
+    "norm": "rms_norm",
+    "norm_bias": False,
+    "gated_mlp": True,
+    "num_key_value_heads": 1,
+    "sliding_window": 4,
+    "global_attn_every_n_layers": 2,
+}
 LENGTHS = {  # and the size of a row
     "articles": (np.where(RNG.random(20_000) < 0.6, 512, RNG.integers(3, 513, 20_000)), 512),
     "sentences": (np.clip(RNG.lognormal(3.3, 0.7, 20_000), 3, 128).astype(np.int64), 128),
@@ -220,11 +229,13 @@ def test_a_text_of_one_sample_is_one_row(tmp_path, prepare):
     assert (batch["attention_mask"].sum(1) == data.sizes.packing.tokens).all()
 
 
-def test_the_loss_and_gradients_of_packed_rows_are_those_of_their_samples_alone(prepare):
+@pytest.mark.parametrize("keys", [{"pre_layer_norm": False}, {}, MODERN], ids=["post-LN", "pre-LN", "modern"])
+def test_the_loss_and_gradients_of_packed_rows_are_those_of_their_samples_alone(keys, prepare):
     stream = prepare(ALONE, packing="best_fit", short_seq_prob=0.9).train
     batch = stream.batch(np.arange(6))
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    model = ModelConfig(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.3, **sizes)
+    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3}
+    model = ModelConfig(**sizes, **keys)
     torch.manual_seed(0)
     bert = RECIPES["bert"].build_model(model, LayerFlags(), ALONE, 320).double()
     packed = bert(**batch)["mlm"]
