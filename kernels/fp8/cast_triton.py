@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.amax_triton import magnitude_bits, raise_amax
 from ..ops.choices import Activation
-from ..ops.mlp.activation_triton import gelu
+from ..ops.mlp.activation_triton import activate
 from .layout import empty_cast, padded
 
 _TILE_ROWS, _TILE_COLUMNS = 64, 128  # of a cast with a transpose
@@ -23,9 +23,9 @@ def current_scale(amax_ptr, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def rounded_gelu(f, TANH: tl.constexpr):
+def rounded_gelu(f, ACTIVATION: tl.constexpr):
     """Return GELU(f), fp32, rounded to the dtype of f."""
-    return gelu(f.to(tl.float32), TANH).to(f.dtype).to(tl.float32)
+    return activate(f.to(tl.float32), ACTIVATION).to(f.dtype).to(tl.float32)
 
 
 @triton.jit
@@ -72,7 +72,7 @@ def _quantize_kernel(
     row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
     column = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     x = tl.load(x_ptr + row * C + column, mask=(row < num_rows) & (column < C), other=0.0)
-    x = x.to(tl.float32) if GELU is None else rounded_gelu(x, GELU == "gelu_tanh")
+    x = x.to(tl.float32) if GELU is None else rounded_gelu(x, GELU)
     if not CURRENT:
         raise_amax(amax_ptr, tl.max(magnitude_bits(x)))
     store_cast(

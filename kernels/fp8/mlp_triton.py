@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.amax_triton import magnitude_bits, raise_amax
 from ..ops.choices import Activation
-from ..ops.mlp.activation_triton import gelu_and_slope
+from ..ops.mlp.activation_triton import activate_and_slope
 from ..ops.norm.residual_norm_triton import sum_partials
 from .cast_triton import quantize, rounded_gelu, store_cast
 from .layout import empty_cast, padded
@@ -25,14 +25,14 @@ def _gelu_amax_kernel(
     elements,
     tiles,  # tiles per program
     BLOCK: tl.constexpr,
-    TANH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     largest = tl.zeros((BLOCK,), tl.int32)
     first = tl.program_id(0).to(tl.int64) * tiles
     for tile in range(first, first + tiles):
         offsets = tile * BLOCK + tl.arange(0, BLOCK)
         f = tl.load(f_ptr + offsets, mask=offsets < elements, other=0.0)
-        largest = tl.maximum(largest, magnitude_bits(rounded_gelu(f, TANH)))
+        largest = tl.maximum(largest, magnitude_bits(rounded_gelu(f, ACTIVATION)))
     raise_amax(amax_ptr, tl.max(largest))
 
 
@@ -52,7 +52,7 @@ def _gelu_backward_kernel(
     F,
     LARGEST: tl.constexpr,
     CAST: tl.constexpr,
-    TANH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     WITH_ROWS: tl.constexpr,
     WITH_COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -70,7 +70,7 @@ def _gelu_backward_kernel(
         offsets = row[:, None] * F + column[None, :]
         f = tl.load(f_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
         da = tl.load(da_ptr + offsets, mask=inside, other=0.0)
-        _, slope = gelu_and_slope(f, TANH)
+        _, slope = activate_and_slope(f, ACTIVATION)
         wide = da.to(tl.float32) * slope
         total += tl.sum(wide, 0)
         rounded = wide.to(da.dtype)
@@ -99,8 +99,7 @@ def gelu_quantize(
         amax = f.new_zeros((), dtype=torch.float32)
         tiles = max(1, triton.cdiv(triton.cdiv(f.numel(), _BLOCK), _AMAX_PROGRAMS))
         programs = max(1, triton.cdiv(f.numel(), _BLOCK * tiles))
-        tanh = activation == "gelu_tanh"
-        _gelu_amax_kernel[(programs,)](f, amax, f.numel(), tiles, BLOCK=_BLOCK, TANH=tanh, num_warps=8)
+        _gelu_amax_kernel[(programs,)](f, amax, f.numel(), tiles, BLOCK=_BLOCK, ACTIVATION=activation, num_warps=8)
     rows_q, columns_q, own_amax, scale_inv = quantize(f, scale, amax, dtype, True, columns, activation)
     return rows_q, columns_q, own_amax if amax is None else amax, scale_inv
 
@@ -120,7 +119,7 @@ def gelu_backward_quantize(
     parts = max(1, triton.cdiv(T, _BACKWARD_ROWS * tiles))
     partial = torch.empty(parts, 1, F, device=f.device)
     tensors = da, f, scale, amax, rows_q, columns_q, scale_inv, partial
-    options = torch.finfo(dtype).max, scale is not None, activation == "gelu_tanh", cast_rows, cast_columns
+    options = torch.finfo(dtype).max, scale is not None, activation, cast_rows, cast_columns
     tile = _BACKWARD_ROWS, _BACKWARD_COLUMNS
     grid = (triton.cdiv(F, _BACKWARD_COLUMNS), parts)
     _gelu_backward_kernel[grid](*tensors, T, padded(T), tiles, F, *options, *tile, num_warps=8)

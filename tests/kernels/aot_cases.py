@@ -8,12 +8,14 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import get_args
 
 import torch
 
 from xformer_train.kernels.fp8.cast_triton import quantize
 from xformer_train.kernels.fp8.mlp_triton import gelu_backward_quantize, gelu_quantize
 from xformer_train.kernels.ops.attention import attention_backward_triton, attention_triton
+from xformer_train.kernels.ops.choices import Activation
 from xformer_train.kernels.ops.loss import cross_entropy_triton
 from xformer_train.kernels.ops.mlp import activation_triton
 from xformer_train.kernels.ops.norm import head_norm_triton, residual_norm_triton
@@ -138,6 +140,13 @@ def _head_norm_cases() -> Iterator[Case]:
 def _mlp_cases() -> Iterator[Case]:
     for size, H, dtype in _sizes():
         f = torch.empty(_ROWS, 4 * H, dtype=dtype)
+        for activation, with_bias in itertools.product(get_args(Activation), (True, False)):
+            yield from _gate_cases(f, activation, with_bias, f"{size} {activation} bias={with_bias}")
+        for activation in ("silu", "relu2"):
+            forward = partial(activation_triton.activation_forward, f, activation, False)
+            yield Case(f"activation_forward {size} {activation}", forward)
+            backward = partial(activation_triton.activation_backward, f, f, activation, True, False)
+            yield Case(f"activation_backward {size} {activation} recompute=True bias=False", backward)
         for activation in ("gelu", "gelu_tanh"):
             yield Case(
                 f"gelu_forward {size} {activation}", partial(activation_triton.activation_forward, f, activation, False)
@@ -147,6 +156,15 @@ def _mlp_cases() -> Iterator[Case]:
                     f"gelu_backward {size} {activation} recompute={recompute}",
                     partial(activation_triton.activation_backward, f, f, activation, recompute),
                 )
+
+
+def _gate_cases(f: torch.Tensor, activation: Activation, with_bias: bool, name: str) -> Iterator[Case]:
+    da = f[:, : f.shape[1] // 2].contiguous()
+    if with_bias:
+        yield Case(f"gate_forward {name}", partial(activation_triton.activation_forward, f, activation, True))
+    for recompute in (False, True):
+        backward = partial(activation_triton.gate_backward, da, f, activation, recompute, with_bias)
+        yield Case(f"gate_backward {name} recompute={recompute}", backward)
 
 
 def _cross_entropy_cases() -> Iterator[Case]:

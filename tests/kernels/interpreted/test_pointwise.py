@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -11,12 +12,16 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from xformer_train.kernels.ops.choices import IGNORED
+from xformer_train.kernels.ops.choices import IGNORED, Activation
 from xformer_train.kernels.ops.dropout import drop_threshold
 from xformer_train.kernels.ops.dropout_triton import keep_rows
 from xformer_train.kernels.ops.loss.cross_entropy_triton import softmax_loss_
-from xformer_train.kernels.ops.mlp.activation import activation_backward_reference, activation_forward_reference
-from xformer_train.kernels.ops.mlp.activation_triton import activation_backward, activation_forward
+from xformer_train.kernels.ops.mlp.activation import (
+    activation_backward_reference,
+    activation_forward_reference,
+    gate_backward_reference,
+)
+from xformer_train.kernels.ops.mlp.activation_triton import activation_backward, activation_forward, gate_backward
 from xformer_train.kernels.ops.mlp.mlp import mlp
 from xformer_train.kernels.ops.norm import residual_norm as contract
 from xformer_train.kernels.ops.norm.head_norm import head_norm_backward_reference, head_norm_forward_reference
@@ -303,7 +308,7 @@ def test_residual_add_kernels_equal_the_reference(size, p, with_bias, monkeypatc
         assert dbias is None
 
 
-@pytest.mark.parametrize("op", ["residual_norm", "inverted", "norm", "residual_add", "mlp"])
+@pytest.mark.parametrize("op", ["residual_norm", "inverted", "norm", "rms_norm", "residual_add", "mlp", "gated_mlp"])
 def test_the_public_ops_reach_the_kernels_with_the_right_arguments(op, monkeypatch):
     """Outputs and gradients with the kernels in place of the reference, as on a GPU."""
     inputs = draw_inputs(6, 20, torch.float32)
@@ -311,7 +316,7 @@ def test_the_public_ops_reach_the_kernels_with_the_right_arguments(op, monkeypat
     leaves = [t.detach().requires_grad_() for t in leaves]
     x, bias, residual, weight, norm_bias = leaves
     projections = torch.randn(2, 20, 20, requires_grad=True).unbind()
-    projections_and_bias = projections[0], bias, projections[1]
+    projections_and_bias, half = (projections[0], bias, projections[1]), projections[1][:, :10]
 
     def run(kernels):
         no_dropout = {"p": 0.0, "seed": None, "site": 1, "kernels": kernels}
@@ -319,8 +324,12 @@ def test_the_public_ops_reach_the_kernels_with_the_right_arguments(op, monkeypat
             "residual_norm": lambda: contract.residual_norm(*leaves, eps=1e-5, **no_dropout),
             "inverted": lambda: contract.residual_norm(*leaves, eps=1e-5, invertible=True, **no_dropout),
             "norm": lambda: (contract.norm(residual, weight, norm_bias, eps=1e-5, kernels=kernels),),
+            "rms_norm": lambda: (contract.norm(residual, weight, None, eps=1e-5, kind="rms_norm", kernels=kernels),),
             "residual_add": lambda: (contract.residual_add(x, bias, residual, **no_dropout),),
             "mlp": lambda: (mlp(x, *projections_and_bias, "gelu", gelu_checkpoint=True, kernels=kernels),),
+            "gated_mlp": lambda: (
+                mlp(x, projections[0], None, half / 8, "silu", gated=True, gelu_checkpoint=True, kernels=kernels),
+            ),
         }[op]()
         torch.manual_seed(1)
         gradients = torch.randn(2, 20, 2, 3).permute(0, 2, 3, 1)[: len(outputs)].unbind()
@@ -353,32 +362,42 @@ def test_sum_partials_sums_the_first_dim_into_tensors_of_their_own(shape):
     assert len({total.untyped_storage().data_ptr() for total in totals}) == shape[1]
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("size", "dtype", "recompute"),
-    [((1, 1), torch.float32, True), ((63, 1000), torch.float32, False), ((1000, 63), torch.float16, True)],
+    ("size", "dtype", "recompute", "with_bias"),
+    [
+        ((1, 1), torch.float32, True, True),
+        ((63, 1000), torch.float32, False, True),
+        ((1000, 63), torch.float16, True, False),
+        ((520, 300), torch.float32, True, True),  # more than a tile per program
+    ],
 )
-def test_gelu_kernels_equal_the_reference(activation, size, dtype, recompute):
+def test_activation_kernels_equal_the_reference(activation, gated, size, dtype, recompute, with_bias):
     torch.manual_seed(0)
-    f = (3 * torch.randn(size)).to(dtype)
+    f = (3 * torch.randn(size[0], size[1] * (2 if gated else 1))).to(dtype)
     f.view(-1)[0] = -30.0
     da = torch.randn(size).to(dtype)
-    a = activation_forward(f, activation, False)
-    results = activation_backward(da.clone(), f, activation, recompute)
-    same_dtype = activation_backward_reference(da.clone(), f, activation, recompute)
-    exact = activation_backward_reference(da.double(), f.double(), activation, recompute)
-    assert_close(
-        a,
-        activation_forward_reference(f.double(), activation, False),
-        activation_forward_reference(f, activation, False),
-    )
-    for ours, expected, torchs in zip(results, exact, same_dtype, strict=True):
-        if expected is None:
-            assert ours is None
+
+    def results(forward, ungated, gate, dtype):
+        given, d = f.to(dtype), da.to(dtype, copy=True)
+        a = forward(given, activation, gated)
+        if not gated:
+            return a, *ungated(d, given, activation, recompute, with_bias)
+        df, db = gate(d, given, activation, recompute, with_bias)
+        return a, df, db, d if recompute else None
+
+    kernels = activation_forward, activation_backward, gate_backward
+    reference = activation_forward_reference, activation_backward_reference, gate_backward_reference
+    ours = results(*kernels, dtype)
+    exact, torchs = results(*reference, torch.float64), results(*reference, dtype)
+    for a, b, c in zip(ours, exact, torchs, strict=True):
+        if b is None:
+            assert a is None
         else:
-            assert_close(ours, expected, torchs)
+            assert_close(a, b, c)
     if recompute:
-        assert torch.equal(results[2], a)
+        assert torch.equal(ours[-1], ours[0])
 
 
 def test_gelu_is_as_exact_as_fp32_everywhere_and_keeps_what_is_no_number():
@@ -389,7 +408,7 @@ def test_gelu_is_as_exact_as_fp32_everywhere_and_keeps_what_is_no_number():
     limits = torch.tensor(
         [math.inf, math.nan, math.nan, 3e38, 0.0]
     )  # x Phi(x); PyTorch's own erf GELU makes inf of 3e38
-    for activation in ("gelu", "gelu_tanh"):
+    for activation in ("gelu", "gelu_tanh", "silu"):
         torch.testing.assert_close(activation_forward(values, activation, False), limits, equal_nan=True)
 
 
