@@ -282,6 +282,16 @@ def test_a_vocabulary_that_processes_cannot_share_is_refused(kind, task):
         RECIPES[kind].build_model(model, LayerFlags(), ObjectiveConfig(type=task), VOCABULARY, runtime)
 
 
+def test_a_head_with_a_hook_is_refused_where_processes_share_its_rows():
+    model, _ = runs_model("llama")
+    model.lm_head.register_forward_hook(lambda *_: None)
+    model.parallel = TensorParallel(TwoProcesses())
+    with pytest.raises(
+        ValueError, match="lm_head, a Linear, has hooks or a forward of its own, which know nothing of the 2"
+    ):
+        model.logits(torch.zeros(1, 32))
+
+
 @pytest.mark.parametrize(("kind", "task"), [("bert", "mlm"), ("gpt", "clm")])
 def test_the_layers_of_a_model_take_fp8_from_the_runtime(kind, task):
     model = ModelConfig(type=kind, **SIZES)
