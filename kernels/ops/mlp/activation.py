@@ -6,7 +6,7 @@ Sources: GELU, arXiv 1606.08415; SiLU, arXiv 1702.03118; relu(x)**2, arXiv 2109.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..operator import operator, reshaped
 
 _TANH_LINEAR = 2 * math.sqrt(2 / math.pi)
 _TANH_CUBIC = 0.044715 * _TANH_LINEAR
+_PART = 1 << 17  # elements; with fewer the calls take longer than they save
 _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -57,7 +58,12 @@ def activation_forward_reference(f: Tensor, activation: Activation, gated: bool)
     if not gated:
         return _values(f, activation)
     g, u = f.chunk(2, 1)
-    return _values(g, activation) * u
+    if torch.compiler.is_exporting():
+        return _values(g, activation) * u
+    a = f.new_empty(g.shape)
+    for g_part, u_part, a_part in _parts(g, u, a):
+        torch.mul(_values(g_part, activation), u_part, out=a_part)
+    return a
 
 
 def activation_backward_reference(
@@ -73,13 +79,20 @@ def gate_backward_reference(
 ) -> tuple[Tensor, Tensor | None]:
     """Return df (T, 2F) and db (2F,) with_bias; da (T, F) becomes a if recompute; da, f (T, 2F): contiguous."""
     df = torch.empty_like(f)
-    (g, u), (dg, du) = f.chunk(2, 1), df.chunk(2, 1)
-    values = _values(g, activation)
-    _gradient_(torch.mul(da, u, out=dg), g, activation, False)
-    torch.mul(da, values, out=du)
-    if recompute:
-        torch.mul(values, u, out=da)
+    for g, u, dg, du, d in _parts(*f.chunk(2, 1), *df.chunk(2, 1), da):
+        _, values = _gradient_(torch.mul(d, u, out=dg), g, activation, True)
+        assert values is not None, "they were asked for"
+        torch.mul(d, values, out=du)
+        if recompute:
+            torch.mul(values, u, out=d)
     return df, df.sum(0) if with_bias else None
+
+
+def _parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the tensors (T, F), on a CPU some rows of them at a time, so that what is made of those stays in its cache."""
+    first = tensors[0]
+    rows = max(1, _PART // first.shape[1]) if first.device.type == "cpu" else len(first)
+    yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
 def _values(x: Tensor, activation: Activation) -> Tensor:
