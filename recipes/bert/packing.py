@@ -138,7 +138,7 @@ class PackedSamples:
         return self.table.packing
 
     def rows(self, index: np.ndarray, keys: np.ndarray) -> Rows:
-        """Unmasked rows: input_ids (B, S) int64; position_ids (B, S) int64, from 0 in each sample, 0 of padding; segment_ids
+        """Unmasked rows: input_ids (B, S) int64; position_ids (B, S) int64, from 0 in each sample and in padding; segment_ids
         (B, S) int32, the number of each token's sample in its row, padding being one more; lengths (B,), tokens before padding.
 
         index: (B,) in [0, len). keys: nothing is random but the masks.
@@ -146,20 +146,22 @@ class PackedSamples:
         B, S, special = len(index), self.packing.size, self.tokenizer.special_id
         first = self.table.row_starts[index]
         counts = self.table.row_starts[index + 1] - first
-        row, slot = _enumerated(counts)
-        sample = self.table.order[first[row] + slot]
-        lengths = self.table.spans[sample].astype(np.int64) + _SPECIALS
+        row, slot = _enumerated(counts + 1)  # the last of each row is its padding
+        is_padding = slot == counts[row]
+        sample = np.take(self.table.order, first[row] + slot, mode="clip")
+        lengths = np.where(is_padding, 0, self.table.spans[sample].astype(np.int64) + _SPECIALS)
         filled = np.bincount(row, lengths, B).astype(np.int64)
-        before = np.arange(B) * S - np.cumsum(filled) + filled  # places less tokens in the rows above
-        begins = before[row] + np.cumsum(lengths) - lengths
-        owner, within = _enumerated(lengths)
-        place = begins[owner] + within
-        ids = np.full(B * S, special("pad"), dtype=np.int64)
-        ids[place] = np.take(self.store.tokens, self.table.starts[sample][owner] + within - 1, mode="clip")
-        ids[begins], ids[begins + lengths - 1] = special("cls"), special("sep")
-        positions, segments = np.zeros_like(ids), np.repeat(counts.astype(np.int32), S)
-        positions[place], segments[place] = within, slot[owner]
-        return ids.reshape(B, S), positions.reshape(B, S), segments.reshape(B, S), filled
+        lengths[is_padding] = S - filled
+        ends = np.cumsum(lengths)
+        begins = ends - lengths
+        places = np.arange(B * S)
+        source = places + np.repeat(self.table.starts[sample] - 1 - begins, lengths)
+        ids = np.take(self.store.tokens, source, mode="clip").astype(np.int64)
+        ids[begins[~is_padding]], ids[ends[~is_padding] - 1] = special("cls"), special("sep")
+        ids[np.repeat(is_padding, lengths)] = special("pad")
+        position_ids = places - np.repeat(begins, lengths)
+        segment_ids = np.repeat(slot.astype(np.int32), lengths)
+        return ids.reshape(B, S), position_ids.reshape(B, S), segment_ids.reshape(B, S), filled
 
 
 def packed_batch(rows: Rows, keys: np.ndarray, rule: MaskingRule) -> dict[str, np.ndarray]:
@@ -192,18 +194,18 @@ def _masked(
 
     A sample costs what the columns of its array do, hence another one for short samples.
     """
-    S, replaced, chosen = ids.shape[1], ids.copy(), np.zeros(ids.size, dtype=bool)
-    padded = np.append(ids.ravel(), np.zeros(S, dtype=ids.dtype))
+    S, chosen = ids.shape[1], np.zeros(ids.size, dtype=bool)
+    replaced = np.append(ids, np.zeros(S, dtype=ids.dtype))  # longer, for the columns behind the last sample
     is_short = lengths <= _SHORT
     for here, width in ((is_short, min(_SHORT, S)), (~is_short, S)):
         if not here.any():
             continue
-        masked = mask_rows(sliding_window_view(padded, width)[places[here]], lengths[here], keys[here], rule)
+        masked = mask_rows(sliding_window_view(replaced, width)[places[here]], lengths[here], keys[here], rule)
         sample, column = np.divmod(masked.positions, width)
         positions = places[here][sample] + column
         chosen[positions] = True
-        replaced.ravel()[positions] = masked.input_ids.ravel()[masked.positions]
-    return replaced, np.flatnonzero(chosen)
+        replaced[positions] = masked.input_ids.ravel()[masked.positions]
+    return replaced[: ids.size].reshape(ids.shape), np.flatnonzero(chosen)
 
 
 def _enumerated(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
