@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers.runs import write_text
@@ -222,3 +223,23 @@ def test_the_benchmark_of_packing_tells_fill_and_times(script, monkeypatch, caps
     assert lines[1].startswith("32 tokens: ") and "% filled; padded, they fill " in lines[1]
     assert "for each token that is not padding: padded " in lines[2]
     assert "1,000 samples packed and written in " in lines[3]
+
+
+def test_models_are_compared_at_equal_tokens_and_equal_minutes(script, monkeypatch, tmp_path):
+    """Both have about as many parameters, and each figure lies on the curve that was written."""
+    text, out = write_text(tmp_path / "text.txt"), tmp_path / "out.json"
+    sizes = ["tokenizer.vocab_size=300", "training.train_batch_size=2"]
+    settings = [f"--set={key}" for key in (*sizes, f"data.cache_dir={tmp_path}")]
+    texts = [f"--train={text}", f"--validation={text}", f"--out={out}"]
+    times = ["--minutes=0.005", "--turn=0.2"]
+    arguments = ["compare_models.py", "classic_gpt", "modern_gpt", *texts, *times, *settings]
+    monkeypatch.setattr(sys, "argv", arguments)
+    script("compare_models").main()
+    classic, modern = json.loads(out.read_text())["rows"]
+    assert modern["parameters"] == pytest.approx(classic["parameters"], rel=0.02)
+    for row in (classic, modern):
+        seconds, tokens, losses = (np.array(row["curve"])[:, column] for column in (0, 2, 3))
+        assert row["loss_at_equal_tokens"] == pytest.approx(np.interp(row["equal_tokens"], tokens, losses))
+        assert row["loss_at_equal_minutes"] == pytest.approx(np.interp(row["equal_seconds"], seconds, losses))
+        assert row["tokens_per_s"] == pytest.approx(tokens[-1] / seconds[-1])
+    assert classic["equal_tokens"] == modern["equal_tokens"] == min(row["curve"][-1][2] for row in (classic, modern))
