@@ -24,7 +24,7 @@ class OptimizerConfig(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """Added to the root of the mean square, by which the step is divided."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decay of matrices and embeddings; biases and LayerNorm parameters are never decayed."""
+    """Decay of matrices and embeddings; biases and the weights of norms are never decayed."""
     max_coeff: Annotated[float, Field(gt=0)] | None = 10.0
     """LAMB: upper bound of the trust ratio; null for none."""
     min_coeff: Annotated[float, Field(ge=0)] | None = 0.01

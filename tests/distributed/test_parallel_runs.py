@@ -65,6 +65,7 @@ def root(tmp_path_factory):
         (bert, named("bert1to2", TWO, SEQUENCE), True),
         (modernbert, named("modernbert2", TWO), False),
         (gpt, named("gpt2fp8", TWO, SEQUENCE, "training.precision=fp8", "model.hidden_size=64"), False),
+        (llama, named("llama2fp8", TWO, SEQUENCE, "training.precision=fp8", "model.hidden_size=64"), False),
     )
     start(
         4,
@@ -123,10 +124,11 @@ def test_the_report_says_what_is_shared(root):
     assert parameters[0] == parameters[1]
 
 
-def test_fp8_says_that_it_is_emulated_and_trains(root):
+@pytest.mark.parametrize("name", ["gpt2fp8", "llama2fp8"])
+def test_fp8_says_that_it_is_emulated_and_trains(root, name):
     printed = json.loads((root / "printed.json").read_text())
-    text = " ".join(printed["gpt2fp8"].split())
+    text = " ".join(printed[name].split())
     assert "fp8: as the config says" in text
     assert "FP8 emulated: same rounding, no speed" in text
-    first, *_, last = losses(root / "runs/gpt2fp8").values()
+    first, *_, last = losses(root / "runs" / name).values()
     assert last < first - 0.1
