@@ -17,6 +17,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 DropoutProbability = Annotated[float, Field(ge=0, lt=1)]
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+RotaryBase = Annotated[float, Field(ge=1)]
 SentenceTask = Literal["nsp", "sop", "none"]
 Masking = Literal["subword", "whole_word", "span"]
 TokenizerKind = Literal["wordpiece", "bpe", "bytes"]
@@ -75,9 +76,9 @@ class ModelConfig(Section):
     position_embedding: Literal["learned", "rope"] = "learned"
     """How a token knows its place: a learned vector for each position, or queries and keys turned by an angle that grows with
     the position (rotary embedding, ModernBERT and Llama)."""
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: RotaryBase = 10000.0
     """rope: base of the angles. A larger one turns slower, for longer sequences."""
-    local_rope_theta: PositiveFloat | None = None
+    local_rope_theta: RotaryBase | None = None
     """rope: base of the angles in local layers; null is rope_theta."""
     sliding_window: Annotated[int, Field(ge=2)] | None = None
     """Local attention over so many tokens: GPT sees a token and sliding_window - 1 before it, BERT sliding_window // 2 to each
