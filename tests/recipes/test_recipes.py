@@ -33,7 +33,7 @@ def test_a_model_is_named_in_its_folder_the_schema_and_the_tables_alone(model):
 
 def test_what_an_architecture_of_transformers_says_of_a_model_belongs_to_its_recipe():
     for name, recipe in RECIPES.items():
-        assert all(architecture.recipe == name for architecture in recipe.transformers.architectures)
+        assert all(architecture.fixed["type"] == name for architecture in recipe.transformers.architectures)
         assert set(recipe.tokenizer.needed) <= set(recipe.tokenizer.specials)
 
 
