@@ -27,7 +27,7 @@ from xformer_train.launcher.optim.optimizer import build_optimizer
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.recipes import RECIPES
 
-CONFIG = Path(__file__).parent.parent / "configs" / "bert_base.yaml"
+CONFIG = Path(__file__).parents[2] / "configs" / "bert_base.yaml"
 VOCAB_SIZE = 30528  # BERT's 30,522 symbols, rounded up as the launcher does
 
 

@@ -243,3 +243,7 @@ def test_models_are_compared_at_equal_tokens_and_equal_minutes(script, monkeypat
         assert row["loss_at_equal_minutes"] == pytest.approx(np.interp(row["equal_seconds"], seconds, losses))
         assert row["tokens_per_s"] == pytest.approx(tokens[-1] / seconds[-1])
     assert classic["equal_tokens"] == modern["equal_tokens"] == min(row["curve"][-1][2] for row in (classic, modern))
+
+
+def test_the_benchmark_of_checkpoints_finds_its_run_config(script):
+    assert script("bench_checkpoint").CONFIG.is_file()
