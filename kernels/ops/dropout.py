@@ -51,18 +51,40 @@ def keep_mask(shape: torch.Size, p: float, seed: Tensor, site: int) -> Tensor:
     if threshold == -_LEVELS // 2:
         return torch.ones(shape, dtype=torch.int16, device=seed.device)
     count = math.prod(shape)
-    bits = _random_words((count + 3) // 4, seed + _int64(site * _SITE_STRIDE)).view(torch.int16)[:count]
-    # min(max(bits, t - 1), t) - (t - 1) is bits >= t in two passes of plain SIMD; a comparison takes five times as long
-    return bits.clamp_(threshold - 1, threshold).sub_(threshold - 1).view(shape)
+    words = _random_words(torch.arange((count + 3) // 4, device=seed.device), seed, site)
+    return _kept(words.view(torch.int16)[:count], threshold).view(shape)
 
 
-def _random_words(count: int, key: Tensor) -> Tensor:
-    """Return (count,) int64, a hash of key + i * increment for every i: SplitMix64 with torch's operators, on all threads.
+def keep_mask_of_block(shape: torch.Size, rows: slice, columns: slice, p: float, seed: Tensor, site: int) -> Tensor:
+    """Return keep_mask(shape, p, seed, site)[:, rows, columns], where shape has three dims, without drawing the rest."""
+    width = columns.stop - columns.start
+    threshold = drop_threshold(p) - _LEVELS // 2
+    if threshold == -_LEVELS // 2:
+        return torch.ones((shape[0], rows.stop - rows.start, width), dtype=torch.int16, device=seed.device)
+    places = torch.arange(shape[0], device=seed.device)[:, None] * shape[1]
+    places = (places + torch.arange(rows.start, rows.stop, device=seed.device))[:, :, None] * shape[2] + columns.start
+    words = _random_words((places >> 2) + torch.arange((width + 6) // 4, device=seed.device), seed, site)
+    bits = words.view(torch.int16)
+    if shape[2] % 4 == 0:  # all rows start at the same decision of a word
+        bits = bits[:, :, columns.start % 4 :][:, :, :width]
+    else:
+        bits = bits.gather(2, (places & 3) + torch.arange(width, device=seed.device))
+    return _kept(bits, threshold)
+
+
+def _kept(bits: Tensor, threshold: int) -> Tensor:
+    """Return bits >= threshold as 1 and 0, in their place."""
+    # min(max(bits, t - 1), t) - (t - 1) takes two passes of plain SIMD; a comparison takes five times as long
+    return bits.clamp_(threshold - 1, threshold).sub_(threshold - 1)
+
+
+def _random_words(places: Tensor, seed: Tensor, site: int) -> Tensor:
+    """Return int64 in the place of `places`, a hash of key + i * increment for each i: SplitMix64 with torch's operators.
 
     torch shifts keep the sign, so x ^ (x >> 30) loses the top bit, which the multiplication refills from below; the last
     step adds instead of xor, or every word's top bit would be 0.
     """
-    words = torch.arange(count, device=key.device).mul_(_GAMMA).add_(key)
+    words = places.mul_(_GAMMA).add_(seed + _int64(site * _SITE_STRIDE))
     words.bitwise_xor_(words >> 30).mul_(_MIX_1)
     words.bitwise_xor_(words >> 27).mul_(_MIX_2)
     return words.add_(words >> 31)

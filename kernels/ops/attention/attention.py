@@ -1,11 +1,11 @@
-"""Multi-head attention over a packed QKV projection, with key padding, causal order, packed documents, packed batches.
+"""Multi-head attention over a QKV projection: masks, packed batches, shared key heads, rotary embedding, windows.
 
 Which engine computes it, by this rule:
   CUDA, kernels auto, head dim up to 128,            our Triton kernels: scores never reach memory
     no bias or one per key, (B or 1, 1, 1, S)
-  elsewhere without dropout                          torch's scaled_dot_product_attention
-  elsewhere with dropout                             the explicit product of attention_product.py; torch's own falls back to a
-                                                     path twice as slow on a CPU
+  elsewhere without dropout and window               torch's scaled_dot_product_attention
+  elsewhere with dropout or a window                 the products of attention_product.py: with dropout torch's own falls back
+                                                     to a path twice as slow on a CPU, and it knows no windows
 Only the first knows packed batches; for the others the sequences are padded here and their padding taken out again.
 """
 
@@ -22,7 +22,9 @@ from torch.autograd.function import once_differentiable
 from ...errors import UserError
 from ..choices import Kernels, uses_triton
 from ..operator import operator
-from .attention_product import AttentionWithDropout, padded, unpadded
+from .attention_product import AttentionByProducts, Pattern, padded, unpadded
+from .blocks import window_bias, window_blocks
+from .heads import HeadsFirst, query_key_value, split_heads
 from .hiding_bias import hiding_bias
 
 LARGEST_TRITON_HEAD = 128
@@ -81,14 +83,23 @@ class AttentionMask:
             )
         return self._once("rows", lambda: _rows_when_padded(borders, longest, num_tokens))
 
-    def additive(self, size: int, like: Tensor) -> Tensor | None:
+    def additive(self, size: int, like: Tensor, window: int | None = None) -> Tensor | None:
         """What to add to the scores: 0 where a query may see a key, a huge negative but finite value elsewhere.
 
-        size: S; like: gives dtype and device. (B or 1, 1, S or 1, S), or None when every query sees every key.
+        size: S; like: gives dtype and device. (B or 1, 1, S or 1, S), or None when every query sees every key; with a window
+        of each block, (blocks, B or 1, 1 or N, queries, keys).
         """
+        if window is not None:
+            key = size, like.dtype, like.device, window
+            return self._once(key, lambda: self._make_windowed(size, like, window))
         if self.bias is not None:
             return self.bias
         return self._once((size, like.dtype, like.device), lambda: self._make_additive(size, like))
+
+    @property
+    def only_causal(self) -> bool:
+        """Whether order is all that hides keys from the tokens: behind those of a packed sequence comes its padding."""
+        return self.causal and self.key_mask is None and self.segment_ids is None and self.bias is None
 
     @property
     def bias_per_key(self) -> bool:
@@ -114,10 +125,18 @@ class AttentionMask:
             self._made[key] = make()
         return self._made[key]
 
+    def _keys(self, size: int, device: torch.device) -> Tensor | None:
+        """key_mask, or which keys of the padded batch are tokens of a packed one."""
+        if self.cu_seqlens is None:
+            return self.key_mask
+        return torch.arange(size, device=device) < self.cu_seqlens.diff()[:, None]
+
+    def _make_windowed(self, size: int, like: Tensor, window: int) -> Tensor:
+        blocks = window_blocks(size, window, self.causal)
+        return window_bias(blocks, self.causal, self._keys(size, like.device), self.segment_ids, self.bias, like)
+
     def _make_additive(self, size: int, like: Tensor) -> Tensor | None:
-        key_mask = self.key_mask
-        if self.cu_seqlens is not None:
-            key_mask = torch.arange(size, device=like.device) < self.cu_seqlens.diff()[:, None]
+        key_mask = self._keys(size, like.device)
         allowed = None if key_mask is None else key_mask[:, None, None, :]
         if self.causal:
             order = torch.ones(size, size, dtype=torch.bool, device=like.device).tril_()[None, None]
@@ -187,55 +206,37 @@ def attention(  # noqa: PLR0913 - the axes in which layers and batches differ
     _check_rotary(rotary, size, qkv)
     if window is not None and window < 0:
         raise UserError(f"window={window} is below 0; a query sees keys at most so many tokens away, and itself at 0")
+    if window is not None and window >= size - 1:
+        window = None
     seed = seed if p > 0 else None
     if uses_triton(qkv, kernels) and qkv.shape[-1] <= LARGEST_TRITON_HEAD and (mask.bias is None or mask.bias_per_key):
         return _TritonAttention.apply(  # type: ignore[no-any-return, no-untyped-call]
             qkv, mask, mask.key_bias(), rotary, seed, (p, site, key_heads, window), stochastic
         )
-    if (key_heads, rotary, window) != (None, None, None):
-        return _plain(qkv, mask, (p, seed, site), key_heads, rotary, window, recompute)
+    batch = qkv.shape[0] if mask.cu_seqlens is None else mask.cu_seqlens.shape[0] - 1
+    pattern = Pattern(batch, size, heads, key_heads, mask.causal, window, 0.0 if seed is None else p, site)
+    if seed is None and window is None:
+        return _torchs_attention(qkv, mask, rotary, pattern)
+    rows, bias = mask.rows_when_padded(qkv.shape[0]), mask.additive(size, qkv, window)
+    return AttentionByProducts.apply(  # type: ignore[no-any-return, no-untyped-call]
+        qkv, bias, rows, rotary, seed, pattern, "core" if seed is None else recompute
+    )
+
+
+def _torchs_attention(qkv: Tensor, mask: AttentionMask, rotary: Tensor | None, pattern: Pattern) -> Tensor:
+    batch, size, _, key_heads, *_ = pattern
     rows = mask.rows_when_padded(qkv.shape[0])
-    bias = mask.additive(qkv.shape[1] if mask.max_length is None else mask.max_length, qkv)
-    if seed is not None:
-        return AttentionWithDropout.apply(  # type: ignore[no-any-return, no-untyped-call]
-            qkv, bias, rows, seed, (p, site), recompute
-        )
-    q, k, v = (part.transpose(1, 2) for part in padded(qkv, rows, bias).unbind(2))
-    return unpadded(F.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2).flatten(2), rows)
-
-
-def _plain(
-    qkv: Tensor, mask: AttentionMask, dropout: Any, key_heads: Any, rotary: Any, window: Any, recompute: Any
-) -> Tensor:
-    p, seed, site = dropout
-    size = qkv.shape[1] if mask.max_length is None else mask.max_length
-    rows, bias = mask.rows_when_padded(qkv.shape[0]), mask.additive(size, qkv)
-    whole = padded(qkv, rows, bias)
-    if key_heads is None:
-        q, k, v = whole.unbind(2)
+    qkv = padded(qkv, rows, batch, size)
+    if rotary is None:
+        q, k, v = (part.transpose(1, 2) for part in query_key_value(qkv, key_heads))
     else:
-        q, k, v = whole.split([qkv.shape[-2] - 2 * key_heads, key_heads, key_heads], 2)
-    if rotary is not None:
-        cos, sin = rotary[:size, None].to(torch.promote_types(q.dtype, torch.float32)).chunk(2, -1)
-
-        def turned(x: Tensor) -> Tensor:
-            first, second = x.to(cos.dtype).chunk(2, -1)
-            return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
-
-        q, k = turned(q), turned(k)
-    if window is not None:
-        places = torch.arange(size, device=qkv.device)
-        seen = (places[:, None] - places).abs() <= window
-        band = hiding_bias(seen[None, None], qkv.dtype)
-        bias = band if bias is None else torch.minimum(bias, band)
-    if seed is None:
-        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=q.shape[1] != k.shape[1])
-        return unpadded(out.transpose(1, 2).flatten(2), rows)
-    k, v = (part.repeat_interleave(q.shape[2] // part.shape[2], 2) for part in (k, v))
-    whole = torch.stack([q, k, v], 2)
-    out: Tensor = AttentionWithDropout.apply(whole, bias, None, seed, (p, site), recompute)  # type: ignore
-    return unpadded(out, rows)
+        parts = HeadsFirst.apply(qkv, rotary, key_heads)  # type: ignore[no-untyped-call]
+        q, k, v = (part.unflatten(0, (batch, -1)) for part in split_heads(parts, batch, key_heads))
+    # torch's order on a CPU gives the same bits as a bias, in half the time; elsewhere it may choose another kernel
+    ordered = qkv.is_cpu and mask.only_causal
+    bias, grouped = None if ordered else mask.additive(size, qkv), key_heads is not None
+    context = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=ordered, enable_gqa=grouped)
+    return unpadded(context.transpose(1, 2).flatten(2), rows)
 
 
 def _check_layout(qkv: Tensor, mask: AttentionMask, key_heads: int | None) -> None:

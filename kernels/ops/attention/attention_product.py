@@ -1,28 +1,60 @@
-"""Attention with dropout by products of whole matrices of scores, with its gradient: what CPUs run and tests compare with."""
+"""Attention by products of matrices of scores, with its gradient: what CPUs run under dropout or a window, and tests compare.
+
+Scores are whole matrices (S, S), or with a window those of `Blocks`.
+"""
 
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..dropout import keep_mask, keep_scale
+from ..dropout import keep_mask, keep_mask_of_block, keep_scale
 from ..operator import operator, reused
+from .blocks import window_blocks
+from .heads import heads_first, heads_last, split_heads
 
 if TYPE_CHECKING:
     from .attention import Recompute
 
 
-def padded(x: Tensor, rows: Tensor | None, scores: Tensor | None) -> Tensor:
+class Pattern(NamedTuple):
+    """What is asked for besides tensors, in the order of the operators; batch and size: B and S, of a packed batch padded."""
+
+    batch: int
+    size: int
+    heads: int  # N
+    key_heads: int | None
+    causal: bool  # for the borders of blocks; the bias hides keys
+    window: int | None
+    p: float
+    site: int
+
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Yield the queries and the keys of each block."""
+        if self.window is None:
+            return iter([(slice(0, self.size), slice(0, self.size))])
+        return window_blocks(self.size, self.window, self.causal).slices()
+
+    def keep_mask(self, queries: slice, keys: slice, seed: Tensor | None) -> Tensor | None:
+        """Return which scores of a block stay, (B * N, queries, keys); None without dropout."""
+        if seed is None:
+            return None
+        shape = torch.Size((self.batch * self.heads, self.size, self.size))
+        if self.window is None:
+            return keep_mask(shape, self.p, seed, self.site)
+        return keep_mask_of_block(shape, queries, keys, self.p, seed, self.site)
+
+
+def padded(x: Tensor, rows: Tensor | None, batch: int, size: int) -> Tensor:
     """A tensor (T, ...) as (B, S, ...) with zeros at padding; x itself where rows is None, as it is padded then.
 
-    rows: of `AttentionMask.rows_when_padded`; scores: something (B, ..., S), for the sizes.
+    rows: of `AttentionMask.rows_when_padded`.
     """
     if rows is None:
         return x
-    assert scores is not None, "a packed batch has a bias, which hides its padding"
-    batch, size = scores.shape[0], scores.shape[-1]
     return x.new_zeros((batch * size, *x.shape[1:])).index_copy_(0, rows, x).unflatten(0, (batch, size))
 
 
@@ -31,89 +63,131 @@ def unpadded(x: Tensor, rows: Tensor | None) -> Tensor:
     return x if rows is None else x.flatten(0, 1).index_select(0, rows)
 
 
-def _heads_first(qkv: Tensor) -> Tensor:
-    """(3, B * N, S, D), contiguous, from (B, S, 3, N, D): the products below would copy each part otherwise, each time."""
-    return qkv.permute(2, 0, 3, 1, 4).contiguous().flatten(1, 2)
-
-
-def _bmm(a: Tensor, b: Tensor, scale: float, out: Tensor | None = None) -> Tensor:
+def _bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
     """scale * (a @ b) of (.., M, K) and (.., K, N), three dims each; the factor costs nothing inside the product."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale, out=out)
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
-def _scores(parts: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """q k' / sqrt(D) + bias, (B * N, S, S), of the parts of `_heads_first`."""
-    q, k, _ = parts.unbind()
-    scores = _bmm(q, k.transpose(1, 2), 1 / math.sqrt(q.shape[-1]))
+def _by_key_head(x: Tensor, keys: Tensor) -> Tensor:
+    """x (B * N, M, ..) as (B * G, N / G * M, ..): the rows of all heads that share a head of keys (B * G, S, D)."""
+    share = x.shape[0] // keys.shape[0]
+    return x if share == 1 else x.unflatten(0, (-1, share)).flatten(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, heads: int) -> Tensor:
+    """q k' / sqrt(D) + bias, (B * N, queries, keys), of heads (B * N, queries, D) and (B * G, keys, D)."""
+    scores = _bmm(_by_key_head(q, k), k.transpose(1, 2), 1 / math.sqrt(q.shape[-1]))
+    scores = scores.view(*q.shape[:2], k.shape[1])
     if bias is not None:
         scores.unflatten(0, (-1, heads)).add_(bias)
     return scores
 
 
-def _fake_product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    heads, size = qkv.shape[-2:]
-    batch, length = qkv.shape[:2] if bias is None or rows is None else (bias.shape[0], bias.shape[-1])
-    kept = qkv.new_empty((batch * heads, length, length))
-    dropped = qkv.new_empty(kept.shape if rest[-1] else 0)
-    out = qkv.new_empty((*qkv.shape[:-3], heads * size))
-    return out, qkv.new_empty((3, batch * heads, length, size)), kept, dropped
+def _block_bias(bias: Tensor | None, index: int, queries: slice, pattern: Pattern) -> Tensor | None:
+    """The bias of one block: `AttentionMask.additive` has a row of blocks where there is a window."""
+    if bias is None or pattern.window is None:
+        return bias
+    return bias[index, :, :, : queries.stop - queries.start]
+
+
+def _fake_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    pattern, recompute = Pattern(*rest[2:-1]), rest[-1]
+    tokens = qkv.shape[:2] if rows is None else qkv.shape[:1]
+    out = qkv.new_empty((*tokens, pattern.heads * qkv.shape[-1]))
+    parts = qkv.new_empty((pattern.batch * math.prod(qkv.shape[len(tokens) : -1]), pattern.size, qkv.shape[-1]))
+    shapes = [
+        (pattern.batch * pattern.heads, query.stop - query.start, key.stop - key.start)
+        for query, key in pattern.blocks()
+    ]
+    kept = [
+        [qkv.new_empty(shape) for shape in shapes if keeps] for keeps in (recompute != "core", recompute == "nothing")
+    ]
+    return out, parts, *kept
 
 
 @operator(
-    "attention_product_forward(Tensor qkv, Tensor? bias, Tensor? rows, Tensor seed, float p, int site, bool keep_dropped) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_product_forward,
+    "attention_product_forward(Tensor qkv, Tensor? bias, Tensor? rows, Tensor? rotary, Tensor? seed, SymInt batch, "
+    "SymInt size, int heads, int? key_heads, bool causal, int? window, float p, int site, str recompute) "
+    "-> (Tensor, Tensor, Tensor[], Tensor[])",
+    _fake_forward,
 )
-def _product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    """The output, qkv as `_heads_first` has it, and the probabilities (B * N, S, S) before and after dropout.
+def _product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *rest: Any) -> tuple[Any, ...]:
+    """The output, qkv as `heads_first` has it, and of each block the probabilities (B * N, queries, keys), twice.
 
-    Those after dropout lack its factor, and are empty without keep_dropped.
+    First before dropout, then after it, without its factor; as far as recompute does not leave them for backward to make.
     """
-    seed, p, site, keep_dropped = rest
-    whole = padded(qkv, rows, bias)
-    batch, length, _, heads, size = whole.shape
-    parts = _heads_first(whole)
-    scores = _scores(parts, bias, heads)
-    probabilities = torch.softmax(scores, -1)
-    dropped = torch.mul(probabilities, keep_mask(scores.shape, p, seed, site), out=reused(scores))
-    context = _bmm(dropped, parts[2], keep_scale(p)).view(batch, heads, length, size).transpose(1, 2).flatten(2)
-    return unpadded(context, rows), parts, probabilities, dropped if keep_dropped else qkv.new_empty(0)
+    rotary, seed, *numbers, recompute = rest
+    pattern = Pattern(*numbers)
+    parts = heads_first(padded(qkv, rows, *pattern[:2]), rotary, pattern.key_heads)
+    q, k, v = split_heads(parts, pattern.batch, pattern.key_heads)
+    context = q.new_empty((*pattern[:3], q.shape[-1]))
+    probabilities, dropped = [], []
+    for index, (queries, keys) in enumerate(pattern.blocks()):
+        scores = _scores(q[:, queries], k[:, keys], _block_bias(bias, index, queries, pattern), pattern.heads)
+        block = torch.softmax(scores, -1)
+        mask = pattern.keep_mask(queries, keys, seed)
+        kept = block if mask is None else torch.mul(block, mask, out=reused(scores))
+        out = _bmm(_by_key_head(kept, k), v[:, keys], keep_scale(pattern.p))
+        context[:, queries] = out.view(*pattern[0:3:2], kept.shape[1], q.shape[-1]).transpose(1, 2)
+        if recompute != "core":
+            probabilities.append(block)
+        if recompute == "nothing":
+            dropped.append(kept)
+    return unpadded(context.flatten(2), rows), parts, probabilities, dropped
+
+
+def _fake_backward(dout: Tensor, saved: Tensor, probabilities: Any, dropped: Any, *rest: Any) -> Tensor:
+    rows, pattern = rest[1], Pattern(*rest[4:])
+    if rows is not None:
+        return saved.new_empty(saved.shape)
+    middle = (3, pattern.heads) if pattern.key_heads is None else (pattern.heads + 2 * pattern.key_heads,)
+    return saved.new_empty((*pattern[:2], *middle, saved.shape[-1]))
 
 
 @operator(
-    "attention_probabilities(Tensor parts, Tensor? bias, int heads) -> Tensor",
-    lambda parts, bias, heads: parts.new_empty((*parts.shape[1:3], parts.shape[2])),
+    "attention_product_backward(Tensor dout, Tensor saved, Tensor[] probabilities, Tensor[] dropped, Tensor? bias, "
+    "Tensor? rows, Tensor? rotary, Tensor? seed, SymInt batch, SymInt size, int heads, int? key_heads, bool causal, "
+    "int? window, float p, int site) -> Tensor",
+    _fake_backward,
 )
-def _probabilities(parts: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """The probabilities before dropout, (B * N, S, S), once more."""
-    return torch.softmax(_scores(parts, bias, heads), -1)
+def _product_backward(dout: Tensor, saved: Tensor, probabilities: Any, dropped: Any, *rest: Any) -> Tensor:
+    """dqkv, from dout (B, S, N * D) or (T, N * D) and what forward gave; saved: the parts, or qkv of a packed batch."""
+    bias, rows, rotary, seed, *numbers = rest
+    pattern = Pattern(*numbers)
+    parts = saved
+    if rows is not None:
+        parts, dout = (
+            heads_first(padded(saved, rows, *pattern[:2]), rotary, pattern.key_heads),
+            padded(dout, rows, *pattern[:2]),
+        )
+    q, k, v = split_heads(parts, pattern.batch, pattern.key_heads)
+    scale, keep = 1 / math.sqrt(q.shape[-1]), keep_scale(pattern.p)
+    dcontext = dout.unflatten(2, (-1, q.shape[-1])).transpose(1, 2).flatten(0, 1)
+    dparts = torch.empty_like(parts) if pattern.window is None else torch.zeros_like(parts)
+    dq, dk, dv = split_heads(dparts, pattern.batch, pattern.key_heads)
+    beta = 0 if pattern.window is None else 1  # keys are in several blocks
+    for index, (queries, keys) in enumerate(pattern.blocks()):
+        q_block, k_block, v_block, dcontext_block = q[:, queries], k[:, keys], v[:, keys], dcontext[:, queries]
+        if probabilities:
+            block = probabilities[index]
+        else:
+            scores = _scores(q_block, k_block, _block_bias(bias, index, queries, pattern), pattern.heads)
+            block = torch.softmax(scores, -1)
+        mask = pattern.keep_mask(queries, keys, seed)
+        kept = dropped[index] if dropped else block if mask is None else block * mask
+        dcontext_block = _by_key_head(dcontext_block, k)
+        dv[:, keys].baddbmm_(_by_key_head(kept, k).transpose(1, 2), dcontext_block, beta=beta, alpha=keep)
+        dblock = _bmm(dcontext_block, v_block.transpose(1, 2), keep).view(block.shape)
+        if mask is not None:
+            dblock.mul_(mask)
+        dscores = _by_key_head(torch._softmax_backward_data(dblock, block, -1, block.dtype), k)
+        dq[:, queries] = _bmm(dscores, k_block, scale).view(q_block.shape)
+        dk[:, keys].baddbmm_(dscores.transpose(1, 2), _by_key_head(q_block, k), beta=beta, alpha=scale)
+    return unpadded(heads_last(dparts, rotary, pattern.key_heads, pattern.batch, pattern.heads), rows)
 
 
-@operator(
-    "attention_product_backward(Tensor dout, Tensor parts, Tensor probabilities, Tensor? dropped, Tensor seed, float p, "
-    "int site) -> Tensor",
-    lambda dout, parts, *_: parts.new_empty((*dout.shape[:2], 3, dout.shape[2] // parts.shape[3], parts.shape[3])),
-)
-def _product_backward(dout: Tensor, parts: Tensor, probabilities: Tensor, dropped: Tensor | None, *rest: Any) -> Tensor:
-    """dqkv (B, S, 3, N, D), from dout (B, S, H), the parts of `_heads_first` and probabilities (B * N, S, S)."""
-    seed, p, site = rest
-    batch, size = dout.shape[0], parts.shape[3]
-    q, k, v = parts.unbind()
-    mask = keep_mask(probabilities.shape, p, seed, site)
-    if dropped is None:
-        dropped = probabilities * mask
-    dcontext = dout.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
-    dparts = torch.empty_like(parts)
-    _bmm(dropped.transpose(1, 2), dcontext, keep_scale(p), out=dparts[2])
-    dprobabilities = _bmm(dcontext, v.transpose(1, 2), keep_scale(p)).mul_(mask)
-    dscores = torch._softmax_backward_data(dprobabilities, probabilities, -1, probabilities.dtype)
-    _bmm(dscores, k, 1 / math.sqrt(size), out=dparts[0])
-    _bmm(dscores.transpose(1, 2), q, 1 / math.sqrt(size), out=dparts[1])
-    return dparts.unflatten(1, (batch, dout.shape[2] // size)).permute(1, 3, 0, 2, 4).contiguous()
-
-
-class AttentionWithDropout(torch.autograd.Function):
-    """softmax(q k' / sqrt(D) + bias), dropout, times v; the mask is drawn again in backward.
+class AttentionByProducts(torch.autograd.Function):
+    """softmax(q k' / sqrt(D) + bias), dropout if there is a seed, times v; the mask is drawn again in backward.
 
     rows: None, or those of a packed batch, which is padded within forward and within backward, so that what is kept of qkv
     is packed.
@@ -125,25 +199,22 @@ class AttentionWithDropout(torch.autograd.Function):
         qkv: Tensor,
         bias: Tensor | None,
         rows: Tensor | None,
-        seed: Tensor,
-        dropout: tuple[float, int],
+        rotary: Tensor | None,
+        seed: Tensor | None,
+        pattern: Pattern,
         recompute: "Recompute",
     ) -> Tensor:
-        keeps_dropped = recompute == "nothing"
-        out, parts, probabilities, dropped = _product_forward(qkv, bias, rows, seed, *dropout, keeps_dropped)
-        kept = (None, None, bias) if recompute == "core" else (probabilities, dropped if keeps_dropped else None, None)
-        ctx.save_for_backward(parts if rows is None else qkv, *kept, rows, seed)
-        ctx.heads, ctx.dropout = qkv.shape[-2], dropout
+        out, parts, probabilities, dropped = _product_forward(qkv, bias, rows, rotary, seed, *pattern, recompute)
+        saved = parts if rows is None else qkv
+        bias = bias if recompute == "core" else None
+        ctx.save_for_backward(saved, bias, rows, rotary, seed, *probabilities, *dropped)
+        ctx.pattern, ctx.count = pattern, len(probabilities)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        parts, probabilities, dropped, bias, rows, seed = ctx.saved_tensors
-        if rows is not None:
-            scores = bias if probabilities is None else probabilities.unflatten(0, (-1, ctx.heads))
-            parts, dout = _heads_first(padded(parts, rows, scores)), padded(dout, rows, scores)
-        if probabilities is None:
-            probabilities = _probabilities(parts, bias, ctx.heads)
-        dqkv = _product_backward(dout, parts, probabilities, dropped, seed, *ctx.dropout)
-        return unpadded(dqkv, rows), None, None, None, None, None
+        saved, bias, rows, rotary, seed, *kept = ctx.saved_tensors
+        kept = kept[: ctx.count], kept[ctx.count :]
+        dqkv = _product_backward(dout, saved, *kept, bias, rows, rotary, seed, *ctx.pattern)
+        return dqkv, None, None, None, None, None, None

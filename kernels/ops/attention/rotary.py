@@ -28,7 +28,7 @@ def turn(x: Tensor, rotary: Tensor, out: Tensor, *, back: bool = False) -> None:
     x, out: (B, heads, S, D), of any strides, without shared memory. rotary: of `rotary_table`. Computed in fp32 or wider.
     """
     cos, sin = rotary[: x.shape[2]].chunk(2, -1)
-    (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
+    (first, second), half = x.chunk(2, -1), x.shape[-1] // 2
     sign = -1 if back else 1
-    out_first.copy_((first * cos).addcmul_(second, sin, value=-sign))
-    out_second.copy_((second * cos).addcmul_(first, sin, value=sign))
+    out[..., :half] = (first * cos).addcmul_(second, sin, value=-sign)
+    out[..., half:] = (second * cos).addcmul_(first, sin, value=sign)

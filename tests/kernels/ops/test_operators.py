@@ -11,6 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer
 from xformer_train.kernels.layers.layer import invertible_norms
 from xformer_train.kernels.ops.attention import attention
+from xformer_train.kernels.ops.attention.attention_product import _product_forward as product_forward
+from xformer_train.kernels.ops.attention.rotary import rotary_table
 from xformer_train.kernels.ops.choices import Activation
 from xformer_train.kernels.ops.loss import cross_entropy
 from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
@@ -58,20 +60,38 @@ def cases():
         yield "head_norm_backward", (rows(T, 5, H, dtype=dtype), heads, rows(T, 4), weight, weight, 1, "auto")
     qkv, packed, borders = rows(2, 4, 3, 2, 3), rows(6, 3, 2, 3), torch.tensor([0, 2, 6], dtype=torch.int32)
     mask = AttentionMask(cu_seqlens=borders, max_length=4)
-    for layout, bias, places in (
-        (qkv, None, None),
-        (qkv, rows(2, 1, 1, 4), None),
-        (packed, mask.additive(4, packed), mask.rows_when_padded(6)),
-    ):
-        yield "attention_product_forward", (layout, bias, places, seed, 0.3, 1, True)
-    yield "attention_product_forward", (qkv, None, None, seed, 0.3, 1, False)
-    for dropped in (None, rows(4, 4, 4)):
-        yield "attention_product_backward", (rows(2, 4, 6), rows(3, 4, 4, 3), rows(4, 4, 4), dropped, seed, 0.3, 1)
+    yield from attention_cases(qkv, packed, mask, seed)
     for bias in (vector, None):
         yield "onednn_product", (rows(T, F), rows(H, F), bias)
     labels = torch.tensor([0, 6, -100, 3, 3])
     for dtype in (torch.float32, torch.bfloat16):
         yield "softmax_loss_", (rows(T, V, dtype=dtype), labels, "auto")
+
+
+def attention_cases(qkv, packed, mask, seed):
+    """B=2, S=4 of N=2 heads with D=3 columns; then S=70 in windows, N=4 of G=2 with D=4, which rotary turns."""
+    for layout, bias, places in (
+        (qkv, None, None),
+        (qkv, rows(2, 1, 1, 4), None),
+        (packed, mask.additive(4, packed), mask.rows_when_padded(6)),
+    ):
+        pattern = (2, 4, 2, None, False, None, 0.3, 1)
+        yield "attention_product_forward", (layout, bias, places, None, seed, *pattern, "nothing")
+        out, parts, *kept = product_forward(layout, bias, places, None, seed, *pattern, "nothing")
+        saved = parts if places is None else layout
+        for probabilities, dropped in (kept, (kept[0], []), ([], [])):
+            yield "attention_product_backward", (out, saved, probabilities, dropped, bias, places, None, seed, *pattern)
+    grouped, rotary = rows(2, 70, 8, 4), rotary_table(70, 4, 1e4)
+    for given_seed, p, recompute in ((None, 0.0, "core"), (seed, 0.3, "dropout"), (seed, 0.3, "nothing")):
+        bias = AttentionMask(causal=True).additive(70, grouped, 3)
+        arguments = (grouped, bias, None, rotary, given_seed, 2, 70, 4, 2, True, 3, p, 1)
+        yield "attention_product_forward", (*arguments, recompute)
+        out, parts, *kept = product_forward(*arguments, recompute)
+        yield "attention_product_backward", (out, parts, *kept, *arguments[1:])
+    for layout, key_heads, table in ((qkv, None, None), (grouped, 2, rotary), (grouped.transpose(0, 1), 2, rotary)):
+        yield "attention_heads_first", (layout, table, key_heads)
+    yield "attention_heads_last", (rows(16, 70, 4), rotary, 2, 2, 4)
+    yield "attention_heads_last", (rows(12, 4, 3), None, None, 2, 2)
 
 
 @pytest.mark.parametrize(("name", "arguments"), list(cases()))
