@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ...recipes import RECIPES
+from ...recipes.config import ModelConfig
 from ..checkpoint import store
 from ..config.loading import load_config
 from ..config.schema import RunConfig
@@ -70,11 +71,7 @@ def _facts(
 ) -> Iterator[tuple[str, str]]:
     engine, model, data = saved["engine"], run.model, run.data
     yield "parameters", f"{sum(tensor.numel() for tensor in state.values()):,}, {config['torch_dtype']}"
-    yield (
-        "model",
-        f"{model.num_hidden_layers} layers, hidden size {model.hidden_size:,}, {model.num_attention_heads} heads, "
-        f"feed-forward width {model.intermediate_size:,}, {'pre' if model.pre_layer_norm else 'post'}-LN, {model.hidden_act}",
-    )
+    yield "model", ", ".join(_geometry(model))
     yield "length", f"up to {model.max_position_embeddings:,} tokens; trained on up to {data.max_seq_length:,}"
     yield "objective", RECIPES[model.type].transformers.objective(run.objective)
     yield "started from", run.model.init_from or run.load.path or "new weights"
@@ -91,6 +88,25 @@ def _facts(
     yield from _if_whole(directory.metrics, lambda path: _losses(path, saved["step"]))
     yield "saved", saved["saved_at"]
     yield from _if_whole(directory.root / "env.json", _versions)
+
+
+def _geometry(model: ModelConfig) -> Iterator[str]:
+    """Yield what a model is made of, in words; what the classic models do not have only where it is there."""
+    yield f"{model.num_hidden_layers} layers"
+    yield f"hidden size {model.hidden_size:,}"
+    shared = model.key_heads != model.num_attention_heads
+    of_keys = f" ({model.key_heads} of keys and values)" if shared else ""
+    yield f"{model.num_attention_heads} heads{of_keys}"
+    yield f"feed-forward width {model.intermediate_size:,}{', gated' if model.gated_mlp else ''}"
+    yield f"{'pre' if model.pre_layer_norm else 'post'}-LN{' by RMSNorm' if model.norm == 'rms_norm' else ''}"
+    yield model.hidden_act
+    if model.position_embedding == "rope":
+        local = "" if model.local_rope_theta is None else f", in local layers {model.local_rope_theta:,g}"
+        yield f"rotary positions with theta {model.rope_theta:,g}{local}"
+    if model.sliding_window is not None:
+        every = model.global_attn_every_n_layers
+        among = "" if every is None else f" but in one of {every} layers"
+        yield f"a window of {model.sliding_window} tokens{among}"
 
 
 def _if_whole(path: Path, read: Callable[[Path], Iterator[tuple[str, str]]]) -> list[tuple[str, str]]:

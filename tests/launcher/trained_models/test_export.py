@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from distributed.workers.runs import runs_worker
-from helpers.runs import BERT, GPT, write_config
+from helpers.runs import BERT, GPT, LLAMA, MODERNBERT, write_config
 from helpers.spawn import free_port, run_processes
 from typer.testing import CliRunner
 
@@ -19,6 +19,9 @@ from xformer_train.launcher.trained_models.pretrained import from_checkpoint, fr
 from xformer_train.launcher.trained_models.sampling import Sampling, fill_mask, sample
 
 transformers = pytest.importorskip("transformers")
+PLAIN = "model.qk_norm=false"
+GPTS = ("gpt", "shared_gpt", "qwen3", "llama", "mistral", "shared_qwen3")
+MODERN = ("modern", "shared_modern")
 SHARED = ["parallel.tensor=2", "deepspeed.zero_optimization.stage=2", "model.intermediate_size=32"]
 
 
@@ -38,18 +41,27 @@ def root(tmp_path_factory):
     }
     bert = write_config(folder, BERT, **common, name="bert")
     gpt = write_config(folder, GPT, **common, name="gpt")
+    modern = write_config(folder, MODERNBERT, **common, name="modern")
+    llama = write_config(folder, LLAMA, **common, name="llama")
     alone = [
         (bert, ["name=bert", "checkpoint.save_every_steps=4"], False, free_port()),
         (bert, ["name=post", "model.pre_layer_norm=false"], False, free_port()),
         (bert, ["name=tanh", "model.hidden_act=gelu_tanh", "training.max_steps=2"], False, free_port()),
         (gpt, ["name=gpt"], False, free_port()),
         (gpt, ["name=bf16", "training.precision=bf16"], False, free_port()),
+        (modern, ["name=modern"], False, free_port()),
+        (llama, ["name=qwen3"], False, free_port()),
+        (llama, ["name=llama", PLAIN, "model.tie_word_embeddings=true"], False, free_port()),
+        (llama, ["name=mistral", PLAIN, "model.sliding_window=8"], False, free_port()),
+        (modern, ["name=modern_sop", "objective.sentence_task=sop", "training.max_steps=2"], False, free_port()),
     ]
     together = [
         (bert, ["name=zero3", "deepspeed.zero_optimization.stage=3"], False, free_port()),
         (gpt, ["name=bf16_zero2", "training.precision=bf16", SHARED[1]], False, free_port()),
         (bert, ["name=shared", "model.pre_layer_norm=false", *SHARED], False, free_port()),
         (gpt, ["name=shared_gpt", *SHARED], False, free_port()),
+        (modern, ["name=shared_modern", *SHARED], False, free_port()),
+        (llama, ["name=shared_qwen3", *SHARED], False, free_port()),
     ]
     for world_size, runs in ((1, alone), (2, together)):
         printed = run_processes(runs_worker, world_size, world_size, runs)[0]
@@ -76,7 +88,7 @@ def exported(root, tmp_path_factory):
     return exported
 
 
-@pytest.mark.parametrize("name", ["bert", "post", "zero3", "shared"])
+@pytest.mark.parametrize("name", ["bert", "post", "zero3", "shared", *MODERN])
 @torch.inference_mode()
 def test_a_bert_gives_its_logits_in_transformers(exported, name):
     folder, trained = exported(name)
@@ -85,23 +97,55 @@ def test_a_bert_gives_its_logits_in_transformers(exported, name):
     mask = batch["attention_mask"].bool()
     assert not mask.all() and len(tokenizer) < trained.model.vocab_size
     theirs = transformers.AutoModelForMaskedLM.from_pretrained(folder)(**batch).logits
-    ours = model.mlm_logits(model.encode(batch["input_ids"], batch["token_type_ids"], mask))[..., : len(tokenizer)]
+    assert ("token_type_ids" in batch) is (name not in MODERN)
+    ours = model.mlm_logits(model.encode(batch["input_ids"], batch.get("token_type_ids"), mask))[..., : len(tokenizer)]
     torch.testing.assert_close(theirs[mask], ours[mask], rtol=0, atol=1e-5)  # fp32, another order of sums
 
 
-@pytest.mark.parametrize("name", ["gpt", "shared_gpt"])
+@pytest.mark.parametrize("name", GPTS)
 @torch.inference_mode()
 def test_a_gpt_gives_its_logits_in_transformers(exported, name):
     folder, trained = exported(name)
     model, tokenizer = trained.build(), transformers.AutoTokenizer.from_pretrained(folder)
-    batch = tokenizer("some text to read", return_tensors="pt")
+    texts = (
+        ["some text to read", "more"] if "gpt" not in name else ["some text to read"]
+    )  # whose positions count padding
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
     assert batch.keys() == {"input_ids", "attention_mask"}
+    mask = batch["attention_mask"].bool()
+    assert mask.all() == ("gpt" in name) and mask[:, -1].all()
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)(**batch).logits
-    ours = model.logits(model.encode(batch["input_ids"]))[..., : len(tokenizer)]
-    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+    ours = model.logits(model.encode(batch["input_ids"], attention_mask=mask))[..., : len(tokenizer)]
+    torch.testing.assert_close(theirs[mask], ours[mask], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["bert", "post", "shared"])
+CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "modern": "ModernBertForMaskedLM",
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_todays_models_are_loaded_as_their_class_whole_and_in_silence(exported, name, caplog):
+    folder, trained = exported(name)
+    auto = transformers.AutoModelForMaskedLM if name == "modern" else transformers.AutoModelForCausalLM
+    transformers.logging.enable_propagation()
+    with caplog.at_level("WARNING"):
+        model, told = auto.from_pretrained(folder, output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    transformers.logging.disable_propagation()
+    assert type(model).__name__ == CLASSES[name] and not any(told.values()), told
+    assert not caplog.records, caplog.text
+    assert tokenizer("te ti ta")["input_ids"][-1] < trained.tokenizer.vocab_size == model.config.vocab_size
+    card = (folder / "README.md").read_text()
+    assert f"`{CLASSES[name]}`" in card and "rotary positions" in card
+    assert ("a window of 8 tokens but in one of 2 layers" in card) is (name == "modern")
+    assert ("a window of 8 tokens |" in card) is (name == "mistral")
+
+
+@pytest.mark.parametrize("name", ["bert", "post", "shared", "modern"])
 @pytest.mark.parametrize("text", ["ta [MASK] tot.", "[MASK]"])
 def test_the_fill_mask_pipeline_finds_what_ours_finds(exported, name, text):
     folder, trained = exported(name)
@@ -114,7 +158,7 @@ def test_the_fill_mask_pipeline_finds_what_ours_finds(exported, name, text):
     assert [candidate.id for candidate in exported_ones] == [candidate.id for candidate in ours]
 
 
-@pytest.mark.parametrize("name", ["gpt", "shared_gpt"])
+@pytest.mark.parametrize("name", GPTS)
 def test_generate_says_what_our_sampler_says(exported, name):
     folder, trained = exported(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -128,7 +172,7 @@ def test_generate_says_what_our_sampler_says(exported, name):
 
 
 @pytest.mark.parametrize("labels", [1, 2, 3])
-@pytest.mark.parametrize("name", ["bert", "post", "gpt"])
+@pytest.mark.parametrize("name", ["bert", "post", "gpt", "modern", "llama"])
 def test_an_export_is_fine_tuned_from_text_with_any_number_of_labels(exported, name, labels, tmp_path):
     folder, trained = exported(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -147,8 +191,9 @@ def test_an_export_is_fine_tuned_from_text_with_any_number_of_labels(exported, n
     assert again.tokenizer.equals(trained.tokenizer)
 
 
-def test_generate_goes_on_from_each_text_of_a_batch_as_from_it_alone(exported):
-    folder, _ = exported("gpt")
+@pytest.mark.parametrize("name", ["gpt", "llama", "mistral", "qwen3"])
+def test_generate_goes_on_from_each_text_of_a_batch_as_from_it_alone(exported, name):
+    folder, _ = exported(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
@@ -217,6 +262,7 @@ def test_what_cannot_be_exported_leaves_nothing(root, tmp_path):
     for arguments, message in (
         ((root / "bert", "--id", "nix"), "--id=nix fits no checkpoint"),
         ((root / "nix",), "is not a folder"),
+        ((root / "modern_sop",), "closest is modernbert: objective.sentence_task is sop, and there are no token types"),
         ((root / "tanh",), "no architecture of transformers computes a pre-LN BERT with model.hidden_act=gelu_tanh"),
     ):
         result = invoke("export", "--run", *arguments, "--to", target)

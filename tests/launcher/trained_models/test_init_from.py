@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.workers.runs import runs_worker
-from helpers.runs import BERT, GPT, write_config
+from helpers.runs import BERT, GPT, LLAMA, MODERNBERT, write_config
 from helpers.spawn import free_port, run_processes
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +32,7 @@ STILL = {  # a step that moves no weight by more than 1e-9
     "tokenizer__type": "auto",
     "tokenizer__vocab_size": 300,
 }
+KINDS = {"bert": BERT, "gpt": GPT, "modernbert": MODERNBERT, "llama": LLAMA}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
@@ -41,9 +42,9 @@ def newest(run_folder):
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """Exports of a pre-LN BERT and a GPT, and runs that started from them, alone and shared by two processes."""
+    """Exports of models of each kind, and runs that started from them, alone and shared by two processes."""
     folder = tmp_path_factory.mktemp("runs")
-    configs = {name: write_config(folder, base, **STILL, name=name) for name, base in (("bert", BERT), ("gpt", GPT))}
+    configs = {name: write_config(folder, base, **STILL, name=name) for name, base in KINDS.items()}
     started = []
     for name, path in configs.items():
         run(load_config(path, ["seed=7", "model.initializer_range=0.3"]), resume=False)
@@ -59,14 +60,16 @@ def root(tmp_path_factory):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("kind", ["bert", "gpt"])
+@pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
 def test_a_run_from_an_export_has_the_logits_of_the_exported_run(root, kind, size):
     first, second = (from_checkpoint(newest(root / "runs" / name)) for name in (kind, f"{kind}{size}"))
     assert second.tokenizer.equals(first.tokenizer)
     ids = torch.randint(5, first.tokenizer.vocab_size, (2, 20), generator=torch.Generator().manual_seed(0))
     logits = [
-        (model.logits if kind == "gpt" else model.mlm_logits)(model.encode(ids))[..., : first.tokenizer.vocab_size]
+        (model.logits if first.model.type == "gpt" else model.mlm_logits)(model.encode(ids))[
+            ..., : first.tokenizer.vocab_size
+        ]
         for model in (first.build(), second.build())
     ]
     # one step of 1e-9 lies between them
@@ -123,6 +126,18 @@ def test_a_model_of_another_geometry_is_refused_with_all_keys(root):
     ):
         assert part in text
     assert "num_hidden_layers" not in text
+    first_llama = f"model.init_from={root}/llama-exported"
+    others = ["model.num_key_value_heads=4", "model.rope_theta=5e5", "model.sliding_window=8", "model.qk_norm=false"]
+    text = refused(root / "llama.yaml", first_llama, *others, "model.tie_word_embeddings=true", "model.head_dim=4")
+    for part in (
+        "model.num_key_value_heads is 2 there and 4 in the run config",
+        "model.rope_theta is 10000.0 there and 500000.0 in the run config",
+        "model.sliding_window is null there and 8 in the run config",
+        "model.qk_norm is true there and false in the run config",
+        "model.tie_word_embeddings is false there and true in the run config",
+    ):
+        assert part in text
+    assert "head_dim" not in text  # which says what the run config leaves out
     assert "model.type is bert there and gpt" in refused(root / "gpt.yaml", first)
 
 
