@@ -35,6 +35,23 @@ DROPOUTS = pytest.mark.parametrize(
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 
+NO_BIAS = {"norm_bias": False, "attention_bias": False, "mlp_bias": False}
+GATED = dataclasses.replace(CONFIG, gated_mlp=True, rope_theta=1e4, **NO_BIAS)
+LLAMA = dataclasses.replace(GATED, norm="rms_norm", hidden_act="silu", num_attention_heads=6, num_key_value_heads=2)
+MODERN = {
+    "modernbert": GATED,
+    "modernbert's first": dataclasses.replace(GATED, norm_before_attention=False),
+    "modernbert, local": dataclasses.replace(GATED, attention_window=3),
+    "llama": LLAMA,
+    "mistral": dataclasses.replace(LLAMA, attention_window=5, head_dim=6),
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True, head_dim=10),
+    "post-LN, RMSNorm, no positions": dataclasses.replace(LLAMA, pre_layer_norm=False, rope_theta=None),
+    "a window over the length": dataclasses.replace(GATED, attention_window=200),
+}
+LONG = 67  # two blocks of a window
+LONG_BORDERS = torch.tensor([0, LONG, 100], dtype=torch.int32)
+
+
 def config_of(pre_layer_norm, flags, dropouts=(0.2, 0.2)):
     hidden, attention_probs = dropouts
     return dataclasses.replace(
@@ -121,16 +138,18 @@ def test_of_a_packed_batch_activation_checkpointing_keeps_tokens_only(choice):
 def attention_of_triton(monkeypatch):
     """On a CPU, _TritonAttention runs with a stand-in for the kernel's launch function."""
 
-    def forward(qkv, _):
-        rows = math.ceil(qkv.shape[:-3].numel() / 16) * 16
-        out = qkv.new_empty((*qkv.shape[:-3], qkv.shape[-2] * qkv.shape[-1]))
-        return out, qkv.new_empty((qkv.shape[-2], rows), dtype=torch.float32)
+    def forward(qkv, key_heads):
+        tokens, heads, size = qkv.shape[:-3], *qkv.shape[-2:]
+        if key_heads is not None:
+            tokens, heads = qkv.shape[:-2], heads - 2 * key_heads
+        rows = math.ceil(tokens.numel() / 16) * 16
+        return qkv.new_empty((*tokens, heads * size)), qkv.new_empty((heads, rows), dtype=torch.float32)
 
     monkeypatch.setattr(attention, "uses_triton", lambda *_: True)
     monkeypatch.setitem(
         sys.modules,
         attention.__package__ + ".attention_triton",
-        types.SimpleNamespace(forward=forward, Options=lambda *_: None),
+        types.SimpleNamespace(forward=forward, Options=lambda *arguments: arguments[-3]),
     )
 
 
@@ -143,6 +162,63 @@ def test_the_path_of_triton_keeps_what_the_formula_says(pre_layer_norm, flags, d
     config = config_of(pre_layer_norm, flags, dropouts)
     stack, x = stack_of(config, 3, dtype), input_of(dtype)
     assert counted(stack, x) == 3 * formula(config, dtype, triton_attention=True)
+
+
+def counted_of_two(stack, x, mask):
+    """What two layers keep, without what the mask makes for all."""
+    return counted(stack, x, mask) - counted(stack[:1], x, mask)
+
+
+MODERN_FLAGS = pytest.mark.parametrize("flags", [{}, dict.fromkeys(FLAGS, True)], ids=["no flags", "all flags"])
+KINDS = pytest.mark.parametrize("kind", MODERN.values(), ids=MODERN)
+
+
+@pytest.mark.filterwarnings("error:normalize_invertible")
+@pytest.mark.parametrize(("dtype", "causal"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.2])
+@MODERN_FLAGS
+@KINDS
+def test_layers_of_today_keep_what_the_formula_says(kind, flags, p, dtype, causal):
+    config = dataclasses.replace(kind, hidden_dropout_prob=p, attention_probs_dropout_prob=p, **flags)
+    stack = stack_of(config, 3, dtype)
+    options = {"triton_attention": False, "causal": causal}
+    padded = AttentionMask(causal=causal, key_mask=torch.arange(LONG) < torch.tensor([[LONG], [33]]))
+    expected = sum(saved_activations(config, 2, LONG, dtype, **options).values())
+    assert counted_of_two(stack, input_of(dtype, (2, LONG, 24)), padded) == 2 * expected
+    packed = AttentionMask(causal=causal, cu_seqlens=LONG_BORDERS, max_length=LONG)
+    expected = sum(saved_activations(config, 2, LONG, dtype, tokens=100, **options).values())
+    assert counted_of_two(stack, input_of(dtype, (100, 24)), packed) == 2 * expected
+
+
+@KINDS
+@pytest.mark.parametrize("choice", ["selective", "full"])
+def test_layers_of_today_keep_less_with_activation_checkpointing(choice, kind):
+    config = dataclasses.replace(kind, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.2)
+    shallow, deep = (LayerStack(config, depth, activation_checkpointing=choice) for depth in (1, 3))
+    mask, x = AttentionMask(causal=True), input_of(torch.float32, (2, LONG, 24))
+    options = {"triton_attention": False, "causal": True, "activation_checkpointing": choice}
+    one, three = (count_saved_bytes(lambda s=s: s(x, mask), s.parameters()) for s in (shallow, deep))
+    assert three - one == 2 * sum(saved_activations(config, 2, LONG, torch.float32, **options).values())
+
+
+@pytest.mark.usefixtures("attention_of_triton")
+@DTYPES
+@MODERN_FLAGS
+@KINDS
+def test_layers_of_today_keep_what_the_formula_says_on_the_path_of_triton(kind, flags, dtype):
+    config = dataclasses.replace(kind, **flags)
+    stack, x = stack_of(config, 3, dtype), input_of(dtype, (2, LONG, 24))
+    expected = sum(saved_activations(config, 2, LONG, dtype, triton_attention=True).values())
+    assert counted_of_two(stack, x, AttentionMask()) == 2 * expected
+
+
+def test_what_a_window_keeps_grows_with_the_length_and_not_with_its_square():
+    config = dataclasses.replace(GATED, attention_window=3)
+    short, long = (
+        saved_activations(config, 1, length, torch.float32, triton_attention=False)["probabilities"]
+        for length in (1024, 8192)
+    )
+    assert long == 8 * short
 
 
 MASKS = {
