@@ -1,4 +1,4 @@
-"""Say in words which kernels compute the layers of a model."""
+"""Say in words what the layers of a model are, and which kernels compute them."""
 
 from collections.abc import Mapping
 
@@ -13,6 +13,29 @@ from ...recipes.recipe import Runtime
 
 _NORMS: Mapping[Norm, str] = {"layer_norm": "LayerNorm", "rms_norm": "RMSNorm"}
 _ACTIVATIONS: Mapping[Activation, str] = {"gelu": "GELU", "gelu_tanh": "GELU", "silu": "SiLU", "relu2": "squared ReLU"}
+
+
+def layers_text(model: ModelConfig) -> str:
+    """Return what the model has that BERT and GPT-2 have not, in words; empty if nothing."""
+    activation, depth, biases = _ACTIVATIONS[model.hidden_act], model.num_hidden_layers, ("norm", "attention", "mlp")
+    missing = [
+        name for name in biases if not getattr(model, f"{name}_bias") and (name, model.norm) != ("norm", "rms_norm")
+    ]
+    local = sum(map(model.is_local, range(depth)))
+    found = {
+        "rotary positions": model.position_embedding == "rope",
+        _NORMS[model.norm]: model.norm != "layer_norm",
+        f"gated {activation}": model.gated_mlp,
+        activation: not model.gated_mlp and activation != "GELU",
+        f"{model.key_heads} key heads for {model.num_attention_heads} heads": model.key_heads
+        != model.num_attention_heads,
+        f"heads of {model.head_size} columns": model.head_dim is not None,
+        "a norm of queries and keys": model.qk_norm,
+        f"windows of {model.sliding_window} tokens in {local} of {depth} layers": local > 0,
+        f"no biases in {', '.join(missing)}": missing,
+        "a head apart from the embedding": not model.tie_word_embeddings,
+    }
+    return "; ".join(text for text, holds in found.items() if holds)
 
 
 def kernels_text(model: ModelConfig, flags: LayerFlags, runtime: Runtime, device: torch.device) -> str:

@@ -14,6 +14,7 @@ from ..config.optimizers import OPTIMIZER_TERMS, OptimizerConfig
 from ..config.schema import CheckpointConfig, RunConfig, ScheduleConfig
 from ..optim.optimizer import OPTIMIZERS
 from ..optim.schedule import warmup_length
+from ..processes.kernels import layers_text
 from ..processes.words import duration, number
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def startup_report(
             f"{model.type}: {_counted(model.num_hidden_layers, 'layer')}, hidden size {model.hidden_size:,}, "
             f"{_millions(parameters[0])} parameters ({_millions(parameters[1])} without embeddings)",
         ),
+        ("layers", layers_text(model)),
         (
             "batch",
             f"{batch.train_batch_size:,} sequences = {batch.micro_batch_size:,} per {replica}"
