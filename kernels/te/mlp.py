@@ -10,29 +10,35 @@ from torch import Tensor
 from ..fp8.linear import Fp8State
 from ..fp8.project import project_mlp, runs_fp8
 from ..ops.choices import Activation as FusedActivation
+from ..ops.mlp.activation import activated
 from ..ops.mlp.mlp import mlp
 from ..ops.parallel_linear import ParallelMode
 from .module import DEFAULT_INIT, Initializer, Shard, SharedOptions, cast_like, check_dtype, check_positive
 from .normalization import Normalization, NormalizedModule
 
-_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_erf": F.gelu,
-    "qgelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "srelu": lambda x: F.relu(x).square(),
-    "silu": F.silu,
+# Activations of kernels/ops/mlp, and whether they are gates: those pass the first half of the columns and multiply the rest.
+_FUSED: dict[str, tuple[FusedActivation, bool]] = {
+    "gelu": ("gelu_tanh", False),
+    "gelu_erf": ("gelu", False),
+    "silu": ("silu", False),
+    "srelu": ("relu2", False),
+    "geglu": ("gelu_tanh", True),
+    "sreglu": ("relu2", True),
+    "swiglu": ("silu", True),
 }
-# the first half of the columns passes the function, and multiplies the second half
-_GATES: dict[str, Callable[[Tensor], Tensor]] = {
-    "glu": torch.sigmoid,
-    "geglu": _FUNCTIONS["gelu"],
-    "qgeglu": _FUNCTIONS["qgelu"],
-    "reglu": F.relu,
-    "sreglu": _FUNCTIONS["srelu"],
-    "swiglu": F.silu,
+
+
+def _qgelu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(1.702 * x)
+
+
+_OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "qgelu": (_qgelu, False),
+    "relu": (F.relu, False),
+    "glu": (torch.sigmoid, True),
+    "qgeglu": (_qgelu, True),
+    "reglu": (F.relu, True),
 }
-_FUSED: dict[str, FusedActivation] = {"gelu": "gelu_tanh", "gelu_erf": "gelu"}
 
 
 class LayerNormMLP(NormalizedModule):
@@ -80,8 +86,9 @@ class LayerNormMLP(NormalizedModule):
     ) -> None:
         super().__init__(SharedOptions(**shared))
         check_positive(hidden_size=hidden_size, ffn_hidden_size=ffn_hidden_size)
-        if activation not in _FUNCTIONS and activation not in _GATES:
-            raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join([*_FUNCTIONS, *_GATES])}")
+        activations = _FUSED | _OTHERS
+        if activation not in activations:
+            raise ValueError(f"activation={activation!r} is unknown; use one of {', '.join(activations)}")
         self.hidden_size, self.ffn_hidden_size = hidden_size, ffn_hidden_size
         self.activation, self.use_bias, self.return_bias = activation, bias, return_bias
         self.return_layernorm_output = return_layernorm_output
@@ -89,7 +96,7 @@ class LayerNormMLP(NormalizedModule):
         self._check_parallelism(set_parallel_mode, "set_parallel_mode=True")
         self.fc1_fp8, self.fc2_fp8 = Fp8State(), Fp8State()
         width = self.options.part("ffn_hidden_size", ffn_hidden_size)
-        parts = 2 if activation in _GATES else 1
+        parts = 2 if activations[activation][1] else 1
         columns, rows = (Shard(0, parts), Shard(1)) if set_parallel_mode else (None, None)
         self._allocate_norm(hidden_size, eps, normalization, zero_centered_gamma)
         self._allocate("fc1_weight", (parts * width, hidden_size), init_method or DEFAULT_INIT, shard=columns)
@@ -123,34 +130,43 @@ class LayerNormMLP(NormalizedModule):
 
     def _transform(self, x: Tensor, amax: Tensor | None, is_first_microbatch: bool | None) -> Tensor:
         """Return the result of both products and what is between them, without the second bias. amax: of x."""
-        if self.activation in _FUSED and self.fc1_bias is not None:
+        if self.activation in _FUSED:
             if runs_fp8(self.fc1_fp8, x.device):
-                return self._in_fp8(x, self.fc1_bias, amax, is_first_microbatch)
+                return self._in_fp8(x, amax, is_first_microbatch)
             if self.options.ranks == 1:
                 w1, w2 = (self._trained(weight, is_first_microbatch) for weight in (self.fc1_weight, self.fc2_weight))
-                w1, b1, w2 = (cast_like(x, parameter) for parameter in (w1, self.fc1_bias, w2))
-                return mlp(x, w1, b1, w2, _FUSED[self.activation], gelu_checkpoint=False)
+                w1, w2 = cast_like(x, w1), cast_like(x, w2)
+                b1 = None if self.fc1_bias is None else cast_like(x, self.fc1_bias)
+                activation, gated = _FUSED[self.activation]
+                return mlp(x, w1, b1, w2, activation, gated=gated, gelu_checkpoint=False)
         modes: tuple[ParallelMode | None, ...] = ("column", "row") if self.set_parallel_mode else (None, None)
         hidden = self._project(x, self.fc1_weight, self.fc1_bias, self.fc1_fp8, modes[0], is_first_microbatch, amax)
-        if self.activation in _GATES:
-            gate, value = hidden.chunk(2, -1)
-            hidden = _GATES[self.activation](gate) * value
-        else:
-            hidden = _FUNCTIONS[self.activation](hidden)
-        return self._project(hidden, self.fc2_weight, None, self.fc2_fp8, modes[1], is_first_microbatch)
+        return self._project(self._activate(hidden), self.fc2_weight, None, self.fc2_fp8, modes[1], is_first_microbatch)
 
-    def _in_fp8(self, x: Tensor, b1: Tensor, amax: Tensor | None, is_first_microbatch: bool | None) -> Tensor:
+    def _activate(self, hidden: Tensor) -> Tensor:
+        if self.activation in _FUSED:
+            activation, gated = _FUSED[self.activation]
+            return activated(hidden, activation, gated=gated)
+        function, gated = _OTHERS[self.activation]
+        if not gated:
+            return function(hidden)
+        gate, value = hidden.chunk(2, -1)
+        return function(gate) * value
+
+    def _in_fp8(self, x: Tensor, amax: Tensor | None, is_first_microbatch: bool | None) -> Tensor:
         w1, w2 = self.fc1_weight, self.fc2_weight
+        activation, gated = _FUSED[self.activation]
         for weight in (w1, w2):
             check_dtype(x, weight)
         return project_mlp(
             x,
             w1,
-            b1,
+            self.fc1_bias,
             w2,
-            _FUSED[self.activation],
+            activation,
             (self.fc1_fp8, self.fc2_fp8),
             self._shared_by(self.set_parallel_mode),
+            gated=gated,
             is_first_microbatch=is_first_microbatch,
             main_grads=(self._main_grad(w1), self._main_grad(w2)),
             amax=amax,

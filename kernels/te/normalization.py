@@ -3,11 +3,11 @@
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..fp8.linear import Fp8State
 from ..fp8.norm import norm_before
+from ..ops.choices import Norm
 from .module import Initializer, ProjectionModule, autocast, check_dtype, check_positive, with_memory
 
 Normalization = Literal["LayerNorm", "RMSNorm"]
@@ -17,6 +17,11 @@ def check_normalization(normalization: str) -> None:
     """Raise ValueError for an unknown name."""
     if normalization not in get_args(Normalization):
         raise ValueError(f"normalization={normalization!r} is unknown; use 'LayerNorm' or 'RMSNorm'")
+
+
+def kind_of(bias: Tensor | None) -> Norm:
+    """Return the norm of these modules that has this bias: a LayerNorm always has one, an RMSNorm never."""
+    return "rms_norm" if bias is None else "layer_norm"
 
 
 def normalize(inp: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
@@ -31,11 +36,8 @@ def normalize(inp: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> T
 def normalize_before(
     fp8: Fp8State | None, inp: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what `normalize` gives, and of a LayerNorm the amax where the next product, that of fp8, makes use of it."""
-    if bias is not None:
-        return norm_before(fp8, None, None, inp, weight, bias, eps=eps)[1:]
-    wide = torch.promote_types(inp.dtype, torch.float32)
-    return F.rms_norm(inp.to(wide), weight.shape, weight.to(wide), eps).to(inp.dtype), None
+    """Return what `normalize` gives, and its amax where the next product, that of fp8, makes use of it."""
+    return norm_before(fp8, None, None, inp, weight, bias, eps=eps, kind=kind_of(bias))[1:]
 
 
 def effective_weight(weight: Tensor, zero_centered_gamma: bool) -> Tensor:

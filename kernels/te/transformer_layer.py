@@ -19,7 +19,7 @@ from .inference import Cache
 from .layer_options import LayerOptions
 from .mlp import LayerNormMLP
 from .module import ProjectionModule, cast_like
-from .normalization import LayerNorm, RMSNorm, effective_weight, normalize_before
+from .normalization import LayerNorm, RMSNorm, effective_weight, kind_of, normalize_before
 from .rng_tracker import DropoutSeeds, draw_dropout_seeds
 
 # The dropouts of a layer draw from one seed or two; the site keeps their masks apart.
@@ -209,9 +209,9 @@ class TransformerLayer(ProjectionModule):
         if drops_path:
             dropped = dropout(out if bias is None else out + bias, p=p, seed=seed, site=site)
             z = residual + dropped * self._kept_samples(out, now.cu_seqlens)
-        elif norm is not None and norm[1] is not None:
-            weight, norm_bias = norm[0], norm[1]
-            return norm_before(behind, out, bias, residual, weight, norm_bias, eps=eps, p=p, seed=seed, site=site)
+        elif norm is not None:
+            kind = kind_of(norm[1])
+            return norm_before(behind, out, bias, residual, *norm, eps=eps, p=p, seed=seed, site=site, kind=kind)
         else:
             z = residual_add(out, bias, residual, p=p, seed=seed, site=site)
         return (z, z, None) if norm is None else (z, *normalize_before(behind, z, *norm, eps))

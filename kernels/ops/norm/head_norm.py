@@ -47,11 +47,16 @@ def head_norm_forward_reference(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, eps: float, key_heads: int
 ) -> tuple[Tensor, Tensor]:
     """Return out (T, N + 2G, D) and rstd (T, N + G), fp32 or wider, of qkv (T, N + 2G, D)."""
-    out, sizes = torch.empty_like(qkv, memory_format=torch.contiguous_format), _sizes(qkv, key_heads)
-    (q, k, v), (q_out, k_out, v_out) = qkv.split(sizes, 1), out.split(sizes, 1)
-    rstd = [rms_norm(x, weight, eps, y)[1] for x, weight, y in ((q, q_weight, q_out), (k, k_weight, k_out))]
+    sizes = _sizes(qkv, key_heads)
+    q, k, v = qkv.split(sizes, 1)
+    if torch.compiler.is_exporting():
+        (q, q_rstd), (k, k_rstd) = rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps)
+        return torch.cat((q, k, v), 1), torch.cat((q_rstd, k_rstd), 1)
+    out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    q_out, k_out, v_out = out.split(sizes, 1)
+    q_rstd, k_rstd = rms_norm(q, q_weight, eps, q_out)[1], rms_norm(k, k_weight, eps, k_out)[1]
     v_out.copy_(v)
-    return out, torch.cat(rstd, 1)
+    return out, torch.cat((q_rstd, k_rstd), 1)
 
 
 def head_norm_backward_reference(

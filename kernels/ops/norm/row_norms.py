@@ -21,6 +21,9 @@ def rms_norm(z: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
     z becomes wide before it is multiplied: torch does not vectorize products of two dtypes on a CPU.
     """
     wide = z.to(torch.promote_types(z.dtype, torch.float32))
+    if torch.compiler.is_exporting():  # torch may differentiate that graph, and nothing in it is overwritten
+        rstd = wide.square().mean(-1, keepdim=True).add(eps).rsqrt()
+        return (wide * rstd * weight.to(wide.dtype)).to(z.dtype), rstd.squeeze(-1)
     rstd = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(z.shape[-1]).add_(eps).rsqrt_()
     y = torch.mul(wide, rstd, out=out if wide is z else wide).mul_(weight.to(wide.dtype))
     if wide is not z:

@@ -105,6 +105,34 @@ def test_it_is_three_ops_bit_for_bit(recipe, activation, dtype):
     assert len(ours) == (11 if recipe is DELAYED else 5)
 
 
+@pytest.mark.parametrize("recipe", [CURRENT, DELAYED], ids=["current", "delayed"])
+@pytest.mark.parametrize(
+    ("activation", "gated", "with_bias"),
+    [("silu", True, False), ("gelu", True, True), ("relu2", False, True), ("gelu", False, False)],
+)
+def test_other_activations_and_gates_are_three_ops_bit_for_bit(activation, gated, with_bias, recipe):
+    """Gates, SiLU and squared ReLU are not computed inside of a cast."""
+    torch.manual_seed(0)
+    rows = 2 * F if gated else F
+    parameters = [torch.randn(rows, H) / 6, torch.randn(rows) if with_bias else None, torch.randn(H, F) / 7]
+    inputs, results = [draw(21)[0] for _ in range(3)], []
+    for fused in (True, False):
+        states, seen = (Fp8State(), Fp8State()), []
+        for given in inputs:
+            leaves = [None if p is None else p.clone().requires_grad_() for p in (given, *parameters)]
+            x, w1, b1, w2 = leaves
+            with fp8_autocast(fp8_recipe=recipe):
+                if fused:
+                    y = fp8_mlp(x, w1, b1, w2, activation, *states, gated=gated)
+                else:
+                    a = activated(fp8_linear(x, w1, b1, states[0]), activation, gated=gated)
+                    y = fp8_linear(a, w2, None, states[1])
+            y.square().sum().backward()
+            seen += [y.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
+        results.append(seen)
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*results, strict=True))
+
+
 def test_parameters_may_be_wider_than_the_input():
     fused, steps = pair()
     x, dy = draw(21, dtype=torch.bfloat16)

@@ -94,7 +94,7 @@ LAYERS = {
     "te.LayerNormLinear": (1, lambda: te.LayerNormLinear(H, 48)),
     "te.LayerNormMLP": (1, lambda: te.LayerNormMLP(H, 48)),
     "te.LayerNormMLP gated": (1, lambda: te.LayerNormMLP(H, 48, activation="geglu")),
-    "te.LayerNormMLP RMSNorm": (0, lambda: te.LayerNormMLP(H, 48, normalization="RMSNorm")),
+    "te.LayerNormMLP RMSNorm": (1, lambda: te.LayerNormMLP(H, 48, normalization="RMSNorm")),
     "te.TransformerLayer": (2, lambda: te.TransformerLayer(H, 48, 2, hidden_dropout=0.0, attention_dropout=0.0)),
 }
 

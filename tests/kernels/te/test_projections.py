@@ -325,6 +325,26 @@ def test_no_tokens_frozen_weights_and_input_without_gradient(name):
     assert x.grad is not None
 
 
+@pytest.mark.parametrize(
+    ("activation", "wide"), [("swiglu", 3), ("geglu", 3), ("sreglu", 3), ("silu", 2), ("reglu", 4)]
+)
+def test_gates_keep_what_they_read_and_give(activation, wide):
+    """Tensors of (T, F) that forward keeps: those of kernels/ops/mlp keep both halves and their product."""
+    T, H, width = 20, 16, 64
+    module = te.LayerNormMLP(H, width, activation=activation, normalization="RMSNorm", bias=False)
+    kept = {}
+
+    def pack(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(torch.randn(T, H, requires_grad=True))
+    storages = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    sizes = [size for place, size in kept.items() if place not in storages and size > T * H * 4]
+    assert sum(sizes) == wide * T * width * 4
+
+
 @pytest.mark.parametrize("build_module", [te.LayerNorm, te.RMSNorm, lambda size: te.Linear(size, size)])
 def test_the_pickled_fp8_state_of_a_module_is_skipped(build_module):
     """Transformer Engine 2 gives its norms one too."""
