@@ -46,9 +46,24 @@ def draw_mask(streams, size, p, site=SITE, tile=(128, 128), transposed=False):
     return mask[:, :size, :size]
 
 
-def explicit_attention(qkv, visible, bias, mask, scale):
+def turned(x, rotary):
+    """x (B, S, N, D) turned by the angles of its places; computed in fp32 where the dtype is narrower."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = rotary[: x.shape[1], None].to(wide).chunk(2, -1)
+    x0, x1 = x.to(wide).chunk(2, -1)
+    return torch.cat([x0 * cos - x1 * sin, x1 * cos + x0 * sin], -1).to(x.dtype)
+
+
+def explicit_attention(qkv, visible, bias, mask, scale, key_heads=None, rotary=None):
     """(B, S, N * D); rows without a visible key are 0."""
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    if key_heads is None:
+        q, k, v = qkv.unbind(2)
+    else:
+        q, *keys_and_values = qkv.split([qkv.shape[2] - 2 * key_heads, key_heads, key_heads], 2)
+        k, v = (part.repeat_interleave(q.shape[2] // key_heads, 2) for part in keys_and_values)
+    if rotary is not None:
+        q, k = turned(q, rotary), turned(k, rotary)
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1]) + bias[:, None, None].to(q.dtype)
     scores = scores.masked_fill(~visible, -math.inf)
     seen = visible.any(-1, keepdim=True).expand(*scores.shape[:3], 1)
@@ -71,9 +86,11 @@ def assert_as_exact_as_torch(ours, same_dtype, exact):
     assert error <= allowed, (error / exact.norm(), allowed / exact.norm())
 
 
-def visible_keys(batch, size, lengths=None, key_mask=None, segment_ids=None, causal=False):
+def visible_keys(batch, size, lengths=None, key_mask=None, segment_ids=None, causal=False, window=None):
     """(B, 1, S, S) bool."""
     visible = torch.ones(batch, 1, size, size, dtype=torch.bool)
+    if window is not None:
+        visible &= (torch.arange(size)[:, None] - torch.arange(size)).abs() <= window
     if lengths is not None:
         visible &= (torch.arange(size) < lengths[:, None])[:, None, None]
     if key_mask is not None:

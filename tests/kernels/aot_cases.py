@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 
@@ -52,6 +52,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _mlp_cases()
     yield from _cross_entropy_cases()
     yield from _attention_cases()
+    yield from _model_attention_cases()
     yield from _stack_cases()
     if capability >= _FP8_CAPABILITY:
         yield from _fp8_cases()
@@ -218,17 +219,64 @@ def _attention_case(S: int, D: int, mask: str, p: float, dtype: torch.dtype, sto
     N = 1024 // D
     packed = "cu_seqlens" in _ATTENTION_MASKS[mask]
     qkv = torch.empty(2 * S, 3, N, D, dtype=dtype) if packed else torch.empty(2, S, 3, N, D, dtype=dtype)
-    by_token = ("key_mask", "segment_ids", "key_bias")
-    masks = {name: given[:, :S] if name in by_token else given for name, given in _ATTENTION_MASKS[mask].items()}
-    options = attention_triton.Options(**masks, max_length=S, p=p, seed=_SEED, site=1)
-
-    def launch() -> None:
-        out, lse = attention_triton.forward(qkv, options)
-        attention_backward_triton.backward(out, qkv, out, lse, options, stochastic=stochastic)
-
+    options = attention_triton.Options(**_masks_of(mask, S), max_length=S, p=p, seed=_SEED, site=1)
     # wgmma takes at least 64 rows, for which fp32 products have too few registers
     dots = frozenset() if dtype == torch.float32 else _ATTENTION_DOTS
-    return Case(f"attention S{S} D{D} {mask} p={p} {dtype} stochastic={stochastic}", launch, dot_kernels=dots)
+    name = f"attention S{S} D{D} {mask} p={p} {dtype} stochastic={stochastic}"
+    return Case(name, partial(_attend, qkv, options, stochastic), dot_kernels=dots)
+
+
+def _masks_of(mask: str, S: int) -> dict[str, Any]:
+    by_token = ("key_mask", "segment_ids", "key_bias")
+    return {name: given[:, :S] if name in by_token else given for name, given in _ATTENTION_MASKS[mask].items()}
+
+
+def _attend(qkv: torch.Tensor, options: attention_triton.Options, stochastic: bool = False) -> None:
+    out, lse = attention_triton.forward(qkv, options)
+    attention_backward_triton.backward(out, qkv, out, lse, options, stochastic=stochastic)
+
+
+# Columns of a head, query heads to a key head, window; all of them turn queries and keys.
+_ATTENTION_MODELS = {
+    "Llama": (64, 3, None),
+    "Mistral": (128, 4, 4095),
+    "Qwen3": (128, 2, None),
+    "ModernBERT local": (64, 1, 64),
+    "ModernBERT global": (64, 1, None),
+}
+
+
+def _model_attention_cases() -> Iterator[Case]:
+    """Attention of today's models."""
+    for model, mask, lengths in (
+        ("Llama", "causal segments", (128, 512)),
+        ("Llama", "causal", (512,)),
+        ("Mistral", "causal", (512,)),
+        ("Mistral", "causal segments", (512,)),
+        ("Qwen3", "causal", (512,)),
+        ("ModernBERT local", "key_mask", (64, 128, 512)),
+        ("ModernBERT local", "packed", (128, 512)),
+        ("ModernBERT global", "key_mask", (128,)),
+        ("ModernBERT global", "packed", (512,)),
+    ):
+        for S, p in itertools.product(lengths, (0.1, 0.0)):
+            D, share, window = _ATTENTION_MODELS[model]
+            tokens = (2 * S,) if mask == "packed" else (2, S)
+            key_heads = 2 if share > 1 else None
+            heads = (2 * (share + 2),) if share > 1 else (3, 12)
+            options = attention_triton.Options(
+                **_masks_of(mask, S),
+                max_length=S,
+                p=p,
+                seed=_SEED,
+                site=1,
+                key_heads=key_heads,
+                rotary=torch.empty(S, D),
+                window=window,
+            )
+            qkv = torch.empty(*tokens, *heads, D, dtype=torch.bfloat16)
+            name = f"attention of {model} S{S} {mask} p={p}"
+            yield Case(name, partial(_attend, qkv, options), dot_kernels=_ATTENTION_DOTS)
 
 
 def _stack_cases() -> Iterator[Case]:

@@ -72,14 +72,32 @@ _WITHOUT_DROPOUT = {
     (32, 80): {(64, math.inf): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2))},
 }
 
+# Rows that are others, with dropout and without, where queries and keys are turned by their places, which takes registers.
+_TURNED = {
+    (16, 80): {
+        (64, math.inf): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2, 168), Tile(16, 64, 4, 1)),
+        (128, math.inf): Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 1)),
+    },
+    (16, 90): {
+        (64, 128): Tiles(Tile(128, 64, 8, 2, 128), None, Tile(32, 128, 8, 1)),
+        (64, math.inf): Tiles(Tile(128, 64, 8, 2, 128), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
+        (128, math.inf): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(16, 128, 8, 1)),
+    },
+}
 
-def tiles_for(capability: int, bits: int, head_dim: int, length: int, drops: bool, limited: bool) -> Tiles:
+
+def tiles_for(
+    capability: int, bits: int, head_dim: int, length: int, drops: bool, limited: bool, turned: bool = False
+) -> Tiles:
     """Return the tiles for heads of head_dim columns, up to 128, and sequences of up to `length` tokens.
 
     capability: of the device, times ten; bits: of the dtype; drops: whether there is dropout; limited: whether the forward
-    kernel fits into the table's limit on registers, which it does in bf16 and without segment_ids.
+    kernel fits into the table's limit on registers, which it does in bf16 and without segment_ids and window; turned: whether
+    there is a rotary table.
     """
     device = (bits, capability if (bits, capability) in _TABLE else 80)
     rows = _TABLE[device] if drops else _TABLE[device] | _WITHOUT_DROPOUT.get(device, {})
+    if turned:
+        rows = rows | _TURNED.get(device, {})
     tiles = next(tiles for (widest, longest), tiles in rows.items() if head_dim <= widest and length <= longest)
     return tiles if limited else tiles._replace(forward=tiles.forward._replace(registers=None))

@@ -27,6 +27,7 @@ from ...errors import UserError
 from ..dropout import drop_threshold, keep_scale
 from ..dropout_triton import SEED
 from .attention_dropout_triton import drop, dropout_key
+from .attention_rows_triton import load_rows, load_turned, store_rows
 from .attention_tiles import Tiles, tiles_for
 
 LN_2 = tl.constexpr(math.log(2))
@@ -34,6 +35,7 @@ LN_2 = tl.constexpr(math.log(2))
 # rows, and training would stop for seconds to compile.
 NUMBERS = ["row_blocks", "site", "threshold"]
 _LARGEST_BATCH = 65535  # CUDA's limit for the third dim of a grid
+_WIDEST_WINDOW = 2**30  # places of 32 bits with such a window added do not overflow
 
 
 class Options(NamedTuple):
@@ -81,6 +83,7 @@ _NO_OPTIONS = Options()
 class Masks(NamedTuple):
     """Which keys the queries see, as the kernels take it; T for B * S where a batch is packed. None: all."""
 
+    window: int | None
     lengths: Tensor | None  # (B,) int32
     cu_seqlens: Tensor | None  # (B + 1,) int32; None: the batch is padded
     key_mask: Tensor | None  # (B * S,) bool
@@ -89,19 +92,17 @@ class Masks(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """Steps within qkv, (B, S, 3, N, D) or (T, 3, N, D); within the gradient of the output those of the first two alone."""
+    """Steps within qkv of either form; within the gradient of the output those of the first two alone."""
 
     batch: int  # 0 where the batch is packed
     row: int
-    part: int = 0
+    part: int = 0  # from keys to values; from queries to keys it is SHARE times as far
     head: int = 0
 
 
 @triton.jit
-def _start(qkv_ptr, masks, strides, size, seed_ptr, site):
-    """This program's head; of its sequence the first row, the numbers of queries and of keys, and where its queries lie in
-    qkv; key and salt of its dropout."""
-    head = tl.program_id(1)
+def _sequence(masks, size):
+    """The first row of this program's sequence, and how many queries and keys it has."""
     index = tl.program_id(2)
     if masks.cu_seqlens is not None:
         first = tl.load(masks.cu_seqlens + index)
@@ -114,9 +115,7 @@ def _start(qkv_ptr, masks, strides, size, seed_ptr, site):
         num_keys = size
         if masks.lengths is not None:
             num_keys = tl.minimum(tl.load(masks.lengths + index), size)
-    q_ptr = qkv_ptr + _offset(first, masks, strides) + head.to(tl.int64) * strides.head
-    key, salt = dropout_key(seed_ptr, site, index * tl.num_programs(1) + head)
-    return head, first, num_queries, num_keys, q_ptr, key, salt
+    return first, num_queries, num_keys
 
 
 @triton.jit
@@ -130,25 +129,11 @@ def _offset(first, masks, strides):
 
 
 @triton.jit
-def _load(ptr, stride, start, end, ROWS: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr):
-    """Rows start .. start + ROWS of a matrix with D columns, (ROWS, D_PADDED), zeros from row `end` and column D on."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, D_PADDED)
-    inside = (row < end - start)[:, None]
-    if D < D_PADDED:
-        inside = inside & (column < D)[None, :]
-    tile = ptr + tl.cast(start, tl.int64) * stride
-    return tl.load(tile + row[:, None] * stride + column[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _store(ptr, stride, start, end, x, D: tl.constexpr):
-    """Writes x (ROWS, D_PADDED) where `_load` would read it."""
-    row = tl.arange(0, x.shape[0])
-    column = tl.arange(0, x.shape[1])
-    inside = (row < end - start)[:, None] & (column < D)[None, :]
-    tile = ptr + tl.cast(start, tl.int64) * stride
-    tl.store(tile + row[:, None] * stride + column[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+def _head(qkv_ptr, strides, head, SHARE: tl.constexpr):
+    """Where queries, keys and values of a query head lie, in a sequence that starts at qkv_ptr."""
+    q_ptr = qkv_ptr + head.to(tl.int64) * strides.head
+    k_ptr = qkv_ptr + (head // SHARE).to(tl.int64) * strides.head + SHARE * strides.part
+    return q_ptr, k_ptr, k_ptr + strides.part
 
 
 @triton.jit
@@ -159,41 +144,73 @@ def _load_bias(masks, key, num_keys, first, score_scale):
 
 
 @triton.jit
+def _is_key(key, num_keys, first, masks):
+    """Whether any query may see the key."""
+    seen = key < num_keys
+    if masks.key_mask is not None:
+        seen = seen & (tl.load(masks.key_mask + first + key, mask=seen, other=0) != 0)
+    return seen
+
+
+@triton.jit
 def _hide(scores, query, key, num_queries, num_keys, first, masks, CAUSAL: tl.constexpr):
     """scores with -inf where the query must not see the key; query (Q, 1), key (1, K), or (1, Q) and (K, 1)."""
-    visible = key < num_keys
-    if masks.key_mask is not None:
-        visible = visible & (tl.load(masks.key_mask + first + key, mask=visible, other=0) != 0)
+    visible = _is_key(key, num_keys, first, masks)
     if masks.segment_ids is not None:
         key_segment = tl.load(masks.segment_ids + first + key, mask=visible, other=0)
         query_segment = tl.load(masks.segment_ids + first + query, mask=query < num_queries, other=0)
         visible = visible & (key_segment == query_segment)
     if CAUSAL:
         visible = visible & (key <= query)
+    if masks.window is not None:
+        visible = visible & (key >= query - masks.window)
+        if not CAUSAL:
+            visible = visible & (key <= query + masks.window)
     return tl.where(visible, scores, float("-inf"))
 
 
 @triton.jit
-def _key_range(query_start, num_keys, masks, CAUSAL: tl.constexpr, Q: tl.constexpr, K: tl.constexpr):
-    """(full, end): keys 0 .. full lie in tiles that every query of the tile sees whole and without bias; keys full .. end
-    need `_load_bias` and `_hide`."""
+def _key_tiles(query_start, num_keys, masks, CAUSAL: tl.constexpr, Q: tl.constexpr, K: tl.constexpr):
+    """(full, rest, begin, end): tiles full .. rest hold keys that every query of the tile sees whole and without bias, tiles
+    begin .. end those that need `_load_bias` and `_hide`, of which `_masked_tile` tells the place."""
+    full = 0
     end = num_keys
-    full = num_keys // K * K
+    rest = num_keys // K * K
     if CAUSAL:
         end = tl.minimum(end, query_start + Q)
-        full = tl.minimum(full, query_start // K * K)
+        rest = tl.minimum(rest, query_start // K * K)
+    elif masks.window is not None:
+        end = tl.minimum(end, query_start + Q + masks.window)
+        rest = tl.minimum(rest, (query_start + masks.window + 1) // K * K)
+    if masks.window is not None:
+        full = tl.minimum(tl.cdiv(tl.maximum(query_start + Q - 1 - masks.window, 0), K) * K, rest)
     if masks.key_mask is not None or masks.segment_ids is not None or masks.key_bias is not None:
         full = full * 0
-    return full, end
+        rest = rest * 0
+    begin = rest
+    if masks.window is not None:
+        begin = tl.maximum(query_start - masks.window, 0) // K * K
+        end -= rest - full
+    return full, rest, begin, end
+
+
+@triton.jit
+def _masked_tile(tile, full, rest, masks):
+    """Where the keys of a masked tile start: those of a window lie on both sides of the full ones, which are left out."""
+    start = tile
+    if masks.window is not None:
+        start = tile + tl.where(tile < full, 0, rest - full)
+    return start
 
 
 @triton.jit(do_not_specialize=NUMBERS, do_not_specialize_on_alignment=SEED)
 def attention_forward(
-    qkv_ptr,  # (B, S, 3, N, D), or (T, 3, N, D) packed
+    qkv_ptr,  # (B, S, 3, N, D) or (B, S, N + 2G, D), packed with T for B, S
     out_ptr,  # (B, S, N * D) or (T, N * D)
     lse_ptr,  # (N, row_blocks * 16) fp32
     masks,  # Masks
     strides,  # Strides of qkv
+    rotary_ptr,  # (L, D) fp32 or None
     seed_ptr,  # () int64 or None
     size,  # S of a padded batch
     row_blocks,  # ceil(B * S / 16) or ceil(T / 16): rows of lse start at multiples of 16, so that loads of it can be wide
@@ -202,6 +219,7 @@ def attention_forward(
     threshold,
     scale,
     CAUSAL: tl.constexpr,
+    SHARE: tl.constexpr,  # N / G
     D: tl.constexpr,
     D_PADDED: tl.constexpr,
     Q: tl.constexpr,
@@ -209,23 +227,24 @@ def attention_forward(
 ):
     """One tile of Q queries of one head of one sequence; grid (query tiles, N, B)."""
     # the last tile sees most keys when causal: start it first
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    head, first, num_queries, num_keys, q_ptr, dropout, salt = _start(qkv_ptr, masks, strides, size, seed_ptr, site)
-    query_start = tile * Q
+    query_start = (tl.num_programs(0) - 1 - tl.program_id(0)) * Q
+    head = tl.program_id(1)
+    first, num_queries, num_keys = _sequence(masks, size)
+    q_ptr, k_ptr, v_ptr = _head(qkv_ptr + _offset(first, masks, strides), strides, head, SHARE)
+    dropout, salt = dropout_key(seed_ptr, site, tl.program_id(2) * tl.num_programs(1) + head)
     if query_start >= num_queries:
         return
-    k_ptr = q_ptr + strides.part
-    v_ptr = k_ptr + strides.part
     query = query_start + tl.arange(0, Q)
 
-    full, end = _key_range(query_start, num_keys, masks, CAUSAL, Q, K)
-    q = _load(q_ptr, strides.row, query_start, num_queries, Q, D, D_PADDED)
+    full, rest, begin, end = _key_tiles(query_start, num_keys, masks, CAUSAL, Q, K)
+    q = load_turned(q_ptr, strides.row, rotary_ptr, query_start, num_queries, Q, D, D_PADDED)
     highest = tl.full((Q,), float("-inf"), tl.float32)
     total = tl.zeros((Q,), tl.float32)
     acc = tl.zeros((Q, D_PADDED), tl.float32)
     for masked in tl.static_range(2):
-        for key_start in range(full if masked else 0, end if masked else full, K):
-            k = _load(k_ptr, strides.row, key_start, num_keys, K, D, D_PADDED)
+        for tile in range(begin if masked else full, end if masked else rest, K):
+            key_start = _masked_tile(tile, full, rest, masks) if masked else tile
+            k = load_turned(k_ptr, strides.row, rotary_ptr, key_start, num_keys, K, D, D_PADDED)
             scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
             if masked:
                 key = key_start + tl.arange(0, K)[None, :]
@@ -241,7 +260,7 @@ def attention_forward(
             total = total * decay + tl.sum(p, 1)
             if seed_ptr is not None:
                 p = drop(p, dropout, salt, query_start, key_start, threshold)
-            v = _load(v_ptr, strides.row, key_start, num_keys, K, D, D_PADDED)
+            v = load_rows(v_ptr, strides.row, key_start, num_keys, K, D, D_PADDED)
             acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision="tf32x3")
 
     # without a visible key the output is 0, and L = inf makes P of backward 0
@@ -250,43 +269,60 @@ def attention_forward(
     out = acc * (scale / total)[:, None]
     lse = tl.where(empty, float("inf"), highest + tl.math.log2(total))
     hidden = tl.num_programs(1) * D
-    _store(out_ptr + first * hidden + head * D, hidden, query_start, num_queries, out, D)
+    store_rows(out_ptr + first * hidden + head * D, hidden, query_start, num_queries, out, D)
     lse_rows = lse_ptr + head.to(tl.int64) * (row_blocks * 16) + first
     tl.store(lse_rows + query, lse, mask=query < num_queries)
 
 
-def row_blocks(qkv: Tensor) -> int:
-    """How many blocks of 16 hold the rows of qkv, (B, S, 3, N, D) or (T, 3, N, D)."""
-    return triton.cdiv(math.prod(qkv.shape[:-3]), 16)
+def heads(qkv: Tensor, options: Options) -> tuple[int, int]:
+    """(N, G), the numbers of query heads and of key heads."""
+    if options.key_heads is None:
+        return qkv.shape[-2], qkv.shape[-2]
+    return qkv.shape[-2] - 2 * options.key_heads, options.key_heads
+
+
+def _tokens(qkv: Tensor, options: Options) -> torch.Size:
+    """(B, S), or (T,) of a packed batch."""
+    return qkv.shape[: 2 if options.cu_seqlens is None else 1]
+
+
+def _row_blocks(qkv: Tensor, options: Options) -> int:
+    """How many blocks of 16 hold the rows of qkv."""
+    return triton.cdiv(math.prod(_tokens(qkv, options)), 16)
 
 
 def shared_arguments(qkv: Tensor, options: Options) -> tuple[Any, ...]:
     """The arguments that every kernel takes after its own tensors, from masks to D_PADDED."""
     packed, size = options.cu_seqlens is not None, qkv.shape[-1]
-    strides = (0,) * packed + qkv.stride()
-    assert strides[-1] == 1, "a head's columns lie side by side in the output of the QKV projection"
+    num_heads, key_heads = heads(qkv, options)
+    tokens = _tokens(qkv, options)
+    row, *part, head, column = qkv.stride()[len(tokens) - 1 :]
+    assert column == 1, "a head's columns lie side by side in the output of the QKV projection"
     assert size <= 128, "no tile for such heads"
     # the kernels index these without strides, and one row of a mask may stand for the whole batch
-    by_sequence = (None if mask is None else mask.contiguous() for mask in (options.lengths, options.cu_seqlens))
-    by_token = (None if mask is None else mask.expand(qkv.shape[:-3]).contiguous() for mask in options[:3])
+    lengths, borders = (None if mask is None else mask.contiguous() for mask in (options.lengths, options.cu_seqlens))
+    by_token = (None if mask is None else mask.expand(tokens).contiguous() for mask in options[:3])
+    window = None if options.window is None else min(options.window, _WIDEST_WINDOW)
     return (
-        Masks(*by_sequence, *by_token),
-        Strides(*strides[:-1]),
+        Masks(window, lengths, borders, *by_token),
+        Strides(0 if packed else qkv.stride(0), row, part[0] if part else key_heads * head, head),
+        None if options.rotary is None else options.rotary.contiguous(),
         options.seed if options.drops else None,
         0 if packed else qkv.shape[1],
-        row_blocks(qkv),
+        _row_blocks(qkv, options),
         math.log2(math.e) / math.sqrt(size),
         options.site,
         drop_threshold(options.p),
         keep_scale(options.p) if options.drops else 1.0,
         options.causal,
+        num_heads // key_heads,
         size,
         max(16, triton.next_power_of_2(size)),
     )
 
 
-def sequence_grid(qkv: Tensor, options: Options) -> tuple[int, int, int]:
-    """(tokens of the longest sequence, N, number of sequences); raises ValueError for more sequences than a grid takes."""
+def sequence_grid(qkv: Tensor, options: Options) -> tuple[int, int]:
+    """(tokens of the longest sequence, number of sequences); raises ValueError for more sequences than a grid takes."""
     if options.cu_seqlens is None:
         num_sequences, length = qkv.shape[:2]
     else:
@@ -297,29 +333,31 @@ def sequence_grid(qkv: Tensor, options: Options) -> tuple[int, int, int]:
             f"B={num_sequences} sequences are over {_LARGEST_BATCH}, the most that the GPU kernels of attention take in one "
             f"call; split the batch, or use kernels='reference'"
         )
-    return length, qkv.shape[-2], num_sequences
+    return length, num_sequences
 
 
 def choose_tiles(qkv: Tensor, length: int, options: Options) -> Tiles:
     """Return the tiles of this device for sequences of up to `length` tokens."""
     target = target_info.current_target()  # None in triton's interpreter
     capability, bits = 80 if target is None else target.arch, 8 * qkv.itemsize
-    limited = qkv.dtype == torch.bfloat16 and options.segment_ids is None
-    return tiles_for(capability, bits, qkv.shape[-1], length, options.drops, limited)
+    limited = qkv.dtype == torch.bfloat16 and options.segment_ids is None and options.window is None
+    return tiles_for(capability, bits, qkv.shape[-1], length, options.drops, limited, options.rotary is not None)
 
 
 def forward(qkv: Tensor, options: Options = _NO_OPTIONS, tiles: Tiles | None = None) -> tuple[Tensor, Tensor]:
     """(out, lse): the attention output before its projection, and what `backward` needs besides.
 
-    qkv: (B, S, 3, N, D) padded, or (T, 3, N, D) packed; fp16, bf16 or fp32, D at most 128, any strides with the columns of a
-        head side by side. tiles: None for those that `attention_tiles` has for this device.
+    qkv: (B, S, 3, N, D) padded or (T, 3, N, D) packed, with key_heads (B, S, N + 2G, D) or (T, N + 2G, D); fp16, bf16 or fp32,
+        D at most 128, any strides with the columns of a head side by side. tiles: None for those that `attention_tiles` has for
+        this device.
     out: (B, S, N * D) or (T, N * D), contiguous, in the dtype of qkv; 0 for a query without a visible key.
     lse: (N, B * S or T, rounded up to a multiple of 16) fp32, log2 of the sum of exp of the scaled scores; inf for a query
         without a visible key.
     """
-    length, num_heads, num_sequences = sequence_grid(qkv, options)
-    out = qkv.new_empty((*qkv.shape[:-3], num_heads * qkv.shape[-1]))
-    lse = qkv.new_empty((num_heads, row_blocks(qkv) * 16), dtype=torch.float32)
+    length, num_sequences = sequence_grid(qkv, options)
+    num_heads, _ = heads(qkv, options)
+    out = qkv.new_empty((*_tokens(qkv, options), num_heads * qkv.shape[-1]))
+    lse = qkv.new_empty((num_heads, _row_blocks(qkv, options) * 16), dtype=torch.float32)
     tile = (tiles or choose_tiles(qkv, length, options)).forward
     attention_forward[(triton.cdiv(length, tile.queries), num_heads, num_sequences)](
         qkv, out, lse, *shared_arguments(qkv, options), tile.queries, tile.keys, **tile.options()
