@@ -27,6 +27,7 @@ from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer, 
 from xformer_train.kernels.fp8.linear import Fp8State, fp8_linear
 from xformer_train.kernels.fp8.mlp import fp8_mlp
 from xformer_train.kernels.ops.attention.attention import attention
+from xformer_train.kernels.ops.attention.rotary import rotary_table
 from xformer_train.kernels.ops.choices import IGNORED, Kernels
 from xformer_train.kernels.ops.dropout import keep_scale
 from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
@@ -146,58 +147,129 @@ def vocabulary_case(sizes: Sizes, device: torch.device) -> Case:
     )
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """How heads see keys beyond the mask; fields as in `attention`."""
+
+    key_heads: int | None = None
+    rotary: Tensor | None = None
+    window: int | None = None
+
+
 def attention_cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
-    """One-kernel backward and two-kernel backward, heads of 64 and 128 columns, plain, causal and with padding."""
+    """One-kernel backward and two-kernel backward, heads of 64 and 128 columns, plain, causal and with padding; with rotary
+    embedding, shared key heads and windows, as today's models have them."""
     for length in sizes.lengths:
-        for heads, causal, padded in (
-            (sizes.heads, False, False),
-            (sizes.heads, False, True),
-            (sizes.heads // 2, True, False),
+        key_mask = torch.arange(length, device=device) < length - length // 3
+        key_mask = key_mask.expand(sizes.batch // 2, -1).contiguous()
+        documents = (torch.arange(length, device=device) // (length // 3))[None]
+        whole, half = sizes.heads, sizes.heads // 2
+        turned = [rotary_table(length, sizes.hidden // heads, 1e4, device) for heads in (whole, half)]
+        for words, heads, mask, pattern in (
+            ("", whole, AttentionMask(), Pattern()),
+            (", padding", whole, AttentionMask(key_mask=key_mask), Pattern()),
+            (", causal", half, AttentionMask(causal=True), Pattern()),
+            (
+                ", shared keys, rotary, documents",
+                whole,
+                AttentionMask(causal=True, segment_ids=documents),
+                Pattern(whole // 2, turned[0]),
+            ),
+            (
+                ", rotary, window, padding",
+                whole,
+                AttentionMask(key_mask=key_mask),
+                Pattern(None, turned[0], length // 2),
+            ),
+            (
+                ", shared keys, rotary, causal window",
+                half,
+                AttentionMask(causal=True),
+                Pattern(1, turned[1], length // 2),
+            ),
         ):
-            shape = (sizes.batch // 2, length, 3, heads, sizes.hidden // heads)
-            key_mask = None
-            if padded:
-                key_mask = torch.arange(length, device=device) < length - length // 3
-                key_mask = key_mask.expand(shape[0], -1).contiguous()
-            mask, seed = AttentionMask(causal=causal, key_mask=key_mask), torch.tensor(5, device=device)
-            name = (
-                f"attention, {length} tokens, heads of {shape[-1]}{', causal' * causal}{', padding' * padded}, dropout"
-            )
-            yield Case(
-                name,
-                (shape,),
-                lambda qkv, mask=mask, seed=seed: [attention(qkv, mask, P, seed, SITE)],
-                lambda qkv, mask=mask, seed=seed: [written_out(qkv, mask, kept_probabilities(qkv, mask, seed))],
-            )
+            yield attention_case(f"{length} tokens", words, (length, heads), mask, pattern, sizes)
 
 
-def kept_probabilities(qkv: Tensor, mask: AttentionMask, seed: Tensor) -> Tensor:
+def attention_case(
+    name: str, words: str, shape: tuple[int, int], mask: AttentionMask, pattern: Pattern, sizes: Sizes
+) -> Case:
+    """One case of (tokens, heads)."""
+    length, heads = shape
+    parts = (3, heads) if pattern.key_heads is None else (heads + 2 * pattern.key_heads,)
+    width = sizes.hidden // heads
+
+    def op(qkv: Tensor) -> list[Tensor]:
+        return [attend(qkv, mask, pattern)]
+
+    def formula(qkv: Tensor) -> list[Tensor]:
+        return [written_out(qkv, mask, pattern, kept_probabilities(qkv, mask, pattern))]
+
+    return Case(
+        f"attention, {name}, heads of {width}{words}, dropout",
+        ((sizes.batch // 2, length, *parts, width),),
+        op,
+        formula,
+    )
+
+
+def attend(qkv: Tensor, mask: AttentionMask, pattern: Pattern) -> Tensor:
+    """The op."""
+    seed = torch.tensor(5, device=qkv.device)
+    given = {"key_heads": pattern.key_heads, "rotary": pattern.rotary, "window": pattern.window}
+    return attention(qkv, mask, P, seed, SITE, **given)  # type: ignore[arg-type]
+
+
+def parts_of(qkv: Tensor, pattern: Pattern) -> list[Tensor]:
+    """Queries, keys and values, (B, S, N or G, D)."""
+    if pattern.key_heads is None:
+        return list(qkv.unbind(2))
+    return list(qkv.split([qkv.shape[2] - 2 * pattern.key_heads, pattern.key_heads, pattern.key_heads], 2))
+
+
+def kept_probabilities(qkv: Tensor, mask: AttentionMask, pattern: Pattern) -> Tensor:
     """Which of (B, N, S, S) the op keeps: with the unit vectors for values its output is the probabilities after dropout.
 
-    In as many calls as it takes to show all keys by the columns of a head. Without a mask, so that no probability is 0.
+    In as many calls as it takes to show all keys by the columns of a head. What the mask hides counts as not kept.
     """
-    batch, length, _, heads, width = qkv.shape
-    parts = []
+    batch, length, width = *qkv.shape[:2], qkv.shape[-1]
+    columns = []
     for first in range(0, length, width):
         probe = torch.zeros(qkv.shape, dtype=torch.float32, device=qkv.device)
         keys = min(width, length - first)
-        probe[:, first : first + keys, 2] = torch.eye(keys, width, device=qkv.device)[None, :, None]
-        out = attention(probe, AttentionMask(), P, seed, SITE)
-        parts.append(out.view(batch, length, heads, width)[..., :keys] != 0)
-    return torch.cat(parts, -1).transpose(1, 2)
+        parts_of(probe, pattern)[2][:, first : first + keys] = torch.eye(keys, width, device=qkv.device)[None, :, None]
+        out = attend(probe, mask, pattern)
+        columns.append(out.view(batch, length, -1, width)[..., :keys] != 0)
+    return torch.cat(columns, -1).transpose(1, 2)
 
 
-def written_out(qkv: Tensor, mask: AttentionMask, kept: Tensor) -> Tensor:
-    """(B, S, H) by the formula."""
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+def written_out(qkv: Tensor, mask: AttentionMask, pattern: Pattern, kept: Tensor) -> Tensor:
+    """(B, S, N * D) by the formula."""
+    q, k, v = parts_of(qkv, pattern)
+    if pattern.rotary is not None:
+        q, k = (turned(x, pattern.rotary) for x in (q, k))
+    q, k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], 2).transpose(1, 2) for x in (q, k, v))
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+    places = torch.arange(qkv.shape[1], device=qkv.device)
+    distance = places[:, None] - places
     hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=qkv.device)
     if mask.causal:
-        hidden = ~torch.ones_like(hidden).tril()
+        hidden = distance < 0
+    if pattern.window is not None:
+        hidden = hidden | (distance.abs() > pattern.window)
     if mask.key_mask is not None:
         hidden = hidden | ~mask.key_mask[:, None, None]
+    if mask.segment_ids is not None:
+        hidden = hidden | (mask.segment_ids[:, :, None] != mask.segment_ids[:, None])[:, None]
     weights = scores.masked_fill(hidden, -math.inf).softmax(-1) * kept * keep_scale(P)
     return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def turned(x: Tensor, rotary: Tensor) -> Tensor:
+    """x (B, S, heads, D) turned by the angles of its places, in fp32 at least."""
+    cos, sin = rotary[:, None].to(torch.promote_types(x.dtype, torch.float32)).chunk(2, -1)
+    x0, x1 = x.chunk(2, -1)
+    return torch.cat([x0 * cos - x1 * sin, x1 * cos + x0 * sin], -1).to(x.dtype)
 
 
 def layer_cases(sizes: Sizes) -> Iterator[Case]:

@@ -16,6 +16,27 @@ pytestmark = [
 ]
 HALF, FULL, BRAIN = torch.float16, torch.float32, torch.bfloat16
 CONFIG = LayerConfig(256, 4, 1024, pre_layer_norm=False)
+TODAY = LayerConfig(
+    384,
+    6,
+    1024,
+    hidden_act="silu",
+    norm="rms_norm",
+    norm_bias=False,
+    attention_bias=False,
+    mlp_bias=False,
+    gated_mlp=True,
+    rope_theta=1e4,
+)
+LAYERS_OF_TODAY = {
+    "Llama": dataclasses.replace(TODAY, num_key_value_heads=2),
+    "Mistral": dataclasses.replace(
+        TODAY, num_attention_heads=4, num_key_value_heads=1, head_dim=128, attention_window=100
+    ),
+    "Qwen3": dataclasses.replace(TODAY, num_key_value_heads=3, head_dim=128, qk_norm=True),
+    "ModernBERT": dataclasses.replace(TODAY, norm="layer_norm", hidden_act="gelu", attention_window=64),
+    "odd heads": dataclasses.replace(TODAY, num_key_value_heads=1, head_dim=40, attention_window=5),
+}
 WITHOUT_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 
 
@@ -82,10 +103,14 @@ def assert_equal(results, others):
 )
 @pytest.mark.parametrize("pre_layer_norm", [True, False])
 def test_the_kernels_are_as_exact_as_torch(kind, batch, size, heads, dtype, pre_layer_norm):
-    """Against fp64, beside the reference path at that dtype."""
     config = dataclasses.replace(
         CONFIG, num_attention_heads=heads, pre_layer_norm=pre_layer_norm, hidden_act="gelu_tanh", **WITHOUT_DROPOUT
     )
+    assert_as_exact_as_torch(config, kind, batch, size, dtype)
+
+
+def assert_as_exact_as_torch(config, kind, batch, size, dtype):
+    """Against fp64, beside the reference path at that dtype."""
     layer = layer_of(config, dtype)
     mask, x, dy = batch_of(kind, batch, size, config.hidden_size, dtype)
     ours = step(layer, mask, x, dy)
@@ -95,6 +120,56 @@ def test_the_kernels_are_as_exact_as_torch(kind, batch, size, heads, dtype, pre_
     names = ["output", "input", *(name for name, _ in layer.named_parameters())]
     for name, mine, theirs, right in zip(names, ours, torchs, exact, strict=True):
         assert (mine.double() - right).norm() <= allowed_error(theirs, right), name
+
+
+MODEL_BATCHES = [
+    ("Llama", "causal", 3, 128),
+    ("Llama", "causal", 2, 300),
+    ("Mistral", "causal", 2, 300),
+    ("Qwen3", "causal", 2, 200),
+    ("ModernBERT", "padded", 3, 100),
+    ("ModernBERT", "padded", 3, 300),
+    ("ModernBERT", "packed", 4, 200),
+    ("odd heads", "packed", 3, 130),
+]
+
+
+@pytest.mark.parametrize(("model", "kind", "batch", "size"), MODEL_BATCHES)
+@pytest.mark.parametrize("dtype", [BRAIN, HALF, FULL])
+def test_layers_of_today_are_as_exact_as_torch(model, kind, batch, size, dtype):
+    assert_as_exact_as_torch(dataclasses.replace(LAYERS_OF_TODAY[model], **WITHOUT_DROPOUT), kind, batch, size, dtype)
+
+
+@pytest.mark.parametrize(("model", "kind", "batch", "size"), MODEL_BATCHES)
+def test_layers_of_today_give_equal_bits_for_equal_seeds_in_eager_and_captured_steps(model, kind, batch, size):
+    layer = layer_of(LAYERS_OF_TODAY[model], BRAIN)
+    inputs = batch_of(kind, 4 * batch, size, layer.config.hidden_size, BRAIN)
+    runs = []
+    for _ in range(3):
+        torch.manual_seed(1)
+        runs.append(step(layer, *inputs))
+    for other in runs[1:]:
+        assert_equal(runs[0], other)
+    assert_equal(captured_steps(layer, inputs, 1)[0], runs[0])
+
+
+def captured_steps(layer, inputs, count):
+    """Results of replays of one captured step, drawn from seed 1."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles the kernels, which a capture cannot
+            step(layer, *inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(layer, *inputs)
+    torch.manual_seed(1)
+    replays = []
+    for _ in range(count):
+        graph.replay()
+        replays.append([result.clone() for result in captured])
+    return replays
 
 
 @pytest.mark.parametrize("pre_layer_norm", [True, False])
@@ -188,20 +263,7 @@ def test_the_compiled_layer_is_one_graph_and_computes_the_same(kind, pre_layer_n
 def test_every_replay_of_a_captured_step_equals_an_eager_one_with_its_own_masks(kind):
     layer = layer_of(CONFIG, BRAIN)
     inputs = batch_of(kind, 4, 130, CONFIG.hidden_size, BRAIN)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles the kernels, which a capture cannot
-            step(layer, *inputs)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(layer, *inputs)
-    torch.manual_seed(1)
-    replays = []
-    for _ in range(3):
-        graph.replay()
-        replays.append([result.clone() for result in captured])
+    replays = captured_steps(layer, inputs, 3)
     torch.manual_seed(1)
     for replay in replays:
         assert_equal(replay, step(layer, *inputs))
