@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ..ops.mlp.activation import activated
 from ..ops.mlp.mlp import MlpOptions
-from ..ops.norm.row_norms import layer_norm, rms_norm
 from .products import Products
 
 
@@ -18,9 +17,12 @@ class TokenProducts(Products):
     """
 
     def norm(self, z: Tensor, weight: Tensor, norm_bias: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+        wide = z.to(weight.dtype)  # norms may be in fp32 in a model of half precision
         if options["kind"] == "rms_norm":
-            return z, rms_norm(z, weight, options["eps"])[0]
-        return z, layer_norm(z, weight, norm_bias, options["eps"])[0]
+            y = F.rms_norm(wide, weight.shape, weight, options["eps"])
+        else:
+            y = F.layer_norm(wide, weight.shape, weight, norm_bias, options["eps"])
+        return z, y.to(z.dtype)
 
     def residual_norm(
         self, x: Tensor, bias: Tensor | None, residual: Tensor, *affine: Any, **options: Any
@@ -38,5 +40,7 @@ class TokenProducts(Products):
 
     def mlp(self, x: Tensor, inward: Any, outward: Any, options: MlpOptions) -> tuple[Tensor, Tensor]:
         f = F.linear(x, inward.weight, inward.bias)
-        a = activated(f, options.activation, gated=options.gated, kernels=options.kernels)
-        return F.linear(a, outward.weight), x
+        if not options.gated:
+            return F.linear(activated(f, options.activation), outward.weight), x
+        passed, multiplied = f.chunk(2, -1)
+        return F.linear(activated(passed, options.activation) * multiplied, outward.weight), x

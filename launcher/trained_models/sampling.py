@@ -83,10 +83,15 @@ def continued(
 
 
 def choose(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """Return the next token by its logits (V,); the generator is for the choice."""
+    """Return the next token by its logits (V,); the generator is for the choice.
+
+    Among all symbols what is drawn for each does not depend on the order of their logits, which rounding may change.
+    """
     if sampling.greedy:
         return int(logits.argmax())
-    kept = logits.topk(min(sampling.top_k or len(logits), len(logits)))
+    if sampling.top_k is None:
+        return int(torch.multinomial(torch.softmax(logits / sampling.temperature, dim=0), 1, generator=generator))
+    kept = logits.topk(min(sampling.top_k, len(logits)))
     probabilities = torch.softmax(kept.values / sampling.temperature, dim=0)
     return int(kept.indices[torch.multinomial(probabilities, 1, generator=generator)])
 
