@@ -101,28 +101,18 @@ class FusedTransformerLayer(TransformerLayer):
         given = now.mask
         if not isinstance(given, GivenMask):
             return super()._contexts(qkv, now, **options)
-        rotary = None
-        if given.positions is not None:
-            rotary = _table(*given.positions) if given.cache is None else None
-            qkv = self._turned(qkv, *given.positions) if rotary is None else qkv
+        split, turned = self.parts.heads.split, functools.partial(_turned, positions=given.positions)
+        rotary = _table(given.positions)
         if given.cache is not None:
-            q, k, v = (part.transpose(1, 2) for part in self.parts.heads.split(qkv))
-            k, v = given.cache.update(k, v, given.layer_idx)
-            if k.shape[2] > q.shape[2]:
-                return self._over_cache(q, k, v, given)
+            q, k, v = split(qkv)
+            k, v = given.cache.update(turned(k).transpose(1, 2), v.transpose(1, 2), given.layer_idx)
+            if k.shape[2] > qkv.shape[1]:
+                return self._over_cache(turned(q).transpose(1, 2), k, v, given)
+        if given.positions is not None and rotary is None:
+            q, k, v = split(qkv)
+            qkv = torch.cat([turned(q), turned(k), v], -2).view(qkv.shape)
         mask, window = given.convert(qkv)
         return super()._contexts(qkv, dataclasses.replace(now, mask=mask), rotary=rotary, window=window)
-
-    def _turned(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return qkv, (B, S, ..., D), with queries and keys turned by positions of their own in each row."""
-        wide = torch.promote_types(qkv.dtype, torch.float32)
-        cos, sin = (table[:, :, None, : table.shape[-1] // 2].to(wide) for table in (cos, sin))
-        queries, keys, values = self.parts.heads.split(qkv)
-        turned = []
-        for part in (queries, keys):
-            first, second = part.to(wide).chunk(2, -1)
-            turned.append(torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(qkv.dtype))
-        return torch.cat([*turned, values], -2).view(qkv.shape)
 
     def _over_cache(self, q: Tensor, k: Tensor, v: Tensor, given: GivenMask) -> Tensor:
         bias = given.over_cache(q, k.shape[2])
@@ -137,12 +127,21 @@ class FusedTransformerLayer(TransformerLayer):
             random.leave()
 
 
-def _table(cos: Tensor, sin: Tensor) -> Tensor | None:
+def _table(positions: tuple[Tensor, Tensor] | None) -> Tensor | None:
     """Return the `rotary` of `attention` of positions that all rows have alike, and else None."""
-    if len(cos) > 1:
+    if positions is None or len(positions[0]) > 1:
         return None
-    half = cos.shape[-1] // 2
-    return torch.cat([cos[0, :, :half], sin[0, :, :half]], -1).float()
+    return torch.cat([one[0, :, : one.shape[-1] // 2] for one in positions], -1).float()
+
+
+def _turned(x: Tensor, positions: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return queries or keys (B, S, heads, D), turned by the positions of each row; themselves without positions."""
+    if positions is None:
+        return x
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = (one[:, :, None, : one.shape[-1] // 2].to(wide) for one in positions)
+    first, second = x.to(wide).chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 @dataclass(frozen=True)

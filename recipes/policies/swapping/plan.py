@@ -63,10 +63,11 @@ class _Planner:
         for policy in policies:
             own = self._places(policy)
             places += own
-            if own and not self.problems:
-                last = own[-1]  # because some models scale by the number of the layer
-                for problem in differences(last):
-                    self._problem(last.name, problem)
+            if not self.problems:
+                # of each kind the last, because some models scale by the number of the layer
+                for place in {place.config: place for place in own}.values():
+                    for problem in differences(place):
+                        self._problem(place.name, problem)
         self._raise_problems()
         return places
 
@@ -107,7 +108,7 @@ class _Planner:
             parallel,
             shared.setdefault(id(config), LayerMasks(config, description.causal)),
             next((module.layer_idx for module in layer.modules() if hasattr(module, "layer_idx")), None),  # type: ignore[arg-type]
-            _window_of(policy, layer),
+            self._window(policy, name, layer),
         )
         self._check_parameters(place)
         return place
@@ -200,6 +201,14 @@ class _Planner:
             if problems:
                 return False
         return True
+
+    def _window(self, policy: type[Policy], name: str, layer: nn.Module) -> int | None:
+        """How far from a token the layer attends, None: as far as its mask allows."""
+        path = policy.window()
+        tokens = None if path is None else find(layer, path)[1]
+        if tokens is ABSENT:
+            self._problem(name, f"{path} of window does not exist")
+        return tokens - 1 if isinstance(tokens, int) else None
 
     def _check_modules(self, name: str, layer: nn.Module, description: Description) -> None:
         drops = {0.0, description.hidden_dropout, description.attention_dropout}
@@ -304,13 +313,6 @@ class _Planner:
 def _parallel_of(module: nn.Module) -> TensorParallel:
     """The processes that share the module, by what `shard` made of its projections."""
     return next((one.parallel for one in module.modules() if isinstance(one, Sharded)), ONE_PROCESS)
-
-
-def _window_of(policy: type[Policy], layer: nn.Module) -> int | None:
-    """How far from a token the layer attends, None: as far as its mask allows."""
-    path = policy.window()
-    tokens = None if path is None else find(layer, path)[1]
-    return tokens - 1 if isinstance(tokens, int) else None
 
 
 def _is_plain(module: nn.Module, description: Description) -> bool:

@@ -14,12 +14,13 @@ from xformer_train.recipes.policies.catalog.layer import Description
 from xformer_train.recipes.policies.catalog.lookup import SHIPPED
 from xformer_train.recipes.policies.sharding.plan import make_plan
 
-BertPolicy, GPT2Policy, GPTNeoXPolicy = (
+BertPolicy, GPT2Policy, GPTNeoXPolicy, Qwen3Policy = (
     SHIPPED[f"transformers.models.{name}"]
     for name in (
         "bert.modeling_bert.BertLayer",
         "gpt2.modeling_gpt2.GPT2Block",
         "gpt_neox.modeling_gpt_neox.GPTNeoXLayer",
+        "qwen3.modeling_qwen3.Qwen3DecoderLayer",
     )
 )
 
@@ -154,6 +155,8 @@ def test_todays_layers_that_are_not_as_their_policy_says_are_refused():
     own = type("OwnRMSNorm", (LlamaRMSNorm,), {"__module__": "own"})
     said = "input_layernorm is a OwnRMSNorm; it must be an nn.Linear, an RMSNorm of transformers or Conv1D"
     assert said in message("llama", lambda layer: setattr(layer.input_layernorm, "__class__", own))
+    renamed = type("Renamed", (Qwen3Policy,), {"window": staticmethod(lambda: "self_attn.reach")})
+    assert "self_attn.reach of window does not exist" in message("qwen3", lambda layer: None, renamed)
     cut = "self_attn.q_proj.bias is None, and others of its product are not"
     assert cut in message("llama", lambda layer: layer.self_attn.q_proj.register_parameter("bias", None))
 
