@@ -1,11 +1,11 @@
-"""A stack of layers replayed from CUDA graphs against the same stack without."""
+"""A stack of layers replayed from CUDA graphs against the same stack without, and over a key-value cache."""
 
 import dataclasses
 
 import pytest
 import torch
 
-from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
+from xformer_train.kernels import AttentionMask, KeyValueCache, LayerConfig, LayerStack
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,6 +41,22 @@ def test_replays_equal_eager_steps_with_the_same_seeds(flags):
         assert len(stack._graphs) == graph
     for eager, replayed in zip(*results, strict=True):
         torch.testing.assert_close(replayed, eager)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window", [None, 20])
+def test_tokens_over_a_cache_give_what_the_whole_text_gives(window):
+    """The prompt by our kernels, the tokens behind it by torch's attention."""
+    config = dataclasses.replace(CONFIG, num_key_value_heads=2, rope_theta=1e4, attention_window=window)
+    stack = LayerStack(config, 3).to("cuda").eval()
+    x = torch.randn(2, 70, 256, device="cuda")
+    tokens = torch.arange(70, device="cuda") >= torch.tensor([[0], [9]], device="cuda")
+    cache, outputs = KeyValueCache(80), []
+    for piece in x.split([60, 1, 1, 8], 1):
+        end = cache.length + piece.shape[1]
+        outputs.append(stack(piece, AttentionMask(causal=True, key_mask=tokens[:, :end]), cache))
+    whole = stack(x, AttentionMask(causal=True, key_mask=tokens))
+    torch.testing.assert_close(torch.cat(outputs, 1)[tokens], whole[tokens], atol=1e-3, rtol=1e-3)
 
 
 def test_the_same_input_is_dropped_differently_in_each_replay():

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from helpers.spawn import PATIENCE_S
 from torch import Tensor, nn
 
-from xformer_train.kernels import AttentionMask, LayerConfig, LayerStack
+from xformer_train.kernels import AttentionMask, KeyValueCache, LayerConfig, LayerStack
 from xformer_train.kernels.ops import linear
 from xformer_train.kernels.ops.choices import IGNORED
 from xformer_train.kernels.ops.dropout import keep_mask
@@ -334,6 +334,20 @@ def modern_layers(group: dist.ProcessGroup) -> Triples:
             yield f"gradient of {key}, {title}", ours.get_parameter(key).grad, value
 
 
+def generation(group: dist.ProcessGroup) -> Triples:
+    """A text in pieces, over a cache of which each process has its key heads, against one pass of one process."""
+    for name, configs in MODERN_KINDS.items():
+        stacks = []
+        for parallel in (tensor_parallel.ONE_PROCESS, tensor_parallel.TensorParallel(group)):
+            torch.manual_seed(SEED)
+            stacks.append(LayerStack(configs, parallel=parallel).double().eval())
+        single, ours = stacks
+        x, cache, mask = randn(2, 8, 24, key=82), KeyValueCache(8), AttentionMask(causal=True)
+        with torch.no_grad():
+            pieces = [ours(piece, AttentionMask(causal=True), cache) for piece in x.split([5, 1, 2], 1)]
+            yield f"y, {name}", torch.cat(pieces, 1), single(x, mask)
+
+
 def embeddings(group: dist.ProcessGroup) -> Triples:
     rows = 6 * group.size()
     for dtype, parallel in cases(DTYPES, (False, True)):
@@ -418,6 +432,7 @@ CHECKS: dict[str, Callable[[dist.ProcessGroup], Triples]] = {
         overlap,
         initialization,
         modern_layers,
+        generation,
         embeddings,
         cross_entropies,
         half_precision_cross_entropies,
