@@ -238,6 +238,28 @@ def test_weights_of_transformers_are_read_from_safetensors_and_pickles(tmp_path)
         assert all(torch.equal(other.weights[name], one.weights[name]) for name in one.weights)
 
 
+TODAYS = [("modernbert", True), *((name, tied) for name in ("llama", "mistral", "qwen3") for tied in (False, True))]
+
+
+@pytest.mark.parametrize(("name", "tied"), TODAYS)
+@torch.inference_mode()
+def test_todays_models_are_read_as_save_pretrained_writes_them(name, tied, tmp_path):
+    pytest.importorskip("transformers")
+    from helpers.hf_swap import build, inputs, logits_of
+
+    model = build(name, tie_word_embeddings=tied)
+    model.save_pretrained(tmp_path)
+    found = from_folder(tmp_path)
+    assert found.left_out == () and found.model.tie_word_embeddings is tied
+    given = inputs("left")
+    ids, mask = given["input_ids"], given["attention_mask"].bool()
+    ours = found.build()
+    hidden = ours.encode(ids, attention_mask=mask)
+    logits = ours.mlm_logits(hidden) if name == "modernbert" else ours.logits(hidden)
+    theirs = logits_of(model(ids, attention_mask=mask.long()))
+    torch.testing.assert_close(logits[mask], theirs[mask], rtol=0, atol=1e-5)
+
+
 def test_a_pickle_that_holds_code_is_not_run(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", "vocab_size": 90, **SIZES}))
     torch.save({"weight": Harmful()}, tmp_path / "pytorch_model.bin")

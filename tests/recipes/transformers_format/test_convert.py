@@ -308,6 +308,28 @@ def test_bodies_alone_and_names_of_2018_are_read():
     assert [name.endswith("qa_outputs.weight") for name in left_out] == [True]
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen3", "modernbert"])
+def test_bodies_of_todays_models_are_read_and_heads_stay_new(kind):
+    theirs = stock(kind)
+    config = theirs.config.to_dict()
+    expected, _ = from_huggingface(theirs.state_dict(), config)
+    body, left_out = from_huggingface(theirs.model.state_dict(), config)
+    assert left_out == [] and expected.keys() - body.keys() == {
+        name for name in expected if name.startswith(("lm_head", "mlm_"))
+    }
+    assert all(torch.equal(body[name], expected[name]) for name in body)
+
+
+def test_parts_of_other_sizes_than_the_config_says_are_named():
+    theirs = stock("llama")
+    config, state = theirs.config.to_dict(), theirs.state_dict()
+    key, gate = "model.layers.1.self_attn.k_proj.weight", "model.layers.2.mlp.gate_proj.weight"
+    for name, rows in ((key, "48, 16, 16"), (gate, "37, 37")):
+        for cut in (state[name][:-1], state[name][:, :-1]):
+            with pytest.raises(ValueError, match=f"{name} .* must have {rows} rows of one size by config.json"):
+                from_huggingface(state | {name: cut}, config)
+
+
 def test_a_classifier_of_another_task_is_no_sentence_head():
     theirs = stock("roberta-prelayernorm")
     other = {"classifier.dense.weight": torch.ones(32, 32), "classifier.out_proj.weight": torch.ones(3, 32)}
