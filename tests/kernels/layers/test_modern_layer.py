@@ -197,7 +197,7 @@ def test_outputs_and_gradients_are_those_of_the_formulas(config, mask, p):
     assert_close(gradients(y, x, parameters, real), gradients(expected, twin, parameters, real), names)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "post-LN with RMSNorm"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "modernbert", "post-LN with RMSNorm"])
 def test_attention_dropout_drops_what_the_formulas_do(name):
     config = dataclasses.replace(CONFIGS[name], attention_probs_dropout_prob=0.3)
     layer, x = layer_of(config), input_of().requires_grad_()
