@@ -70,8 +70,9 @@ def _bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def _by_key_head(x: Tensor, keys: Tensor) -> Tensor:
     """x (B * N, M, ..) as (B * G, N / G * M, ..): the rows of all heads that share a head of keys (B * G, S, D)."""
-    share = x.shape[0] // keys.shape[0]
-    return x if share == 1 else x.unflatten(0, (-1, share)).flatten(1, 2)
+    if x.shape[0] == keys.shape[0]:  # also where there are no tokens
+        return x
+    return x.unflatten(0, (-1, x.shape[0] // keys.shape[0])).flatten(1, 2)
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, heads: int) -> Tensor:
