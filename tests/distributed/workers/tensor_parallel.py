@@ -303,7 +303,8 @@ def modern_layers(group: dist.ProcessGroup) -> Triples:
         stacks = []
         for parallel in (tensor_parallel.ONE_PROCESS, tensor_parallel.TensorParallel(group, sequence)):
             torch.manual_seed(SEED)
-            stacks.append(LayerStack(dropping, parallel=parallel).double())
+            again: Any = "full" if packed else "none"  # what backward computes again, collectives too
+            stacks.append(LayerStack(dropping, activation_checkpointing=again, parallel=parallel).double())
         single, ours = stacks
         cuts, title = partitions_of(ours), f"{name}, SP {sequence}, packed {packed}"
 

@@ -136,6 +136,12 @@ class Processes:
     [
         (2, {}, {}, "num_attention_heads=3 is not divisible by the 2 processes"),
         (3, {}, {}, "intermediate_size=40 is not divisible by the 3 processes"),
+        (
+            3,
+            {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 42},
+            {},
+            "num_key_value_heads=2 heads of 4 columns cannot be divided over the 3 processes",
+        ),
         (3, {"intermediate_size": 42}, {"cuda_graph": True}, "cuda_graph=True captures no collectives"),
         (3, {"hidden_size": 48, "intermediate_size": 48}, {"fp8": True}, None),
         (3, {"hidden_size": 24, "intermediate_size": 48}, {"fp8": True}, "FP8 products need multiples of 16 on each"),
