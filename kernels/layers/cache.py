@@ -12,6 +12,8 @@ from ..ops.attention.rotary import turn
 from ..parallel.collectives import TensorParallel
 from .parts import Heads
 
+_MOST_TOKENS = 16  # of more, fp32 products by oneDNN are the faster ones
+
 
 class KeyValueCache:
     """The keys and values that the layers of one stack keep from pass to pass, and how many tokens they are of.
@@ -77,8 +79,9 @@ class LayerCache:
     places: range
 
     def takes_token_products(self, hidden_states: Tensor, parallel: TensorParallel) -> bool:
-        """Return whether TokenProducts can compute the pass; the first, of a whole prompt, would gain nothing by them."""
-        return self.places.start > 0 and hidden_states.is_cpu and parallel.size == 1
+        """Return whether TokenProducts can compute the pass, and its tokens are few enough to gain by them."""
+        few = hidden_states.shape[0] * hidden_states.shape[1] <= _MOST_TOKENS
+        return few and hidden_states.is_cpu and parallel.size == 1
 
     def attend(self, qkv: Tensor, heads: Heads, mask: AttentionMask) -> Tensor | None:
         """Keep keys and values of the new tokens, and return attention (B, S, N * D) over all so far.

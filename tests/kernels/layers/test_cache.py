@@ -112,6 +112,20 @@ def test_a_module_with_a_hook_is_called_in_every_step():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("config", [GPT, LLAMA], ids=["gpt", "llama"])
+@pytest.mark.parametrize("of_norms", [torch.bfloat16, torch.float32], ids=str)
+def test_half_precision_stays_half_whatever_the_norms_are_in(config, of_norms):
+    stack, x = stack_of(config, config, dtype=torch.bfloat16), text(torch.bfloat16)
+    for layer in stack:
+        layer.attention_norm.to(of_norms)
+        layer.mlp_norm.to(of_norms)
+    ours = in_pieces(stack, x, PIECES["prompt and tokens"], KeyValueCache(LENGTH))
+    whole = stack(x, AttentionMask(causal=True))
+    assert ours.dtype == torch.bfloat16
+    assert (ours - whole).norm() < 0.02 * whole.norm()
+
+
+@torch.no_grad()
 def test_fp8_products_are_those_of_a_pass_without_a_cache():
     """A step scales by its own tokens, the whole by all: they are as far from each other as FP8 is from fp32."""
     config = dataclasses.replace(GPT, hidden_size=32, intermediate_size=48)
