@@ -119,6 +119,15 @@ def test_a_gpt_gives_its_logits_in_transformers(exported, name):
     torch.testing.assert_close(theirs[mask], ours[mask], rtol=0, atol=1e-5)
 
 
+@torch.inference_mode()
+def test_a_rotary_bert_with_a_sentence_task_keeps_its_token_types(root):
+    trained = from_checkpoint(newest(root / "modern_sop"))
+    model, ids = trained.build(), torch.full((1, 7), 9)
+    alone, second = (model.mlm_logits(model.encode(ids, torch.full_like(ids, kind))) for kind in (0, 1))
+    assert not torch.allclose(alone, second)
+    assert fill_mask(model, trained.tokenizer, "a [MASK]", 2)
+
+
 CLASSES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
