@@ -39,7 +39,8 @@ class Tiles(NamedTuple):
 # By bits of the dtype and compute capability, then by widest head and longest sequence; the first row that fits is taken.
 # Other devices take the rows of 80. No tile spills registers, except those of fp32 with heads over 64, where every tile does,
 # and on 80 that of dQ in fp32 with dropout for packed batches.
-# The limits on registers let one more program onto an SM.
+# The limits on registers let one more program onto an SM; the forward kernel does not fit into them in fp16 and fp32, under
+# segment_ids or a window, nor where it turns keys that a mask by token hides.
 _TABLE = {
     (16, 80): {
         (64, 64): Tiles(Tile(64, 64, 4, 1), None, Tile(16, 64, 4, 2)),
@@ -71,18 +72,22 @@ _WITHOUT_DROPOUT = {
     },
     (32, 80): {(64, math.inf): Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 2), Tile(16, 32, 4, 2))},
 }
-
-# Rows that are others, with dropout and without, where queries and keys are turned by their places, which takes registers.
+# What is another in these rows where queries and keys are turned by their places, which takes registers.
 _TURNED = {
     (16, 80): {
-        (64, math.inf): Tiles(Tile(128, 64, 8, 2), Tile(64, 32, 4, 2, 168), Tile(16, 64, 4, 1)),
-        (128, math.inf): Tiles(Tile(128, 32, 8, 2), Tile(128, 32, 8, 2), Tile(16, 128, 8, 1)),
+        (64, math.inf): {
+            "forward": Tile(128, 64, 8, 2),
+            "queries": Tile(64, 32, 4, 2, 168),
+            "keys": Tile(16, 64, 4, 1),
+        },
+        (128, math.inf): {"forward": Tile(128, 32, 8, 2), "keys": Tile(16, 128, 8, 1)},
     },
     (16, 90): {
-        (64, 128): Tiles(Tile(128, 64, 8, 2, 128), None, Tile(32, 128, 8, 1)),
-        (64, math.inf): Tiles(Tile(128, 64, 8, 2, 128), Tile(64, 32, 4, 2), Tile(32, 64, 4, 2)),
-        (128, math.inf): Tiles(Tile(128, 64, 8, 2), Tile(128, 64, 8, 2), Tile(16, 128, 8, 1)),
+        (64, 128): {"forward": Tile(128, 64, 8, 2, 128), "keys": Tile(32, 128, 8, 1)},
+        (64, math.inf): {"forward": Tile(128, 64, 8, 2, 128), "queries": Tile(64, 32, 4, 2)},
+        (128, math.inf): {"keys": Tile(16, 128, 8, 1)},
     },
+    (32, 80): {(64, math.inf): {"keys": Tile(16, 32, 4, 1)}},
 }
 
 
@@ -92,12 +97,12 @@ def tiles_for(
     """Return the tiles for heads of head_dim columns, up to 128, and sequences of up to `length` tokens.
 
     capability: of the device, times ten; bits: of the dtype; drops: whether there is dropout; limited: whether the forward
-    kernel fits into the table's limit on registers, which it does in bf16 and without segment_ids and window; turned: whether
-    there is a rotary table.
+    kernel fits into the table's limit on registers; turned: whether there is a rotary table.
     """
     device = (bits, capability if (bits, capability) in _TABLE else 80)
     rows = _TABLE[device] if drops else _TABLE[device] | _WITHOUT_DROPOUT.get(device, {})
+    row = next((widest, longest) for widest, longest in rows if head_dim <= widest and length <= longest)
+    tiles = rows[row]
     if turned:
-        rows = rows | _TURNED.get(device, {})
-    tiles = next(tiles for (widest, longest), tiles in rows.items() if head_dim <= widest and length <= longest)
+        tiles = tiles._replace(**_TURNED.get(device, {}).get(row, {}))
     return tiles if limited else tiles._replace(forward=tiles.forward._replace(registers=None))

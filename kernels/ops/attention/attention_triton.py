@@ -340,7 +340,9 @@ def choose_tiles(qkv: Tensor, length: int, options: Options) -> Tiles:
     """Return the tiles of this device for sequences of up to `length` tokens."""
     target = target_info.current_target()  # None in triton's interpreter
     capability, bits = 80 if target is None else target.arch, 8 * qkv.itemsize
-    limited = qkv.dtype == torch.bfloat16 and options.segment_ids is None and options.window is None
+    by_token = options.key_mask is not None or options.key_bias is not None
+    masked = options.segment_ids is not None or options.window is not None or (by_token and options.rotary is not None)
+    limited = qkv.dtype == torch.bfloat16 and not masked
     return tiles_for(capability, bits, qkv.shape[-1], length, options.drops, limited, options.rotary is not None)
 
 

@@ -17,6 +17,7 @@ from helpers.attention_kernels import (
     with_gradient,
 )
 
+from xformer_train.kernels.ops.attention.attention_tiles import tiles_for
 from xformer_train.kernels.ops.attention.attention_triton import Masks, _key_tiles, _masked_tile
 from xformer_train.kernels.ops.attention.rotary import rotary_table
 from xformer_train.kernels.ops.dropout import keep_scale
@@ -162,6 +163,17 @@ def test_two_runs_give_the_same_bits_with_shared_key_heads():
     first, second = (run(dout, qkv, **options) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
+
+
+@pytest.mark.parametrize(("size", "dim"), [(64, 64), (128, 64), (150, 64), (150, 128)])
+def test_the_tiles_of_every_device_give_the_same_up_to_rounding(size, dim):
+    qkv, dout = drawn((1, size, 2, dim), 1, HALF)
+    options = {"key_heads": 1, "rotary": rotary_table(size, dim, 100.0), "window": size // 3, "causal": True}
+    results = []
+    for capability in (80, 90):
+        tiles = tiles_for(capability, 16, dim, size, drops=True, limited=True, turned=True)
+        results.append(run(dout, qkv, p=0.1, seed=seed(), site=SITE, tiles=tiles, **options))
+    torch.testing.assert_close(*results, rtol=2e-3, atol=2e-3)
 
 
 @triton.jit
