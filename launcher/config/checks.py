@@ -150,6 +150,9 @@ def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
             keys = ("schedule.decay_proportion", "schedule.warmup_proportion", "schedule.warmup_steps")
             why = f"which with a warm-up of {warmup:.4g} is more than the whole schedule"
             yield Fault(keys, f"got {schedule.decay_proportion}, {why}; must be at most {1 - warmup:.4g}")
+    elif schedule.decay != "linear":
+        text = f"got {schedule.decay!r}, but only schedule.type wsd has a decay of two shapes; remove it"
+        yield Fault(("schedule.decay", "schedule.type"), text)
     ends_at_zero = schedule.type in ("EP", "linear", "cosine", "wsd") and schedule.lr_offset == 0
     if ends_at_zero and schedule.total_steps and max_steps and max_steps > schedule.total_steps:
         keys = ("schedule.total_steps", "training.max_steps", "schedule.type")

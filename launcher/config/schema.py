@@ -42,6 +42,8 @@ class ScheduleConfig(Section):
     """EE, LE: see decay_rate."""
     decay_proportion: Fraction = 0.2
     """wsd: share of total_steps in which lr falls to zero."""
+    decay: Literal["linear", "1-sqrt"] = "linear"
+    """wsd: how lr falls there, with the step, or steep at first by 1 - the root of the part that is over (arXiv 2405.18392)."""
     lr_offset: Annotated[float, Field(ge=0)] = 0.0
     """Added to lr at every step."""
 

@@ -20,7 +20,7 @@ def learning_rate(schedule: ScheduleConfig, base_lr: float, total_steps: int, st
       f on t < W    (t/W)² for EE, (t/W)^1.5 for EP, t/W for all others; so step 0 runs at lr_offset
       f from W on   EE, LE: decay_rate^((t - W)/decay_steps)    EP: (1 - t/T)²    linear: (T - t)/(T - W)
                     cosine: (1 + cos(π(t - W)/(T - W)))/2       constant: 1
-      wsd           min(t/W, 1, (T - t)/D) with D = decay_proportion · T
+      wsd           min(t/W, 1, (T - t)/D) with D = decay_proportion · T; with decay 1-sqrt, 1 - √(1 - (T - t)/D) for (T - t)/D
     From T on, EP, linear, cosine and wsd stay at 0 (hence lr_offset), the others follow their formula. EP jumps from 1
     down to (1 - W/T)² where the warm-up ends, as in DeepSpeed's BERT recipe, whose EE, LE and EP these are. They differ
     from it in one case: without warm-up it holds lr constant for ever, here the decay starts at step 0.
@@ -38,7 +38,7 @@ def _factor(schedule: ScheduleConfig, total_steps: int, step: int) -> float:
         decay_steps = schedule.decay_proportion * total_steps
         rise = step / warmup_steps if step < warmup_steps else 1.0
         fall = (total_steps - step) / decay_steps if total_steps - step < decay_steps else 1.0
-        return min(rise, fall)
+        return min(rise, fall if schedule.decay == "linear" else 1 - math.sqrt(1 - fall))
     if step < warmup_steps:
         power = {"EE": 2.0, "EP": 1.5}.get(schedule.type, 1.0)
         return (step / warmup_steps) ** power

@@ -168,6 +168,7 @@ def _optimizer_text(optimizer: OptimizerConfig) -> str:
 
 def _schedule_text(schedule: ScheduleConfig, total_steps: int) -> str:
     exponential = f"x {schedule.decay_rate:g} every {schedule.decay_steps:,} steps"
+    decay_words = "decay" if schedule.decay == "linear" else f"{schedule.decay} decay"
     decay = {
         "EE": exponential,
         "LE": exponential,
@@ -175,7 +176,7 @@ def _schedule_text(schedule: ScheduleConfig, total_steps: int) -> str:
         "linear": f"linear decay to 0 at step {total_steps:,}",
         "cosine": f"cosine decay to 0 at step {total_steps:,}",
         "constant": "constant",
-        "wsd": f"constant, and decay to 0 over the last {schedule.decay_proportion:.0%} of {total_steps:,} steps",
+        "wsd": f"constant, and {decay_words} to 0 over the last {schedule.decay_proportion:.0%} of {total_steps:,} steps",
     }[schedule.type]
     warmup_steps = round(warmup_length(schedule, total_steps))
     warmup = f"warm-up of {_counted(warmup_steps, 'step')}" if warmup_steps else "no warm-up"

@@ -110,6 +110,7 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "schedule.decay_proportion: got 0.6, which with a warm-up of 0.5 is more than the whole schedule; must be at "
             "most 0.5",
         ),
+        ("schedule: {type: cosine, decay: 1-sqrt}", "schedule.decay: got '1-sqrt', but only schedule.type wsd has"),
         ("optimizer: {min_coeff: 11}", "optimizer.min_coeff: got 11.0, must be at most optimizer.max_coeff 10.0"),
         ("training: {max_steps: 1}", "training.train_batch_size: no batch size is given"),
         ("training: {train_batch_size: 1}", "training.max_steps: is missing; give the length of the run"),

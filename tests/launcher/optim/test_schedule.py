@@ -109,6 +109,12 @@ def test_warmup_and_decay_of_wsd_may_meet():
     assert max(rates) == rates[500]
 
 
+def test_wsd_falls_by_the_root_of_the_part_of_its_decay_that_is_over():
+    schedule = ScheduleConfig(type="wsd", warmup_steps=100, decay_proportion=0.4, decay="1-sqrt")
+    rates = curve(schedule, steps=[50, 100, T - 400, T - 300, T - 100, T - 4, T])
+    assert rates == pytest.approx([0.5, 1, 1, 0.5, 1 - math.sqrt(0.75), 1 - math.sqrt(0.99), 0])
+
+
 def test_warmup_length_prefers_steps_and_defaults_to_none():
     assert warmup_length(ScheduleConfig(warmup_steps=7), T) == 7
     assert warmup_length(ScheduleConfig(warmup_proportion=0.0005), T) == 0.5

@@ -180,6 +180,8 @@ def test_every_schedule_and_a_billion_parameters_can_be_reported():
         text = report(config, parameters=(1_310_000_000, 42_000))
         assert f"{kind}: warm-up of 1 step, then" in text
         assert "1.31 B parameters (42,000 without embeddings)" in text
+    text = report(changed(schedule=ScheduleConfig(type="wsd", decay="1-sqrt")), parameters=(1, 1))
+    assert "then constant, and 1-sqrt decay to 0 over the last 20% of" in text
 
 
 def test_adamw_is_reported_without_what_only_lamb_has():
