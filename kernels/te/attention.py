@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.attention.heads import query_key_value
 from .core_attention import Dropping, Visibility, attention_over_cache, cross_attention, self_attention
 from .inference import Cache
 from .layer_options import LayerOptions
 from .linear import LayerNormLinear, Linear
 from .module import DEFAULT_INIT, ProjectionModule, Shard
-from .rotary import check_rotary, rotate
+from .rotary import check_rotary, rotate, shared_table
 
 
 class MultiheadAttention(ProjectionModule):
@@ -29,6 +30,7 @@ class MultiheadAttention(ProjectionModule):
         self.config, self.cross = config, cross
         self.heads = self.options.part("num_attention_heads", config.num_attention_heads)
         self.groups = self.options.part("num_gqa_groups", config.groups)
+        self.key_heads = None if self.groups == self.heads else self.groups  # of ops/attention
         size, dim = config.hidden_size, config.head_dim
         queries, keys = config.num_attention_heads * dim, config.groups * dim
         inward = {
@@ -97,16 +99,34 @@ class MultiheadAttention(ProjectionModule):
             q = self._batch_first(projected.unflatten(-1, (self.heads, -1)))
             context = cross_attention(q, self._batch_first(self._split_kv(kv)), seen, dropping, recompute=recompute)
         else:
-            qkv = self._batch_first(self._split_qkv(projected))
-            if rotary_pos_emb is not None:
-                qkv = self._rotated(qkv, rotary_pos_emb, seen, 0 if cache is None else cache.start)
-            known = None if cache is None else self._extended(cache, qkv)
-            if known is None or known[0].shape[1] == qkv.shape[1]:
-                context = self_attention(qkv, seen, dropping, recompute=recompute)
-            else:
-                context = attention_over_cache(qkv[:, :, 0], *known, seen)
+            context = self._self_attention(projected, seen, dropping, rotary_pos_emb, recompute=recompute, cache=cache)
         out, bias = self.proj(self._batch_first(context), is_first_microbatch=is_first_microbatch)
         return out, self._handed_out(bias), residual
+
+    def _self_attention(
+        self,
+        projected: Tensor,
+        seen: Visibility,
+        dropping: Dropping,
+        angles: tuple[Tensor, Tensor] | None,
+        *,
+        recompute: bool,
+        cache: Cache | None,
+    ) -> Tensor:
+        """Return attention of a projection's output among its own tokens and those of the cache, batch first."""
+        qkv, rotary = self._batch_first(self._split_qkv(projected)), None
+        if angles is not None:
+            rotary = None if cache is not None else shared_table(angles, qkv)
+            if rotary is None:
+                qkv = self._rotated(qkv, angles, seen, 0 if cache is None else cache.start)
+            else:
+                check_rotary(angles[0], seen.mask.max_length or qkv.shape[1], qkv.shape[-1])
+        if cache is not None:
+            queries, keys, values = query_key_value(qkv, self.key_heads)
+            known = cache.extend(keys, values)
+            if known[0].shape[1] != keys.shape[1]:
+                return attention_over_cache(queries, *known, seen)
+        return self_attention(qkv, seen, dropping, key_heads=self.key_heads, rotary=rotary, recompute=recompute)
 
     def _joined(self, parts: tuple[str, ...]) -> tuple[Tensor | None, Tensor | None]:
         """Return weight and bias for a projection that has none of its own."""
@@ -116,21 +136,14 @@ class MultiheadAttention(ProjectionModule):
         return torch.cat(weights), torch.cat(biases) if self.config.bias else None
 
     def _split_qkv(self, qkv: Tensor) -> Tensor:
-        """Return queries, keys and values (..., 3, N, D) of a projection's (..., rows), a view where heads share no keys."""
+        """Return (..., 3, N, D) of a projection's (..., rows), or (..., N + 2G, D) where heads share keys."""
         heads, groups, dim = self.heads, self.groups, self.config.head_dim
-        if heads == groups:
-            if self.config.fuse_qkv_params:
-                return qkv.unflatten(-1, (heads, 3, dim)).transpose(-3, -2)
-            return qkv.unflatten(-1, (3, heads, dim))
-        share = heads // groups
-        if self.config.fuse_qkv_params:
-            q, k, v = qkv.unflatten(-1, (groups, share + 2, dim)).split([share, 1, 1], -2)
-            q = q.flatten(-3, -2)
-        else:
-            q, k, v = qkv.unflatten(-1, (-1, dim)).split([heads, groups, groups], -2)
-            k, v = k.unsqueeze(-2), v.unsqueeze(-2)
-        k, v = (part.expand(*part.shape[:-2], share, dim).flatten(-3, -2) for part in (k, v))
-        return torch.stack([q, k, v], -3)
+        if not self.config.fuse_qkv_params:
+            return qkv.unflatten(-1, (3, heads, dim) if self.key_heads is None else (heads + 2 * groups, dim))
+        if self.key_heads is None:
+            return qkv.unflatten(-1, (heads, 3, dim)).transpose(-3, -2)
+        q, k, v = qkv.unflatten(-1, (groups, heads // groups + 2, dim)).split([heads // groups, 1, 1], -2)
+        return torch.cat([part.flatten(-3, -2) for part in (q, k, v)], -2)
 
     def _split_kv(self, kv: Tensor) -> Tensor:
         """Return keys and values (..., 2, N, D) of a projection's (..., rows)."""
@@ -145,14 +158,8 @@ class MultiheadAttention(ProjectionModule):
         """Convert between the input format and (B, S, ...), in which attention computes; this is its own inverse."""
         return x.transpose(0, 1) if self.config.attn_input_format == "sbhd" else x
 
-    def _extended(self, cache: Cache, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all keys and values so far; the cache holds those of a group of heads once."""
-        share = self.heads // self.groups
-        _, keys, values = qkv[:, :, :, ::share].unbind(2)
-        return cache.extend(keys, values)
-
     def _rotated(self, qkv: Tensor, angles: tuple[Tensor, Tensor], seen: Visibility, start: int) -> Tensor:
-        """Return qkv (B, S, 3, N, D) or (T, 3, N, D) with queries and keys turned, each by its angles (S, 1, 1, columns).
+        """Return qkv, as `_split_qkv` gives it, with queries and keys turned, each by its angles (S, 1, 1, columns).
 
         start: the position of the first row.
         """
@@ -166,8 +173,9 @@ class MultiheadAttention(ProjectionModule):
             places = torch.arange(len(qkv), device=qkv.device)
             positions = places - borders[torch.searchsorted(borders, places, right=True) - 1]
             at_positions = [part[positions, 0] for part in angles]
-        q, k, v = qkv.unbind(-3)
-        return torch.stack([rotate(q, at_positions[0]), rotate(k, at_positions[1]), v], -3)
+        q, k, v = query_key_value(qkv, self.key_heads)
+        parts = [rotate(q, at_positions[0]), rotate(k, at_positions[1]), v]
+        return torch.stack(parts, -3) if self.key_heads is None else torch.cat(parts, -2)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for core in (

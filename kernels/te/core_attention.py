@@ -6,7 +6,7 @@ Self-attention is kernels/ops/attention/attention.py's. Queries over more keys, 
 import functools
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -107,15 +107,14 @@ class Dropping:
     site: int
 
 
-def self_attention(qkv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool) -> Tensor:
-    """Return attention (B, S, N * D) of qkv (B, S, 3, N, D), of any strides, or (T, N * D) of (T, 3, N, D) for a packed batch.
+def self_attention(qkv: Tensor, seen: Visibility, dropping: Dropping, *, recompute: bool, **options: Any) -> Tensor:
+    """Return attention (B, S, N * D), or (T, N * D) for a packed batch, of qkv of any strides.
 
-    A query that sees no key gives zeros and passes no gradient. recompute: `core` of kernels/ops/attention/attention.py.
+    qkv, options (key_heads, rotary): as kernels/ops/attention/attention.py takes them, with recompute for its `core`. A query
+    that sees no key gives zeros and passes no gradient.
     """
-    context = attention(
-        qkv, seen.mask, dropping.p, dropping.seed, dropping.site, recompute="core" if recompute else "nothing"
-    )
-    return _seeing(context, seen)
+    options["recompute"] = "core" if recompute else "nothing"
+    return _seeing(attention(qkv, seen.mask, dropping.p, dropping.seed, dropping.site, **options), seen)
 
 
 def attention_over_cache(q: Tensor, keys: Tensor, values: Tensor, seen: Visibility) -> Tensor:

@@ -1,7 +1,13 @@
 """Rotary position embedding: queries and keys turned by angles that grow with the position."""
 
+from collections.abc import MutableMapping
+
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+# Of angles that RotaryPositionEmbedding gave: their version at that time, cos and sin as `rotary_table` has them.
+_TABLES: MutableMapping[Tensor, tuple[int, Tensor]] = WeakTensorKeyDictionary()
 
 
 class RotaryPositionEmbedding(nn.Module):
@@ -21,7 +27,28 @@ class RotaryPositionEmbedding(nn.Module):
         """Return the angle of each position and column, (max_seq_len, 1, 1, dim) fp32; both halves of the columns are equal."""
         frequencies = self.base ** (-torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim)
         angles = torch.arange(max_seq_len, device=device, dtype=torch.float32)[:, None] * frequencies
-        return torch.cat([angles, angles], -1)[:, None, None]
+        result = torch.cat([angles, angles], -1)[:, None, None]
+        if not torch.compiler.is_compiling() and not result.is_inference():
+            _TABLES[result] = result._version, torch.cat([angles.cos(), angles.sin()], -1)
+        return result
+
+
+def shared_table(angles: tuple[Tensor, Tensor], qkv: Tensor) -> Tensor | None:
+    """Return what ops/attention turns queries and keys by, where these angles of both can be told from it; else None.
+
+    They can where both are one tensor that RotaryPositionEmbedding gave for all columns of a head: both halves of its columns
+    are then known to be equal. Not in fp64, which that table would round.
+    """
+    one, other = angles
+    if (
+        torch.compiler.is_compiling()
+        or one is not other
+        or one.shape[-1] != qkv.shape[-1]
+        or qkv.dtype == torch.float64
+    ):
+        return None
+    version, table = _TABLES.get(one, (None, None))
+    return table if version is not None and version == one._version else None
 
 
 def check_rotary(angles: Tensor, length: int, head_dim: int) -> None:

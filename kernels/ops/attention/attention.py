@@ -24,7 +24,7 @@ from ..choices import Kernels, uses_triton
 from ..operator import operator
 from .attention_product import AttentionByProducts, Pattern, padded, unpadded
 from .blocks import window_bias, window_blocks
-from .heads import HeadsFirst, query_key_value, split_heads
+from .heads import HeadsFirst, query_key_value
 from .hiding_bias import hiding_bias
 
 LARGEST_TRITON_HEAD = 128
@@ -231,7 +231,7 @@ def _torchs_attention(qkv: Tensor, mask: AttentionMask, rotary: Tensor | None, p
         q, k, v = (part.transpose(1, 2) for part in query_key_value(qkv, key_heads))
     else:
         parts = HeadsFirst.apply(qkv, rotary, key_heads)  # type: ignore[no-untyped-call]
-        q, k, v = (part.unflatten(0, (batch, -1)) for part in split_heads(parts, batch, key_heads))
+        q, k, v = (part.unflatten(0, (batch, -1)) for part in parts)
     # torch's order on a CPU gives the same bits as a bias, in half the time; elsewhere it may choose another kernel
     ordered = qkv.is_cpu and mask.only_causal
     bias, grouped = None if ordered else mask.additive(size, qkv), key_heads is not None

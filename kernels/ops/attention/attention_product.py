@@ -3,8 +3,9 @@
 Scores are whole matrices (S, S), or with a window those of `Blocks`.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from ..dropout import keep_mask, keep_mask_of_block, keep_scale
 from ..operator import operator, reused
 from .blocks import window_blocks
-from .heads import heads_first, heads_last, split_heads
+from .heads import heads_first, heads_last
 
 if TYPE_CHECKING:
     from .attention import Recompute
@@ -70,15 +71,24 @@ def _bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def _by_key_head(x: Tensor, keys: Tensor) -> Tensor:
     """x (B * N, M, ..) as (B * G, N / G * M, ..): the rows of all heads that share a head of keys (B * G, S, D)."""
-    if x.shape[0] == keys.shape[0]:  # also where there are no tokens
+    share = x.shape[0] // max(1, keys.shape[0])
+    if share <= 1:  # also where there are no tokens
         return x
-    return x.unflatten(0, (-1, x.shape[0] // keys.shape[0])).flatten(1, 2)
+    groups = x.unflatten(0, (-1, share))
+    if torch.compiler.is_exporting():
+        return torch.cat(groups.unbind(1), 1)  # flatten would tie the export to some lengths
+    return groups.flatten(1, 2)
+
+
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """The inverse of `_by_key_head`; heads: B * N."""
+    share = heads // max(1, x.shape[0])
+    return x if share <= 1 else x.unflatten(1, (share, -1)).flatten(0, 1)
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """q k' / sqrt(D) + bias, (B * N, queries, keys), of heads (B * N, queries, D) and (B * G, keys, D)."""
-    scores = _bmm(_by_key_head(q, k), k.transpose(1, 2), 1 / math.sqrt(q.shape[-1]))
-    scores = scores.view(*q.shape[:2], k.shape[1])
+    scores = _by_head(_bmm(_by_key_head(q, k), k.transpose(1, 2), 1 / math.sqrt(q.shape[-1])), q.shape[0])
     if bias is not None:
         scores.unflatten(0, (-1, heads)).add_(bias)
     return scores
@@ -95,11 +105,10 @@ def _fake_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *rest: 
     pattern, recompute = Pattern(*rest[2:-1]), rest[-1]
     tokens = qkv.shape[:2] if rows is None else qkv.shape[:1]
     out = qkv.new_empty((*tokens, pattern.heads * qkv.shape[-1]))
-    parts = qkv.new_empty((pattern.batch * math.prod(qkv.shape[len(tokens) : -1]), pattern.size, qkv.shape[-1]))
-    shapes = [
-        (pattern.batch * pattern.heads, query.stop - query.start, key.stop - key.start)
-        for query, key in pattern.blocks()
-    ]
+    keys = pattern.key_heads or pattern.heads
+    heads = [pattern.batch * count for count in (pattern.heads, keys, keys)]
+    parts = [qkv.new_empty((count, pattern.size, qkv.shape[-1])) for count in heads if rows is None]
+    shapes = [(heads[0], query.stop - query.start, key.stop - key.start) for query, key in pattern.blocks()]
     kept = [
         [qkv.new_empty(shape) for shape in shapes if keeps] for keeps in (recompute != "core", recompute == "nothing")
     ]
@@ -109,18 +118,18 @@ def _fake_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *rest: 
 @operator(
     "attention_product_forward(Tensor qkv, Tensor? bias, Tensor? rows, Tensor? rotary, Tensor? seed, SymInt batch, "
     "SymInt size, int heads, int? key_heads, bool causal, int? window, float p, int site, str recompute) "
-    "-> (Tensor, Tensor, Tensor[], Tensor[])",
+    "-> (Tensor, Tensor[], Tensor[], Tensor[])",
     _fake_forward,
 )
 def _product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    """The output, qkv as `heads_first` has it, and of each block the probabilities (B * N, queries, keys), twice.
+    """The output; what `heads_first` gives, unless the batch is packed; of each block the probabilities, twice.
 
-    First before dropout, then after it, without its factor; as far as recompute does not leave them for backward to make.
+    First before dropout, then after it, without its factor, (B * N, queries, keys) each; as far as recompute does not leave
+    them for backward to make.
     """
     rotary, seed, *numbers, recompute = rest
     pattern = Pattern(*numbers)
-    parts = heads_first(padded(qkv, rows, *pattern[:2]), rotary, pattern.key_heads)
-    q, k, v = split_heads(parts, pattern.batch, pattern.key_heads)
+    q, k, v = heads_first(padded(qkv, rows, *pattern[:2]), rotary, pattern.key_heads)
     context = q.new_empty((*pattern[:3], q.shape[-1]))
     probabilities, dropped = [], []
     for index, (queries, keys) in enumerate(pattern.blocks()):
@@ -128,44 +137,38 @@ def _product_forward(qkv: Tensor, bias: Tensor | None, rows: Tensor | None, *res
         block = torch.softmax(scores, -1)
         mask = pattern.keep_mask(queries, keys, seed)
         kept = block if mask is None else torch.mul(block, mask, out=reused(scores))
-        out = _bmm(_by_key_head(kept, k), v[:, keys], keep_scale(pattern.p))
-        context[:, queries] = out.view(*pattern[0:3:2], kept.shape[1], q.shape[-1]).transpose(1, 2)
+        out = _by_head(_bmm(_by_key_head(kept, k), v[:, keys], keep_scale(pattern.p)), q.shape[0])
+        context[:, queries] = out.unflatten(0, pattern[0:3:2]).transpose(1, 2)
         if recompute != "core":
             probabilities.append(block)
         if recompute == "nothing":
             dropped.append(kept)
-    return unpadded(context.flatten(2), rows), parts, probabilities, dropped
+    return unpadded(context.flatten(2), rows), [q, k, v] if rows is None else [], probabilities, dropped
 
 
-def _fake_backward(dout: Tensor, saved: Tensor, probabilities: Any, dropped: Any, *rest: Any) -> Tensor:
-    rows, pattern = rest[1], Pattern(*rest[4:])
-    if rows is not None:
-        return saved.new_empty(saved.shape)
+def _fake_backward(dout: Tensor, saved: Sequence[Tensor], probabilities: Any, dropped: Any, *rest: Any) -> Tensor:
+    pattern, dim = Pattern(*rest[4:]), saved[0].shape[-1]
     middle = (3, pattern.heads) if pattern.key_heads is None else (pattern.heads + 2 * pattern.key_heads,)
-    return saved.new_empty((*pattern[:2], *middle, saved.shape[-1]))
+    return dout.new_empty((*dout.shape[:-1], *middle, dim))
 
 
 @operator(
-    "attention_product_backward(Tensor dout, Tensor saved, Tensor[] probabilities, Tensor[] dropped, Tensor? bias, "
+    "attention_product_backward(Tensor dout, Tensor[] saved, Tensor[] probabilities, Tensor[] dropped, Tensor? bias, "
     "Tensor? rows, Tensor? rotary, Tensor? seed, SymInt batch, SymInt size, int heads, int? key_heads, bool causal, "
     "int? window, float p, int site) -> Tensor",
     _fake_backward,
 )
-def _product_backward(dout: Tensor, saved: Tensor, probabilities: Any, dropped: Any, *rest: Any) -> Tensor:
-    """dqkv, from dout (B, S, N * D) or (T, N * D) and what forward gave; saved: the parts, or qkv of a packed batch."""
+def _product_backward(dout: Tensor, saved: Sequence[Tensor], probabilities: Any, dropped: Any, *rest: Any) -> Tensor:
+    """dqkv, from dout (B, S, N * D) or (T, N * D) and what forward gave; saved: q, k, v, or qkv of a packed batch."""
     bias, rows, rotary, seed, *numbers = rest
     pattern = Pattern(*numbers)
-    parts = saved
     if rows is not None:
-        parts, dout = (
-            heads_first(padded(saved, rows, *pattern[:2]), rotary, pattern.key_heads),
-            padded(dout, rows, *pattern[:2]),
-        )
-    q, k, v = split_heads(parts, pattern.batch, pattern.key_heads)
+        saved = heads_first(padded(saved[0], rows, *pattern[:2]), rotary, pattern.key_heads)
+        dout = padded(dout, rows, *pattern[:2])
+    q, k, v = saved
     scale, keep = 1 / math.sqrt(q.shape[-1]), keep_scale(pattern.p)
     dcontext = dout.unflatten(2, (-1, q.shape[-1])).transpose(1, 2).flatten(0, 1)
-    dparts = torch.empty_like(parts) if pattern.window is None else torch.zeros_like(parts)
-    dq, dk, dv = split_heads(dparts, pattern.batch, pattern.key_heads)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     beta = 0 if pattern.window is None else 1  # keys are in several blocks
     for index, (queries, keys) in enumerate(pattern.blocks()):
         q_block, k_block, v_block, dcontext_block = q[:, queries], k[:, keys], v[:, keys], dcontext[:, queries]
@@ -178,13 +181,13 @@ def _product_backward(dout: Tensor, saved: Tensor, probabilities: Any, dropped: 
         kept = dropped[index] if dropped else block if mask is None else block * mask
         dcontext_block = _by_key_head(dcontext_block, k)
         dv[:, keys].baddbmm_(_by_key_head(kept, k).transpose(1, 2), dcontext_block, beta=beta, alpha=keep)
-        dblock = _bmm(dcontext_block, v_block.transpose(1, 2), keep).view(block.shape)
+        dblock = _by_head(_bmm(dcontext_block, v_block.transpose(1, 2), keep), q.shape[0])
         if mask is not None:
             dblock.mul_(mask)
         dscores = _by_key_head(torch._softmax_backward_data(dblock, block, -1, block.dtype), k)
-        dq[:, queries] = _bmm(dscores, k_block, scale).view(q_block.shape)
+        dq[:, queries] = _by_head(_bmm(dscores, k_block, scale), q.shape[0])
         dk[:, keys].baddbmm_(dscores.transpose(1, 2), _by_key_head(q_block, k), beta=beta, alpha=scale)
-    return unpadded(heads_last(dparts, rotary, pattern.key_heads, pattern.batch, pattern.heads), rows)
+    return unpadded(heads_last(dq, dk, dv, rotary, pattern.key_heads, pattern.batch, pattern.heads), rows)
 
 
 class AttentionByProducts(torch.autograd.Function):
@@ -206,16 +209,17 @@ class AttentionByProducts(torch.autograd.Function):
         recompute: "Recompute",
     ) -> Tensor:
         out, parts, probabilities, dropped = _product_forward(qkv, bias, rows, rotary, seed, *pattern, recompute)
-        saved = parts if rows is None else qkv
+        saved = parts if rows is None else [qkv]
         bias = bias if recompute == "core" else None
-        ctx.save_for_backward(saved, bias, rows, rotary, seed, *probabilities, *dropped)
-        ctx.pattern, ctx.count = pattern, len(probabilities)
+        ctx.save_for_backward(bias, rows, rotary, seed, *saved, *probabilities, *dropped)
+        ctx.pattern, ctx.counts = pattern, (len(saved), len(probabilities), len(dropped))
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        saved, bias, rows, rotary, seed, *kept = ctx.saved_tensors
-        kept = kept[: ctx.count], kept[ctx.count :]
-        dqkv = _product_backward(dout, saved, *kept, bias, rows, rotary, seed, *ctx.pattern)
+        bias, rows, rotary, seed, *kept = ctx.saved_tensors
+        remaining = iter(kept)
+        lists = [list(itertools.islice(remaining, count)) for count in ctx.counts]
+        dqkv = _product_backward(dout, *lists, bias, rows, rotary, seed, *ctx.pattern)
         return dqkv, None, None, None, None, None, None

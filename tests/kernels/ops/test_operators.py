@@ -78,7 +78,7 @@ def attention_cases(qkv, packed, mask, seed):
         pattern = (2, 4, 2, None, False, None, 0.3, 1)
         yield "attention_product_forward", (layout, bias, places, None, seed, *pattern, "nothing")
         out, parts, *kept = product_forward(layout, bias, places, None, seed, *pattern, "nothing")
-        saved = parts if places is None else layout
+        saved = parts if places is None else [layout]
         for probabilities, dropped in (kept, (kept[0], []), ([], [])):
             yield "attention_product_backward", (out, saved, probabilities, dropped, bias, places, None, seed, *pattern)
     grouped, rotary = rows(2, 70, 8, 4), rotary_table(70, 4, 1e4)
@@ -90,8 +90,8 @@ def attention_cases(qkv, packed, mask, seed):
         yield "attention_product_backward", (out, parts, *kept, *arguments[1:])
     for layout, key_heads, table in ((qkv, None, None), (grouped, 2, rotary), (grouped.transpose(0, 1), 2, rotary)):
         yield "attention_heads_first", (layout, table, key_heads)
-    yield "attention_heads_last", (rows(16, 70, 4), rotary, 2, 2, 4)
-    yield "attention_heads_last", (rows(12, 4, 3), None, None, 2, 2)
+    yield "attention_heads_last", (rows(8, 70, 4), rows(4, 70, 4), rows(4, 70, 4), rotary, 2, 2, 4)
+    yield "attention_heads_last", (*rows(3, 4, 4, 3), None, None, 2, 2)
 
 
 @pytest.mark.parametrize(("name", "arguments"), list(cases()))
