@@ -75,6 +75,46 @@ def test_a_layer_compiles_into_one_graph_over_the_kernels(pre_layer_norm, bias):
         torch.testing.assert_close(traced, eager)
 
 
+NO_BIAS = {"norm_bias": False, "attention_bias": False, "mlp_bias": False}
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+MODERNBERT = dataclasses.replace(CONFIG, gated_mlp=True, rope_theta=1e4, attention_window=3, **NO_BIAS, **NO_DROPOUT)
+QWEN3 = dataclasses.replace(
+    MODERNBERT,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=16,
+    qk_norm=True,
+    norm="rms_norm",
+    hidden_act="silu",
+    attention_window=None,
+)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("config", [MODERNBERT, QWEN3], ids=["modernbert", "qwen3"])
+def test_a_layer_of_today_gives_on_the_kernels_what_it_gives_without(config, packed, monkeypatch):
+    lengths = torch.tensor([11, 6])
+    real = torch.arange(11) < lengths[:, None]
+    torch.manual_seed(3)
+    layer, x, dy = TransformerLayer(config), torch.randn(2, 11, 16), torch.randn(2, 11, 16) * real[..., None]
+    borders = torch.tensor([0, 11, 17], dtype=torch.int32)
+    results = []
+    for on_triton in (True, False):
+        for module in (activation, attention, head_norm, residual_norm):
+            monkeypatch.setattr(module, "uses_triton", lambda *_, on=on_triton: on)
+        mask = AttentionMask(causal=True, key_mask=real)
+        leaf = x.clone().requires_grad_()
+        given, gradient = leaf, dy
+        if packed:
+            mask = AttentionMask(causal=True, cu_seqlens=borders, max_length=11)
+            given, gradient = leaf[real], dy[real]
+        y = layer(given, mask)
+        found = torch.autograd.grad(y, [leaf, *layer.parameters()], gradient)
+        results.append((y if packed else y[real], *found))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_deepspeeds_layer_stays_on_the_kernels_with_its_mask(dropout, monkeypatch):
     """Beside the formula it keeps one fp32 value per key, and no tensor of all pairs."""

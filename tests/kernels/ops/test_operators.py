@@ -2,7 +2,7 @@
 
 import itertools
 from contextlib import contextmanager
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from xformer_train.kernels.ops.choices import Activation
 from xformer_train.kernels.ops.loss import cross_entropy
 from xformer_train.kernels.ops.loss.cross_entropy import linear_cross_entropy
 from xformer_train.kernels.ops.mlp import activation
-from xformer_train.kernels.ops.norm import residual_norm
+from xformer_train.kernels.ops.norm import head_norm, residual_norm
 
 T, H, F, V = 5, 8, 12, 7
 OPTIONS = (1e-5, 0.3, 2, False, "auto")  # eps, p, site, inverted, kernels
@@ -103,12 +103,27 @@ def test_operators_keep_torchs_rules(name, arguments):
     )
 
 
+OF_2018: dict[str, Any] = {}
+OF_TODAY: dict[str, Any] = {
+    "norm": "rms_norm",
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "gated_mlp": True,
+    "num_key_value_heads": 1,
+    "qk_norm": True,
+    "rope_theta": 1e4,
+    "attention_window": 2,
+}
+
+
 @pytest.mark.parametrize("flags", [False, True])
 @pytest.mark.parametrize("pre_layer_norm", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_no_step_of_the_gpu_path_makes_the_host_wait(flags, pre_layer_norm, packed, monkeypatch):
+@pytest.mark.parametrize("kind", [OF_2018, OF_TODAY], ids=["of 2018", "of today"])
+def test_no_step_of_the_gpu_path_makes_the_host_wait(flags, pre_layer_norm, packed, kind, monkeypatch):
     """On the meta device, where reading a value raises, the ops of the GPU path are their fake implementations."""
-    for module in (activation, attention, cross_entropy, residual_norm):
+    for module in (activation, attention, cross_entropy, head_norm, residual_norm):
         monkeypatch.setattr(module, "uses_triton", lambda *_: True)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     config = LayerConfig(
@@ -120,6 +135,7 @@ def test_no_step_of_the_gpu_path_makes_the_host_wait(flags, pre_layer_norm, pack
         gelu_checkpoint=flags,
         attn_dropout_checkpoint=flags,
         stochastic_mode=flags,
+        **kind,
     )
 
     def empty(*shape, dtype=torch.bfloat16):
