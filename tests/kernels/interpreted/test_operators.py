@@ -30,9 +30,10 @@ def test_the_kernels_of_a_layer_keep_torchs_rules():
     seed, vector, x = torch.tensor(3), torch.rand(8), torch.randn(5, 8)
     statistic, options = torch.rand(5), (1e-5, 0.3, 2, False, "auto")
     qkv, borders = torch.randn(6, 3, 2, 16), torch.tensor([0, 2, 6], dtype=torch.int32)
-    packed = (None, None, None, borders, seed, 4, True, 0.3, 1)
+    rest = (0.3, 1, None, None, None)  # p and site; all key heads, no rotary, no window
+    packed = (None, None, None, borders, seed, 4, True, *rest)
     out, lse = torch.ops.xformer_train.attention_forward(qkv, *packed)
-    padded, biased = qkv.unflatten(0, (2, 3)), (None, None, torch.randn(2, 3), None, seed, None, False, 0.3, 1)
+    padded, biased = qkv.unflatten(0, (2, 3)), (None, None, torch.randn(2, 3), None, seed, None, False, *rest)
     padded_out, padded_lse = torch.ops.xformer_train.attention_forward(padded, *biased)
     for name, arguments in (
         ("residual_norm_forward", (x, vector, x + 1, vector, vector, seed, *options)),

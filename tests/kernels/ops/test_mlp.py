@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from xformer_train.kernels.ops.choices import Activation
 from xformer_train.kernels.ops.mlp.activation import activated
 from xformer_train.kernels.ops.mlp.mlp import mlp
+from xformer_train.kernels.parallel.sharding import Partition, take_shard
 
 FUNCTIONS = {
     "gelu": F.gelu,
@@ -91,6 +92,23 @@ def test_backward_can_run_twice(gated):
     first = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
     second = torch.autograd.grad(y.sum(), inputs)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_parts_of_both_halves_of_a_gate_add_up_to_the_whole(processes):
+    """As processes share it: each has as many rows of what passes the activation as of what that multiplies."""
+    x, w1, b1, w2 = inputs_of(5, 7, 6, gated=True)
+    cut = Partition(0, (6, 6))
+    whole = mlp(x, w1, b1, w2, "silu", gated=True, gelu_checkpoint=False)
+    parts = []
+    for rank, part in enumerate(w2.chunk(processes, 1)):
+        shards = (take_shard(parameter, cut, rank, processes) for parameter in (w1, b1))
+        parts.append(mlp(x, *shards, part, "silu", gated=True, gelu_checkpoint=True))
+    torch.testing.assert_close(sum(parts), whole)
+    wanted, dy = (x, w1, b1, w2), torch.randn_like(whole)
+    ours, theirs = (torch.autograd.grad(y, wanted, dy) for y in (sum(parts), whole))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("gelu_checkpoint", [False, True])
