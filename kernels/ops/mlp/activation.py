@@ -194,6 +194,8 @@ class _Activated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, da: Tensor) -> tuple[Tensor | None, ...]:
         (f,) = ctx.saved_tensors
-        rows = da.reshape(-1, da.shape[-1]).contiguous().clone()  # autograd's own, which may be somebody else's, too
+        rows = da.reshape(-1, da.shape[-1]).contiguous()
+        if not ctx.gated:  # df takes the place of da, which may be somebody else's
+            rows = rows.clone()
         df, *_ = activation_gradient(rows, f.contiguous(), ctx.activation, ctx.gated, False, False, ctx.kernels)
         return df.view(*da.shape[:-1], f.shape[1]), None, None, None

@@ -58,6 +58,13 @@ def test_the_inversion_guard_depends_on_the_precision(scale, dtype, allowed):
     assert are_invertible([weight, small], [bias, bias], dtype) == [True, allowed]
 
 
+def test_a_norm_without_a_bias_can_be_inverted_unless_a_weight_is_zero():
+    weight, tiny, zero = torch.ones(16), torch.ones(16), torch.ones(16)
+    tiny[3], zero[3] = 1e-3, 0.0
+    assert are_invertible([weight, tiny, zero], [None] * 3, torch.bfloat16) == [True, True, False]
+    assert are_invertible([tiny, tiny], [torch.ones(16), None], torch.bfloat16) == [False, True]
+
+
 def explicit_attention(qkv, bias, mask):
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
