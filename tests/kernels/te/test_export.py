@@ -14,6 +14,17 @@ from xformer_train.kernels import (
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 DEEPSPEED = {"hidden_size": 32, "heads": 4, "num_hidden_layers": 2, "initializer_range": 0.02}
+OF_TODAY = {
+    "norm": "rms_norm",
+    "norm_bias": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "gated_mlp": True,
+    "num_key_value_heads": 2,
+    "qk_norm": True,
+    "rope_theta": 1e4,
+}
 MODULES = {
     "Linear": lambda: te.Linear(32, 48),
     "LayerNorm": lambda: te.LayerNorm(32),
@@ -27,6 +38,7 @@ MODULES = {
     "decoder": lambda: te.TransformerLayer(32, 64, 4, layer_type="decoder"),
     "ours": lambda: TransformerLayer(LayerConfig(**SIZES)),
     "post-LN": lambda: TransformerLayer(LayerConfig(**SIZES, pre_layer_norm=False, hidden_act="gelu_tanh")),
+    "of today": lambda: TransformerLayer(LayerConfig(**SIZES, **OF_TODAY)),
     "DeepSpeed's": lambda: DeepSpeedTransformerLayer(
         DeepSpeedTransformerConfig(**DEEPSPEED, attn_dropout_ratio=0.1, hidden_dropout_ratio=0.1)
     ),
