@@ -28,7 +28,11 @@ def turn(x: Tensor, rotary: Tensor, out: Tensor, *, back: bool = False) -> None:
     x, out: (B, heads, S, D), of any strides, without shared memory. rotary: of `rotary_table`. Computed in fp32 or wider.
     """
     cos, sin = rotary[: x.shape[2]].chunk(2, -1)
-    (first, second), half = x.chunk(2, -1), x.shape[-1] // 2
-    sign = -1 if back else 1
-    out[..., :half] = (first * cos).addcmul_(second, sin, value=-sign)
-    out[..., half:] = (second * cos).addcmul_(first, sin, value=sign)
+    cos, half, sign = torch.cat([cos, cos], -1), x.shape[-1] // 2, -1 if back else 1
+    # sequence by sequence, which stays in a CPU's cache; an export would be tied to their number
+    for source, target in [(x, out)] if torch.compiler.is_exporting() else zip(x, out, strict=True):
+        wide = source.to(torch.promote_types(x.dtype, torch.float32))
+        turned = wide * cos
+        turned[..., :half].addcmul_(wide[..., half:], sin, value=-sign)
+        turned[..., half:].addcmul_(wide[..., :half], sin, value=sign)
+        target.copy_(turned)
