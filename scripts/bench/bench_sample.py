@@ -36,7 +36,7 @@ def main() -> None:
         ):
             cached, whole = measure(model, symbols, sampling, arguments.turns)
             print(
-                f"{Path(path).stem}, {how}: {cached:.3g} tokens/s, without a cache {whole:.3g}, {cached / whole:.1f}x"
+                f"{Path(path).stem}, {how}: {cached:,.1f} tokens/s, without a cache {whole:,.1f}, {cached / whole:.1f}x"
             )
 
 
