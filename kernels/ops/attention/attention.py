@@ -23,7 +23,7 @@ from ...errors import UserError
 from ..choices import Kernels, uses_triton
 from ..operator import operator
 from .attention_product import AttentionByProducts, Pattern, padded, unpadded
-from .blocks import window_bias, window_blocks
+from .blocks import banded, window_bias, window_blocks
 from .heads import HeadsFirst, query_key_value
 from .hiding_bias import hiding_bias
 
@@ -87,7 +87,7 @@ class AttentionMask:
         """What to add to the scores: 0 where a query may see a key, a huge negative but finite value elsewhere.
 
         size: S; like: gives dtype and device. (B or 1, 1, S or 1, S), or None when every query sees every key; with a window
-        of each block, (blocks, B or 1, 1 or N, queries, keys).
+        of each block, (blocks, B or 1, 1 or N, queries, keys); in an export as without, for a whole matrix.
         """
         if window is not None:
             key = size, like.dtype, like.device, window
@@ -132,6 +132,8 @@ class AttentionMask:
         return torch.arange(size, device=device) < self.cu_seqlens.diff()[:, None]
 
     def _make_windowed(self, size: int, like: Tensor, window: int) -> Tensor:
+        if torch.compiler.is_exporting():
+            return banded(self.additive(size, like), size, window, like)
         blocks = window_blocks(size, window, self.causal)
         return window_bias(blocks, self.causal, self._keys(size, like.device), self.segment_ids, self.bias, like)
 
@@ -206,7 +208,7 @@ def attention(  # noqa: PLR0913 - the axes in which layers and batches differ
     _check_rotary(rotary, size, qkv)
     if window is not None and window < 0:
         raise UserError(f"window={window} is below 0; a query sees keys at most so many tokens away, and itself at 0")
-    if window is not None and window >= size - 1:
+    if window is not None and not torch.compiler.is_exporting() and window >= size - 1:
         window = None
     seed = seed if p > 0 else None
     if uses_triton(qkv, kernels) and qkv.shape[-1] <= LARGEST_TRITON_HEAD and (mask.bias is None or mask.bias_per_key):
@@ -218,6 +220,8 @@ def attention(  # noqa: PLR0913 - the axes in which layers and batches differ
     if seed is None and window is None:
         return _torchs_attention(qkv, mask, rotary, pattern)
     rows, bias = mask.rows_when_padded(qkv.shape[0]), mask.additive(size, qkv, window)
+    if torch.compiler.is_exporting():
+        pattern = pattern._replace(window=None)  # in the bias: the number of blocks would tie the export to one length
     return AttentionByProducts.apply(  # type: ignore[no-any-return, no-untyped-call]
         qkv, bias, rows, rotary, seed, pattern, "core" if seed is None else recompute
     )

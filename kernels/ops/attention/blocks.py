@@ -64,3 +64,12 @@ def window_bias(
     if segment_ids is not None:
         seen = seen & (segment_ids[:, queries] == segment_ids[:, keys]).transpose(0, 1)
     return hiding_bias(seen, like.dtype)[:, :, None]
+
+
+def banded(bias: Tensor | None, size: int, window: int, like: Tensor) -> Tensor:
+    """Return a bias (B or 1, N or 1, S or 1, S) that hides what lies outside of the window too; like: as in `window_bias`."""
+    places = torch.arange(size, device=like.device)
+    near = (places[:, None] - places).abs_() <= window
+    return (
+        hiding_bias(near[None, None], like.dtype) if bias is None else bias.masked_fill(~near, lowest_score(bias.dtype))
+    )

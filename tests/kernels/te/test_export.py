@@ -39,6 +39,9 @@ MODULES = {
     "ours": lambda: TransformerLayer(LayerConfig(**SIZES)),
     "post-LN": lambda: TransformerLayer(LayerConfig(**SIZES, pre_layer_norm=False, hidden_act="gelu_tanh")),
     "of today": lambda: TransformerLayer(LayerConfig(**SIZES, **OF_TODAY)),
+    "windows": lambda: TransformerLayer(
+        LayerConfig(**SIZES, num_key_value_heads=2, rope_theta=1e4, attention_window=2)
+    ),
     "DeepSpeed's": lambda: DeepSpeedTransformerLayer(
         DeepSpeedTransformerConfig(**DEEPSPEED, attn_dropout_ratio=0.1, hidden_dropout_ratio=0.1)
     ),
