@@ -81,12 +81,13 @@ def _kept_by_torchs_attention(
     config: LayerConfig, padded_rows: int, tokens: int | None, size: int, wide: int
 ) -> dict[str, int]:
     """Return the bytes that torch's attention keeps besides qkv and context, of one row per place of the padded batch."""
-    context = config.num_attention_heads * config.head_size * padded_rows * size
     kept = {"log_sum_exp": config.num_attention_heads * padded_rows * wide}
     if tokens is not None:
-        kept |= {"padded_qkv": sum(config.qkv_parts) * padded_rows * size, "padded_context": context}
-    elif config.rope_theta is not None:
-        kept["context_by_head"] = context
+        queries, *_ = config.qkv_parts
+        kept |= {
+            "padded_qkv": sum(config.qkv_parts) * padded_rows * size,
+            "padded_context": queries * padded_rows * size,
+        }
     return kept
 
 

@@ -24,7 +24,7 @@ from ..choices import Kernels, uses_triton
 from ..operator import operator
 from .attention_product import AttentionByProducts, Pattern, padded, unpadded
 from .blocks import banded, window_bias, window_blocks
-from .heads import HeadsFirst, query_key_value
+from .heads import TurnedHeads, query_key_value
 from .hiding_bias import hiding_bias
 
 LARGEST_TRITON_HEAD = 128
@@ -232,10 +232,10 @@ def _torchs_attention(qkv: Tensor, mask: AttentionMask, rotary: Tensor | None, p
     rows = mask.rows_when_padded(qkv.shape[0])
     qkv = padded(qkv, rows, batch, size)
     if rotary is None:
-        q, k, v = (part.transpose(1, 2) for part in query_key_value(qkv, key_heads))
+        parts = query_key_value(qkv, key_heads)
     else:
-        parts = HeadsFirst.apply(qkv, rotary, key_heads)  # type: ignore[no-untyped-call]
-        q, k, v = (part.unflatten(0, (batch, -1)) for part in parts)
+        parts = TurnedHeads.apply(qkv, rotary, key_heads)  # type: ignore[no-untyped-call]
+    q, k, v = (part.transpose(1, 2) for part in parts)
     # torch's order on a CPU gives the same bits as a bias, in half the time; elsewhere it may choose another kernel
     ordered = qkv.is_cpu and mask.only_causal
     bias, grouped = None if ordered else mask.additive(size, qkv), key_heads is not None

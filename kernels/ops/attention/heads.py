@@ -1,5 +1,6 @@
 """The heads of a QKV projection: which columns are whose, and all of a head side by side, turned by rotary embedding."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -41,20 +42,21 @@ def heads_first(qkv: Tensor, rotary: Tensor | None, key_heads: int | None) -> tu
     return tuple(parts)
 
 
-def _empty_qkv(q: Tensor, key_heads: int | None, batch: int, heads: int) -> Tensor:
+def _empty_qkv(like: Tensor, shape: Sequence[int], key_heads: int | None) -> Tensor:
+    batch, length, heads, size = shape  # of queries
     middle = (3, heads) if key_heads is None else (heads + 2 * key_heads,)
-    return q.new_empty((batch, q.shape[1], *middle, q.shape[2]))
+    return like.new_empty((batch, length, *middle, size))
 
 
 @operator(
     "attention_heads_last(Tensor q, Tensor k, Tensor v, Tensor? rotary, int? key_heads, SymInt batch, int heads) -> Tensor",
-    lambda q, k, v, rotary, *sizes: _empty_qkv(q, *sizes),
+    lambda q, k, v, rotary, key_heads, batch, heads: _empty_qkv(q, (batch, q.shape[1], heads, q.shape[2]), key_heads),
 )
 def heads_last(
     q: Tensor, k: Tensor, v: Tensor, rotary: Tensor | None, key_heads: int | None, batch: int, heads: int
 ) -> Tensor:
     """Return the gradient of qkv, contiguous, of those of what `heads_first` gave; heads: N."""
-    qkv = _empty_qkv(q, key_heads, batch, heads)
+    qkv = _empty_qkv(q, (batch, q.shape[1], heads, q.shape[2]), key_heads)
     for whole, part, angles in zip(query_key_value(qkv, key_heads), (q, k, v), (rotary, rotary, None), strict=True):
         _copy(part.unflatten(0, (batch, whole.shape[2])), whole.transpose(1, 2), angles, back=True)
     return qkv
@@ -68,16 +70,42 @@ def _copy(x: Tensor, out: Tensor, rotary: Tensor | None, *, back: bool = False) 
         turn(x, rotary, out, back=back)
 
 
-class HeadsFirst(torch.autograd.Function):
-    """`heads_first` with its gradient."""
+@operator(
+    "attention_turned_heads(Tensor qkv, Tensor rotary, int? key_heads) -> (Tensor, Tensor, Tensor)",
+    lambda qkv, rotary, key_heads: tuple(x.new_empty(x.shape) for x in query_key_value(qkv, key_heads)),
+)
+def _turned_heads(qkv: Tensor, rotary: Tensor, key_heads: int | None) -> tuple[Tensor, ...]:
+    """Return queries (B, S, N, D), keys and values (B, S, G, D), contiguous, in one pass; qkv as in `heads_first`."""
+    wholes = query_key_value(qkv, key_heads)
+    parts = tuple(whole.new_empty(whole.shape) for whole in wholes)
+    for whole, part, angles in zip(wholes, parts, (rotary, rotary, None), strict=True):
+        _copy(whole.transpose(1, 2), part.transpose(1, 2), angles)
+    return parts
+
+
+@operator(
+    "attention_turned_back(Tensor dq, Tensor dk, Tensor dv, Tensor rotary, int? key_heads) -> Tensor",
+    lambda dq, dk, dv, rotary, key_heads: _empty_qkv(dq, dq.shape, key_heads),
+)
+def _turned_back(dq: Tensor, dk: Tensor, dv: Tensor, rotary: Tensor, key_heads: int | None) -> Tensor:
+    """Return the gradient of qkv, contiguous, of those of what `_turned_heads` gave."""
+    dqkv = _empty_qkv(dq, dq.shape, key_heads)
+    for whole, part, angles in zip(query_key_value(dqkv, key_heads), (dq, dk, dv), (rotary, rotary, None), strict=True):
+        _copy(part.transpose(1, 2), whole.transpose(1, 2), angles, back=True)
+    return dqkv
+
+
+class TurnedHeads(torch.autograd.Function):
+    """Queries, keys and values with rotary embedding, in the order of memory in which attention's output is then made."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, rotary: Tensor | None, key_heads: int | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, qkv: Tensor, rotary: Tensor, key_heads: int | None) -> tuple[Tensor, ...]:
         ctx.save_for_backward(rotary)
-        ctx.sizes = key_heads, qkv.shape[0], query_key_value(qkv, key_heads)[0].shape[-2]
-        return heads_first(qkv, rotary, key_heads)
+        ctx.key_heads = key_heads
+        return _turned_heads(qkv, rotary, key_heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
-        return heads_last(dq, dk, dv, *ctx.saved_tensors, *ctx.sizes), None, None
+        (rotary,) = ctx.saved_tensors
+        return _turned_back(dq, dk, dv, rotary, ctx.key_heads), None, None

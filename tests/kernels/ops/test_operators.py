@@ -12,6 +12,7 @@ from xformer_train.kernels import AttentionMask, LayerConfig, TransformerLayer
 from xformer_train.kernels.layers.layer import invertible_norms
 from xformer_train.kernels.ops.attention import attention
 from xformer_train.kernels.ops.attention.attention_product import _product_forward as product_forward
+from xformer_train.kernels.ops.attention.heads import _turned_heads as turned_heads
 from xformer_train.kernels.ops.attention.rotary import rotary_table
 from xformer_train.kernels.ops.choices import Activation
 from xformer_train.kernels.ops.loss import cross_entropy
@@ -90,6 +91,11 @@ def attention_cases(qkv, packed, mask, seed):
         yield "attention_product_backward", (out, parts, *kept, *arguments[1:])
     for layout, key_heads, table in ((qkv, None, None), (grouped, 2, rotary), (grouped.transpose(0, 1), 2, rotary)):
         yield "attention_heads_first", (layout, table, key_heads)
+    for layout, key_heads in ((rows(2, 70, 3, 2, 4), None), (grouped, 2), (grouped.transpose(0, 1), 2)):
+        table = rotary_table(layout.shape[1], 4, 1e4)
+        yield "attention_turned_heads", (layout, table, key_heads)
+        parts = turned_heads(layout, table, key_heads)
+        yield "attention_turned_back", (*parts, table, key_heads)
     yield "attention_heads_last", (rows(8, 70, 4), rows(4, 70, 4), rows(4, 70, 4), rotary, 2, 2, 4)
     yield "attention_heads_last", (*rows(3, 4, 4, 3), None, None, 2, 2)
 
