@@ -235,7 +235,7 @@ def attention_backward_keys(
                     store_turned_back(dqkv_ptr + head * D, width, rotary_ptr, query_start, num_queries, dq, D)
 
     seen = _is_key(key, num_keys, first, masks)
-    dk_ptr = dqkv_ptr + (num_heads + key_head) * D
+    dk_ptr = dqkv_ptr + hidden + key_head * D
     dv_ptr = dk_ptr + tl.num_programs(1) * D
     # dV first: its registers are free then, while dK is turned back
     store_rows(dv_ptr, width, key_start, num_queries, tl.where(seen, dv * scale, 0.0), D)

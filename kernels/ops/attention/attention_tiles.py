@@ -77,7 +77,7 @@ _TURNED = {
     (16, 80): {
         (64, math.inf): {
             "forward": Tile(128, 64, 8, 2),
-            "queries": Tile(64, 32, 4, 2, 168),
+            "queries": Tile(64, 32, 4, 2),
             "keys": Tile(16, 64, 4, 1),
         },
         (128, math.inf): {"forward": Tile(128, 32, 8, 2), "keys": Tile(16, 128, 8, 1)},
