@@ -239,6 +239,7 @@ def _attend(qkv: torch.Tensor, options: attention_triton.Options, stochastic: bo
 # Columns of a head, query heads to a key head, window; all of them turn queries and keys.
 _ATTENTION_MODELS = {
     "Llama": (64, 3, None),
+    "Llama in fp32": (64, 3, None),
     "Mistral": (128, 4, 4095),
     "Qwen3": (128, 2, None),
     "ModernBERT local": (64, 1, 64),
@@ -251,6 +252,7 @@ def _model_attention_cases() -> Iterator[Case]:
     for model, mask, lengths in (
         ("Llama", "causal segments", (128, 512)),
         ("Llama", "causal", (512,)),
+        ("Llama in fp32", "causal", (512,)),
         ("Mistral", "causal", (512,)),
         ("Mistral", "causal segments", (512,)),
         ("Qwen3", "causal", (512,)),
@@ -274,9 +276,11 @@ def _model_attention_cases() -> Iterator[Case]:
                 rotary=torch.empty(S, D),
                 window=window,
             )
-            qkv = torch.empty(*tokens, *heads, D, dtype=torch.bfloat16)
+            dtype = torch.float32 if model.endswith("fp32") else torch.bfloat16
+            qkv = torch.empty(*tokens, *heads, D, dtype=dtype)
+            dots = frozenset() if dtype == torch.float32 else _ATTENTION_DOTS
             name = f"attention of {model} S{S} {mask} p={p}"
-            yield Case(name, partial(_attend, qkv, options), dot_kernels=_ATTENTION_DOTS)
+            yield Case(name, partial(_attend, qkv, options), dot_kernels=dots)
 
 
 def _stack_cases() -> Iterator[Case]:

@@ -6,6 +6,7 @@ from helpers.attention_kernels import SITE, assert_as_exact_as_torch, run, seed
 
 from xformer_train.kernels.ops.attention import attention as attention_module
 from xformer_train.kernels.ops.attention.attention import AttentionMask, attention
+from xformer_train.kernels.ops.attention.rotary import rotary_table
 
 HALF, FULL = torch.float16, torch.float32
 pytestmark = pytest.mark.usefixtures("unwritten_memory_is_nan")
@@ -35,6 +36,18 @@ def test_the_op_hands_packed_batches_to_the_kernels(monkeypatch, size):
     (dqkv,) = torch.autograd.grad(out, qkv, dout)
     packing = {"cu_seqlens": borders, "max_length": size, "causal": True}
     expected = run(dout, qkv.detach(), **packing, p=0.1, seed=seed(), site=SITE)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(dqkv, expected[1])
+
+
+@pytest.mark.usefixtures("kernels_auto_means_triton")
+@pytest.mark.parametrize("size", [40, 130])
+def test_the_op_hands_key_heads_rotary_and_window_to_the_kernels(size):
+    qkv, dout = torch.randn(2, size, 6, 16).half().requires_grad_(), torch.randn(2, size, 64).half()
+    pattern = {"key_heads": 1, "rotary": rotary_table(size + 1, 16, 100.0), "window": 9}
+    out = attention(qkv, AttentionMask(causal=True), 0.1, seed(), SITE, **pattern)
+    (dqkv,) = torch.autograd.grad(out, qkv, dout)
+    expected = run(dout, qkv.detach(), **pattern, causal=True, p=0.1, seed=seed(), site=SITE)
     assert torch.equal(out, expected[0])
     assert torch.equal(dqkv, expected[1])
 
