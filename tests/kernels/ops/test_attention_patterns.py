@@ -245,6 +245,19 @@ def test_what_a_window_keeps_is_proportional_to_it(p, recompute, kept):
     assert counted == qkv.nbytes + kept * 4 * LONG * keys * 4
 
 
+@pytest.mark.parametrize("rotary", [None, rotary_table(33, 16, 1e4)], ids=["as it is", "turned"])
+@pytest.mark.parametrize("key_heads", [None, 2])
+def test_without_dropout_and_window_attention_keeps_the_projection_once(rotary, key_heads):
+    """And a number for each row and head; what is turned takes the place of what it was made of."""
+    qkv = torch.randn(
+        BATCH, 33, *((3, HEADS) if key_heads is None else (HEADS + 2 * key_heads,)), 16, requires_grad=True
+    )
+    options = {"key_heads": key_heads, "rotary": rotary}
+    apart = [] if rotary is None else [rotary]
+    counted = count_saved_bytes(lambda: attention(qkv, AttentionMask(causal=True), 0.0, None, SITE, **options), apart)
+    assert counted == qkv.nbytes + BATCH * HEADS * 33 * 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
