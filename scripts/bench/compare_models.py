@@ -42,6 +42,7 @@ _CLASSIC = [*_SIZE, "model.intermediate_size=1536"]
 _MODERN = [*_SIZE, "model.intermediate_size=1024"]  # a gate makes it 3 H F in place of 2 H F parameters
 _BERT = ["objective.sentence_task=none", "objective.mlm_probability=0.3", "training.train_batch_size=32"]
 _GPT = ["training.train_batch_size=16"]
+_BATCHES = 10  # of validation text at each look
 _COMMON = [
     "data.max_seq_length=128",
     "model.max_position_embeddings=128",
@@ -102,7 +103,7 @@ class Contender:
         recipe, validation = RECIPES[self.config.model.type], self.data.validation
         assert validation is not None, "every contender is given held-out text"
         count = lambda batch: recipe.loss_counts(batch, self.config.objective)  # noqa: E731
-        losses = evaluate(self.model, validation, count, self.batch, topology, most_batches=40)
+        losses = evaluate(self.model, validation, count, self.batch, topology, most_batches=_BATCHES)
         assert losses is not None, "nothing stops it"
         self.curve.append((self.seconds, self.steps, self.tokens, sum(losses.values())))
         print(f"{self.name:14}{self.seconds:8.0f} s{self.tokens:12,} tokens   {self.curve[-1][3]:.4f}", flush=True)
@@ -154,7 +155,7 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help="text file")
     parser.add_argument("--validation", type=Path, required=True, help="text file")
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, for each model")
-    parser.add_argument("--turn", type=float, default=20.0, help="seconds")
+    parser.add_argument("--turn", type=float, default=40.0, help="seconds")
     parser.add_argument(
         "--set", action="append", default=[], help="further keys of all run configs, as xformer-train takes"
     )
