@@ -10,7 +10,7 @@ compiles the launches of tests/kernels/aot_cases.py whose names match and prints
   all            instructions of the whole kernel
   MUFU, WIDE     per innermost loop, or of the whole kernel without one: exp2, rcp and the like; 32 x 32 bit products with
                  64-bit results, nearly all of which are Philox
-The counts are per warp and iteration. With --json each row is a JSON object, with what tests/kernels/test_aot.py asks besides.
+The counts are per warp and iteration. With --json each row is a JSON object, with what tests/helpers/aot.py asks besides.
 """
 
 import argparse
@@ -133,7 +133,7 @@ def innermost_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
 
 
 def facts_of(kernel: Any, capability: int, folder: Path) -> dict[str, Any]:
-    """Return the counts of one compiled kernel, by the names of COLUMNS and those that test_aot.py asks about."""
+    """Return the counts of one compiled kernel, by the names of COLUMNS and those that tests/helpers/aot.py asks about."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     command = [CUOBJDUMP, "-res-usage", "-sass", cubin]

@@ -22,6 +22,7 @@ from xformer_train.kernels.ops.norm import head_norm_triton, residual_norm_trito
 from xformer_train.kernels.ops.norm.residual_norm import Options, Saved
 
 HIDDEN_SIZES = (768, 1024, 1600, 2048)
+_EVERY_OPTION_AT = 1024  # the other sizes of today's norms and gates are compiled as models have them
 VOCAB_SIZES = (30522, 30528, 50257, 50304)  # as BERT and GPT-2 were published, and padded for the tensor cores
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROWS = 64
@@ -112,8 +113,8 @@ def _other_norm_cases() -> Iterator[Case]:
     """Norms without a bias: their kernels are those of LayerNorm with parts left out."""
     for size, H, dtype in _sizes():
         x, vector, row = torch.empty(_ROWS, H, dtype=dtype), torch.empty(H, dtype=dtype), torch.empty(_ROWS)
-        kinds = ("rms_norm", "layer_norm") if dtype == torch.bfloat16 else ("rms_norm",)
-        for kind, p in itertools.product(kinds, (0.1, 0.0)):
+        both = H == _EVERY_OPTION_AT and dtype == torch.bfloat16
+        for kind, p in itertools.product(("rms_norm", "layer_norm"), (0.1, 0.0)) if both else [("rms_norm", 0.0)]:
             seed, name = _SEED if p else None, f"{kind} without bias {size} p={p}"
             options = Options(1e-5, p, 2, False, "auto", kind=kind)
             parts = x, None, x, vector, None, seed, options
@@ -141,7 +142,8 @@ def _head_norm_cases() -> Iterator[Case]:
 def _mlp_cases() -> Iterator[Case]:
     for size, H, dtype in _sizes():
         f = torch.empty(_ROWS, 4 * H, dtype=dtype)
-        for activation, with_bias in itertools.product(get_args(Activation), (True, False)):
+        gates = get_args(Activation) if H == _EVERY_OPTION_AT else ("silu",)
+        for activation, with_bias in itertools.product(gates, (True, False)):
             yield from _gate_cases(f, activation, with_bias, f"{size} {activation} bias={with_bias}")
         for activation in ("silu", "relu2"):
             forward = partial(activation_triton.activation_forward, f, activation, False)

@@ -309,5 +309,7 @@ def _run_backward(
     partial = torch.empty(programs, len(vectors), H, dtype=torch.float32, device=rows.device)
     numbers = num_rows, tiles, *_dropout_arguments(options)
     kind = {"HAS_BIAS": bias is not None, "INVERTED": options.inverted, "RMS": options.kind == "rms_norm"}
-    _backward_kernel[(programs,)](*tensors, partial, *numbers, **kind, **tile)
+    # left to itself the compiler takes 64 registers for rows of 768, and spills
+    limit = 80 if options.inverted and options.kind == "rms_norm" else None
+    _backward_kernel[(programs,)](*tensors, partial, *numbers, **kind, **tile, maxnreg=limit)
     return sum_partials(partial, vectors) if vectors else []
