@@ -188,16 +188,17 @@ def bare_step(config: RunConfig) -> Callable[[Tensors], None]:
         sums, counts = model(**batch), recipe.loss_counts(batch, config.objective)
         return sum((sums[part] / counts[part] for part in sums), torch.zeros(()))
 
-    return _step(model, config, loss_of)
+    return step_of(model, config, loss_of)
 
 
 def stock_step(config: RunConfig) -> Callable[[Tensors], None]:
     """A step of the stock model."""
     model = stock_model(config)
-    return _step(model, config, lambda inputs: model(**inputs).loss)
+    return step_of(model, config, lambda inputs: model(**inputs).loss)
 
 
-def _step(model: nn.Module, config: RunConfig, loss_of: Callable[[Tensors], Tensor]) -> Callable[[Tensors], None]:
+def step_of(model: nn.Module, config: RunConfig, loss_of: Callable[[Tensors], Tensor]) -> Callable[[Tensors], None]:
+    """Return a step with the optimizer and the clipping of a config, and nothing around it."""
     optimizer = build_optimizer(model, config.optimizer)
 
     def take(batch: Tensors) -> None:
@@ -209,9 +210,9 @@ def _step(model: nn.Module, config: RunConfig, loss_of: Callable[[Tensors], Tens
     return take
 
 
-def our_model(config: RunConfig) -> nn.Module:
+def our_model(config: RunConfig, vocab_size: int = VOCAB_SIZE) -> nn.Module:
     """The model of a run."""
-    return RECIPES["bert"].build_model(config.model, config.layer, config.objective, VOCAB_SIZE)
+    return RECIPES[config.model.type].build_model(config.model, config.layer, config.objective, vocab_size)
 
 
 def stock_model(config: RunConfig) -> nn.Module:
@@ -326,7 +327,8 @@ def _losing(row: str, *rows: dict[str, Any]) -> Iterator[None]:
             given.pop(row, None)
 
 
-def _engine(config: RunConfig, topology: Topology, dtype: Precision, make: Callable[..., nn.Module]) -> Any:
+def engine_of(config: RunConfig, topology: Topology, dtype: Precision, make: Callable[..., nn.Module]) -> Any:
+    """Return an engine as a run has it, around the model that `make` gives for the config."""
     ds_config = deepspeed_config(config, solve_batch(config.training, topology.num_replicas), dtype)
     with topology.device:  # where drawing the first weights takes no time
         model = make(config)
@@ -337,12 +339,12 @@ def _ours(
     config: RunConfig, topology: Topology, dtype: Precision, data: list[StepData], cuda_graph: bool = False
 ) -> Callable[[int], object]:
     layer = config.layer.model_copy(update={"cuda_graph": cuda_graph})
-    engine = _engine(config.model_copy(update={"layer": layer}), topology, dtype, our_model)
+    engine = engine_of(config.model_copy(update={"layer": layer}), topology, dtype, our_model)
     return lambda index: train_step(engine, data[index], topology)
 
 
 def _theirs(config: RunConfig, topology: Topology, dtype: Precision, data: list[StepData]) -> Callable[[int], object]:
-    engine = _engine(config, topology, dtype, stock_model)
+    engine = engine_of(config, topology, dtype, stock_model)
     inputs = [
         {name: tensor.to(topology.device) for name, tensor in stock_inputs(dict(one.micro_batches[0])).items()}
         for one in data
@@ -361,12 +363,12 @@ def predictions(config: RunConfig) -> int:
     return most or math.ceil(config.objective.mlm_probability * length)
 
 
-def random_step(config: RunConfig, seed: int) -> StepData:
+def random_step(config: RunConfig, seed: int, vocab_size: int = VOCAB_SIZE) -> StepData:
     """One micro-batch of random tokens without padding, as the loader hands it to a step."""
     recipe, length, size = RECIPES["bert"], config.data.max_seq_length, config.training.micro_batch_size
     assert size is not None
     generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(VOCAB_SIZE, (size, length), generator=generator)
+    input_ids = torch.randint(vocab_size, (size, length), generator=generator)
     places = torch.rand(size, length, generator=generator).argsort(1)[:, : predictions(config)].sort(1).values
     masked = (places + length * torch.arange(size)[:, None]).flatten()
     batch = {

@@ -129,6 +129,33 @@ def test_the_steps_of_two_engines_are_timed_without_data(script, monkeypatch):
     assert len(batch["masked_positions"].unique()) == step.counts["mlm"]
 
 
+@pytest.mark.parametrize("shape", ["nanogpt", "bert_tiny"])
+def test_a_plain_model_computes_the_loss_of_ours_from_the_same_weights(script, shape):
+    bench = script("bench_small_step")
+    path, sets, symbols, plain = bench.SHAPES[shape]
+    config = bench.load_config(path, [*sets, "training.train_batch_size=3", "training.micro_batch_size=3"]).config
+    other, ours = plain(config.model, symbols), bench.our_model(config, symbols)
+    for module in (param for param in other.parameters() if param.ndim == 1):
+        torch.nn.init.normal_(module, 1.0, 0.5)
+    assert ours.load_state_dict(other.state_dict())
+    step = bench.random_batches(config, symbols)[0]
+    (batch,) = step.micro_batches
+    loss = sum(value / step.counts[part] for part, value in ours(**batch).items())
+    torch.testing.assert_close(other(**batch), loss)
+
+
+def test_steps_of_ours_and_of_a_plain_model_are_timed_in_turns(script, monkeypatch, capsys):
+    bench = script("bench_small_step")
+    small = ["--set", "model.num_hidden_layers=1", "training.train_batch_size=2", "training.micro_batch_size=2"]
+    threads = str(torch.get_num_threads())
+    sizes = ["--rounds", "1", "--steps", "1", "--threads", threads]
+    monkeypatch.setattr(sys, "argv", ["bench_small_step.py", *small, *sizes])
+    bench.main()
+    lines = capsys.readouterr().out.splitlines()
+    rows = ["ours fp32", "plain fp32", "ours bf16", "plain bf16"]
+    assert [line[:12].strip() for line in lines if not line.startswith(("nanogpt", "bert_tiny", " "))] == 2 * rows
+
+
 def test_texts_with_and_without_a_cache_are_compared_before_their_speeds_are_printed(script, monkeypatch, capsys):
     bench = script("bench_sample")
     config = str(ROOT / "configs" / "gpt_tiny.yaml")

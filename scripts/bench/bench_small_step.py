@@ -1,0 +1,158 @@
+"""What a step of a small model costs on a CPU, against a plain torch model of the same shape, in turns within one process.
+
+  OMP_NUM_THREADS=1 python scripts/bench/bench_small_step.py --threads 1
+
+nanogpt is nanoGPT's published run for a CPU: 4 layers of width 128, 4 heads, 12 rows of 64 characters, no biases, GELU by erf.
+bert_tiny is configs/bert_tiny.yaml. Ours takes a step as a run does, our model in the engine through `train_step`. The plain
+model (plain_models.py) takes fp32 steps, or in bf16 under torch.autocast; both have fused AdamW, clipping at 1.0 and the same
+batches of random tokens. Ours has the vocabulary of a run, rounded up to a multiple of 64, the plain model that of the text.
+
+Prints, of each shape and number of threads, the median milliseconds of a step and the ratios to the plain model's.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from bench_device import machine_line
+from bench_train import engine_of, our_model, random_step, step_of
+from plain_models import PlainBert, PlainGpt
+from torch import nn
+
+from xformer_train.launcher.config.loading import load_config
+from xformer_train.launcher.config.schema import RunConfig
+from xformer_train.launcher.optim.engine import set_learning_rate
+from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
+from xformer_train.launcher.training.steps import StepData, train_step
+from xformer_train.recipes import RECIPES
+from xformer_train.recipes.gpt.samples import with_document_borders
+
+_NANOGPT = [
+    "model.num_hidden_layers=4",
+    "model.num_attention_heads=4",
+    "model.max_position_embeddings=64",
+    "model.hidden_act=gelu",
+    *(f"model.{name}=false" for name in ("attention_bias", "mlp_bias", "norm_bias")),
+    "data.max_seq_length=64",
+    "training.train_batch_size=12",
+    "training.micro_batch_size=12",
+]
+# name: config, its changes, symbols of the tokenizer, the plain model
+SHAPES: dict[str, tuple[str, list[str], int, Callable[..., nn.Module]]] = {
+    "nanogpt": ("configs/gpt_tiny.yaml", _NANOGPT, 257, PlainGpt),
+    "bert_tiny": ("configs/bert_tiny.yaml", ["training.micro_batch_size=64"], 2048, PlainBert),
+}
+_BATCHES, _WARM_UPS = 8, 3
+Take = Callable[[int], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further changes of the config")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--steps", type=int, default=8, help="of a row in a round")
+    arguments = parser.parse_args()
+    quiet(debug=False)
+    topology = start_processes(600.0)
+    try:
+        for shape in arguments.shapes:
+            takes = rows_of(shape, arguments.precision, arguments.set, topology)
+            for threads in arguments.threads:
+                torch.set_num_threads(threads)
+                print(table(shape, measured(takes, arguments.rounds, arguments.steps)), flush=True)
+    finally:
+        stop_processes()
+
+
+def rows_of(shape: str, precisions: list[str], sets: list[str], topology: Topology) -> dict[str, Take]:
+    """Return what takes a step of each row on the batch of a number."""
+    path, own, symbols, plain = SHAPES[shape]
+    config = load_config(path, [*own, *sets]).config
+    rows = -(-symbols // 64) * 64
+    data = random_batches(config, symbols)
+    takes: dict[str, Take] = {}
+    for precision in precisions:
+        torch.manual_seed(config.seed)
+        takes[f"ours {precision}"] = ours(config, topology, precision, data, rows)
+        torch.manual_seed(config.seed)
+        takes[f"plain {precision}"] = theirs(config, plain(config.model, symbols), precision, data)
+    return takes
+
+
+def random_batches(config: RunConfig, symbols: int) -> list[StepData]:
+    """Return steps of one micro-batch of random tokens, as the loader hands them to a run whose text has `symbols` symbols."""
+    if config.model.type == "bert":
+        return [random_step(config, seed, symbols) for seed in range(_BATCHES)]
+    size, recipe, eos_id = (
+        (config.training.train_batch_size, config.data.max_seq_length + 1),
+        RECIPES["gpt"],
+        symbols - 1,
+    )
+    draw = np.random.default_rng(0)
+    steps = []
+    for _ in range(_BATCHES):
+        arrays = with_document_borders(draw.integers(eos_id, size=size), eos_id)
+        batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        steps.append(StepData([batch], recipe.loss_counts(batch, config.objective), recipe.real_tokens(batch)))
+    return steps
+
+
+def ours(config: RunConfig, topology: Topology, precision: Any, data: list[StepData], vocab_size: int) -> Take:
+    """Return what takes a step of a run."""
+    engine = engine_of(config, topology, precision, lambda config: our_model(config, vocab_size))
+
+    def take(index: int) -> None:
+        set_learning_rate(engine, config.optimizer.lr)
+        train_step(engine, data[index % len(data)], topology)
+
+    return take
+
+
+def theirs(config: RunConfig, model: nn.Module, precision: str, data: list[StepData]) -> Take:
+    """Return what takes a step of the plain model, in bf16 under autocast."""
+
+    def loss_of(batch: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss: torch.Tensor = model(**batch)
+        return loss
+
+    take = step_of(model, config, loss_of)
+    return lambda index: take(dict(data[index % len(data)].micro_batches[0]))
+
+
+def measured(takes: dict[str, Take], rounds: int, steps: int) -> dict[str, list[float]]:
+    """Return the milliseconds of a step of each row in each round."""
+    times: dict[str, list[float]] = {name: [] for name in takes}
+    for take in takes.values():
+        for index in range(_WARM_UPS):
+            take(index)
+    for number in range(rounds):
+        for name, take in takes.items():
+            started_s = time.perf_counter()
+            for index in range(steps):
+                take(number * steps + index)
+            times[name].append((time.perf_counter() - started_s) / steps * 1e3)
+    return times
+
+
+def table(shape: str, times: dict[str, list[float]]) -> str:
+    """Return the figures for a person; a ratio is the median of those of the rounds."""
+    lines = [f"{shape}, {machine_line()}", f"{'':12}{'ms/step':>9}{'/ plain fp32':>14}{'/ plain bf16':>14}"]
+    for name, row in times.items():
+        line = f"{name:12}{statistics.median(row):9.2f}"
+        for plain in ("plain fp32", "plain bf16"):
+            ratios = [mine / other for mine, other in zip(row, times.get(plain, []), strict=False)]
+            line += f"{statistics.median(ratios):14.2f}" if ratios else " " * 14
+        lines.append(line)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
