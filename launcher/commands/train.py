@@ -14,7 +14,7 @@ from .errors import leave, reported_errors, requeued_by_signals
 from .options import ConfigOption, DebugOption, SetOption, load, with_options
 from .usage import Commands
 
-TUTORIAL_PANEL = "Flags of DeepSpeed's BERT recipe (with underscores or hyphens)"
+FLAGS_PANEL = "Flags of keys, those of DeepSpeed's BERT recipe too (with underscores or hyphens)"
 SPELLING = {"token_normalize_func": lambda token: token.replace("_", "-"), "help_option_names": ["-h", "--help"]}
 
 app = typer.Typer(name="xformer-train", cls=Commands, pretty_exceptions_enable=False, context_settings=SPELLING)
@@ -22,7 +22,7 @@ app = typer.Typer(name="xformer-train", cls=Commands, pretty_exceptions_enable=F
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """Return the command with one keyword parameter for each row of FLAGS in the place of its `**flags`."""
-    panel: dict[str, Any] = {"rich_help_panel": TUTORIAL_PANEL, "show_default": False}
+    panel: dict[str, Any] = {"rich_help_panel": FLAGS_PANEL, "show_default": False}
     options = {flag.parameter: typer.Option(*flag.names, help=flag.help_text, **panel) for flag in FLAGS}
     return with_options(command, {flag.parameter: (flag.kind | None, options[flag.parameter]) for flag in FLAGS})
 

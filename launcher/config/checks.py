@@ -17,7 +17,7 @@ from .deepspeed import deepspeed_faults
 from .deepspeed_keys import show
 from .model_checks import model_faults, shared_key_head_faults
 from .optimizers import optimizer_faults
-from .schema import RunConfig
+from .schema import RUN_LENGTHS, RunConfig
 
 PADDED_STEP = re.compile(r"(0[1-9]\d?)?d?")
 # Sections of ours that decide a DeepSpeed key: a fault of one of them hides what is said about the other.
@@ -166,12 +166,13 @@ def _training_faults(config: RunConfig) -> Iterator[Fault]:
         why = "a graph of layer.cuda_graph holds the memory of all that it computes"
         remedy = "set selective or none, or layer.cuda_graph false"
         yield Fault(("training.activation_checkpointing", "layer.cuda_graph"), f"got full, but {why}; {remedy}")
-    lengths = ("training.max_steps", "training.num_epochs")
-    if training.max_steps is None and training.num_epochs is None:
-        yield Fault(lengths, "is missing; give the length of the run as training.max_steps or training.num_epochs")
-    if training.max_steps is not None and training.num_epochs is not None:
-        why = f"training.max_steps {training.max_steps} is given too, and a run has one length"
-        yield Fault(lengths[::-1], f"got {training.num_epochs}, but {why}; keep one of the two")
+    lengths = {f"training.{name}": getattr(training, name) for name in RUN_LENGTHS}
+    given = [key for key, value in lengths.items() if value is not None]
+    if not given:
+        yield Fault(tuple(lengths), f"is missing; give the length of the run as one of {', '.join(lengths)}")
+    for key in given[1:]:
+        why = f"{given[0]} {lengths[given[0]]} is given too, and a run has one length"
+        yield Fault((key, given[0]), f"got {lengths[key]}, but {why}; keep one of the two")
 
 
 def _parallel_faults(config: RunConfig, world_size: int | None) -> Iterator[Fault]:

@@ -1,4 +1,4 @@
-"""The command-line flags that set a key of the run config: one table. They are the flags of DeepSpeed's BERT recipe.
+"""The command-line flags that set a key of the run config: one table. Those of DeepSpeed's BERT recipe are among them.
 
 Each is written with underscores or with hyphens. Torch-free, and quick to import, since `--help` needs it.
 """
@@ -32,6 +32,7 @@ FLAGS = (
     Flag(("--max_seq_length",), "data.max_seq_length", int, "Tokens in one sequence."),
     Flag(("--print_steps",), "logging.every_steps", int, "Steps between two lines of progress."),
     Flag(("--max_steps",), "training.max_steps", int, "Length of the run in optimizer steps."),
+    Flag(("--max_tokens",), "training.max_tokens", int, "Length of the run in token positions."),
     Flag(("--seed",), "seed", int, "Seed of weights, dropout, masks and the order of samples."),
     Flag(("--output_dir",), "output_dir", str, "Folder of run directories."),
     Flag(("--job_name",), "name", str, "Name of the run directory."),

@@ -17,14 +17,14 @@ from .checks import faults
 from .deepspeed_keys import KNOWN_KEYS, REMOVED_KEYS
 from .file import INT64, ConfigError, KeyPath, describe, dotted, is_leaf, parse_value, read_tree, to_yaml
 from .flags import FLAG_OF_KEY
-from .schema import RunConfig
+from .schema import RUN_LENGTHS, RunConfig
 
 __all__ = ["ConfigError", "LoadedConfig", "dump_config", "load_config"]
 
-# Of two keys that exclude each other, the one from the higher layer replaces the other: `--max_steps 10` tries out a config
-# that gives num_epochs. Both in one layer are an error.
-EXCLUSIVE: tuple[tuple[KeyPath, KeyPath], ...] = (
-    (("training", "max_steps"), ("training", "num_epochs")),
+# Of keys that exclude each other, the one from the higher layer replaces the others: `--max_steps 10` tries out a config
+# that gives num_epochs. Two in one layer are an error.
+EXCLUSIVE: tuple[tuple[KeyPath, ...], ...] = (
+    tuple(("training", name) for name in RUN_LENGTHS),
     (("schedule", "warmup_steps"), ("schedule", "warmup_proportion")),
 )
 DEEPSPEED_KEYS = KNOWN_KEYS | REMOVED_KEYS
@@ -141,10 +141,9 @@ class _Layers:
             holder = holder[part]
         self._forget({path})
         self._mark(path, value, origin)
-        for pair in EXCLUSIVE:
-            for this, other in (pair, pair[::-1]):
-                if path == this and value is not None and self.origins.get(other, origin) != origin:
-                    self._drop({other})
+        for keys in EXCLUSIVE:
+            if path in keys and value is not None:
+                self._drop({other for other in keys if self.origins.get(other, origin) != origin})
         self._list_single_sources()
 
     def include_deepspeed_file(self) -> None:

@@ -26,6 +26,10 @@ Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 """What training.precision comes to on a machine; fp8 is bf16 to DeepSpeed."""
 
 
+RUN_LENGTHS = ("max_steps", "num_epochs", "max_tokens")
+"""The keys of `training` of which a run gives exactly one."""
+
+
 class ScheduleConfig(Section):
     type: Literal["EE", "LE", "EP", "linear", "cosine", "constant", "wsd"] = "linear"
     """EE, LE, EP are the schedules of DeepSpeed's BERT recipe (exponential or linear warm-up, then exponential or polynomial
@@ -56,10 +60,13 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches of one replica per optimizer step."""
     max_steps: PositiveInt | None = None
-    """Length of the run in optimizer steps, counted from step 0, or from the loaded step with load.rewarmup; give this or
-    num_epochs."""
+    """Length of the run in optimizer steps, counted from step 0, or from the loaded step with load.rewarmup, as the other
+    lengths are; give one of max_steps, num_epochs and max_tokens."""
     num_epochs: PositiveInt | None = None
     """Length of the run in passes over the data."""
+    max_tokens: PositiveInt | None = None
+    """Length of the run in token positions, sequences times max_seq_length, padding included; it ends with the first step that
+    reaches them."""
     precision: Literal["auto", Precision] = "auto"
     """auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU. fp8 is bf16 with FP8 operands in the layers' matrix
     products: docs/fp8.md."""
@@ -68,6 +75,11 @@ class TrainingConfig(Section):
     is all of a layer but its input, for the time of a second forward pass. docs/memory.md has the bytes."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
+
+
+def length_key(training: TrainingConfig) -> str:
+    """Return the key of `training` that gives the length of a valid run."""
+    return next(name for name in RUN_LENGTHS if getattr(training, name) is not None)
 
 
 class ParallelConfig(Section):

@@ -74,7 +74,7 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
                 set_learning_rate(setup.engine, lr)
                 result = train_step(setup.engine, data, topology, watchdog.at)
                 samples = range(tally.progress.position, tally.progress.position + batch_size)
-                tally.progress = progress = _after_step(tally, batch_size)
+                tally.progress = progress = _after_step(tally, batch_size, config.data.max_seq_length)
                 watch.step_ends(result.totals)
                 if log is not None:
                     log.step_taken(progress.step)
@@ -106,11 +106,12 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
             log.close()
 
 
-def _after_step(tally: Tally, batch_size: int) -> Progress:
+def _after_step(tally: Tally, sequences: int, max_seq_length: int) -> Progress:
     tally.steps += 1
-    tally.samples += batch_size
+    tally.samples += sequences
     old = tally.progress
-    return replace(old, step=old.step + 1, samples=old.samples + batch_size, position=old.position + batch_size)
+    new = replace(old, step=old.step + 1, samples=old.samples + sequences, position=old.position + sequences)
+    return replace(new, tokens=old.tokens + sequences * max_seq_length)
 
 
 def _gone_back(setup: Setup, progress: Progress, why: RollBack) -> Progress:

@@ -35,6 +35,7 @@ from ..processes.topology import Topology, device_name, precision
 from ..processes.watchdog import Watchdog
 from ..reporting.metrics import rows
 from ..reporting.run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
+from .length import last_step
 from .report import startup_report
 from .start import Progress, Start, choose_start
 
@@ -252,19 +253,6 @@ def _build(start: Start, model: dict[str, Any], ds_config: dict[str, Any]) -> tu
     agreed(topology, lambda: start.fill(module, model))
     optimizer = build_optimizer(module, config.optimizer, topology.tensor_group)
     return build_engine(module, optimizer, ds_config, topology), optimizer
-
-
-def last_step(config: RunConfig, progress: Progress, data: PreparedData, batch: BatchPlan) -> int:
-    """Return the step at which the run ends: max_steps or num_epochs after the start of its phase.
-
-    Epochs are counted in samples, as steps before a resume may have taken more or fewer of them.
-    """
-    if config.training.max_steps is not None:
-        return progress.phase_start + config.training.max_steps
-    assert config.training.num_epochs is not None, "the run config has one of the two"
-    taken = progress.samples - progress.phase_start_samples
-    left = max(0, config.training.num_epochs * data.train.num_samples - taken)
-    return progress.step - (-left // batch.train_batch_size)
 
 
 def count_parameters(model: nn.Module, sharers: int) -> tuple[int, int]:

@@ -130,7 +130,9 @@ def _steps_text(setup: "Setup", progress: "Progress") -> str:
         batch_size * setup.config.data.max_seq_length,
     )
     to_go = f"{epochs:,.2f} epochs to go, of up to {_millions(tokens)} tokens a step"
-    return f"{setup.total_steps:,}{done}; {to_go}, {_millions(tokens * steps_to_go)} in all"
+    max_tokens = setup.config.training.max_tokens
+    why = f" for training.max_tokens {_millions(max_tokens)}" if max_tokens else ""
+    return f"{setup.total_steps:,}{why}{done}; {to_go}, {_millions(tokens * steps_to_go)} in all"
 
 
 def _cadence(every_steps: int | None) -> str:

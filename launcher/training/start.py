@@ -44,6 +44,10 @@ class Progress:
     """The step at which the clock of the schedule stood at 0."""
     phase_start_samples: int = 0
     """`samples` at that step."""
+    tokens: int = 0
+    """Token positions trained on since step 0, padding included."""
+    phase_start_tokens: int = 0
+    """`tokens` at the step `phase_start`."""
     best_loss: float | None = None
     """The lowest validation loss of the run; None before an evaluation."""
     best_step: int = 0
@@ -145,6 +149,10 @@ class NextPhase(FromCheckpoint):
         # Checkpoints that were written before a field was there lack it.
         known = Progress.__dataclass_fields__.keys() & self.state.keys()
         self.saved = Progress(**{name: self.state[name] for name in known})
+        if "tokens" not in self.state:
+            length = config.data.max_seq_length
+            counts = (self.saved.samples * length, self.saved.phase_start_samples * length)
+            self.saved = replace(self.saved, tokens=counts[0], phase_start_tokens=counts[1])
         self.step, self.schedule_steps = self.saved.step, self.state.get("schedule_steps")
 
     def check(self, model: Mapping[str, Any], precision: Precision) -> None:
@@ -158,6 +166,7 @@ class NextPhase(FromCheckpoint):
             saved = replace(saved, position=0)
         if self.config.load.rewarmup:
             saved = replace(saved, phase_start=saved.step, phase_start_samples=saved.samples)
+            saved = replace(saved, phase_start_tokens=saved.tokens)
         return saved
 
     def restore(self, engine: Any, model: Mapping[str, Any], progress: Progress, batch: BatchPlan) -> None:

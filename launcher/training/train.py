@@ -9,7 +9,7 @@ import torch
 from ...kernels.errors import RefusedError
 from ..config.batch import solve_batch
 from ..config.loading import LoadedConfig
-from ..config.schema import RunConfig
+from ..config.schema import RunConfig, length_key
 from ..processes.signals import StopAsked, StopRequest
 from ..processes.topology import Topology, start_processes, stop_processes
 from ..processes.watchdog import Watchdog, collective_timeout_s
@@ -36,8 +36,8 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
             try:
                 setup, progress = prepare(loaded, topology, stop, watchdog, held, resume=resume)
                 if progress.step >= setup.total_steps:
-                    length = "num_epochs" if loaded.config.training.max_steps is None else "max_steps"
-                    topology.say(f"nothing to do: step {progress.step:,} is reached; raise training.{length} to go on")
+                    key = length_key(loaded.config.training)
+                    topology.say(f"nothing to do: step {progress.step:,} is reached; raise training.{key} to go on")
                     return 0
                 told_to_stop = stop.agreed_now()
             except StopAsked:

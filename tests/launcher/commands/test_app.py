@@ -58,6 +58,7 @@ FLAG_VALUES = {
     "--max_seq_length": ("256", 256),
     "--print_steps": ("7", 7),
     "--max_steps": ("3", 3),
+    "--max_tokens": ("4096", 4096),
     "--seed": ("0", 0),
     "--output_dir": ("out", "out"),
     "--job_name": ("2024", "2024"),
@@ -280,15 +281,15 @@ def test_a_tilde_in_a_path_of_the_command_line_is_the_home_folder(runs, monkeypa
     )
 
 
-def test_help_lists_the_tutorials_flags_with_the_keys_they_set():
+def test_help_lists_the_flags_with_the_keys_they_set():
     text = invoke("--help").output
     for flag in FLAGS:
         for name in flag.names:
             assert name in text
         if flag.key:
             assert f"({flag.key})" in text.replace("\n", " ")
-    own, tutorial = text.index("--config"), text.index(train_cli.TUTORIAL_PANEL)
-    assert own < tutorial < text.index("--max_seq_length")
+    own, flags = text.index("--config"), text.index(train_cli.FLAGS_PANEL)
+    assert own < flags < text.index("--max_seq_length")
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,10 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "training.num_epochs: got 2, but training.max_steps 1 is given too",
         ),
         (
+            "training: {train_batch_size: 1, num_epochs: 2, max_tokens: 3}",
+            "training.max_tokens: got 3, but training.num_epochs 2 is given too, and a run has one length; keep one",
+        ),
+        (
             "training: {train_batch_size: 7, micro_batch_size: 2, max_steps: 1}",
             "training.train_batch_size: got 7, must be",
         ),

@@ -98,6 +98,7 @@ def test_of_two_exclusive_keys_the_higher_layer_wins(load):
     loaded = load(text, ["schedule.warmup_steps=5"], {"training.max_steps": 7})
     assert (loaded.config.training.max_steps, loaded.config.training.num_epochs) == (7, None)
     assert (loaded.config.schedule.warmup_steps, loaded.config.schedule.warmup_proportion) == (5, None)
+    assert load(text, ["training.max_tokens=4096"]).config.training.num_epochs is None
     kept = load(text, ["schedule.warmup_steps=null"])
     assert kept.config.schedule.warmup_proportion == 0.1
 

@@ -8,15 +8,18 @@ import pytest
 
 from xformer_train.kernels.errors import UserError
 from xformer_train.launcher.config.batch import BatchPlan
+from xformer_train.launcher.config.schema import LoadConfig, RunConfig, TrainingConfig
 from xformer_train.launcher.reporting.run_directory import RunDirectory
-from xformer_train.launcher.training.prepare import check_is_shared, last_step
+from xformer_train.launcher.training.length import last_step
+from xformer_train.launcher.training.prepare import check_is_shared
 from xformer_train.launcher.training.start import Continued, NextPhase, Progress
+from xformer_train.recipes.config import DataConfig
 
 DATA = SimpleNamespace(train=SimpleNamespace(num_samples=100))
 
 
-def end(progress, batch_size, *, num_epochs=None, max_steps=None):
-    config = SimpleNamespace(training=SimpleNamespace(num_epochs=num_epochs, max_steps=max_steps))
+def end(progress, batch_size, **length):
+    config = RunConfig(training=TrainingConfig(**length), data=DataConfig(max_seq_length=64))
     return last_step(config, progress, DATA, BatchPlan(batch_size, batch_size, 1, 1))
 
 
@@ -35,6 +38,16 @@ def test_a_run_that_has_made_its_epochs_has_no_step_left():
     assert end(Progress(step=13, samples=208, position=208), 1, num_epochs=2) == 13
 
 
+def test_max_tokens_ends_with_the_first_step_that_reaches_it():
+    lengths = (1, 512, 513, 1024, 100_000)
+    assert [end(Progress(), 8, max_tokens=length) for length in lengths] == [1, 1, 2, 2, 196]
+    half = Progress(step=10, samples=80, position=80, tokens=5120)
+    assert [end(half, batch, max_tokens=10_240) for batch in (4, 8, 16, 30)] == [30, 20, 15, 13]
+    assert end(half, 8, max_tokens=5120) == end(half, 8, max_tokens=1) == 10
+    later = dataclasses.replace(half, phase_start=5, phase_start_samples=40, phase_start_tokens=2560)
+    assert end(later, 8, max_tokens=5120) == 15
+
+
 def test_a_second_phase_counts_from_its_start():
     second = Progress(step=30, samples=300, position=50, phase_start=25, phase_start_samples=250)
     assert end(second, 10, num_epochs=1) == 35
@@ -45,7 +58,7 @@ def start_from(kind, tmp_path, monkeypatch, *, rewarmup=False, **state):
     """A start from a checkpoint with this state."""
     monkeypatch.setattr("xformer_train.launcher.checkpoint.store.read_state", lambda checkpoint: state)
     alone = SimpleNamespace(rank=0, gather=lambda value: [value], meet=lambda: None)
-    config = SimpleNamespace(name="run", load=SimpleNamespace(what="all", rewarmup=rewarmup))
+    config = RunConfig(load=LoadConfig(rewarmup=rewarmup), data=DataConfig(max_seq_length=64))
     return kind(config, alone, tmp_path)
 
 
@@ -55,15 +68,17 @@ STATE = {
     "position": 30,
     "phase_start": 2,
     "phase_start_samples": 16,
+    "tokens": 1280,
+    "phase_start_tokens": 256,
     "data_fingerprint": "data",
 }
-SAVED = Progress(step=5, samples=40, position=30, phase_start=2, phase_start_samples=16)
+SAVED = Progress(step=5, samples=40, position=30, phase_start=2, phase_start_samples=16, tokens=1280, phase_start_tokens=256)
 
 
 def test_a_checkpoint_of_an_earlier_version_lacks_what_it_did_not_know(tmp_path, monkeypatch):
     state = {"step": 5, "samples": 40, "position": 40, "phase_start": 0, "data_fingerprint": "data"}
     start = start_from(Continued, tmp_path, monkeypatch, **state)
-    assert start.progress("data") == Progress(step=5, samples=40, position=40)
+    assert start.progress("data") == Progress(step=5, samples=40, position=40, tokens=40 * 64)
 
 
 def test_a_run_goes_on_where_it_stood_and_with_its_own_data_only(tmp_path, monkeypatch):
@@ -73,13 +88,16 @@ def test_a_run_goes_on_where_it_stood_and_with_its_own_data_only(tmp_path, monke
         start.progress("others")
 
 
+ANEW = {"phase_start": 5, "phase_start_samples": 40, "phase_start_tokens": 1280}
+
+
 @pytest.mark.parametrize(
     ("rewarmup", "data", "changed"),
     [
         (False, "data", {}),
         (False, "others", {"position": 0}),
-        (True, "data", {"phase_start": 5, "phase_start_samples": 40}),
-        (True, "others", {"position": 0, "phase_start": 5, "phase_start_samples": 40}),
+        (True, "data", ANEW),
+        (True, "others", {"position": 0, **ANEW}),
     ],
 )
 def test_another_phase_may_have_other_data_and_begin_the_schedule_anew(rewarmup, data, changed, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from xformer_train.launcher.config.schema import (
     ParallelConfig,
     RunConfig,
     ScheduleConfig,
+    TrainingConfig,
 )
 from xformer_train.launcher.reporting.run_directory import RunDirectory
 from xformer_train.launcher.training.loop import Tally
@@ -158,6 +159,8 @@ def test_the_report_tells_cadences_and_the_shares_of_sources():
 
 
 def test_a_run_that_has_gone_further_than_it_is_asked_to_has_no_epochs_to_go():
+    by_tokens = report(changed(training=TrainingConfig(max_tokens=245_750_000)))
+    assert "7,500 for training.max_tokens 245.8 M, 1,200 of them done; 168.00 epochs" in " ".join(by_tokens.split())
     assert "7,500, 9,000 of them done; 0.00 epochs to go" in report(step=9000)
 
 
