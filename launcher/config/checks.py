@@ -17,7 +17,7 @@ from .deepspeed import deepspeed_faults
 from .deepspeed_keys import show
 from .model_checks import model_faults, shared_key_head_faults
 from .optimizers import optimizer_faults
-from .schema import RUN_LENGTHS, RunConfig
+from .schema import RUN_LENGTHS, LoadConfig, RunConfig, ScheduleConfig, schedule_of
 
 PADDED_STEP = re.compile(r"(0[1-9]\d?)?d?")
 # Sections of ours that decide a DeepSpeed key: a fault of one of them hides what is said about the other.
@@ -133,10 +133,12 @@ def _source_faults(source: SourceConfig) -> Iterator[tuple[str, str]]:
 
 
 def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
-    schedule, max_steps = config.schedule, config.training.max_steps
-    if schedule.warmup_steps is not None and schedule.warmup_proportion is not None:
-        text = f"got {schedule.warmup_proportion}, but schedule.warmup_steps {schedule.warmup_steps} is given too"
+    given, max_steps = config.schedule, config.training.max_steps
+    if given.warmup_steps is not None and given.warmup_proportion is not None:
+        text = f"got {given.warmup_proportion}, but schedule.warmup_steps {given.warmup_steps} is given too"
         yield Fault(("schedule.warmup_proportion", "schedule.warmup_steps"), f"{text}; keep one of the two")
+    yield from _min_lr_faults(given, config.optimizer.lr)
+    schedule = schedule_of(config)
     total = schedule.total_steps or max_steps
     total_key = "training.max_steps" if schedule.total_steps is None else "schedule.total_steps"
     if total is not None and (schedule.warmup_steps or 0) > total:
@@ -153,11 +155,24 @@ def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
     elif schedule.decay != "linear":
         text = f"got {schedule.decay!r}, but only schedule.type wsd has a decay of two shapes; remove it"
         yield Fault(("schedule.decay", "schedule.type"), text)
-    ends_at_zero = schedule.type in ("EP", "linear", "cosine", "wsd") and schedule.lr_offset == 0
+    ends_at_zero = schedule.type in ("EP", "linear", "cosine", "wsd") and schedule.lr_offset == schedule.min_lr == 0
     if ends_at_zero and schedule.total_steps and max_steps and max_steps > schedule.total_steps:
         keys = ("schedule.total_steps", "training.max_steps", "schedule.type")
         why = f"the run goes on to training.max_steps {max_steps}, and schedule.type {schedule.type} ends at lr 0"
         yield Fault(keys, f"got {schedule.total_steps}, but {why}; set {max_steps} or null")
+
+
+def _min_lr_faults(schedule: ScheduleConfig, lr: float) -> Iterator[Fault]:
+    key, least = "schedule.min_lr", schedule.min_lr
+    if least > lr:
+        yield Fault(
+            (key, "optimizer.lr"), f"got {least:g}, must be at most optimizer.lr {lr:g}, from which lr falls to it"
+        )
+    if least and schedule.lr_offset:
+        why = f"schedule.lr_offset {schedule.lr_offset:g} is added to lr at every step, so lr would not end there"
+        yield Fault((key, "schedule.lr_offset"), f"got {least:g}, but {why}; keep one of the two")
+    if least and schedule.type == "constant":
+        yield Fault((key, "schedule.type"), f"got {least:g}, but schedule.type constant does not fall; remove it")
 
 
 def _training_faults(config: RunConfig) -> Iterator[Fault]:
@@ -263,13 +278,25 @@ def _checkpoint_faults(config: RunConfig) -> Iterator[Fault]:
         for name, value in load.model_dump(exclude_defaults=True).items():
             text = f"got {show(value)}, but load.path does not say where to load from; set it"
             yield Fault((f"load.{name}", "load.path"), text)
-    elif load.rewarmup and load.what == "weights":
-        text = "got true, but load.what weights starts a new run, whose schedule starts at step 0 anyway; set false"
-        yield Fault(("load.rewarmup", "load.what"), text)
+    else:
+        yield from _clock_faults(load, config.schedule)
     if config.reliability.nan == "rollback" and config.checkpoint.save_every_steps is None:
         why = "without checkpoint.save_every_steps there is no checkpoint to go back to"
         keys = ("reliability.nan", "checkpoint.save_every_steps")
         yield Fault(keys, f"got 'rollback', but {why}; set it, or skip")
+
+
+def _clock_faults(load: LoadConfig, schedule: ScheduleConfig) -> Iterator[Fault]:
+    for name in ("rewarmup", "decay"):
+        if getattr(load, name) and load.what == "weights":
+            text = "got true, but load.what weights starts a new run, whose schedule starts at step 0 anyway; set false"
+            yield Fault((f"load.{name}", "load.what"), text)
+    if load.decay and load.rewarmup:
+        text = "got true, but load.rewarmup begins the whole schedule at the loaded step; keep one of the two"
+        yield Fault(("load.decay", "load.rewarmup"), text)
+    if load.decay and schedule.type != "wsd":
+        why = f"schedule.type {schedule.type} has no decay of its own to begin"
+        yield Fault(("load.decay", "schedule.type"), f"got true, but {why}; set schedule.type wsd, or load.rewarmup")
 
 
 def _id_format_fault(id_format: str) -> str | None:

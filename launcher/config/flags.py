@@ -41,6 +41,7 @@ FLAGS = (
     Flag(("--load_training_checkpoint", "--load_cp"), "load.path", str, "Run directory or checkpoint to load from."),
     Flag(("--load_checkpoint_id", "--load_cp_id"), "load.id", str, "Checkpoint id, unique prefix of one, or latest."),
     Flag(("--rewarmup",), "load.rewarmup", bool, "Restart the schedule at the loaded step."),
+    Flag(("--decay",), "load.decay", bool, "Begin the decay of a wsd schedule at the loaded step."),
     Flag(
         ("--attention_dropout_checkpoint",),
         "layer.attn_dropout_checkpoint",

@@ -48,6 +48,8 @@ class ScheduleConfig(Section):
     """wsd: share of total_steps in which lr falls to zero."""
     decay: Literal["linear", "1-sqrt"] = "linear"
     """wsd: how lr falls there, with the step, or steep at first by 1 - the root of the part that is over (arXiv 2405.18392)."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """What lr falls to, from optimizer.lr; EE and LE come near it without end."""
     lr_offset: Annotated[float, Field(ge=0)] = 0.0
     """Added to lr at every step."""
 
@@ -113,6 +115,9 @@ class LoadConfig(Section):
     """all continues: weights, optimizer, step, data position, random state; weights starts a new run from them."""
     rewarmup: bool = False
     """Restart the schedule at the loaded step."""
+    decay: bool = False
+    """wsd: begin the decay of lr at the loaded step. The run is that decay, as long as training says; warm-up, total_steps and
+    decay_proportion of schedule belong to the run that is loaded from, and have no effect."""
 
 
 class EvalConfig(Section):
@@ -182,3 +187,11 @@ class RunConfig(Section):
     deepspeed: PathText | dict[str, Any] | None = None
     """A DeepSpeed JSON file, looked up beside the run config first, or its contents; our sections own batch, optimizer,
     clipping and precision."""
+
+
+def schedule_of(config: RunConfig) -> ScheduleConfig:
+    """Return the schedule that a run follows: that of its config, or with load.decay the decay of it alone."""
+    if not config.load.decay:
+        return config.schedule
+    others = {"warmup_proportion": None, "warmup_steps": None, "total_steps": None}
+    return config.schedule.model_copy(update={**others, "decay_proportion": 1.0})

@@ -13,7 +13,8 @@ def warmup_length(schedule: ScheduleConfig, total_steps: int) -> float:
 
 
 def learning_rate(schedule: ScheduleConfig, base_lr: float, total_steps: int, step: int) -> float:
-    """Return the learning rate of one optimizer step: base_lr · f(step) + lr_offset, never negative.
+    """Return the learning rate of one optimizer step, never negative: base_lr · f(step) + lr_offset within the warm-up, and
+    min_lr + (base_lr - min_lr) · f(step) + lr_offset behind it.
 
     step counts from 0 at the start of the schedule, which need not be the start of the run (load.rewarmup); total_steps
     is the length of the schedule. With t = step, T = total_steps, W = warmup_length:
@@ -21,12 +22,14 @@ def learning_rate(schedule: ScheduleConfig, base_lr: float, total_steps: int, st
       f from W on   EE, LE: decay_rate^((t - W)/decay_steps)    EP: (1 - t/T)²    linear: (T - t)/(T - W)
                     cosine: (1 + cos(π(t - W)/(T - W)))/2       constant: 1
       wsd           min(t/W, 1, (T - t)/D) with D = decay_proportion · T; with decay 1-sqrt, 1 - √(1 - (T - t)/D) for (T - t)/D
-    From T on, EP, linear, cosine and wsd stay at 0 (hence lr_offset), the others follow their formula. EP jumps from 1
+    From T on, EP, linear, cosine and wsd stay at f = 0 (hence min_lr), the others follow their formula. EP jumps from 1
     down to (1 - W/T)² where the warm-up ends, as in DeepSpeed's BERT recipe, whose EE, LE and EP these are. They differ
     from it in one case: without warm-up it holds lr constant for ever, here the decay starts at step 0.
     """
     assert step >= 0, f"step={step} counts from 0"
-    return base_lr * _factor(schedule, total_steps, step) + schedule.lr_offset
+    rises = step < min(total_steps, warmup_length(schedule, total_steps))
+    end = 0.0 if rises else schedule.min_lr
+    return end + (base_lr - end) * _factor(schedule, total_steps, step) + schedule.lr_offset
 
 
 def _factor(schedule: ScheduleConfig, total_steps: int, step: int) -> float:

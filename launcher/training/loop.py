@@ -10,6 +10,7 @@ from ...recipes.data.prefetch import prefetch
 from ..checkpoint import store
 from ..checkpoint.saving import CheckpointSaver
 from ..config.file import plain_values
+from ..config.schema import schedule_of
 from ..optim.engine import set_learning_rate
 from ..optim.schedule import learning_rate
 from ..processes import console
@@ -70,7 +71,7 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
             watchdog.at("data", start.step + 1)
             for data in watch.timed(steps):
                 clock = tally.progress.step - tally.progress.phase_start
-                lr = learning_rate(config.schedule, config.optimizer.lr, setup.schedule_steps, clock)
+                lr = learning_rate(schedule_of(config), config.optimizer.lr, setup.schedule_steps, clock)
                 set_learning_rate(setup.engine, lr)
                 result = train_step(setup.engine, data, topology, watchdog.at)
                 samples = range(tally.progress.position, tally.progress.position + batch_size)

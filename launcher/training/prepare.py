@@ -23,7 +23,7 @@ from ..checkpoint import store
 from ..config.batch import BatchPlan, solve_batch
 from ..config.deepspeed import Precision, deepspeed_config
 from ..config.loading import LoadedConfig
-from ..config.schema import RunConfig
+from ..config.schema import RunConfig, schedule_of
 from ..optim.engine import build_engine, check_deepspeed_config, zero_stage
 from ..optim.optimizer import build_optimizer
 from ..optim.schedule import learning_rate
@@ -126,21 +126,30 @@ def prepare(
     topology.say(startup_report(setup, progress, tokenizer, parameters, devices, **texts))
     for change in directory.changed_keys:
         topology.say(f"changed since the last start of this run: {change}")
-    _warn_of_schedule_jump(setup, progress, start.schedule_steps)
+    _warn_of_schedule_jump(setup, progress, start)
     return setup, progress
 
 
-def _warn_of_schedule_jump(setup: Setup, progress: Progress, then: int | None) -> None:
-    """Warn if the learning rate jumps because the schedule goes on with another length than `then`, its length before."""
-    config, clock = setup.config, progress.step - progress.phase_start
-    if then is None or clock == 0:
+def _warn_of_schedule_jump(setup: Setup, progress: Progress, start: Start) -> None:
+    """Warn if the learning rate jumps: the schedule goes on with another length, or a decay begins in one or in a warm-up."""
+    config, clock, then = setup.config, progress.step - progress.phase_start, start.schedule_steps
+    branches = config.load.decay and clock == 0
+    if then is None or (clock == 0 and not branches):
         return
-    lengths = (then, setup.schedule_steps)
-    before, now = (learning_rate(config.schedule, config.optimizer.lr, length, clock) for length in lengths)
+    before_in, now_in = (
+        (config.schedule, then, start.schedule_clock),
+        (schedule_of(config), setup.schedule_steps, clock),
+    )
+    if not branches:
+        before_in = (now_in[0], then, clock)
+    before, now = (learning_rate(kind, config.optimizer.lr, *place) for kind, *place in (before_in, now_in))
     if abs(now - before) > 0.01 * config.optimizer.lr:
         what = f"the schedule was {then:,} steps long and is {setup.schedule_steps:,} now"
-        what += f", so the learning rate jumps from {before:.2e} to {now:.2e}"
         remedy = "another run with load.path and load.rewarmup begins a schedule anew"
+        if branches:
+            what = f"step {progress.step:,} of {then:,} is in the warm-up or decay of the run that it was saved by"
+            remedy = "load.id names a checkpoint between the two"
+        what += f", so the learning rate jumps from {before:.2e} to {now:.2e}"
         console.warn(f"{what}; {remedy}", _LOG, shown=setup.topology.is_main)
 
 

@@ -11,7 +11,7 @@ from ...recipes import RECIPES
 from ...recipes.data.run_tokenizer import RunTokenizer
 from ...recipes.data.stream import PreparedData
 from ..config.optimizers import OPTIMIZER_TERMS, OptimizerConfig
-from ..config.schema import CheckpointConfig, RunConfig, ScheduleConfig
+from ..config.schema import CheckpointConfig, RunConfig, schedule_of
 from ..optim.optimizer import OPTIMIZERS
 from ..optim.schedule import warmup_length
 from ..processes.kernels import layers_text
@@ -74,7 +74,7 @@ def startup_report(
         ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols"),
         ("steps", _steps_text(setup, progress)),
         ("optimizer", _optimizer_text(config.optimizer)),
-        ("schedule", _schedule_text(config.schedule, setup.schedule_steps)),
+        ("schedule", _schedule_text(config, setup.schedule_steps)),
         ("saves", _checkpoint_text(config.checkpoint)),
         ("evaluates", "" if data.validation is None else _evaluation_text(config)),
         ("start", f"from {start}"),
@@ -168,17 +168,22 @@ def _optimizer_text(optimizer: OptimizerConfig) -> str:
     return text if optimizer.bias_correction else f"{text}, no bias correction"
 
 
-def _schedule_text(schedule: ScheduleConfig, total_steps: int) -> str:
+def _schedule_text(config: RunConfig, total_steps: int) -> str:
+    schedule = schedule_of(config)
     exponential = f"x {schedule.decay_rate:g} every {schedule.decay_steps:,} steps"
+    exponential += f" towards {schedule.min_lr:g}" if schedule.min_lr else ""
     decay_words = "decay" if schedule.decay == "linear" else f"{schedule.decay} decay"
+    end = f"to {schedule.min_lr:g}"
+    if config.load.decay:
+        return f"wsd: its {decay_words} {end} alone, over {_counted(total_steps, 'step')}"
     decay = {
         "EE": exponential,
         "LE": exponential,
-        "EP": f"quadratic decay to 0 at step {total_steps:,}",
-        "linear": f"linear decay to 0 at step {total_steps:,}",
-        "cosine": f"cosine decay to 0 at step {total_steps:,}",
+        "EP": f"quadratic decay {end} at step {total_steps:,}",
+        "linear": f"linear decay {end} at step {total_steps:,}",
+        "cosine": f"cosine decay {end} at step {total_steps:,}",
         "constant": "constant",
-        "wsd": f"constant, and {decay_words} to 0 over the last {schedule.decay_proportion:.0%} of {total_steps:,} steps",
+        "wsd": f"constant, and {decay_words} {end} over the last {schedule.decay_proportion:.0%} of {total_steps:,} steps",
     }[schedule.type]
     warmup_steps = round(warmup_length(schedule, total_steps))
     warmup = f"warm-up of {_counted(warmup_steps, 'step')}" if warmup_steps else "no warm-up"

@@ -69,6 +69,8 @@ class Start:
     """The step that the run starts from."""
     schedule_steps: int | None = None
     """The length of the schedule that has led there, if there was one."""
+    schedule_clock = 0
+    """The steps of that schedule that have been taken."""
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self.config, self.topology = config, topology
@@ -154,6 +156,7 @@ class NextPhase(FromCheckpoint):
             counts = (self.saved.samples * length, self.saved.phase_start_samples * length)
             self.saved = replace(self.saved, tokens=counts[0], phase_start_tokens=counts[1])
         self.step, self.schedule_steps = self.saved.step, self.state.get("schedule_steps")
+        self.schedule_clock = self.step - self.saved.phase_start
 
     def check(self, model: Mapping[str, Any], precision: Precision) -> None:
         loading.check(self.checkpoint, model, precision)
@@ -164,7 +167,7 @@ class NextPhase(FromCheckpoint):
         saved = replace(self.saved, best_loss=None, best_step=0, guard={})  # of the other run's losses
         if self.state.get("data_fingerprint") != data_fingerprint:
             saved = replace(saved, position=0)
-        if self.config.load.rewarmup:
+        if self.config.load.rewarmup or self.config.load.decay:
             saved = replace(saved, phase_start=saved.step, phase_start_samples=saved.samples)
             saved = replace(saved, phase_start_tokens=saved.tokens)
         return saved
@@ -176,6 +179,8 @@ class NextPhase(FromCheckpoint):
             _seed_dropout(self.config, self.topology, progress.step)
         data = f"data at sample {progress.position:,}" if progress.position else "new data"
         clock = "schedule restarted" if progress.phase_start == progress.step else "schedule continued"
+        if self.config.load.decay and progress.phase_start == progress.step:
+            clock = f"decay branched off step {self.step:,} of {self.checkpoint.parent.parent.name}"
         now, then = batch.train_batch_size, self.state.get("train_batch_size", batch.train_batch_size)
         sizes = "" if now == then else f", {now} sequences per step instead of {then}"
         self.text = f"{self.checkpoint} (weights, optimizer, {random}; {data}, {clock}{sizes})"

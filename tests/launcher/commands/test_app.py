@@ -68,6 +68,7 @@ FLAG_VALUES = {
     "--load_checkpoint_id": ("step3", "step3"),
     "--deepspeed_config": ("ds.json", {"prescale_gradients": False}),
     "--rewarmup": (None, True),
+    "--decay": (None, True),
     "--attention_dropout_checkpoint": (None, True),
     "--gelu_checkpoint": (None, True),
     "--normalize_invertible": (None, True),
@@ -82,7 +83,8 @@ def test_each_flag_sets_its_key_in_both_spellings_and_by_each_name(runs, flag, h
     text, expected = FLAG_VALUES[flag.names[0]]
     for name in flag.names:
         option = name.replace("_", "-") if hyphens else name
-        needed = ["--load_training_checkpoint", "x"] if flag.key in ("load.id", "load.rewarmup") else []
+        needed = ["--load_training_checkpoint", "x"] if flag.key in ("load.id", "load.rewarmup", "load.decay") else []
+        needed += ["--lr_schedule", "wsd"] if flag.key == "load.decay" else []
         result = invoke("--config", "run.yaml", option, *([text] if text else []), *needed)
         assert result.exit_code == 0, result.output
         loaded = runs.pop()[0]

@@ -110,6 +110,15 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "schedule.decay_proportion: got 0.6, which with a warm-up of 0.5 is more than the whole schedule; must be at "
             "most 0.5",
         ),
+        (
+            "schedule: {min_lr: 0.1}",
+            "schedule.min_lr: got 0.1, must be at most optimizer.lr 0.0001, from which lr falls",
+        ),
+        (
+            "schedule: {type: cosine, min_lr: 1e-6, lr_offset: 1e-5}",
+            "schedule.min_lr: got 1e-06, but schedule.lr_offset 1e-05 is added to lr at every step, so",
+        ),
+        ("schedule: {type: constant, min_lr: 1e-6}", "schedule.min_lr: got 1e-06, but schedule.type constant does not"),
         ("schedule: {type: cosine, decay: 1-sqrt}", "schedule.decay: got '1-sqrt', but only schedule.type wsd has"),
         ("optimizer: {min_coeff: 11}", "optimizer.min_coeff: got 11.0, must be at most optimizer.max_coeff 10.0"),
         ("training: {max_steps: 1}", "training.train_batch_size: no batch size is given"),
@@ -169,6 +178,18 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "load.rewarmup: got true, but load.what weights starts a new run",
         ),
         (
+            "load: {path: x, what: weights, decay: true}\nschedule: {type: wsd}",
+            "load.decay: got true, but load.what weights starts a new run",
+        ),
+        (
+            "load: {path: x, rewarmup: true, decay: true}\nschedule: {type: wsd}",
+            "load.decay: got true, but load.rewarmup begins the whole schedule at the loaded step; keep one of the two",
+        ),
+        (
+            "load: {path: x, decay: true}",
+            "load.decay: got true, but schedule.type linear has no decay of its own to begin; set schedule.type wsd, or",
+        ),
+        (
             "optimizer: {type: lamb}\ndeepspeed: {zero_optimization: {stage: 2, round_robin_gradients: true}}",
             "deepspeed.zero_optimization.round_robin_gradients: got true, but then it is not known which parameters",
         ),
@@ -201,6 +222,8 @@ def test_an_impossible_combination_is_refused(problems, text, message):
         "deepspeed: {zero_optimization: {stage: 2, round_robin_gradients: true}}",
         "deepspeed: {fp16: {enabled: true}}",  # whether auto comes to fp16 is known at the start of the run
         "load: {path: x, rewarmup: true}",
+        "load: {path: x, decay: true}\nschedule: {type: wsd, warmup_steps: 90, total_steps: 5, min_lr: 1e-6}",
+        "schedule: {type: cosine, total_steps: 5, min_lr: 1e-6}",
         "data: {sources: [{kind: builtin, weight: 1}, {kind: hf, path: x, split: y, subset: z, weight: 0.5}]}",
     ],
 )

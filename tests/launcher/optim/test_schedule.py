@@ -115,6 +115,17 @@ def test_wsd_falls_by_the_root_of_the_part_of_its_decay_that_is_over():
     assert rates == pytest.approx([0.5, 1, 1, 0.5, 1 - math.sqrt(0.75), 1 - math.sqrt(0.99), 0])
 
 
+@pytest.mark.parametrize("kind", [kind for kind in ALL_TYPES if kind != "constant"])
+def test_min_lr_is_what_the_rate_falls_to_from_the_same_peak_behind_the_same_warmup(kind):
+    warmed = {"type": kind, "warmup_steps": 100, "decay_rate": 0.5, "decay_steps": 10}
+    to_zero = curve(ScheduleConfig(**warmed), base_lr=2.0)
+    rates = curve(ScheduleConfig(**warmed, min_lr=0.5), base_lr=2.0)
+    assert rates[:100] == to_zero[:100]
+    assert rates[100:] == pytest.approx([0.5 + 0.75 * rate for rate in to_zero[100:]], rel=1e-12)
+    assert rates[T] == pytest.approx(0.5)
+    assert min(rates[100:]) >= 0.5
+
+
 def test_warmup_length_prefers_steps_and_defaults_to_none():
     assert warmup_length(ScheduleConfig(warmup_steps=7), T) == 7
     assert warmup_length(ScheduleConfig(warmup_proportion=0.0005), T) == 0.5

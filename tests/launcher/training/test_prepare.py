@@ -72,7 +72,9 @@ STATE = {
     "phase_start_tokens": 256,
     "data_fingerprint": "data",
 }
-SAVED = Progress(step=5, samples=40, position=30, phase_start=2, phase_start_samples=16, tokens=1280, phase_start_tokens=256)
+SAVED = Progress(
+    step=5, samples=40, position=30, phase_start=2, phase_start_samples=16, tokens=1280, phase_start_tokens=256
+)
 
 
 def test_a_checkpoint_of_an_earlier_version_lacks_what_it_did_not_know(tmp_path, monkeypatch):
