@@ -43,10 +43,11 @@ def open_packed(
 
     def build(partial: Path) -> dict[str, Any]:
         num_rows = tokens = 0
+        shuffled = shuffled_numbers(min(len(starts), _BLOCK))
         with (partial / "order").open("wb") as order_file, (partial / "row_starts").open("wb") as rows_file:
             for block in range(0, len(starts), _BLOCK):
                 lengths = spans[block : block + _BLOCK].astype(np.int64) + _SPECIALS
-                order, row_starts = best_fit(lengths, size)
+                order, row_starts = best_fit(lengths, size, shuffled)
                 order_file.write((block + order).astype(dtype).tobytes())
                 rows_file.write((block + row_starts[:-1]).astype("<i8").tobytes())
                 num_rows, tokens = num_rows + len(row_starts) - 1, tokens + int(lengths.sum())
@@ -60,28 +61,36 @@ def open_packed(
     return PackedTable(starts, spans, order, row_starts, packing)
 
 
-def best_fit(lengths: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+def best_fit(lengths: np.ndarray, size: int, shuffled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the samples row after row, (N,) int64, and where each row starts among them, (R + 1,) int64 with N at the end.
 
     lengths: (N,) integers of 1 to size. Longest samples first, each goes to the row with the least space left that still holds
-    it (best-fit decreasing; Johnson, Near-Optimal Bin Packing Algorithms, 1973). Samples of equal length come in a fixed random
-    order, so that those of a row are from anywhere in the text. Raises ValueError for a sample longer than a row.
+    it (best-fit decreasing; Johnson, Near-Optimal Bin Packing Algorithms, 1973). shuffled: `shuffled_numbers` of N or more, the
+    order of samples of equal length. Raises ValueError for a sample longer than a row.
     """
     if lengths.max(initial=0) > size:
         raise ValueError(f"a sample of {lengths.max()} tokens does not fit into a row of {size}; cut it")
-    # Sorts of 16 bits are several times faster than others.
-    shuffled = np.argsort(hash64(np.arange(len(lengths))).astype(np.uint16), kind="stable")
+    if len(shuffled) > len(lengths):
+        shuffled = shuffled[shuffled < len(lengths)]
     missing = (size - lengths).astype(np.min_scalar_type(size))
     longest_first = shuffled[np.argsort(missing[shuffled], kind="stable")]
     runs = _runs(np.bincount(lengths, minlength=size + 1))
     first, rows, each, filled = np.fromiter(runs, dtype=(np.int64, 4)).T
-    run, within = _enumerated(rows * each)
-    down, slot = np.divmod(within, each[run])
-    row = first[run] + down
-    starts = np.append(0, np.cumsum(np.bincount(row)))
+    run, down = _enumerated(rows)
+    row, taken = first[run] + down, each[run]
+    starts = np.append(0, np.cumsum(np.bincount(row, taken).astype(np.int64)))
+    begins = starts[row] + filled[run]
     order = np.empty(len(lengths), dtype=np.int64)
-    order[starts[row] + filled[run] + slot] = longest_first
+    order[np.repeat(begins - (np.cumsum(taken) - taken), taken) + np.arange(len(lengths))] = longest_first
     return order, starts
+
+
+def shuffled_numbers(count: int) -> np.ndarray:
+    """Return the numbers below count in a fixed random order, (count,) int64, so that samples of a row are from anywhere.
+
+    Without its larger numbers it is the order of fewer, so that one serves all blocks.
+    """
+    return np.argsort(hash64(np.arange(count)).astype(np.uint16), kind="stable")  # sorts of 16 bits are the fastest
 
 
 def _runs(counts: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
@@ -92,25 +101,25 @@ def _runs(counts: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
     """
     size, num_rows = len(counts) - 1, 0
     spaces: list[int] = []  # ascending, those that some rows have left
-    open_rows: dict[int, list[tuple[int, int, int]]] = {}  # space left -> runs of (first row, rows, samples there)
+    open_rows: list[list[tuple[int, int, int]]] = [[] for _ in counts]  # by space left: (first row, rows, samples there)
 
     def leave(space: int, run: tuple[int, int, int]) -> None:
-        if space not in open_rows:
+        if not open_rows[space]:
             insort(spaces, space)
-        open_rows.setdefault(space, []).append(run)
+        open_rows[space].append(run)
 
     for length in np.flatnonzero(counts)[::-1].tolist():
         left = int(counts[length])
         while left:
             place = bisect_left(spaces, length)
             if place == len(spaces):
-                needed = -(-left // (size // length))
-                leave(size, (num_rows, needed, 0))
-                num_rows += needed
-            space = spaces[place]
-            first, rows, filled = open_rows[space].pop()
-            if not open_rows[space]:
-                del open_rows[space], spaces[place]
+                space, first, rows, filled = size, num_rows, -(-left // (size // length)), 0
+                num_rows += rows
+            else:
+                space = spaces[place]
+                first, rows, filled = open_rows[space].pop()
+                if not open_rows[space]:
+                    del spaces[place]
             each = min(space // length, left)
             taken = min(rows, left // each)
             yield first, taken, each, filled

@@ -1,7 +1,6 @@
 """What `data.packing: best_fit` gives and costs: how full rows are, the time of a batch, the time to pack a large table.
 
-Times are seconds of the processor, the best of some rounds. The lengths of the large table are log-normal, half of them below a
-quarter of a row.
+Times are seconds of the processor, the best of some rounds.
 """
 
 import argparse
@@ -20,12 +19,18 @@ from xformer_train.recipes.data.stream import PreparedData, prepare_data
 from xformer_train.recipes.data.tokenizer import build_tokenizer
 
 BATCH_TOKENS, ROUNDS = 2**14, 30
+SPREADS = {  # lengths of the samples of a large table, by the length of a row and the number of samples
+    "log-normal, half below a quarter of a row": lambda rng, row, n: rng.lognormal(np.log(row / 4), 0.8, n),
+    "any length as often": lambda rng, row, n: rng.integers(1, row, n),
+    "sentences, half below 20 tokens": lambda rng, _, n: rng.lognormal(np.log(20), 0.6, n),
+    "four of five as long as a row": lambda rng, row, n: np.where(rng.random(n) < 0.8, row, rng.integers(1, row, n)),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, help="a file or folder; default the text inside Python")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[128, 512, 8192])
     parser.add_argument("--samples", type=int, default=10_000_000, help="of the large table")
     arguments = parser.parse_args()
     source = SourceConfig(kind="text", path=str(arguments.text)) if arguments.text else SourceConfig(kind="builtin")
@@ -38,7 +43,9 @@ def main() -> None:
             print(f"{length} tokens: {found}; padded, they fill {found.tokens / found.samples / length:.1%}")
             times = f"padded {1e9 * token_s(padded, length):.0f} ns, packed {1e9 * token_s(packed, length):.0f} ns"
             print(f"  a batch of {BATCH_TOKENS:,} places, for each token that is not padding: {times}")
-            print(f"  {arguments.samples:,} samples packed and written in {table_s(arguments.samples, length):.2f} s")
+            for spread in SPREADS:
+                found_s = table(spread, arguments.samples, length)
+                print(f"  {arguments.samples:,} samples, {spread}, packed and written: {found_s}")
 
 
 def prepared(source: SourceConfig, length: int, packing: str, folder: str) -> PreparedData:
@@ -56,16 +63,18 @@ def token_s(data: PreparedData, length: int) -> float:
     return best_s(lambda: data.train.batch(positions), ROUNDS) / tokens
 
 
-def table_s(samples: int, length: int) -> float:
-    """Seconds to pack a table and to write it."""
-    drawn = np.random.default_rng(0).lognormal(np.log(length / 4), 0.8, samples)
+def table(spread: str, samples: int, length: int) -> str:
+    """Seconds to pack a table and to write it, and how full its rows are."""
+    drawn = SPREADS[spread](np.random.default_rng(0), length, samples)
     spans, starts = np.clip(drawn, 1, length - 2).astype(np.uint32), np.zeros(samples, dtype=np.int64)
 
-    def pack() -> None:
+    def pack() -> float:
         with tempfile.TemporaryDirectory() as folder:
-            open_packed(Path(folder) / "samples" / "packed", starts, spans, length, "", lambda _: None)
+            name = Path(folder) / "samples" / "packed"
+            found = open_packed(name, starts, spans, length, "", lambda _: None).packing
+        return found.tokens / found.rows / length
 
-    return best_s(pack, 3)
+    return f"{best_s(pack, 3):.2f} s, full to {pack():.1%}"
 
 
 def best_s(action: Callable[[], object], rounds: int) -> float:

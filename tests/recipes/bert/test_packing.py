@@ -10,7 +10,7 @@ from helpers.prepared_data import equal, rows, write_text
 from xformer_train.recipes import RECIPES
 from xformer_train.recipes.bert import packing
 from xformer_train.recipes.bert.masking import mask_rows
-from xformer_train.recipes.bert.packing import best_fit
+from xformer_train.recipes.bert.packing import best_fit, shuffled_numbers
 from xformer_train.recipes.config import LayerFlags, ModelConfig, ObjectiveConfig
 from xformer_train.recipes.data.counter_rng import hash64
 
@@ -38,7 +38,7 @@ LENGTHS = {  # and the size of a row
 
 
 def by_row(lengths, size):
-    order, starts = best_fit(lengths, size)
+    order, starts = best_fit(lengths, size, shuffled_numbers(len(lengths)))
     assert starts[0] == 0 and starts[-1] == len(order) == len(lengths)
     return [order[a:b] for a, b in pairwise(starts)]
 
@@ -80,9 +80,18 @@ def test_samples_of_a_row_are_from_anywhere_in_the_text():
     assert 250 < np.mean(distances) < 420  # of two random places in 1,000: 333
 
 
+@pytest.mark.parametrize("name", ["articles", "of any length", "one"])
+def test_an_order_for_more_samples_gives_the_same_rows(name):
+    lengths, size = LENGTHS[name]
+    for of_enough, of_more in zip(
+        *(best_fit(lengths, size, shuffled_numbers(n)) for n in (len(lengths), 2**15)), strict=True
+    ):
+        assert np.array_equal(of_enough, of_more)
+
+
 def test_a_sample_that_is_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="a sample of 101 tokens does not fit into a row of 100"):
-        best_fit(np.array([3, 101]), 100)
+        best_fit(np.array([3, 101]), 100, shuffled_numbers(2))
 
 
 def unmasked(batch):
