@@ -2,9 +2,10 @@
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..parallel.collectives import ONE_PROCESS
+from ..parallel.sharding import Partition, is_sharded, partition_on
 
 
 class Projection(nn.Linear):
@@ -44,3 +45,13 @@ class Projection(nn.Linear):
 
             state_of(self)  # torch loads it next, as it does all modules inside
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def matrices_of(module: nn.Module) -> list[tuple[Tensor, Partition]]:
+    """Return the weights of all projections inside `module`, and of each the matrices that it holds one below another.
+
+    The matrices are `Partition.parts`, rows of each over all processes, one matrix where that is None; `Partition.dim` is what
+    processes divide, if any do. A weight that two modules share stands there once.
+    """
+    weights = {id(inner.weight): inner.weight for inner in module.modules() if isinstance(inner, Projection)}
+    return [(weight, partition_on(weight) if is_sharded(weight) else Partition(0)) for weight in weights.values()]

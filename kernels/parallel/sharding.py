@@ -86,7 +86,7 @@ def keep_marks(module: nn.Module) -> None:
             if _KEPT not in vars(inner):
                 vars(inner)[_KEPT] = _Marks(inner._parameters)
                 inner.register_load_state_dict_post_hook(_renew)
-            vars(inner)[_KEPT][name] = _partition_on(parameter)
+            vars(inner)[_KEPT][name] = partition_on(parameter)
 
 
 def partitions_of(module: nn.Module) -> dict[str, Partition]:
@@ -103,12 +103,13 @@ def partitions_of(module: nn.Module) -> dict[str, Partition]:
                 f"{prefix}{name} is marked as a shard, and the module has no such parameter any more; remove what took its "
                 f"place, as pruning and parametrizations do"
             )
-        marked = {name: _partition_on(parameter) for name, parameter in own.items() if is_sharded(parameter)}
+        marked = {name: partition_on(parameter) for name, parameter in own.items() if is_sharded(parameter)}
         found.update({prefix + name: partition for name, partition in (marked | kept).items()})
     return found
 
 
-def _partition_on(parameter: Any) -> Partition:
+def partition_on(parameter: Any) -> Partition:
+    """The partition that `mark_sharded` wrote on the parameter."""
     return Partition(parameter.partition_dim, parameter.partition_parts, parameter.partition_rows)
 
 

@@ -101,9 +101,8 @@ class Saved:
         return state
 
     def moments(self) -> set[str]:
-        """Return the names of the tensors that the optimizer kept of each parameter; empty before its first step."""
-        states = (self.state(name) for name in self.names)
-        return next(filter(None, states), {}).keys() - {"step"}
+        """Return the names of the tensors that the optimizer kept of the parameters; empty before its first step."""
+        return {key for name in self.names for key in self.state(name)} - {"step"}
 
     def model_file(self, tensor_rank: int) -> dict[str, Any]:
         """Return DeepSpeed's file of the module and the counters."""

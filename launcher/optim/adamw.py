@@ -5,10 +5,13 @@ from torch.distributed import ProcessGroup
 
 from ...kernels.errors import UserError
 from ..config.optimizers import OptimizerConfig
+from ..config.schema import Precision
 from .kind import OptimizerKind, parameter_groups
 
 
-def _build(model: torch.nn.Module, config: OptimizerConfig, tensor_group: ProcessGroup | None) -> torch.optim.AdamW:
+def _build(
+    model: torch.nn.Module, config: OptimizerConfig, _: ProcessGroup | None, precision: Precision
+) -> torch.optim.AdamW:
     """Raise UserError for a config without bias correction, which PyTorch's AdamW always has."""
     groups = parameter_groups(model, config.weight_decay)
     if not config.bias_correction:

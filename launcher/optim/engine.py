@@ -62,11 +62,9 @@ def build_engine(
         if topology.num_replicas == 1:
             # Its all-reduce among one copies every gradient into a buffer and back, for nothing.
             engine.enable_backward_allreduce = False
-    elif isinstance(optimizer, SteppedInSlices):
+    if isinstance(optimizer, SteppedInSlices):
         slices = slices_of(engine, {id(param): place for place, param in enumerate(parameters)})
-        everyone = dist.group.WORLD
-        assert everyone is not None, "the process group of the run is up"
-        optimizer.divide(slices, topology.data_group or everyone, topology.device)
+        optimizer.divide(slices, topology, replicated=stage == 0)
     return engine
 
 
@@ -105,9 +103,9 @@ def skipped_steps(engine: Any) -> int:
 
 
 def set_learning_rate(engine: Any, lr: float) -> None:
-    """Make `lr` the learning rate of every parameter group from the next step on."""
+    """Make `lr` the learning rate of every parameter group from the next step on, times the `lr_factor` of a group with one."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def _parallel_unit(topology: Topology) -> SimpleNamespace:

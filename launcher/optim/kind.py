@@ -9,8 +9,9 @@ from torch.distributed import ProcessGroup
 
 from ...kernels.errors import UserError
 from ..config.optimizers import OptimizerConfig
+from ..config.schema import Precision
 
-Build = Callable[[torch.nn.Module, OptimizerConfig, ProcessGroup | None], torch.optim.Optimizer]
+Build = Callable[[torch.nn.Module, OptimizerConfig, ProcessGroup | None, Precision], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,8 @@ class OptimizerKind:
 
     build: Build
     """This function returns the optimizer of a model at the base learning rate. Its third argument is the group of processes
-    that divide the sharded parameters."""
-    text: Callable[[OptimizerConfig], str] = lambda config: ""
+    that divide the sharded parameters, its fourth what the run trains in."""
+    text: Callable[[OptimizerConfig, Precision], str] = lambda config, precision: ""
     """This function returns what the start-up report says beside the keys that all optimizers have, with a comma in front."""
     histograms: Callable[[Any], Mapping[str, Sequence[float]]] = lambda optimizer: {}
     """This function returns figures of the last step for TensorBoard, by name. It waits for the device."""

@@ -16,7 +16,9 @@ from torch.distributed import ProcessGroup
 
 from ...kernels.errors import UserError
 from ...kernels.parallel.sharding import is_sharded
-from ..config.optimizers import OptimizerConfig
+from ..config.optimizers import OPTIMIZER_TERMS, OptimizerConfig
+from ..config.schema import Precision
+from ..processes.topology import Topology
 from .kind import OptimizerKind, parameter_groups
 from .slices import Slice
 
@@ -87,14 +89,15 @@ class Lamb(torch.optim.Optimizer):
         super().add_param_group(param_group)
         _check_options(self.param_groups[-1])
 
-    def divide(self, slices: Sequence[Slice], group: ProcessGroup, device: torch.device) -> None:
-        """Step `slices` from now on: see `SteppedInSlices`.
+    def divide(self, slices: Sequence[Slice], topology: Topology, *, replicated: bool) -> None:
+        """Step `slices` from now on, unless they are whole: see `SteppedInSlices`.
 
-        Trust ratios stay those of whole tensors: their norms are summed over `group` by one all-reduce for each slice. What is
-        in no segment is neither read nor written. All processes must step the same slices in the same order.
+        Trust ratios stay those of whole tensors: their norms are summed over the replicas by one all-reduce for each slice.
+        What is in no segment is neither read nor written. All processes must step the same slices in the same order.
         """
-        self._slices = {id(each.tensor): each for each in slices}
-        self._data_group, self._device = group, device
+        if not replicated:
+            self._slices = {id(each.tensor): each for each in slices}
+            self._data_group, self._device = topology.data_group, topology.device
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -340,13 +343,14 @@ def _check_options(group: dict[str, Any]) -> None:
             raise UserError(f"Lamb option {name}={group[name]!r} {rule}")
 
 
-def _build(model: torch.nn.Module, config: OptimizerConfig, tensor_group: ProcessGroup | None) -> Lamb:
+def _build(model: torch.nn.Module, config: OptimizerConfig, tensor_group: ProcessGroup | None, _: Precision) -> Lamb:
     groups = parameter_groups(model, config.weight_decay)
     sharded = [is_sharded(param) for group in groups for param in group["params"]]
-    return Lamb(groups, **config.model_dump(exclude={"type"}), sharded=sharded, group=tensor_group)
+    options = config.model_dump(include={*OPTIMIZER_TERMS["lamb"].params, "convention"})
+    return Lamb(groups, **options, sharded=sharded, group=tensor_group)
 
 
-def _text(config: OptimizerConfig) -> str:
+def _text(config: OptimizerConfig, _: Precision) -> str:
     bounds = {"from": config.min_coeff, "to": config.max_coeff}
     limits = " ".join(f"{word} {value:g}" for word, value in bounds.items() if value is not None)
     return f", {config.convention} convention, trust ratio {limits or 'unbounded'}"

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+from ..processes.topology import Topology
 
 
 class Segment(NamedTuple):
@@ -36,11 +36,11 @@ class Slice(NamedTuple):
 class SteppedInSlices(Protocol):
     """An optimizer that must know which parameters it steps, in place of which ZeRO gives it flat shards."""
 
-    def divide(self, slices: Sequence[Slice], group: ProcessGroup, device: torch.device) -> None:
+    def divide(self, slices: Sequence[Slice], topology: Topology, *, replicated: bool) -> None:
         """Take `slices` for the parameters of every step from now on.
 
-        Their places count the parameters given at first, in the order of the groups. group: the processes that hold the other
-        shards of the same parameters. device: where tensors must lie that these processes exchange.
+        Their places count the parameters given at first, in the order of the groups. topology: the processes of the run.
+        replicated: whether each replica of the model holds all of them, at ZeRO stage 0, and not a shard of its own.
         """
 
 

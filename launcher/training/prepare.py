@@ -101,7 +101,7 @@ def prepare(
     watchdog.at("start")
 
     progress = by_main(topology, lambda: start.progress(data.fingerprint))
-    engine, optimizer = _build(start, model, ds_config)
+    engine, optimizer = _build(start, model, ds_config, dtype)
     start.restore(engine, model, progress, batch)
     end = last_step(config, progress, data, batch)
     setup = Setup(
@@ -252,7 +252,9 @@ def runtime_of(config: RunConfig, topology: Topology) -> Runtime:
     )
 
 
-def _build(start: Start, model: dict[str, Any], ds_config: dict[str, Any]) -> tuple[Any, torch.optim.Optimizer]:
+def _build(
+    start: Start, model: dict[str, Any], ds_config: dict[str, Any], dtype: Precision
+) -> tuple[Any, torch.optim.Optimizer]:
     """Return the engine around a new model with the weights that the run starts from, and the optimizer inside it."""
     config, topology = start.config, start.topology
     torch.manual_seed(config.seed)
@@ -260,7 +262,7 @@ def _build(start: Start, model: dict[str, Any], ds_config: dict[str, Any]) -> tu
         config.model, config.layer, config.objective, model["vocab_size"], runtime_of(config, topology)
     )
     agreed(topology, lambda: start.fill(module, model))
-    optimizer = build_optimizer(module, config.optimizer, topology.tensor_group)
+    optimizer = build_optimizer(module, config.optimizer, topology.tensor_group, dtype)
     return build_engine(module, optimizer, ds_config, topology), optimizer
 
 

@@ -11,7 +11,7 @@ from ...recipes import RECIPES
 from ...recipes.data.run_tokenizer import RunTokenizer
 from ...recipes.data.stream import PreparedData
 from ..config.optimizers import OPTIMIZER_TERMS, OptimizerConfig
-from ..config.schema import CheckpointConfig, RunConfig, schedule_of
+from ..config.schema import CheckpointConfig, Precision, RunConfig, schedule_of
 from ..optim.optimizer import OPTIMIZERS
 from ..optim.schedule import warmup_length
 from ..processes.kernels import layers_text
@@ -73,7 +73,7 @@ def startup_report(
         ("sources", _shares_text(config, data)),
         ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols"),
         ("steps", _steps_text(setup, progress)),
-        ("optimizer", _optimizer_text(config.optimizer)),
+        ("optimizer", _optimizer_text(config.optimizer, setup.precision)),
         ("schedule", _schedule_text(config, setup.schedule_steps)),
         ("saves", _checkpoint_text(config.checkpoint)),
         ("evaluates", "" if data.validation is None else _evaluation_text(config)),
@@ -160,11 +160,11 @@ def _shares_text(config: RunConfig, data: PreparedData) -> str:
     return ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))
 
 
-def _optimizer_text(optimizer: OptimizerConfig) -> str:
+def _optimizer_text(optimizer: OptimizerConfig, precision: Precision) -> str:
     text = f"{optimizer.type}, lr {optimizer.lr:g}"
     if "betas" in OPTIMIZER_TERMS[optimizer.type].params:
         text += ", betas {:g} {:g}".format(*optimizer.betas)
-    text += f", weight decay {optimizer.weight_decay:g}{OPTIMIZERS[optimizer.type].text(optimizer)}"
+    text += f", weight decay {optimizer.weight_decay:g}{OPTIMIZERS[optimizer.type].text(optimizer, precision)}"
     return text if optimizer.bias_correction else f"{text}, no bias correction"
 
 

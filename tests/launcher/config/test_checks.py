@@ -194,6 +194,30 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "deepspeed.zero_optimization.round_robin_gradients: got true, but then it is not known which parameters",
         ),
         (
+            "optimizer: {type: muon}\ndeepspeed: {zero_optimization: {stage: 1, round_robin_gradients: true}}",
+            "deepspeed.zero_optimization.round_robin_gradients: got true, but then it is not known which parameters",
+        ),
+        (
+            "optimizer: {nesterov: false}",
+            "optimizer.nesterov: got False, but optimizer.type adamw has no such key; remove",
+        ),
+        (
+            "optimizer: {type: lamb, adamw_lr: 1e-3}",
+            "optimizer.adamw_lr: got 0.001, but optimizer.type lamb has no such",
+        ),
+        (
+            "optimizer: {type: muon, convention: nvidia}",
+            "optimizer.convention: got nvidia, but optimizer.type muon has no such key; remove it",
+        ),
+        (
+            "optimizer: {type: muon, bias_correction: false}",
+            "optimizer.bias_correction: got False, but optimizer.type muon has no such key",
+        ),
+        (
+            "optimizer: {type: muon}\ndeepspeed: {optimizer: {type: Muon, params: {ns_method: gram}}}",
+            "deepspeed.optimizer.params.ns_method: is not a parameter of optimizer.type muon; remove it",
+        ),
+        (
             "deepspeed: {bf16: {enabled: true}}\ntraining: {precision: fp16, max_steps: 1, train_batch_size: 1}",
             "deepspeed.bf16.enabled: got true, but training.precision fp16, for which it is false",
         ),
@@ -219,6 +243,8 @@ def test_an_impossible_combination_is_refused(problems, text, message):
         "schedule: {type: EE, total_steps: 5, warmup_proportion: 0.5}",
         "schedule: {type: wsd, warmup_proportion: 0.8}",
         "optimizer: {type: lamb}\ndeepspeed: {zero_optimization: {stage: 3}}",
+        "optimizer: {type: muon, adamw_lr: 1e-3, newton_schulz_dtype: bf16, adjust_lr: original, nesterov: false}",
+        "optimizer: {type: muon}\ndeepspeed: {optimizer: {type: muon, params: {momentum: 0.95, lr: auto}}}",
         "deepspeed: {zero_optimization: {stage: 2, round_robin_gradients: true}}",
         "deepspeed: {fp16: {enabled: true}}",  # whether auto comes to fp16 is known at the start of the run
         "load: {path: x, rewarmup: true}",

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 
+from xformer_train.kernels.layers.projection import Projection
 from xformer_train.launcher.config.optimizers import OPTIMIZER_TERMS, OptimizerConfig
 from xformer_train.launcher.optim.kind import parameter_groups
 from xformer_train.launcher.optim.lamb import Lamb
@@ -13,7 +14,7 @@ class TiedModel(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.embedding = torch.nn.Embedding(11, 6)
-        self.linear = torch.nn.Linear(6, 6)
+        self.linear = Projection(6, 6)
         self.norm = torch.nn.LayerNorm(6)
         self.head = torch.nn.Linear(6, 11)
         self.head.weight = self.embedding.weight

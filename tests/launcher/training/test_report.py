@@ -39,6 +39,7 @@ SETUP = SimpleNamespace(
     batch=BatchPlan(train_batch_size=256, micro_batch_size=32, gradient_accumulation_steps=4, num_replicas=2),
     data=DATA,
     engine=SimpleNamespace(zero_optimization_stage=lambda: 2),
+    precision="bf16",
     directory=RunDirectory.of(CONFIG),
     topology=SimpleNamespace(world_size=1),
     total_steps=7500,
@@ -190,6 +191,14 @@ def test_every_schedule_and_a_billion_parameters_can_be_reported():
 def test_adamw_is_reported_without_what_only_lamb_has():
     text = report(changed(optimizer=OptimizerConfig(type="adamw", lr=1e-4)))
     assert "  adamw, lr 0.0001, betas 0.9 0.999, weight decay 0.01\n" in text
+
+
+def test_muon_says_what_it_multiplies_in_and_what_adamw_steps():
+    text = " ".join(report(changed(optimizer=OptimizerConfig(type="muon", lr=0.01, adamw_lr=0.003))).split())
+    assert (
+        "muon, lr 0.01, betas 0.9 0.999, weight decay 0.01, momentum 0.95 with Nesterov, 5 Newton-Schulz steps in bf16, "
+        "match_rms_adamw, AdamW with lr 0.003 outside the layers' matrices" in text
+    )
 
 
 def test_the_summary_divides_the_samples_of_this_start_by_the_time_in_steps():
