@@ -2,15 +2,17 @@
 
 Forward y = x @ weight.T + bias; backward dx = dy @ weight, dweight = dy.T @ x, dbias = sum_T dy.
 
-Which library computes a product, by this rule:
-  fp32 on an AMD CPU with AVX-512   oneDNN; MKL, torch's own choice, keeps to AVX2 on CPUs that are not Intel's
-  everything else                   torch's choice: cuBLAS on CUDA, MKL or oneDNN on a CPU
+Which library computes a product:
+  fp32 on a CPU     what `using_cpu_libraries` says, as a training run does, which has measured them; without it oneDNN on an
+                    AMD CPU with AVX-512, where MKL may keep to AVX2, and torch's choice on others
+  everything else   torch's choice: cuBLAS on CUDA, oneDNN for bf16 on a CPU
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +29,15 @@ from ..parallel.collectives import (
 )
 from .operator import operator, reshaped
 
+ONEDNN = "oneDNN"
+
+
+class CpuLibraries(NamedTuple):
+    """The names of the libraries that compute fp32 products on a CPU: those of values and input gradients, and of dweight."""
+
+    product: str
+    weight_gradient: str
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ weight.T + bias, (..., N) in the dtype of x; x: (..., K), weight: (N, K), bias: (N,) or None, one float dtype.
@@ -35,7 +46,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x has last dim {x.shape[-1]}, weight is {tuple(weight.shape)}; the last dims must be equal")
-    if not _takes_onednn(x, weight):
+    if not (_takes_onednn(x, weight) or _gradient_takes_onednn(x, weight)):
         return F.linear(x, weight, bias)
     return Linear.apply(x, weight, bias, None, False)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -44,6 +55,10 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return a @ b.T + bias, (M, N), without autograd; a: (M, K), b: (N, K), either may be a transposed view; bias: (N,)."""
     if _takes_onednn(a, b) and a.numel() > 0:
         return _onednn_product(a, b, bias)
+    return _own_product(a, b, bias)
+
+
+def _own_product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     return a.mm(b.t()) if bias is None else torch.addmm(bias, a, b.t())
 
 
@@ -59,10 +74,12 @@ def _onednn_product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
     """Return dy.T @ x, (N, K), without autograd; dy: (T, N), x: (T, K)."""
-    if _takes_onednn(x, dy) and dy.numel() > x.numel() + dy.shape[1] * x.shape[1]:
+    if not (_gradient_takes_onednn(x, dy) and x.numel() and dy.numel()):
+        return _own_product(dy.t(), x.t())
+    if dy.numel() > x.numel() + dy.shape[1] * x.shape[1]:
         # oneDNN copies its first operand if that is transposed; here it is cheaper to copy x and to transpose the result
-        return product(x.t(), dy.t()).t().contiguous()
-    return product(dy.t(), x.t())
+        return _onednn_product(x.t(), dy.t(), None).t().contiguous()
+    return _onednn_product(dy.t(), x.t(), None)
 
 
 def start_input_gradient(
@@ -84,16 +101,40 @@ def _adds_inside(around: Tensor) -> bool:
     return around.is_cuda
 
 
-def cpu_library() -> str:
-    """Return the library that computes fp32 products on this machine's CPU."""
-    if _PREFERS_ONEDNN:
-        return "oneDNN"
-    return "MKL" if torch.backends.mkl.is_available() else "torch's BLAS"
+def available_cpu_libraries() -> tuple[str, ...]:
+    """Return the names of the libraries that can compute fp32 products on this machine's CPU, torch's own choice first."""
+    own = "MKL" if torch.backends.mkl.is_available() else "torch's BLAS"
+    return (own, ONEDNN) if torch.backends.mkldnn.is_available() else (own,)
+
+
+def cpu_libraries() -> CpuLibraries:
+    """Return the libraries that compute fp32 products on this machine's CPU now."""
+    names = available_cpu_libraries()
+    return CpuLibraries(names[-1 if _ONEDNN_PRODUCTS else 0], names[-1 if _ONEDNN_GRADIENTS else 0])
+
+
+@contextmanager
+def using_cpu_libraries(libraries: CpuLibraries) -> Iterator[None]:
+    """Let these libraries, of `available_cpu_libraries`, compute fp32 products in all threads while inside."""
+    global _ONEDNN_PRODUCTS, _ONEDNN_GRADIENTS
+    before = _ONEDNN_PRODUCTS, _ONEDNN_GRADIENTS
+    _ONEDNN_PRODUCTS, _ONEDNN_GRADIENTS = (name == ONEDNN for name in libraries)
+    try:
+        yield
+    finally:
+        _ONEDNN_PRODUCTS, _ONEDNN_GRADIENTS = before
 
 
 def _takes_onednn(a: Tensor, b: Tensor) -> bool:
-    on_cpu = a.is_cpu and b.is_cpu and a.dtype == torch.float32
-    return on_cpu and _PREFERS_ONEDNN and not torch.compiler.is_exporting()
+    return _ONEDNN_PRODUCTS and _is_cpu_fp32(a, b)
+
+
+def _gradient_takes_onednn(a: Tensor, b: Tensor) -> bool:
+    return _ONEDNN_GRADIENTS and _is_cpu_fp32(a, b)
+
+
+def _is_cpu_fp32(a: Tensor, b: Tensor) -> bool:
+    return a.is_cpu and b.is_cpu and a.dtype == torch.float32 and not torch.compiler.is_exporting()
 
 
 def _is_amd_with_avx512() -> bool:
@@ -104,8 +145,8 @@ def _is_amd_with_avx512() -> bool:
         return any("AuthenticAMD" in line for line in itertools.islice(lines, 8))  # the vendor of the first core
 
 
-# Once, at import, so that a trace of torch.compile sees a constant.
-_PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and _is_amd_with_avx512()
+# Flags of the module, which a trace of torch.compile takes for constants.
+_ONEDNN_PRODUCTS = _ONEDNN_GRADIENTS = torch.backends.mkldnn.is_available() and _is_amd_with_avx512()
 
 
 class Linear(torch.autograd.Function):

@@ -70,8 +70,9 @@ class TrainingConfig(Section):
     """Length of the run in token positions, sequences times max_seq_length, padding included; it ends with the first step that
     reaches them."""
     precision: Literal["auto", Precision] = "auto"
-    """auto is bf16 where the GPU has it, fp16 on older GPUs, fp32 on a CPU. fp8 is bf16 with FP8 operands in the layers' matrix
-    products: docs/fp8.md."""
+    """auto is bf16 where the GPU has it, fp16 on older GPUs; on a CPU bf16 where a measurement at the start finds products
+    faster in it (docs/train.md), else fp32; where a run goes on from a checkpoint, what that was trained in. fp8 is bf16 with
+    FP8 operands in the layers' matrix products: docs/fp8.md."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """What backward computes again in place of keeping it: selective is the attention probabilities, where there are any; full
     is all of a layer but its input, for the time of a second forward pass. docs/memory.md has the bytes."""

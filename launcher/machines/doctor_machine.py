@@ -93,15 +93,20 @@ def devices(machine: dict[str, Any]) -> Iterator[Finding]:
 
 
 def kernels(config: RunConfig, machine: dict[str, Any]) -> Iterator[Finding]:
-    """Yield the kernels a run would use, and that they need no compiler on the way."""
+    """Yield the kernels and the precision a run would use here, and that they need no compiler on the way."""
     import torch
 
     from ...recipes.recipe import Runtime
     from ..processes.kernels import kernels_text
+    from ..processes.products import choose, products_shape, this_cpu
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     yield Finding("ok", "kernels", kernels_text(config.model, config.layer, Runtime(), device))
+    micro_batch_size = config.training.micro_batch_size or config.training.train_batch_size or 1
+    products = choose(config.training.precision, device, [this_cpu()], products_shape(config, micro_batch_size))
+    detail = f"{products.precision}: {products.why}"
+    yield Finding("ok", "precision", f"{detail}; {products.text}" if products.text else detail)
     if not (on_gpu and config.layer.kernels == "auto" and _triton_needs_compiler()):
         yield Finding("ok", "compiler", "none is needed: no operator is built from C++ or CUDA sources")
     elif any(machine["tools"].values()):

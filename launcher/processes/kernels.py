@@ -7,7 +7,7 @@ import torch
 from ...kernels.fp8.linear import fp8_path
 from ...kernels.ops.attention.attention import LARGEST_TRITON_HEAD
 from ...kernels.ops.choices import Activation, Norm
-from ...kernels.ops.linear import cpu_library
+from ...kernels.ops.linear import CpuLibraries, cpu_libraries
 from ...recipes.config import LayerFlags, ModelConfig
 from ...recipes.recipe import Runtime
 
@@ -38,6 +38,14 @@ def layers_text(model: ModelConfig) -> str:
     return "; ".join(text for text, holds in found.items() if holds)
 
 
+def libraries_text(libraries: CpuLibraries) -> str:
+    """Return which library computes which fp32 products."""
+    text = f"{libraries.product} for matrix products"
+    if libraries.weight_gradient != libraries.product:
+        text += f" and {libraries.weight_gradient} for gradients of weights"
+    return text
+
+
 def kernels_text(model: ModelConfig, flags: LayerFlags, runtime: Runtime, device: torch.device) -> str:
     """Return which kernels compute the layers on this device, in words."""
     on_gpu = device.type == "cuda"
@@ -50,7 +58,7 @@ def kernels_text(model: ModelConfig, flags: LayerFlags, runtime: Runtime, device
             triton = triton.removeprefix("attention, ") + "; PyTorch for attention, whose heads are too wide"
         text, padding = f"Triton for {triton}; cuBLAS for matrix products", "; no padding"
     else:
-        where = "layer.kernels: reference" if on_gpu else f"no GPU; {cpu_library()} for matrix products in fp32"
+        where = "layer.kernels: reference" if on_gpu else f"no GPU; {libraries_text(cpu_libraries())} in fp32"
         text, padding = f"PyTorch ({where})", "; no padding outside attention"
     if flags.cuda_graph:
         text += "; a CUDA graph of all layers" if on_gpu else "; no CUDA graph"

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 from ...kernels.errors import RefusedError, UserError
-from ..config.schema import Precision
 from . import console
 
 # Launchers that give every process a rank under names of their own, not as RANK, LOCAL_RANK and WORLD_SIZE.
@@ -237,30 +236,6 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"CPU, {threads} {'thread' if threads == 1 else 'threads'}"
-
-
-def precision(requested: Literal["auto", Precision], device: torch.device) -> tuple[Precision, str]:
-    """Return (fp32 | bf16 | fp16 | fp8, why), the precision that `training.precision` means on this device.
-
-    Raises UserError for a precision that the device cannot train in.
-    """
-    on_gpu = device.type == "cuda"
-    if requested == "fp16" and not on_gpu:
-        raise UserError("training.precision=fp16 needs a GPU and this run has none; use fp32, bf16 or auto")
-    has_bf16 = not on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
-    name = device_name(device)
-    if requested in ("bf16", "fp8") and not has_bf16:
-        what = f"training.precision={requested} needs a GPU that computes in bf16 and {name} does not"
-        raise UserError(f"{what}; use fp16 or auto")
-    if requested == "fp8":
-        return "fp8", "as the config says; bf16 outside the layers' matrix products"
-    if requested != "auto":
-        return requested, "as the config says"
-    if not on_gpu:
-        return "fp32", "auto: on most CPUs fp32 is faster than bf16"
-    if has_bf16:
-        return "bf16", f"auto: {name} computes in bf16, which needs no loss scaling"
-    return "fp16", f"auto: {name} does not compute in bf16"
 
 
 def _place(environment: Mapping[str, str]) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
 """The run directory: what a run leaves behind, and whether a run may use the one it is given.
 
 <output_dir>/<name>/ holds config.resolved.yaml (the run config in full), ds_config.json (what DeepSpeed got), env.json
-(versions, machine, command), tokenizer/, metrics.jsonl, tb/, log/rank{N}.log and checkpoints/.
+(versions, machine, command), products.json (what computes its products on a CPU), tokenizer/, metrics.jsonl, tb/,
+log/rank{N}.log and checkpoints/.
 """
 
 import fcntl
@@ -38,6 +39,7 @@ class RunDirectory:
         self.root, self.changed_keys = root, changed_keys
         self.checkpoints, self.tokenizer, self.log = root / "checkpoints", root / "tokenizer", root / "log"
         self.metrics, self.config = root / "metrics.jsonl", root / "config.resolved.yaml"
+        self.products = root / "products.json"
         self.lock = root / ".lock"
         """The file that a run holds locked; it is there from the first start on."""
 

@@ -31,11 +31,12 @@ from ..processes import console
 from ..processes.agreement import agreed, by_main
 from ..processes.kernels import kernels_text
 from ..processes.signals import StopRequest
-from ..processes.topology import Topology, device_name, precision
+from ..processes.topology import Topology, device_name
 from ..processes.watchdog import Watchdog
 from ..reporting.metrics import rows
 from ..reporting.run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
 from .length import last_step
+from .products import products_of_run, record_products
 from .report import startup_report
 from .start import Progress, Start, choose_start
 
@@ -81,14 +82,15 @@ def prepare(
     held: keeps the run directory until it is closed. Raises StopAsked on every process if one is told to stop meanwhile.
     """
     config = loaded.config
-    dtype, why = agreed(topology, lambda: precision(config.training.precision, topology.device))
     batch = solve_batch(config.training, topology.num_replicas)
-    ds_config = deepspeed_config(config, batch, dtype, loaded.origins)
+    products = products_of_run(config, batch, topology, held, resume=resume)
+    ds_config = deepspeed_config(config, batch, products.precision, loaded.origins)
     check_deepspeed_config(ds_config, topology)
     directory = _open_directory(config, topology, held, resume=resume)
     watchdog.start(directory.log, forward_is_own=topology.tensor_parallel == 1 and zero_stage(ds_config) < 3)
     devices = topology.gather(device_name(topology.device))
     by_main(topology, lambda: record_environment(directory, ds_config, devices))
+    by_main(topology, lambda: record_products(directory, products))
 
     start = choose_start(config, topology, directory, resume=resume)
     by_main(topology, lambda: store.check_ids(directory.checkpoints, config.checkpoint.id_format, start.step))
@@ -96,12 +98,12 @@ def prepare(
     tokenizer = _open_tokenizer(start, directory, stop)
     vocab_size = by_main(topology, lambda: vocabulary_size(config, tokenizer))
     model = model_facts(config, vocab_size)
-    by_main(topology, lambda: start.check(model, dtype))
+    by_main(topology, lambda: start.check(model, products.precision))
     data = _open_data(config, topology, batch, tokenizer, stop)
     watchdog.at("start")
 
     progress = by_main(topology, lambda: start.progress(data.fingerprint))
-    engine, optimizer = _build(start, model, ds_config, dtype)
+    engine, optimizer = _build(start, model, ds_config, products.precision)
     start.restore(engine, model, progress, batch)
     end = last_step(config, progress, data, batch)
     setup = Setup(
@@ -115,15 +117,15 @@ def prepare(
         vocab_size=vocab_size,
         engine=engine,
         optimizer=optimizer,
-        precision=dtype,
+        precision=products.precision,
         total_steps=end,
         schedule_steps=config.schedule.total_steps or end - progress.phase_start,
     )
     by_main(topology, lambda: record_config(directory, config))
     parameters = count_parameters(engine.module, topology.tensor_parallel)
     kernels = kernels_text(config.model, config.layer, runtime_of(config, topology), topology.device)
-    texts = {"precision": f"{dtype}: {why}", "kernels": kernels, "start": start.text}
-    topology.say(startup_report(setup, progress, tokenizer, parameters, devices, **texts))
+    texts = {"kernels": kernels, "start": start.text}
+    topology.say(startup_report(setup, progress, tokenizer, parameters, devices, products=products, **texts))
     for change in directory.changed_keys:
         topology.say(f"changed since the last start of this run: {change}")
     _warn_of_schedule_jump(setup, progress, start)

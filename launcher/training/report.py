@@ -15,6 +15,7 @@ from ..config.schema import CheckpointConfig, Precision, RunConfig, schedule_of
 from ..optim.optimizer import OPTIMIZERS
 from ..optim.schedule import warmup_length
 from ..processes.kernels import layers_text
+from ..processes.products import Products
 from ..processes.words import duration, number
 
 if TYPE_CHECKING:
@@ -30,15 +31,14 @@ def startup_report(
     parameters: Sequence[int],
     devices: Sequence[str],
     *,
-    precision: str,
+    products: Products,
     kernels: str,
     start: str,
 ) -> str:
     """Return the start-up report: a title and aligned lines, without a newline at the end.
 
-    parameters: the number of all of the model, and of those outside embeddings. devices: the name of each process's. precision:
-    with its reason, as "bf16: the GPU has it". kernels: which path computes the layers. start: where the run starts and what
-    it takes from there, as "new weights".
+    parameters: the number of all of the model, and of those outside embeddings. devices: the name of each process's. kernels:
+    which path computes the layers. start: where the run starts and what it takes from there, as "new weights".
     """
     config, batch, data, model = setup.config, setup.batch, setup.data, setup.config.model
     alone = config.parallel.tensor == 1
@@ -59,7 +59,8 @@ def startup_report(
             f" x {_counted(batch.gradient_accumulation_steps, 'micro-batch', 'micro-batches')}"
             f", each up to {config.data.max_seq_length:,} tokens",
         ),
-        ("precision", precision),
+        ("precision", f"{products.precision}: {products.why}"),
+        ("products", products.text),
         ("kernels", kernels),
         ("devices", ", ".join(f"{n} x {name}" if n > 1 else name for name, n in Counter(devices).items())),
         ("parallel", "" if alone else f"{config.parallel.tensor} processes share the {shared} of a replica"),

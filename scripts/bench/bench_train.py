@@ -34,20 +34,15 @@ import torch
 from bench_device import machine_line, synchronize
 from torch import Tensor, nn
 
+from xformer_train.kernels.ops.linear import cpu_libraries, using_cpu_libraries
 from xformer_train.launcher.config.batch import solve_batch
 from xformer_train.launcher.config.deepspeed import deepspeed_config
 from xformer_train.launcher.config.loading import LoadedConfig, load_config
 from xformer_train.launcher.config.schema import Precision, RunConfig
 from xformer_train.launcher.optim.engine import build_engine
 from xformer_train.launcher.optim.optimizer import build_optimizer
-from xformer_train.launcher.processes.topology import (
-    Topology,
-    device_name,
-    precision,
-    quiet,
-    start_processes,
-    stop_processes,
-)
+from xformer_train.launcher.processes.products import choose, products_shape, this_cpu
+from xformer_train.launcher.processes.topology import Topology, device_name, quiet, start_processes, stop_processes
 from xformer_train.launcher.reporting.peak_flops import peak_flops
 from xformer_train.launcher.training.steps import StepData, train_step
 from xformer_train.recipes import RECIPES
@@ -254,8 +249,10 @@ def measure_engines(arguments: argparse.Namespace, path: str) -> dict[str, Any]:
     assert size is not None
     topology = start_processes(config.reliability.hang_timeout_s)
     try:
-        dtype, _ = precision(config.training.precision, topology.device)
-        medians = engine_times(config, topology, dtype, arguments.steps, arguments.turns)
+        products = choose(config.training.precision, topology.device, [this_cpu()], products_shape(config, size))
+        dtype = products.precision
+        with using_cpu_libraries(products.libraries or cpu_libraries()):
+            medians = engine_times(config, topology, dtype, arguments.steps, arguments.turns)
     finally:
         stop_processes()
     flop = RECIPES["bert"].flops_per_sample(model, VOCAB_SIZE, config.data.max_seq_length, predictions(config))

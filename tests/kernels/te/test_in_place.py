@@ -12,8 +12,8 @@ from xformer_train.kernels import (
     TransformerLayer,
     te,
 )
-from xformer_train.kernels.ops import linear
 from xformer_train.kernels.ops.attention.attention import AttentionMask
+from xformer_train.kernels.ops.linear import CpuLibraries, available_cpu_libraries, using_cpu_libraries
 from xformer_train.kernels.ops.loss.vocab_parallel import vocab_parallel_embedding
 
 
@@ -90,14 +90,14 @@ def added(y):
 
 
 @pytest.mark.parametrize("recipe", [None, te.Float8CurrentScaling()], ids=["high precision", "fp8"])
-@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("library", available_cpu_libraries())
 @pytest.mark.parametrize("name", MODULES)
-def test_results_may_be_changed_in_place(name, onednn, recipe, monkeypatch):
+def test_results_may_be_changed_in_place(name, library, recipe):
     """The normalized input that some return too is kept for backward: torch says so there, in place of wrong gradients."""
-    monkeypatch.setattr(linear, "_PREFERS_ONEDNN", onednn and torch.backends.mkldnn.is_available())
     torch.manual_seed(0)
     module, x = MODULES[name](), torch.randn(5, 2, 32)
-    with te.fp8_autocast(enabled=recipe is not None, fp8_recipe=recipe):
+    precision = te.fp8_autocast(enabled=recipe is not None, fp8_recipe=recipe)
+    with using_cpu_libraries(CpuLibraries(library, library)), precision:
         found = gradients(module, x, added, 1)
         expected = gradients(module, x, lambda y: (y + 0.5) * torch.linspace(0.1, 2, 32), 1)
         several = isinstance(module(x), tuple)

@@ -1,4 +1,4 @@
-"""Starting the processes of a run, alone and under launchers, and the precision a device gets."""
+"""Starting the processes of a run, alone and under launchers."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ import torch.distributed as dist
 from helpers.spawn import free_port
 
 from xformer_train.kernels.errors import RefusedError, UserError
-from xformer_train.launcher.processes.topology import precision, start_processes, stop_processes
+from xformer_train.launcher.processes.topology import start_processes, stop_processes
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 LAUNCHER_VARIABLES = [
@@ -149,42 +149,6 @@ def test_a_restart_by_torchrun_reads_none_of_the_keys_of_the_attempt_before(envi
         keys = [key for key in store.list_keys() if key.endswith("mine")]
         assert len(keys) == 1 + int(attempt)
         assert any(key.startswith(f"attempt{attempt}/") for key in keys)
-
-
-@pytest.mark.parametrize(
-    ("requested", "device", "has_bf16", "chosen"),
-    [
-        ("auto", CPU, False, "fp32"),
-        ("auto", GPU, True, "bf16"),
-        ("auto", GPU, False, "fp16"),
-        ("bf16", CPU, False, "bf16"),
-        ("fp16", GPU, True, "fp16"),
-        ("fp32", GPU, True, "fp32"),
-        ("fp8", GPU, True, "fp8"),
-        ("fp8", CPU, True, "fp8"),
-    ],
-)
-def test_precision_is_what_was_asked_for_or_the_best_of_the_device(environment, requested, device, has_bf16, chosen):
-    environment.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: has_bf16)
-    environment.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    name, why = precision(requested, device)
-    assert name == chosen
-    assert why.startswith("auto: ") == (requested == "auto")
-
-
-@pytest.mark.parametrize(
-    ("requested", "device", "message"),
-    [
-        ("fp16", CPU, r"training\.precision=fp16 needs a GPU"),
-        ("bf16", GPU, r"training\.precision=bf16 needs a GPU that computes in bf16 and Some GPU does not"),
-        ("fp8", GPU, r"training\.precision=fp8 needs a GPU that computes in bf16"),
-    ],
-)
-def test_a_precision_that_the_device_has_not_is_refused(environment, requested, device, message):
-    environment.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    environment.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    with pytest.raises(ValueError, match=message):
-        precision(requested, device)
 
 
 TRAINING = """

@@ -13,6 +13,7 @@ from xformer_train.launcher.config.schema import (
     ScheduleConfig,
     TrainingConfig,
 )
+from xformer_train.launcher.processes.products import Products
 from xformer_train.launcher.reporting.run_directory import RunDirectory
 from xformer_train.launcher.training.loop import Tally
 from xformer_train.launcher.training.report import closing_summary, startup_report
@@ -65,7 +66,7 @@ def report(config=CONFIG, *, step=1200, start=START, parameters=(336_226_108, 30
         TOKENIZER,
         parameters,
         ["NVIDIA H200", "NVIDIA H200"],
-        precision="bf16: the GPU has it",
+        products=Products("bf16", "the GPU has it"),
         kernels="Triton, for CUDA devices",
         start=start,
     )
