@@ -101,7 +101,7 @@ def _runs(counts: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
     """
     size, num_rows = len(counts) - 1, 0
     spaces: list[int] = []  # ascending, those that some rows have left
-    open_rows: list[list[tuple[int, int, int]]] = [[] for _ in counts]  # by space left: (first row, rows, samples there)
+    open_rows: list[list[tuple[int, int, int]]] = [[] for _ in counts]  # by space left: first row, rows, samples there
 
     def leave(space: int, run: tuple[int, int, int]) -> None:
         if not open_rows[space]:
