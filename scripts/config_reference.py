@@ -35,6 +35,10 @@ SOURCES = """\
 
 A list of mappings with these keys; one mapping stands for a list of one.
 """
+PHASES = """\
+A list of mappings with these keys, in the order of their steps. What a phase gives holds from there on, until a later one
+changes it.
+"""
 BOUNDS = {
     "exclusiveMinimum": "> {}",
     "minimum": ">= {}",
@@ -58,6 +62,8 @@ def render() -> str:
     for name, field in schema["properties"].items():
         if "$ref" in field:
             sections.append((name, field["description"], _definition(schema, field)))
+        elif name == "phases":
+            sections.append((name, f"{field['description']}\n\n{PHASES}".strip(), _phase(schema)))
         else:
             top.append((name, field))
     source = schema["$defs"]["SourceConfig"]
@@ -67,6 +73,20 @@ def render() -> str:
         if name == "data":
             parts += [SOURCES, _table(source["properties"].items(), source["required"])]
     return "\n".join(parts)
+
+
+def _phase(schema: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a phase, with those of its sections by their dotted names, but for the schedule."""
+    fields = {}
+    for name, field in schema["$defs"]["PhaseConfig"]["properties"].items():
+        if name == "schedule":
+            fields[name] = {"type": "object", "default": None, "description": field["description"]}
+        elif "$ref" in field:
+            inner = _definition(schema, field)["properties"]
+            fields |= {f"{name}.{key}": {**one, "default": None} for key, one in inner.items()}
+        else:
+            fields[name] = field
+    return {"properties": fields}
 
 
 def _definition(schema: dict[str, Any], field: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +115,8 @@ def _type(field: dict[str, Any]) -> str:
     if field["type"] == "array":
         if "prefixItems" in field:
             return f"list of {len(field['prefixItems'])}: {_type(field['prefixItems'][0])}"
-        return f"list of {_type(field['items'])}s"
+        word, _, bounds = _type(field["items"]).partition(" ")
+        return f"list of {word}s {bounds}".strip()
     return f"{WORDS[field['type']]} {bounds}".strip()
 
 

@@ -36,6 +36,7 @@ USES = {
     f"{ENGINE}.global_samples": "launcher/checkpoint",
     f"{ENGINE}.global_steps": "launcher/checkpoint",
     f"{ENGINE}.load_universal_checkpoint": "launcher/checkpoint",
+    f"{ENGINE}.micro_steps": "launcher/optim",
     f"{ENGINE}.mp_world_size": "launcher/checkpoint",
     f"{ENGINE}.skipped_steps": "launcher/checkpoint launcher/optim",
     f"{ENGINE}.world_size": "launcher/checkpoint",
@@ -50,6 +51,7 @@ USES = {
     f"{STAGE_1_BF16}.clip_grad": "launcher/checkpoint",
     f"{STAGE_1_BF16}.fp32_groups_flat_partition": "launcher/optim",
     f"{STAGE_2}.bit16_groups": "launcher/optim",
+    f"{STAGE_2}.gradient_accumulation_steps": "launcher/optim",
     f"{STAGE_2}.single_partition_of_fp32_groups": "launcher/optim",
     f"{STAGE_3}.fp16_groups": "launcher/optim",
     f"{STAGE_3}.fp32_partitioned_groups_flat": "launcher/optim",
@@ -132,7 +134,8 @@ PYTHON = {"_asdict", "_fields", "_replace", "_exit", "_current_frames"}
 OURS_ON_OTHERS = {"_fused_layer_mask", "stage0_grad_norm"}
 # What DeepSpeed documents of its engine.
 ENGINE_API = {"backward", "eval", "load_checkpoint", "module", "optimizer", "save_checkpoint", "step", "train"}
-ENGINE_API |= {"get_global_grad_norm"}
+ENGINE_API |= {"get_global_grad_norm", "set_train_batch_size", "set_train_micro_batch_size"}
+ENGINE_API |= {"train_batch_size", "train_micro_batch_size_per_gpu"}
 # Variables that hold objects of DeepSpeed, and the folder in which they do.
 VARIABLES = {"engine": "launcher", "optimizer": "launcher/optim/slices.py", "mapping": "launcher/optim/slices.py"}
 OPTIMIZER_API = {"param_groups"}

@@ -6,7 +6,7 @@ from typing import Any
 
 _COUNTS = (
     *("step", "samples", "position", "phase_start", "phase_start_samples", "best_step"),
-    *("train_batch_size", "schedule_steps"),
+    *("train_batch_size", "schedule_steps", "schedule_start"),
 )
 _ENGINE_COUNTS = {"zero_stage": 0, "world_size": 1, "tensor_parallel": 1}
 
@@ -18,6 +18,8 @@ def is_ours(state: dict[str, Any]) -> bool:
         all(_is_count(state.get(key, 0)) for key in _COUNTS)
         and (state.get("best_loss") is None or _is_number(state["best_loss"]))
         and _is_guard(state.get("guard", {}))
+        and isinstance(state.get("phases", []), list)
+        and all(isinstance(phase, dict) and _is_count(phase.get("first"), 1) for phase in state.get("phases", []))
         and isinstance(state["model"], dict)
         and isinstance(run, dict)
         and all(_is_count(run.get(key), least) for key, least in _ENGINE_COUNTS.items())

@@ -32,10 +32,10 @@ def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOptio
     The files and folders that it names must be there. That its run directory holds a run already is only a warning.
     """
     with reported_errors(debug):
-        from ..config.batch import solve_batch
         from ..config.checks import num_replicas
         from ..config.file import ConfigError, printable
         from ..config.paths import missing_paths
+        from ..config.phases import Phases
         from ..reporting.run_directory import taken_text
 
         found = load(config, sets, values_by_key(flags), None)
@@ -43,11 +43,15 @@ def check(config: ConfigOption = None, sets: SetOption = None, debug: DebugOptio
         if missing:
             raise ConfigError(missing)
         loaded = found.config
-        batch = solve_batch(loaded.training, num_replicas(loaded, world_size(None)))
-        typer.echo(
+        plan = Phases(loaded, num_replicas(loaded, world_size(None)))
+        batch, warmup = plan.all[0].batch, plan.warmup_text()
+        divided = (
             f"{printable(str(config))}: valid; {batch.train_batch_size} sequences per step = micro-batch "
             f"{batch.micro_batch_size} x accumulation {batch.gradient_accumulation_steps} x replicas {batch.num_replicas}"
         )
+        typer.echo(f"{divided}, {warmup}" if warmup else divided)
+        for phase in plan.all if len(plan.all) > 1 else []:
+            typer.echo(f"  {plan.text(phase)}")
         taken = taken_text(loaded)
         if taken:
             typer.echo(f"warning: {taken}", err=True)

@@ -40,6 +40,16 @@ def solve_batch(training: TrainingConfig, num_replicas: int) -> BatchPlan:
     return plan
 
 
+def batch_of_step(training: TrainingConfig, whole: BatchPlan, step: int) -> BatchPlan:
+    """Return the batch of a step, counted from the first one: `whole`, or less of it during training.batch_warmup_steps."""
+    first, steps = training.batch_warmup_from, training.batch_warmup_steps
+    if first is None or steps is None or step >= steps:
+        return whole
+    unit = whole.micro_batch_size * whole.num_replicas
+    micro_batches = first // unit + (whole.train_batch_size - first) // unit * step // steps
+    return BatchPlan(unit * micro_batches, whole.micro_batch_size, micro_batches, whole.num_replicas)
+
+
 def _contradiction(training: TrainingConfig, num_replicas: int) -> str:
     train, micro = training.train_batch_size, training.micro_batch_size
     accumulation = training.gradient_accumulation_steps

@@ -13,10 +13,10 @@ from pydantic_core import ErrorDetails
 
 from ...kernels.errors import UserError
 from ...recipes.config import from_home
-from .checks import faults
 from .deepspeed_keys import KNOWN_KEYS, REMOVED_KEYS
 from .file import INT64, ConfigError, KeyPath, describe, dotted, is_leaf, parse_value, read_tree, to_yaml
 from .flags import FLAG_OF_KEY
+from .phase_checks import faults_of_all_phases
 from .schema import RUN_LENGTHS, RunConfig
 
 __all__ = ["ConfigError", "LoadedConfig", "dump_config", "load_config"]
@@ -188,7 +188,7 @@ class _Layers:
             wrong.update(path for path in meant if path is not None and path not in self.origins)
             config, errors = _try(self.values)
             assert config is not None, f"no problem is left after the wrong values are gone, but {errors}"
-        for fault in faults(config, world_size):
+        for fault in faults_of_all_phases(config, world_size):
             keys = [tuple(int(part) if part.isdecimal() else part for part in key.split(".")) for key in fault.keys]
             # One that stands in a wrong key, or around it, may follow from that one.
             if not any(key[: len(path)] == path or path[: len(key)] == key for key in keys for path in wrong):

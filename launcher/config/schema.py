@@ -6,7 +6,7 @@ these classes. No torch import.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ...kernels.ops.choices import ActivationCheckpointing
 from ...recipes.config import (
@@ -16,6 +16,7 @@ from ...recipes.config import (
     ModelConfig,
     ObjectiveConfig,
     PathText,
+    PositiveFloat,
     PositiveInt,
     Section,
     TokenizerConfig,
@@ -61,6 +62,10 @@ class TrainingConfig(Section):
     """Sequences per forward pass of one replica of the model: a process, or parallel.tensor of them."""
     gradient_accumulation_steps: PositiveInt | None = None
     """Micro-batches of one replica per optimizer step."""
+    batch_warmup_from: PositiveInt | None = None
+    """Sequences of the first step. From there the batch grows to train_batch_size, in whole micro-batches of all replicas."""
+    batch_warmup_steps: PositiveInt | None = None
+    """Steps in which the batch grows so, linearly with the step."""
     max_steps: PositiveInt | None = None
     """Length of the run in optimizer steps, counted from step 0, or from the loaded step with load.rewarmup, as the other
     lengths are; give one of max_steps, num_epochs and max_tokens."""
@@ -150,6 +155,63 @@ class ReliabilityConfig(Section):
     """fp16: the run stops when the loss scale falls to this."""
 
 
+class Changes(Section):
+    """A section of a phase: what it does not give, null, stays as it was before the phase."""
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_given(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in dump(self).items() if value not in (None, {})}
+
+
+class DataChanges(Changes):
+    max_seq_length: Annotated[int, Field(ge=8)] | None = None
+    """Tokens in one sample from here on."""
+    source_weights: list[PositiveFloat] | None = None
+    """The weight of each of data.sources, in their order."""
+
+
+class TrainingChanges(Changes):
+    train_batch_size: PositiveInt | None = None
+    """Sequences per optimizer step."""
+    micro_batch_size: PositiveInt | None = None
+    """Sequences per forward pass of one replica."""
+
+
+class ObjectiveChanges(Changes):
+    mlm_probability: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the tokens to predict."""
+    max_predictions_per_seq: PositiveInt | None = None
+    """Most positions to predict in one sample."""
+
+
+class OptimizerChanges(Changes):
+    lr: PositiveFloat | None = None
+    """What the schedule multiplies; the schedule begins anew with the phase, over the steps up to the next lr or schedule."""
+
+
+class PhaseConfig(Changes):
+    from_step: PositiveInt | None = None
+    """The steps before the phase, counted as training.max_steps is; give this or from_share."""
+    from_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """The share of the run that is over when the phase begins."""
+    data: DataChanges = DataChanges()
+    """max_seq_length; source_weights, the weight of each of data.sources."""
+    objective: ObjectiveChanges = ObjectiveChanges()
+    """mlm_probability, max_predictions_per_seq."""
+    optimizer: OptimizerChanges = OptimizerChanges()
+    """lr, with which the schedule begins anew."""
+    schedule: ScheduleConfig | None = None
+    """A schedule of its own, with all the keys of the section: what it leaves out has the default. Its clock starts with the
+    phase, and it ends where the run does, or where a later phase gives lr or schedule."""
+    training: TrainingChanges = TrainingChanges()
+    """train_batch_size, micro_batch_size; gradient_accumulation_steps follows from the two."""
+
+    @property
+    def begins_schedule(self) -> bool:
+        """Return whether the clock of the schedule starts with this phase."""
+        return self.schedule is not None or self.optimizer.lr is not None
+
+
 class RunConfig(Section):
     name: str = "run"
     """The run directory is output_dir/name."""
@@ -173,6 +235,8 @@ class RunConfig(Section):
     """The learning rate of each step."""
     training: TrainingConfig = TrainingConfig()
     """Batch, length and precision of the run."""
+    phases: list[PhaseConfig] | None = None
+    """What changes while the run trains, in the order of the steps: docs/phases.md."""
     parallel: ParallelConfig = ParallelConfig()
     """How the processes of the run divide the model."""
     checkpoint: CheckpointConfig = CheckpointConfig()

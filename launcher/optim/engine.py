@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ...kernels.errors import UserError
 from ...kernels.parallel.sharding import is_sharded
+from ..config.batch import BatchPlan
 from ..processes.topology import Topology
 from .slices import SteppedInSlices, slices_of
 
@@ -106,6 +107,20 @@ def set_learning_rate(engine: Any, lr: float) -> None:
     """Make `lr` the learning rate of every parameter group from the next step on, times the `lr_factor` of a group with one."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
+def set_batch(engine: Any, batch: BatchPlan) -> None:
+    """Make `batch` that of the next step on. Call it between two steps."""
+    if (engine.train_micro_batch_size_per_gpu(), engine.train_batch_size()) == (
+        batch.micro_batch_size,
+        batch.train_batch_size,
+    ):
+        return
+    engine.set_train_micro_batch_size(batch.micro_batch_size)
+    engine.set_train_batch_size(batch.train_batch_size)
+    engine.micro_steps = 0  # a step ends where the micro-batches since are a multiple of those of a step
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer.gradient_accumulation_steps = batch.gradient_accumulation_steps
 
 
 def _parallel_unit(topology: Topology) -> SimpleNamespace:

@@ -32,6 +32,8 @@ class RunLog:
     peak_flops: of all devices of the run together, per second; None where unknown, and then MFU is null and n/a.
     start_step, start_samples: where the run continues; rows and points of later steps, which a resumed run writes again,
     leave metrics.jsonl and the files of TensorBoard. hparams: the run config by dotted key, for TensorBoard.
+    tokens_to_go: token positions that a run has to take after a step, by which its remaining time is judged; None where every
+    step takes equally many.
     The console is a bar on stderr where that is a terminal, else one line per record on stdout.
     A full disk gives a warning, and training goes on: rows wait until there is space, TensorBoard gets no more points.
     Raises UserError if metrics.jsonl holds a line that is not JSON, other than a last one cut short.
@@ -47,9 +49,10 @@ class RunLog:
         start_samples: int = 0,
         tensorboard: bool = True,
         hparams: Mapping[str, bool | int | float | str] | None = None,
+        tokens_to_go: Callable[[int], int] | None = None,
     ) -> None:
-        self._max_steps, self._peak_flops = max_steps, peak_flops
-        self._recent: deque[tuple[int, float]] = deque(maxlen=_ETA_RECORDS)
+        self._max_steps, self._peak_flops, self._tokens_to_go = max_steps, peak_flops, tokens_to_go
+        self._recent: deque[StepRecord] = deque(maxlen=_ETA_RECORDS)
         self._beside_s, self._steps = 0.0, 0
         self._opened_s = time.monotonic()
         path = run_dir / "metrics.jsonl"
@@ -99,11 +102,9 @@ class RunLog:
             row["skipped_steps"] = record.skipped_steps
         self._write_row(row)
         self._draw(lambda boards: boards.add_step(record, rates))
-        self._recent.append((record.num_steps, record.step_time_s))
-        step_s = ratio(sum(seconds for _, seconds in self._recent), sum(steps for steps, _ in self._recent))
-        eta_s = (self._max_steps - record.step) * (step_s + self._beside_s / max(1, self._steps))
+        self._recent.append(record)
         position = f"step {record.step:,}/{self._max_steps:,}"
-        fields = _console_fields(record, rates) | {"eta": f"eta {duration(eta_s)}"}
+        fields = _console_fields(record, rates) | {"eta": f"eta {duration(self._time_left_s(record.step))}"}
         if self._bar is None:
             share = f" {record.step / self._max_steps:.1%}"
             console.say(" | ".join([position + share, *fields.values()]))
@@ -112,15 +113,31 @@ class RunLog:
             self._bar.n = record.step
             self._on_bar(lambda bar: bar.set_description_str(" | ".join([position, *first, *fields.values()])))
 
+    def _time_left_s(self, step: int) -> float:
+        """Return the time that the steps after this one will take, if they go on as the last ones did."""
+        steps = self._max_steps - step
+        recent_s = sum(record.step_time_s for record in self._recent)
+        if self._tokens_to_go is None:
+            in_steps_s = steps * ratio(recent_s, sum(record.num_steps for record in self._recent))
+        else:
+            in_steps_s = self._tokens_to_go(step) * ratio(
+                recent_s, sum(record.padded_tokens for record in self._recent)
+            )
+        return in_steps_s + steps * self._beside_s / max(1, self._steps)
+
+    def say(self, step: int, text: str) -> None:
+        """Write one line on the console, above the bar where there is one."""
+        line = f"step {step:,}/{self._max_steps:,} | {text}"
+        if self._bar is None:
+            console.say(line)
+        self._on_bar(lambda bar: bar.write(line, file=sys.stderr))
+
     def log_evaluation(self, step: int, samples: int, losses: Mapping[str, float]) -> None:
         """Write one row, one point per series and one line for validation losses: "loss", and its parts by name."""
         self._write_row({"step": step, "samples": samples} | {f"val_{name}": value for name, value in losses.items()})
         self._draw(lambda boards: boards.add_evaluation(step, losses))
         parts = {name: value for name, value in losses.items() if name != "loss"}
-        line = f"step {step:,}/{self._max_steps:,} | held-out {_loss_text(losses['loss'], parts)}"
-        if self._bar is None:
-            console.say(line)
-        self._on_bar(lambda bar: bar.write(line, file=sys.stderr))
+        self.say(step, f"held-out {_loss_text(losses['loss'], parts)}")
 
     def close(self) -> None:
         """Bring everything to the disk. The bar, if there is one, stays as it is."""

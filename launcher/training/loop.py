@@ -7,12 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 from ...recipes.data.prefetch import prefetch
+from ...recipes.data.stream import SampleStream
 from ..checkpoint import store
 from ..checkpoint.saving import CheckpointSaver
 from ..config.file import plain_values
-from ..config.schema import schedule_of
-from ..optim.engine import set_learning_rate
-from ..optim.schedule import learning_rate
+from ..optim.engine import set_batch, set_learning_rate
 from ..processes import console
 from ..processes.agreement import agreed
 from ..processes.topology import device_name
@@ -58,25 +57,27 @@ def train(setup: Setup, progress: Progress) -> Tally:
 
 def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Tally) -> None:
     """Train from `tally.progress` to the end of the run or a stop. Raises RollBack where training must go back."""
-    config, topology, batch_size = setup.config, setup.topology, setup.batch.train_batch_size
+    config, topology, phases = setup.config, setup.topology, setup.phases
     start, watch, watchdog = tally.progress, tally.watch, setup.watchdog
 
     def read(step: int) -> StepData:
-        positions = step_positions(start.position + (step - start.step) * batch_size, setup.batch, topology.replica)
-        return read_step(setup.data.train, positions, setup.loss_counts, setup.recipe.real_tokens)
+        first = start.position + phases.samples(start.step, step)
+        positions = step_positions(first, phases.batch(step), topology.replica)
+        return read_step(phases.data_at(step).train, positions, setup.loss_counts, setup.recipe.real_tokens)
 
     log = agreed(topology, (lambda: _open_log(setup, start)) if topology.is_main else None)
     try:
         with prefetch(read, start.step, setup.total_steps) as steps:
             watchdog.at("data", start.step + 1)
             for data in watch.timed(steps):
-                clock = tally.progress.step - tally.progress.phase_start
-                lr = learning_rate(schedule_of(config), config.optimizer.lr, setup.schedule_steps, clock)
+                _before_step(setup, log, tally)
+                lr = phases.learning_rate(tally.progress.step, setup.total_steps)
                 set_learning_rate(setup.engine, lr)
                 result = train_step(setup.engine, data, topology, watchdog.at)
-                samples = range(tally.progress.position, tally.progress.position + batch_size)
-                tally.progress = progress = _after_step(tally, batch_size, config.data.max_seq_length)
-                watch.step_ends(result.totals)
+                phase, size = phases.at(tally.progress.step), phases.batch(tally.progress.step).train_batch_size
+                samples = range(tally.progress.position, tally.progress.position + size)
+                tally.progress = progress = _after_step(tally, size, size * phase.config.data.max_seq_length)
+                watch.step_ends(result.totals, size, size * phase.config.data.max_seq_length)
                 if log is not None:
                     log.step_taken(progress.step)
                 watchdog.at("log")
@@ -85,14 +86,16 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
                 finished = progress.step == setup.total_steps
                 # A stop ends the run here, so this step counts as its last one.
                 stopped = setup.stop.agreed()
-                if stopped or finished or progress.step % config.logging.every_steps == 0:
+                due = progress.step % config.logging.every_steps == 0 or phases.begins(progress.step)
+                if stopped or finished or due:
                     record = make_record(setup, progress, lr, mean_losses(result, topology), watch)
                     if log is not None:
                         log.log_step(record)
                     guard.check_loss(progress.step, record.loss)
                 beside_s = time.monotonic()
-                if setup.data.validation is not None and _is_due(config.eval.every_steps, progress.step, finished):
-                    stopped |= not _evaluated(setup, log, tally)
+                validation = phases.data_at(progress.step - 1).validation
+                if validation is not None and _is_due(config.eval.every_steps, progress.step, finished):
+                    stopped |= not _evaluated(setup, validation, log, tally)
                 if _is_due(config.checkpoint.save_every_steps, progress.step, stopped or finished):
                     watchdog.at("save")
                     tally.saved_id = _save(setup, saver, replace(tally.progress, guard=guard.state()))
@@ -107,12 +110,27 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
             log.close()
 
 
-def _after_step(tally: Tally, sequences: int, max_seq_length: int) -> Progress:
+def _before_step(setup: Setup, log: RunLog | None, tally: Tally) -> None:
+    """Give the engine the batch of the step to come, and say that a phase begins with it."""
+    step, phases = tally.progress.step, setup.phases
+    set_batch(setup.engine, phases.batch(step))
+    phase = phases.begins(step)
+    if phase is None:
+        return
+    if phases.data_at(step) is not phases.data_at(step - 1):
+        tally.progress = replace(
+            tally.progress, best_loss=None, best_step=0
+        )  # losses on other samples are no worse or better
+    if log is not None:
+        log.say(step, phases.plan.text(phase))
+
+
+def _after_step(tally: Tally, sequences: int, tokens: int) -> Progress:
     tally.steps += 1
     tally.samples += sequences
     old = tally.progress
     new = replace(old, step=old.step + 1, samples=old.samples + sequences, position=old.position + sequences)
-    return replace(new, tokens=old.tokens + sequences * max_seq_length)
+    return replace(new, tokens=old.tokens + tokens)
 
 
 def _gone_back(setup: Setup, progress: Progress, why: RollBack) -> Progress:
@@ -125,8 +143,8 @@ def _gone_back(setup: Setup, progress: Progress, why: RollBack) -> Progress:
         remedy = "lower checkpoint.save_every_steps or optimizer.lr"
         raise NotFiniteError(f"{why}, and there is no checkpoint yet to roll back to; {remedy}")
     start = continue_run(config, topology, directory)
-    saved = start.progress(setup.data.fingerprint)
-    start.restore(setup.engine, model_facts(config, setup.vocab_size), saved, setup.batch)
+    saved = start.progress(setup.phases)
+    start.restore(setup.engine, model_facts(config, setup.vocab_size), saved, setup.phases.batch(saved.step))
     text = f"{why}; rolled back to {start.checkpoint.name}, going on with sample {progress.position:,}"
     console.warn(text, _LOG, shown=topology.is_main)
     return replace(saved, position=progress.position)
@@ -143,13 +161,13 @@ def _open_log(setup: Setup, start: Progress) -> RunLog:
         start_step=start.step,
         start_samples=start.samples,
         tensorboard=setup.config.logging.tensorboard,
+        tokens_to_go=lambda step: setup.phases.tokens(step, setup.total_steps),
         hparams=plain_values(setup.config.model_dump(mode="json")),
     )
 
 
-def _evaluated(setup: Setup, log: RunLog | None, tally: Tally) -> bool:
+def _evaluated(setup: Setup, validation: SampleStream, log: RunLog | None, tally: Tally) -> bool:
     """Evaluate, and return whether that came to its end, which a stop cuts short."""
-    assert setup.data.validation is not None, "asked for without validation data"
 
     def goes_on() -> bool:
         setup.watchdog.at("evaluate")  # for each micro-batch: the whole may take longer than a hang is waited for
@@ -159,9 +177,9 @@ def _evaluated(setup: Setup, log: RunLog | None, tally: Tally) -> bool:
         log.evaluation_begins(tally.progress.step)
     parts = evaluate(
         setup.engine,
-        setup.data.validation,
+        validation,
         setup.loss_counts,
-        setup.batch,
+        setup.phases.batch(tally.progress.step - 1),
         setup.topology,
         setup.config.eval.batches,
         goes_on,
@@ -183,14 +201,17 @@ def _is_due(every_steps: int | None, step: int, last: bool) -> bool:
 
 def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
     """Begin to save a checkpoint of the run as it stands, and return its id."""
-    config, directory = setup.config, setup.directory
-    epoch = progress.position // setup.data.train.num_samples
+    config, directory, phases, step = setup.config, setup.directory, setup.phases, progress.step
+    data, (schedule_start, schedule_steps) = phases.data_at(step - 1), phases.schedule(step, setup.total_steps)
+    epoch = progress.position // data.train.num_samples
     checkpoint_id = config.checkpoint.id_format.format(step=progress.step, epoch=epoch)
     state = {
         **asdict(progress),
-        "train_batch_size": setup.batch.train_batch_size,
-        "schedule_steps": setup.schedule_steps,
-        "data_fingerprint": setup.data.fingerprint,
+        "train_batch_size": phases.batch(step).train_batch_size,
+        "schedule_start": schedule_start,
+        "schedule_steps": schedule_steps,
+        "data_fingerprint": data.fingerprint,
+        "phases": phases.begun(step),
         "model": model_facts(config, setup.vocab_size),
     }
     saver.save(checkpoint_id, state, {"config.resolved.yaml": directory.config, "tokenizer": directory.tokenizer})

@@ -20,9 +20,10 @@ from ...recipes.data.stream import PreparedData, prepare_data
 from ...recipes.data.tokenizer import load_tokenizer
 from ...recipes.recipe import Batch, Recipe, Runtime
 from ..checkpoint import store
-from ..config.batch import BatchPlan, solve_batch
+from ..config.batch import solve_batch
 from ..config.deepspeed import Precision, deepspeed_config
 from ..config.loading import LoadedConfig
+from ..config.phases import Phase, Phases
 from ..config.schema import RunConfig, schedule_of
 from ..optim.engine import build_engine, check_deepspeed_config, zero_stage
 from ..optim.optimizer import build_optimizer
@@ -36,6 +37,7 @@ from ..processes.watchdog import Watchdog
 from ..reporting.metrics import rows
 from ..reporting.run_directory import RunDirectory, log_to_file, open_run_directory, record_config, record_environment
 from .length import last_step
+from .phases import RunPhases
 from .products import products_of_run, record_products
 from .report import startup_report
 from .start import Progress, Start, choose_start
@@ -53,16 +55,14 @@ class Setup:
     topology: Topology
     stop: StopRequest
     watchdog: Watchdog
-    batch: BatchPlan
     directory: RunDirectory
-    data: PreparedData
+    phases: RunPhases
     vocab_size: int
     engine: Any
     optimizer: torch.optim.Optimizer
     precision: Precision
     total_steps: int
     """The step at which the run ends."""
-    schedule_steps: int
 
     @property
     def recipe(self) -> Recipe:
@@ -99,27 +99,27 @@ def prepare(
     vocab_size = by_main(topology, lambda: vocabulary_size(config, tokenizer))
     model = model_facts(config, vocab_size)
     by_main(topology, lambda: start.check(model, products.precision))
-    data = _open_data(config, topology, batch, tokenizer, stop)
+    plan = Phases(config, topology.num_replicas)
+    phases = RunPhases(plan, _open_data(plan, topology, tokenizer, stop), start.phase_start)
     watchdog.at("start")
 
-    progress = by_main(topology, lambda: start.progress(data.fingerprint))
+    progress = by_main(topology, lambda: start.progress(phases))
     engine, optimizer = _build(start, model, ds_config, products.precision)
-    start.restore(engine, model, progress, batch)
-    end = last_step(config, progress, data, batch)
+    start.restore(engine, model, progress, phases.batch(progress.step))
+    end = last_step(config, progress, phases)
+    by_main(topology, lambda: _check_ends(plan, end - phases.start))
     setup = Setup(
         config=config,
         topology=topology,
         stop=stop,
         watchdog=watchdog,
-        batch=batch,
         directory=directory,
-        data=data,
+        phases=phases,
         vocab_size=vocab_size,
         engine=engine,
         optimizer=optimizer,
         precision=products.precision,
         total_steps=end,
-        schedule_steps=config.schedule.total_steps or end - progress.phase_start,
     )
     by_main(topology, lambda: record_config(directory, config))
     parameters = count_parameters(engine.module, topology.tensor_parallel)
@@ -134,19 +134,17 @@ def prepare(
 
 def _warn_of_schedule_jump(setup: Setup, progress: Progress, start: Start) -> None:
     """Warn if the learning rate jumps: the schedule goes on with another length, or a decay begins in one or in a warm-up."""
-    config, clock, then = setup.config, progress.step - progress.phase_start, start.schedule_steps
+    first, steps = setup.phases.schedule(progress.step, setup.total_steps)
+    config, clock, then = setup.phases.at(progress.step).config, progress.step - first, start.schedule_steps
     branches = config.load.decay and clock == 0
     if then is None or (clock == 0 and not branches):
         return
-    before_in, now_in = (
-        (config.schedule, then, start.schedule_clock),
-        (schedule_of(config), setup.schedule_steps, clock),
-    )
+    before_in, now_in = (config.schedule, then, start.schedule_clock), (schedule_of(config), steps, clock)
     if not branches:
         before_in = (now_in[0], then, clock)
     before, now = (learning_rate(kind, config.optimizer.lr, *place) for kind, *place in (before_in, now_in))
     if abs(now - before) > 0.01 * config.optimizer.lr:
-        what = f"the schedule was {then:,} steps long and is {setup.schedule_steps:,} now"
+        what = f"the schedule was {then:,} steps long and is {steps:,} now"
         remedy = "another run with load.path and load.rewarmup begins a schedule anew"
         if branches:
             what = f"step {progress.step:,} of {then:,} is in the warm-up or decay of the run that it was saved by"
@@ -213,13 +211,22 @@ def model_facts(config: RunConfig, vocab_size: int) -> dict[str, Any]:
     return {**model, "vocab_size": vocab_size, "sentence_task": config.objective.sentence_task}
 
 
-def _open_data(
-    config: RunConfig, topology: Topology, batch: BatchPlan, tokenizer: RunTokenizer, stop: StopRequest
-) -> PreparedData:
+def _open_data(plan: Phases, topology: Topology, tokenizer: RunTokenizer, stop: StopRequest) -> list[PreparedData]:
+    """Return the samples of each phase, made once for those that do not differ in them."""
+    found: list[PreparedData] = []
+    for phase in plan.all:
+        keys = [(other.config.data, other.config.objective) for other in plan.all[: phase.number]]
+        own = (phase.config.data, phase.config.objective)
+        found.append(found[keys.index(own)] if own in keys else _open_samples(phase, topology, tokenizer, stop))
+    return found
+
+
+def _open_samples(phase: Phase, topology: Topology, tokenizer: RunTokenizer, stop: StopRequest) -> PreparedData:
     """Return training and validation samples; one process of each machine prepares them, the others find them in its cache.
 
     Raises UserError if there are fewer training samples than one step takes, or machines prepared different data.
     """
+    config, batch = phase.config, phase.batch
 
     def prepare() -> PreparedData:
         with stop.raising():
@@ -233,10 +240,9 @@ def _open_data(
 
     def check() -> None:
         if data.train.num_samples < batch.train_batch_size:
-            what = (
-                f"fewer than training.train_batch_size={batch.train_batch_size:,}; add text or make the batch smaller"
-            )
-            raise UserError(f"data.sources hold {data.train.num_samples:,} training {data.sizes.unit}, {what}")
+            what = f"fewer than {phase.key}training.train_batch_size={batch.train_batch_size:,}"
+            held = f"data.sources hold {data.train.num_samples:,} training {data.sizes.unit}, {what}"
+            raise UserError(f"{held}; add text or make the batch smaller")
         if len(set(fingerprints)) > 1:
             what = "data.sources differ between machines, so their processes would train on different data"
             raise UserError(f"{what}; give all machines the same files")
@@ -266,6 +272,14 @@ def _build(
     agreed(topology, lambda: start.fill(module, model))
     optimizer = build_optimizer(module, config.optimizer, topology.tensor_group, dtype)
     return build_engine(module, optimizer, ds_config, topology), optimizer
+
+
+def _check_ends(plan: Phases, end: int) -> None:
+    """Raise UserError if a phase begins where the run has ended, which is known before only of training.max_steps."""
+    last = plan.all[-1]
+    if last.number and last.first >= end:
+        what = f"{last.key}from_step={last.first:,} must be before the run ends, at step {end:,}"
+        raise UserError(f"{what}; let the run be longer, or remove the phase")
 
 
 def count_parameters(model: nn.Module, sharers: int) -> tuple[int, int]:

@@ -40,7 +40,8 @@ def startup_report(
     parameters: the number of all of the model, and of those outside embeddings. devices: the name of each process's. kernels:
     which path computes the layers. start: where the run starts and what it takes from there, as "new weights".
     """
-    config, batch, data, model = setup.config, setup.batch, setup.data, setup.config.model
+    config, phases, model = setup.config, setup.phases, setup.config.model
+    batch, data, warmup = phases.plan.all[0].batch, phases.data[0], phases.plan.warmup_text()
     alone = config.parallel.tensor == 1
     replica, replicas = ("process", "processes") if alone else ("replica", "replicas")
     shared = "layers, embedding, head and tokens" if config.parallel.sequence else "layers, embedding and head"
@@ -57,7 +58,7 @@ def startup_report(
             f"{batch.train_batch_size:,} sequences = {batch.micro_batch_size:,} per {replica}"
             f" x {_counted(batch.num_replicas, replica, replicas)}"
             f" x {_counted(batch.gradient_accumulation_steps, 'micro-batch', 'micro-batches')}"
-            f", each up to {config.data.max_seq_length:,} tokens",
+            f", each up to {config.data.max_seq_length:,} tokens{warmup and f', {warmup}'}",
         ),
         ("precision", f"{products.precision}: {products.why}"),
         ("products", products.text),
@@ -75,7 +76,8 @@ def startup_report(
         ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols"),
         ("steps", _steps_text(setup, progress)),
         ("optimizer", _optimizer_text(config.optimizer, setup.precision)),
-        ("schedule", _schedule_text(config, setup.schedule_steps)),
+        ("schedule", _schedule_text(config, phases.schedule(phases.start, setup.total_steps)[1])),
+        *_phase_lines(setup),
         ("saves", _checkpoint_text(config.checkpoint)),
         ("evaluates", "" if data.validation is None else _evaluation_text(config)),
         ("start", f"from {start}"),
@@ -125,15 +127,29 @@ def _resume_command(world_size: int) -> str:
 def _steps_text(setup: "Setup", progress: "Progress") -> str:
     done = f", {progress.step:,} of them done" if progress.step else ""
     # The steps that are done may have been on other data, so epochs are those of the steps to come.
-    steps_to_go, batch_size = max(0, setup.total_steps - progress.step), setup.batch.train_batch_size
-    epochs, tokens = (
-        steps_to_go * batch_size / setup.data.train.num_samples,
-        batch_size * setup.config.data.max_seq_length,
-    )
-    to_go = f"{epochs:,.2f} epochs to go, of up to {_millions(tokens)} tokens a step"
+    phases, step, end = setup.phases, progress.step, max(progress.step, setup.total_steps)
+    a_step = max(phases.tokens(one, one + 1) for one in (phases.start + phase.first for phase in phases.plan.all))
+    to_go = f"{float(phases.epochs(step, end)):,.2f} epochs to go, of up to {_millions(a_step)} tokens a step"
     max_tokens = setup.config.training.max_tokens
     why = f" for training.max_tokens {_millions(max_tokens)}" if max_tokens else ""
-    return f"{setup.total_steps:,}{why}{done}; {to_go}, {_millions(tokens * steps_to_go)} in all"
+    return f"{setup.total_steps:,}{why}{done}; {to_go}, {_millions(phases.tokens(step, end))} in all"
+
+
+def _phase_lines(setup: "Setup") -> list[tuple[str, str]]:
+    """Return a line for each phase of a run that has some, the data of those that have others than the run at its start too."""
+    plan, data = setup.phases.plan, setup.phases.data
+    lines = []
+    for phase in plan.all if len(plan.all) > 1 else []:
+        label, _, text = plan.text(phase).partition(", ")
+        own = data[phase.number]
+        held_out = "" if own.validation is None else f", {own.validation.num_samples:,} held out"
+        other = phase.number and own is not data[phase.number - 1]
+        samples = f"; {own.train.num_samples:,} {own.sizes.unit} per epoch{held_out}" if other else ""
+        if phase.number and phase.schedule_first == phase.first:
+            steps = setup.phases.schedule(setup.phases.start + phase.first, setup.total_steps)[1]
+            samples += f"; {_schedule_text(phase.config, steps, phase.first)}"
+        lines.append((" ".join(label.split()[:2]), f"{text}{samples}"))
+    return lines
 
 
 def _cadence(every_steps: int | None) -> str:
@@ -169,7 +185,8 @@ def _optimizer_text(optimizer: OptimizerConfig, precision: Precision) -> str:
     return text if optimizer.bias_correction else f"{text}, no bias correction"
 
 
-def _schedule_text(config: RunConfig, total_steps: int) -> str:
+def _schedule_text(config: RunConfig, total_steps: int, first: int = 0) -> str:
+    """Return a schedule in words. first: the step from which it counts."""
     schedule = schedule_of(config)
     exponential = f"x {schedule.decay_rate:g} every {schedule.decay_steps:,} steps"
     exponential += f" towards {schedule.min_lr:g}" if schedule.min_lr else ""
@@ -180,9 +197,9 @@ def _schedule_text(config: RunConfig, total_steps: int) -> str:
     decay = {
         "EE": exponential,
         "LE": exponential,
-        "EP": f"quadratic decay {end} at step {total_steps:,}",
-        "linear": f"linear decay {end} at step {total_steps:,}",
-        "cosine": f"cosine decay {end} at step {total_steps:,}",
+        "EP": f"quadratic decay {end} at step {first + total_steps:,}",
+        "linear": f"linear decay {end} at step {first + total_steps:,}",
+        "cosine": f"cosine decay {end} at step {first + total_steps:,}",
         "constant": "constant",
         "wsd": f"constant, and {decay_words} {end} over the last {schedule.decay_proportion:.0%} of {total_steps:,} steps",
     }[schedule.type]

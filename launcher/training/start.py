@@ -1,7 +1,8 @@
 """Decide where a run starts: with new weights, with those of a Hugging Face model, or from a checkpoint."""
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from ..processes.topology import Topology
 from ..reporting.run_directory import RunDirectory
 from ..trained_models.init_from import find_folder, initial_tokenizer, load_initial, read_initial
 from ..trained_models.pretrained import Pretrained
+from .phases import RunPhases
 
 _LOG = logging.getLogger(__name__)
 
@@ -67,6 +69,8 @@ class Start:
     """What the run takes, for the start-up report; complete after `restore`."""
     step = 0
     """The step that the run starts from."""
+    phase_start = 0
+    """The step from which the lengths, phases and schedule of the run are counted."""
     schedule_steps: int | None = None
     """The length of the schedule that has led there, if there was one."""
     schedule_clock = 0
@@ -87,8 +91,8 @@ class Start:
     def check(self, model: Mapping[str, Any], precision: Precision) -> None:
         """Raise UserError if this place does not suit the run's model or the precision that it trains in."""
 
-    def progress(self, data_fingerprint: str) -> Progress:
-        """Return where the run stands. Raises UserError if it cannot go on with data of this fingerprint."""
+    def progress(self, phases: RunPhases) -> Progress:
+        """Return where the run stands. Raises UserError if it cannot go on with these phases and their data."""
         return Progress()
 
     def fill(self, module: nn.Module, model: Mapping[str, Any]) -> None:
@@ -156,16 +160,17 @@ class NextPhase(FromCheckpoint):
             counts = (self.saved.samples * length, self.saved.phase_start_samples * length)
             self.saved = replace(self.saved, tokens=counts[0], phase_start_tokens=counts[1])
         self.step, self.schedule_steps = self.saved.step, self.state.get("schedule_steps")
-        self.schedule_clock = self.step - self.saved.phase_start
+        self.schedule_clock = self.step - self.state.get("schedule_start", self.saved.phase_start)
+        self.phase_start = self.step if config.load.rewarmup or config.load.decay else self.saved.phase_start
 
     def check(self, model: Mapping[str, Any], precision: Precision) -> None:
         loading.check(self.checkpoint, model, precision)
         optimizer = self.config.optimizer
         loading.check_optimizer(self.checkpoint, moments_of(optimizer), optimizer.type)
 
-    def progress(self, data_fingerprint: str) -> Progress:
+    def progress(self, phases: RunPhases) -> Progress:
         saved = replace(self.saved, best_loss=None, best_step=0, guard={})  # of the other run's losses
-        if self.state.get("data_fingerprint") != data_fingerprint:
+        if self.state.get("data_fingerprint") != phases.data_at(self.step).fingerprint:
             saved = replace(saved, position=0)
         if self.config.load.rewarmup or self.config.load.decay:
             saved = replace(saved, phase_start=saved.step, phase_start_samples=saved.samples)
@@ -189,14 +194,28 @@ class NextPhase(FromCheckpoint):
 class Continued(NextPhase):
     """A start where a checkpoint of this very run stands: training goes on as if it had not stopped."""
 
-    def progress(self, data_fingerprint: str) -> Progress:
-        if self.state.get("data_fingerprint") != data_fingerprint:
+    def __init__(self, config: RunConfig, topology: Topology, checkpoint: Path) -> None:
+        super().__init__(config, topology, checkpoint)
+        self.phase_start = self.saved.phase_start
+
+    def progress(self, phases: RunPhases) -> Progress:
+        then, now = self.state.get("phases", []), phases.begun(self.step)
+        if then != now:
+            what = f"run {self.config.name} has taken {self.step:,} steps with {_phases_text(then)}, not {_phases_text(now)}"
+            raise UserError(f"{what}; put the phases that have begun back as they were: only later ones may change")
+        if self.state.get("data_fingerprint") != phases.data_at(self.step - 1).fingerprint:
             what = (
                 f"run {self.config.name} stopped at step {self.saved.step:,} on other data, another sequence length or "
             )
             what += "another seed, so it cannot be continued exactly"
             raise UserError(f"{what}; start a new run with --job_name and --load_training_checkpoint")
         return self.saved
+
+
+def _phases_text(begun: Sequence[Mapping[str, Any]]) -> str:
+    """Return what `RunPhases.begun` says, in words."""
+    texts = [f"from_step {phase['first']} {json.dumps(phase['changes'])}" for phase in begun]
+    return f"the phases {', '.join(texts)}" if texts else "no phase"
 
 
 def choose_start(config: RunConfig, topology: Topology, directory: RunDirectory, *, resume: bool) -> Start:

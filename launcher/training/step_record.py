@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,6 +33,7 @@ class Watch:
 
     def _clear(self) -> None:
         self.num_steps, self.step_time_s, self.data_wait_s = 0, 0.0, 0.0
+        self.sequences, self.positions = 0, 0
         self.totals: torch.Tensor | None = None
 
     def timed(self, items: Iterable[T]) -> Iterator[T]:
@@ -47,9 +48,11 @@ class Watch:
             self.data_wait_s += time.perf_counter() - self._started_s
             yield item
 
-    def step_ends(self, totals: torch.Tensor) -> None:
-        """Count a step. totals: `StepResult.totals`."""
+    def step_ends(self, totals: torch.Tensor, sequences: int, positions: int) -> None:
+        """Count a step. totals: `StepResult.totals`; positions: tokens of all its sequences, padding included."""
         self.num_steps += 1
+        self.sequences += sequences
+        self.positions += positions
         self.unpredicted = (self.unpredicted + 1) * (totals[0] == 0)  # on the device, so that nobody waits for it
         self.totals = totals if self.totals is None else self.totals + totals
         self._add(time.perf_counter() - self._started_s)
@@ -65,12 +68,14 @@ class Watch:
             torch.cuda.synchronize()
             self._add(time.perf_counter() - started_s)
 
-    def take(self) -> tuple[int, float, float, list[float]]:
-        """(steps, step_time_s, data_wait_s, terms of each part of the loss and real tokens) since the last call."""
+    def take(self) -> tuple[list[float], dict[str, Any]]:
+        """Return the terms of each part of the loss with the real tokens, and fields of the record, since the last call."""
         assert self.totals is not None, "a record without a step"
-        taken = (self.num_steps, self.step_time_s, self.data_wait_s, self.totals.tolist())
+        totals = self.totals.tolist()
+        fields = {name: getattr(self, name) for name in ("num_steps", "step_time_s", "data_wait_s", "sequences")}
+        fields |= {"real_tokens": int(totals[-1]), "padded_tokens": self.positions}
         self._clear()
-        return taken
+        return totals, fields
 
 
 def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, float], watch: Watch) -> StepRecord:
@@ -80,14 +85,14 @@ def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, f
     """
     watch.wait_for_device()
     _check_predicts(setup, progress.step, watch)
-    num_steps, step_time_s, data_wait_s, totals = watch.take()
-    config, sequences = setup.config, num_steps * setup.batch.train_batch_size
+    totals, window = watch.take()
+    config, sequences = setup.config, window["sequences"]
     predictions = totals[0] / sequences  # the first part of the loss is the one over the vocabulary
     # What layer.unpad leaves out is not counted.
-    length = totals[-1] / sequences if config.layer.unpad else config.data.max_seq_length
+    length = window["real_tokens" if config.layer.unpad else "padded_tokens"] / sequences
     return StepRecord(
         step=progress.step,
-        epoch=progress.position // setup.data.train.num_samples,
+        epoch=progress.position // setup.phases.data_at(progress.step - 1).train.num_samples,
         samples=progress.samples,
         losses=losses if len(losses) > 1 else {},
         loss=sum(losses.values()),
@@ -95,12 +100,7 @@ def make_record(setup: Setup, progress: Progress, lr: float, losses: dict[str, f
         grad_norm=grad_norm(setup.engine),
         loss_scale=loss_scale(setup.engine),
         skipped_steps=skipped_steps(setup.engine),
-        num_steps=num_steps,
-        step_time_s=step_time_s,
-        data_wait_s=data_wait_s,
-        sequences=sequences,
-        real_tokens=int(totals[-1]),
-        padded_tokens=sequences * config.data.max_seq_length,
+        **window,
         model_flops=sequences * setup.recipe.flops_per_sample(config.model, setup.vocab_size, length, predictions),
         memory_gib=torch.cuda.max_memory_allocated() / 2**30 if setup.topology.device.type == "cuda" else None,
         histograms=OPTIMIZERS[config.optimizer.type].histograms(setup.optimizer),

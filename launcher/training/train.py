@@ -7,8 +7,8 @@ from contextlib import ExitStack
 import torch
 
 from ...kernels.errors import RefusedError
-from ..config.batch import solve_batch
 from ..config.loading import LoadedConfig
+from ..config.phases import Phases
 from ..config.schema import RunConfig, length_key
 from ..processes.signals import StopAsked, StopRequest
 from ..processes.topology import Topology, start_processes, stop_processes
@@ -68,9 +68,11 @@ def _out_of_memory(error: Exception) -> str:
 
 def _less_memory(config: RunConfig, topology: Topology) -> str:
     """Return what the run holds, and the keys by which it would hold less."""
-    training, micro = config.training, solve_batch(config.training, topology.num_replicas).micro_batch_size
+    phases = Phases(config, topology.num_replicas).all
+    most = max(phases, key=lambda phase: phase.batch.micro_batch_size * phase.config.data.max_seq_length)
+    micro, length, training = most.batch.micro_batch_size, most.config.data.max_seq_length, config.training
     return (
-        f"lower training.micro_batch_size {micro} or data.max_seq_length {config.data.max_seq_length}, set "
+        f"lower {most.key}training.micro_batch_size {micro} or {most.key}data.max_seq_length {length}, set "
         f"training.activation_checkpointing, which is {training.activation_checkpointing}, or the flags gelu_checkpoint, "
         "attn_dropout_checkpoint and normalize_invertible of layer: docs/memory.md has the bytes"
     )

@@ -7,20 +7,22 @@ from types import SimpleNamespace
 import pytest
 
 from xformer_train.kernels.errors import UserError
-from xformer_train.launcher.config.batch import BatchPlan
+from xformer_train.launcher.config.phases import Phases
 from xformer_train.launcher.config.schema import LoadConfig, RunConfig, TrainingConfig
 from xformer_train.launcher.reporting.run_directory import RunDirectory
 from xformer_train.launcher.training.length import last_step
+from xformer_train.launcher.training.phases import RunPhases
 from xformer_train.launcher.training.prepare import check_is_shared
 from xformer_train.launcher.training.start import Continued, NextPhase, Progress
 from xformer_train.recipes.config import DataConfig
 
-DATA = SimpleNamespace(train=SimpleNamespace(num_samples=100))
 
-
-def end(progress, batch_size, **length):
-    config = RunConfig(training=TrainingConfig(**length), data=DataConfig(max_seq_length=64))
-    return last_step(config, progress, DATA, BatchPlan(batch_size, batch_size, 1, 1))
+def end(progress, batch_size, sizes=(100,), *, phases=None, **length):
+    """The last step of a run; sizes: samples of the data of each phase."""
+    training = TrainingConfig(train_batch_size=batch_size, **length)
+    config = RunConfig(training=training, data=DataConfig(max_seq_length=64), phases=phases)
+    data = [SimpleNamespace(train=SimpleNamespace(num_samples=size)) for size in sizes]
+    return last_step(config, progress, RunPhases(Phases(config, num_replicas=1), data, progress.phase_start))
 
 
 def test_epochs_are_passes_over_the_samples_and_the_last_step_may_begin_another():
@@ -54,12 +56,27 @@ def test_a_second_phase_counts_from_its_start():
     assert end(second, 10, max_steps=40) == 65
 
 
+LONGER = [{"from_step": 5, "data": {"max_seq_length": 256}, "training": {"train_batch_size": 5}}]
+
+
+def test_epochs_of_a_run_with_phases_count_each_sample_as_a_share_of_the_data_of_its_phase():
+    """Half an epoch in five steps of ten samples of 100, then one and a half of 40 samples in steps of five."""
+    assert end(Progress(), 10, (100, 40), phases=LONGER, num_epochs=2) == 5 + 12
+    assert end(Progress(step=5, samples=50), 10, (100, 40), phases=LONGER, num_epochs=2) == 5 + 12
+    assert end(Progress(step=8, samples=65), 10, (100, 40), phases=LONGER, num_epochs=2) == 5 + 12
+    assert end(Progress(step=8, samples=65), 10, (100, 40), phases=LONGER, num_epochs=1) == 5 + 4
+
+
 def start_from(kind, tmp_path, monkeypatch, *, rewarmup=False, **state):
     """A start from a checkpoint with this state."""
     monkeypatch.setattr("xformer_train.launcher.checkpoint.store.read_state", lambda checkpoint: state)
     alone = SimpleNamespace(rank=0, gather=lambda value: [value], meet=lambda: None)
     config = RunConfig(load=LoadConfig(rewarmup=rewarmup), data=DataConfig(max_seq_length=64))
     return kind(config, alone, tmp_path)
+
+
+def phases(fingerprint):
+    return SimpleNamespace(data_at=lambda step: SimpleNamespace(fingerprint=fingerprint), begun=lambda step: [])
 
 
 STATE = {
@@ -80,14 +97,14 @@ SAVED = Progress(
 def test_a_checkpoint_of_an_earlier_version_lacks_what_it_did_not_know(tmp_path, monkeypatch):
     state = {"step": 5, "samples": 40, "position": 40, "phase_start": 0, "data_fingerprint": "data"}
     start = start_from(Continued, tmp_path, monkeypatch, **state)
-    assert start.progress("data") == Progress(step=5, samples=40, position=40, tokens=40 * 64)
+    assert start.progress(phases("data")) == Progress(step=5, samples=40, position=40, tokens=40 * 64)
 
 
 def test_a_run_goes_on_where_it_stood_and_with_its_own_data_only(tmp_path, monkeypatch):
     start = start_from(Continued, tmp_path, monkeypatch, rewarmup=True, **STATE)
-    assert start.progress("data") == SAVED, "load.rewarmup is for a phase, and that has begun already"
+    assert start.progress(phases("data")) == SAVED, "load.rewarmup is for a phase, and that has begun already"
     with pytest.raises(UserError, match=r"run run stopped at step 5 on other data"):
-        start.progress("others")
+        start.progress(phases("others"))
 
 
 ANEW = {"phase_start": 5, "phase_start_samples": 40, "phase_start_tokens": 1280}
@@ -104,7 +121,7 @@ ANEW = {"phase_start": 5, "phase_start_samples": 40, "phase_start_tokens": 1280}
 )
 def test_another_phase_may_have_other_data_and_begin_the_schedule_anew(rewarmup, data, changed, tmp_path, monkeypatch):
     start = start_from(NextPhase, tmp_path, monkeypatch, rewarmup=rewarmup, **STATE)
-    assert start.progress(data) == dataclasses.replace(SAVED, **changed)
+    assert start.progress(phases(data)) == dataclasses.replace(SAVED, **changed)
 
 
 def test_a_machine_that_does_not_see_the_run_directory_says_so_and_the_others_leave(tmp_path):

@@ -2,20 +2,25 @@ import dataclasses
 import sys
 from types import SimpleNamespace
 
-from xformer_train.launcher.config.batch import BatchPlan
 from xformer_train.launcher.config.optimizers import OptimizerConfig
+from xformer_train.launcher.config.phases import Phases
 from xformer_train.launcher.config.schema import (
     CheckpointConfig,
+    DataChanges,
     EvalConfig,
     LoggingConfig,
+    OptimizerChanges,
     ParallelConfig,
+    PhaseConfig,
     RunConfig,
     ScheduleConfig,
+    TrainingChanges,
     TrainingConfig,
 )
 from xformer_train.launcher.processes.products import Products
 from xformer_train.launcher.reporting.run_directory import RunDirectory
 from xformer_train.launcher.training.loop import Tally
+from xformer_train.launcher.training.phases import RunPhases
 from xformer_train.launcher.training.report import closing_summary, startup_report
 from xformer_train.launcher.training.start import Progress
 from xformer_train.recipes.config import DataConfig, ModelConfig
@@ -27,6 +32,7 @@ CONFIG = RunConfig(
     model=ModelConfig(num_hidden_layers=24, hidden_size=1024),
     data=DataConfig(max_seq_length=128),
     optimizer=OptimizerConfig(type="lamb", lr=11e-3, max_coeff=0.3, bias_correction=False, convention="deepspeed"),
+    training=TrainingConfig(train_batch_size=256, micro_batch_size=32, max_steps=7500),
     schedule=ScheduleConfig(type="EE", warmup_proportion=0.06, lr_offset=1e-3, decay_rate=0.9, decay_steps=250),
 )
 DATA = PreparedData(
@@ -37,14 +43,11 @@ DATA = PreparedData(
 )
 SETUP = SimpleNamespace(
     config=CONFIG,
-    batch=BatchPlan(train_batch_size=256, micro_batch_size=32, gradient_accumulation_steps=4, num_replicas=2),
-    data=DATA,
     engine=SimpleNamespace(zero_optimization_stage=lambda: 2),
     precision="bf16",
     directory=RunDirectory.of(CONFIG),
     topology=SimpleNamespace(world_size=1),
     total_steps=7500,
-    schedule_steps=7500,
 )
 TOKENIZER = SimpleNamespace(kind="wordpiece, trained on the sources", vocab_size=8192)
 TALLY = Tally(
@@ -58,10 +61,14 @@ FINISHED = dataclasses.replace(TALLY.progress, step=7500)
 START = "checkpoint step00001200 of runs/bert_large"
 
 
-def report(config=CONFIG, *, step=1200, start=START, parameters=(336_226_108, 303_301_632), **facts):
-    """The start-up report with sections of the config or facts changed."""
+def report(
+    config=CONFIG, *, step=1200, start=START, parameters=(336_226_108, 303_301_632), data=DATA, replicas=2, **facts
+):
+    """The start-up report with sections of the config or facts changed. data: of all phases, or a list of that of each."""
+    plan = Phases(config, replicas)
+    phases = RunPhases(plan, data if isinstance(data, list) else [data] * len(plan.all), start=0)
     return startup_report(
-        SimpleNamespace(**{**vars(SETUP), "config": config, **facts}),
+        SimpleNamespace(**{**vars(SETUP), "config": config, "phases": phases, **facts}),
         Progress(step=step),
         TOKENIZER,
         parameters,
@@ -84,7 +91,9 @@ def changed(**sections):
 
 def test_the_report_derives_the_batch_in_words():
     assert "256 sequences = 32 per process x 2 processes x 4 micro-batches," in report()
-    assert "32 sequences = 32 per process x 1 process x 1 micro-batch," in report(batch=BatchPlan(32, 32, 1, 1))
+    assert "32 sequences = 32 per process x 1 process x 1 micro-batch," in report(
+        changed(training=TrainingConfig(train_batch_size=32, max_steps=7500)), replicas=1
+    )
 
 
 def test_the_report_says_what_processes_share():
@@ -121,6 +130,38 @@ def test_the_report_tells_model_data_steps_and_origin():
         "from checkpoint step00001200 of runs/bert_large",
     ):
         assert part in text
+
+
+def test_the_report_tells_of_each_phase_and_counts_its_epochs_and_tokens():
+    config = changed(
+        phases=[
+            PhaseConfig(
+                from_step=7000,
+                data=DataChanges(max_seq_length=512),
+                training=TrainingChanges(train_batch_size=64),
+                optimizer=OptimizerChanges(lr=2e-3),
+            )
+        ],
+        training=TrainingConfig(train_batch_size=256, micro_batch_size=32, max_steps=7500),
+    )
+    longer = dataclasses.replace(DATA, train=SimpleNamespace(num_samples=2400))
+    text = " ".join(report(config, data=[DATA, longer]).split())
+    assert "phase 1 steps 1 to 7,000: 256 sequences, 32 in a micro-batch, of up to 128 tokens, lr 0.011 " in text
+    second = (
+        "phase 2 steps 7,001 to 7,500: 64 sequences, 32 in a micro-batch, of up to 512 tokens, lr 0.002 with a new EE"
+    )
+    assert f"{second} schedule; 2,400 samples per epoch, 512 held out; EE: warm-up of 30 steps, then" in text
+    to_go = 5800 * 256 / 9600 + 500 * 64 / 2400
+    assert f"{to_go:,.2f} epochs to go, of up to 32,768 tokens a step, 206.4 M in all" in text
+    assert "EE: warm-up of 420 steps, then" in text, "the schedule of the start ends where the second begins"
+
+
+def test_the_report_tells_how_a_batch_grows():
+    training = TrainingConfig(
+        train_batch_size=256, micro_batch_size=32, max_steps=7500, batch_warmup_from=64, batch_warmup_steps=1000
+    )
+    text = " ".join(report(changed(training=training)).split())
+    assert "4 micro-batches, each up to 128 tokens, growing from 64 sequences over the first 1,000 steps" in text
 
 
 def test_the_report_tells_how_samples_are_packed():
@@ -161,7 +202,7 @@ def test_the_report_tells_cadences_and_the_shares_of_sources():
 
 
 def test_a_run_that_has_gone_further_than_it_is_asked_to_has_no_epochs_to_go():
-    by_tokens = report(changed(training=TrainingConfig(max_tokens=245_750_000)))
+    by_tokens = report(changed(training=TrainingConfig(train_batch_size=256, max_tokens=245_750_000)))
     assert "7,500 for training.max_tokens 245.8 M, 1,200 of them done; 168.00 epochs" in " ".join(by_tokens.split())
     assert "7,500, 9,000 of them done; 0.00 epochs to go" in report(step=9000)
 

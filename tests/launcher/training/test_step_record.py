@@ -16,7 +16,7 @@ def steps(watch, *predictions):
     for _ in watch.timed(()):
         pass
     for count in predictions:
-        watch.step_ends(torch.tensor([count, 8, 100], dtype=torch.float64))
+        watch.step_ends(torch.tensor([count, 8, 100], dtype=torch.float64), 8, 128)
 
 
 def test_a_part_of_the_loss_without_terms_is_no_zero():
