@@ -4,8 +4,9 @@ Which engine computes it, by this rule:
   CUDA, kernels auto, head dim up to 128,            our Triton kernels: scores never reach memory
     no bias or one per key, (B or 1, 1, 1, S)
   elsewhere without dropout and window               torch's scaled_dot_product_attention
-  elsewhere with dropout or a window                 the products of attention_product.py: with dropout torch's own falls back
-                                                     to a path twice as slow on a CPU, and it knows no windows
+  elsewhere with dropout or a window, and on a CPU   the products of attention_product.py: with dropout torch's own falls back
+    with rotary in bf16 up to 512 tokens             to a path twice as slow on a CPU, it knows no windows, and in bf16 it
+                                                     takes up to 2.4 times as long
 Only the first knows packed batches; for the others the sequences are padded here and their padding taken out again.
 """
 
@@ -28,6 +29,7 @@ from .heads import TurnedHeads, query_key_value
 from .hiding_bias import hiding_bias
 
 LARGEST_TRITON_HEAD = 128
+LONGEST_BF16_PRODUCTS = 512  # tokens; with more, scores leave a CPU's cache
 Recompute = Literal["nothing", "dropout", "core"]
 
 
@@ -217,7 +219,7 @@ def attention(  # noqa: PLR0913 - the axes in which layers and batches differ
         )
     batch = qkv.shape[0] if mask.cu_seqlens is None else mask.cu_seqlens.shape[0] - 1
     pattern = Pattern(batch, size, heads, key_heads, mask.causal, window, 0.0 if seed is None else p, site)
-    if seed is None and window is None:
+    if seed is None and window is None and not _takes_bf16_products(qkv, rotary, size):
         return _torchs_attention(qkv, mask, rotary, pattern)
     rows, bias = mask.rows_when_padded(qkv.shape[0]), mask.additive(size, qkv, window)
     if torch.compiler.is_exporting():
@@ -225,6 +227,12 @@ def attention(  # noqa: PLR0913 - the axes in which layers and batches differ
     return AttentionByProducts.apply(  # type: ignore[no-any-return, no-untyped-call]
         qkv, bias, rows, rotary, seed, pattern, "core" if seed is None else recompute
     )
+
+
+def _takes_bf16_products(qkv: Tensor, rotary: Tensor | None, size: int) -> bool:
+    """Return whether products are faster than torch's attention where nothing is dropped; they round scores to bf16."""
+    turned = rotary is not None and qkv.is_cpu and qkv.dtype == torch.bfloat16
+    return turned and not torch.compiler.is_exporting() and size <= LONGEST_BF16_PRODUCTS
 
 
 def _torchs_attention(qkv: Tensor, mask: AttentionMask, rotary: Tensor | None, pattern: Pattern) -> Tensor:

@@ -258,6 +258,15 @@ def test_without_dropout_and_window_attention_keeps_the_projection_once(rotary, 
     assert counted == qkv.nbytes + BATCH * HEADS * 33 * 4
 
 
+@pytest.mark.parametrize(("size", "numbers"), [(512, 0), (513, 1)])
+def test_turned_heads_in_bf16_keep_no_log_sum_exp_up_to_512_tokens_where_products_are_faster(size, numbers):
+    qkv, rotary = torch.randn(1, size, 4, 2, dtype=torch.bfloat16, requires_grad=True), rotary_table(size, 2, 1e4)
+    mask = AttentionMask(causal=True)
+    apart = [rotary, mask.additive(size, qkv)]
+    counted = count_saved_bytes(lambda: attention(qkv, mask, 0.0, None, SITE, key_heads=1, rotary=rotary), apart)
+    assert counted == qkv.nbytes + numbers * 2 * size * 4
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
