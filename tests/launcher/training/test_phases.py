@@ -4,14 +4,12 @@ import shutil
 
 import pytest
 import torch
-from helpers.runs import BERT, GPT, MODERNBERT, PACKED, merged, metrics, weights, write_config
+from helpers.runs import BERT, GPT, MODERNBERT, PACKED, losses, merged, metrics, weights, write_config
+from helpers.whole_runs import start
 
-from xformer_train.launcher.config.loading import load_config
-from xformer_train.launcher.processes.topology import quiet
-
-quiet(debug=False)
-
-from xformer_train.launcher.training.train import run  # noqa: E402 - DeepSpeed is quiet only when told before
+from xformer_train.kernels.errors import UserError
+from xformer_train.launcher.training import loop
+from xformer_train.launcher.training.non_finite import RollBack
 
 PHASES = [
     {"from_step": 4, "data": {"max_seq_length": 64}, "objective": {"mlm_probability": 0.3}},
@@ -24,10 +22,6 @@ OF_ALL_KINDS = {
     "modernbert": MODERNBERT,
     "gpt": GPT,
 }
-
-
-def start(path, *sets, resume=False):
-    run(load_config(path, list(sets)), resume=resume)
 
 
 def stopped_at(folder, step, name):
@@ -77,3 +71,126 @@ def test_a_run_resumed_inside_its_phases_and_on_both_sides_of_borders_equals_an_
 @pytest.mark.parametrize("base", OF_ALL_KINDS.values(), ids=OF_ALL_KINDS)
 def test_any_kind_of_samples_resumes_exactly_at_and_after_a_border(base, tmp_path):
     assert_resumes_exactly(tmp_path, base, (4, 8))
+
+
+TWICE = [{"from_step": 5, "training": {"train_batch_size": 12}, "optimizer": {"lr": 0.002}}]
+
+
+def test_a_run_with_another_batch_and_lr_in_its_second_phase_equals_two_chained_runs(tmp_path):
+    """The samples are the same, so both go on at the same position; dropout goes on too."""
+    path = write_config(tmp_path, name="one", phases=TWICE, schedule__total_steps=None)
+    start(path)
+    start(path, "name=first", "phases=null", "training.max_steps=5")
+    chained = (f"load.path={tmp_path}/runs/first", "load.rewarmup=true", "training.max_steps=7")
+    start(path, "name=second", "phases=null", *chained, "training.train_batch_size=12", "optimizer.lr=0.002")
+    one, first, second = (losses(tmp_path / "runs" / name) for name in ("one", "first", "second"))
+    assert one == first | second
+    ours, theirs = (weights(tmp_path / "runs" / name / "checkpoints" / "step00000012") for name in ("one", "second"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_rollback_over_a_border_goes_on_behind_the_samples_seen_with_the_batch_of_each_step(
+    tmp_path, monkeypatch, capsys
+):
+    jumps, seen = [6], []
+    check_step = loop.NumericsGuard.check_step
+
+    def note(guard, engine, step, samples, diagnose):
+        seen.append((step, samples.start, samples.stop))
+        check_step(guard, engine, step, samples, diagnose)
+
+    def jump_once(guard, step, loss):
+        if step in jumps:
+            jumps.remove(step)
+            raise RollBack("a jump")
+
+    monkeypatch.setattr(loop.NumericsGuard, "check_step", note)
+    monkeypatch.setattr(loop.NumericsGuard, "check_loss", jump_once)
+    path = write_config(
+        tmp_path, phases=TWICE, reliability__nan="rollback", checkpoint__save_every_steps=4, training__max_steps=7
+    )
+    start(path, "schedule.total_steps=null")
+    before = [(1, 0, 8), (2, 8, 16), (3, 16, 24), (4, 24, 32), (5, 32, 40), (6, 40, 52)]
+    assert seen == [*before, (5, 52, 60), (6, 60, 72), (7, 72, 84)]
+    assert [row["samples"] for row in metrics(tmp_path / "runs" / "run")] == [8, 16, 24, 32, 40, 52, 64]
+    assert capsys.readouterr().out.count("step 5/7 | phase 2 of 2, steps 6 to 7: 12 sequences") == 2
+
+
+def test_phases_that_have_begun_stay_as_they_were_and_later_ones_may_change(tmp_path):
+    path = write_config(
+        tmp_path, phases=TWICE, schedule__total_steps=None, training__max_steps=7, checkpoint__save_every_steps=4
+    )
+    start(path)
+    now = r"run run has taken 7 steps with the phases from_step 5 \{.*\}, not "
+    for change, text in (
+        ("phases=null", "no phase; put the phases that have begun back as they were: only later ones may change"),
+        ("phases.0.from_step=4", "the phases from_step 4 "),
+        ("phases.0.optimizer.lr=0.003", r"the phases from_step 5 .*\"lr\": 0.003"),
+    ):
+        with pytest.raises(UserError, match=now + text):
+            start(path, "training.max_steps=9", change, resume=True)
+    later = [*TWICE, {"from_share": 0.8, "data": {"max_seq_length": 16}}]
+    start(write_config(tmp_path, phases=later, schedule__total_steps=None), "training.max_steps=10", resume=True)
+    assert [row["samples"] for row in metrics(tmp_path / "runs" / "run")][-3:] == [76, 88, 100]
+
+
+def test_validation_is_that_of_the_phase_and_its_best_loss_begins_anew_with_other_samples(tmp_path, capsys):
+    """Where nothing is learnt, the loss of the second phase is that of a run on its samples with the same weights."""
+    still = ["optimizer.lr=1e-30", "schedule.total_steps=null", "data.validation_fraction=0.2"]
+    path = write_config(tmp_path, phases=[{"from_step": 2, "data": {"max_seq_length": 64}}], training__max_steps=4)
+    start(path, "eval.every_steps=2", *still)
+    first, second = (row["val_loss"] for row in metrics(tmp_path / "runs" / "run") if "val_loss" in row)
+    assert f"best loss {second:.4f} at step 4" in capsys.readouterr().out
+    for name, length, expected in (("short", 32, first), ("long", 64, second)):
+        alone = (f"name={name}", "phases=null", f"data.max_seq_length={length}", "training.max_steps=2", *still)
+        start(path, *alone, f"load.path={tmp_path}/runs/run", "load.what=weights")
+        assert metrics(tmp_path / "runs" / name)[-1]["val_loss"] == expected
+
+
+def test_a_growing_batch_takes_each_sample_once_and_resumes_exactly(tmp_path, monkeypatch):
+    growing = {"training__batch_warmup_from": 4, "training__batch_warmup_steps": 6, "training__train_batch_size": 16}
+    path = write_config(
+        tmp_path,
+        name="unbroken",
+        logging__every_steps=5,
+        checkpoint__save_every_steps=1,
+        checkpoint__keep_last=None,
+        **growing,
+    )
+    start(path)
+    sizes = [4, 4, 8, 8, 12, 12, *[16] * 6]
+    rows = metrics(tmp_path / "runs" / "unbroken")
+    assert [(row["step"], row["samples"]) for row in rows] == [(5, 36), (10, 112), (12, 144)]
+    spent = [row["step_time_s"] * steps for row, steps in zip(rows, (5, 5, 2), strict=True)]
+    shown = [row["seq_per_s"] * time_s for row, time_s in zip(rows, spent, strict=True)]
+    assert shown == pytest.approx([sum(sizes[:5]), sum(sizes[5:10]), sum(sizes[10:])], rel=1e-4)
+    padded = [row["padded_tokens_per_s"] * time_s for row, time_s in zip(rows, spent, strict=True)]
+    assert padded == pytest.approx([32 * 36, 32 * 76, 32 * 32], rel=1e-4)
+    copy = stopped_at(tmp_path, 3, "cut")
+    start(path, "name=cut", resume=True)
+    ours, theirs = (weights(run / "checkpoints" / "step00000012") for run in (copy, tmp_path / "runs" / "unbroken"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_row_of_metrics_never_mixes_two_phases(tmp_path):
+    path = write_config(tmp_path, phases=[{"from_step": 4, "data": {"max_seq_length": 64}}], schedule__total_steps=None)
+    start(path, "logging.every_steps=10")
+    rows = metrics(tmp_path / "runs" / "run")
+    assert [row["step"] for row in rows] == [4, 10, 12]
+    lengths = [row["padded_tokens_per_s"] / row["seq_per_s"] for row in rows]
+    assert lengths == pytest.approx([32, 64, 64], rel=1e-4)
+
+
+def test_a_length_in_tokens_or_epochs_counts_each_phase_by_its_own_samples(tmp_path, capsys):
+    phases = [{"from_step": 3, "data": {"max_seq_length": 64}, "training": {"train_batch_size": 4}}]
+    path = write_config(tmp_path, phases=phases, schedule__total_steps=None)
+    path.write_text(path.read_text().replace("max_steps: 12", f"max_tokens: {3 * 8 * 32 + 4 * 4 * 64 + 1}"))
+    start(path, "checkpoint.save_every_steps=2")
+    assert sorted(losses(tmp_path / "runs" / "run")) == list(range(1, 9))
+    start(path, resume=True)
+    assert "nothing to do: step 8 is reached" in capsys.readouterr().out
+    path.write_text(path.read_text().replace("from_step: 3", "from_step: 30"))
+    with pytest.raises(
+        UserError, match=r"phases.0.from_step=30 must be before the run ends, at step \d+; let the run be longer"
+    ):
+        start(path, "name=other")
