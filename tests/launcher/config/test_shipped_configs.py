@@ -50,8 +50,14 @@ def test_each_config_trains_scaled_down(name, tmp_path):
     if name == "bert_large_seq512.yaml":
         run(load_config(CONFIGS / "bert_large_seq128.yaml", sets), resume=False)
         sets.append(f"load.path={tmp_path / 'runs' / 'bert_large_seq128'}")
-    if load_config(CONFIGS / name).config.model.num_key_value_heads is not None:
+    config = load_config(CONFIGS / name).config
+    if config.model.num_key_value_heads is not None:
         sets.append("model.num_key_value_heads=1")
+    if config.phases is not None:
+        phase = ("from_step=1", "training={train_batch_size: 6}", "schedule.warmup_proportion=null")
+        sets += [f"phases.0.{one}" for one in phase]
+    if config.training.batch_warmup_from is not None:
+        sets += ["training.batch_warmup_from=2", "training.batch_warmup_steps=1"]
     run(load_config(CONFIGS / name, sets), resume=False)
     assert (tmp_path / "runs" / Path(name).stem / "checkpoints" / "latest").exists()
 
