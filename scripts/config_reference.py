@@ -16,9 +16,9 @@ Written by `python scripts/config_reference.py` from `recipes/config.py`, and `s
 A run config is a YAML file (or JSON, if its name ends in `.json`) with the sections below. What it leaves out has the
 default. `--set section.key=value` changes a key on the command line (value in YAML, list items by number:
 `--set data.sources.0.path=text.txt`), and the named flags of `xformer-train --help` come last. Floats such as `11e-3` are
-numbers. Of `training.max_steps`, `num_epochs` and `max_tokens`, one that is given later in this order replaces another, and so
-it is with `schedule.warmup_steps` and `schedule.warmup_proportion`. A file holds at most 10,000 values with its YAML
-aliases written out, nested at most 64 deep, and whole numbers of at most 64 bits.
+numbers. Of `training.max_steps`, `num_epochs`, `max_tokens` and `max_hours`, one that is given later in this order replaces
+another, and so it is with `schedule.warmup_steps` and `schedule.warmup_proportion`. A file holds at most 10,000 values with its
+YAML aliases written out, nested at most 64 deep, and whole numbers of at most 64 bits.
 
 `xformer-train config show --config FILE` prints every key with what set it, `config check` says what is wrong with it, and
 `config schema` prints a JSON Schema. Editors that use the YAML language server complete keys and mark mistakes by it: write it

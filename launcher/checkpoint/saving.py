@@ -68,6 +68,9 @@ class CheckpointSaver:
         self._thread: threading.Thread | None = None
         self._failure: OSError | None = None
         self._crash: Exception | None = None
+        self._begun_s = 0.0
+        self.last_save_s = 0.0
+        """How long the last complete save took, its writing beside training included; 0 before one."""
 
     def save(self, checkpoint_id: str, state: Mapping[str, Any], extra_files: Mapping[str, Path | str]) -> None:
         """Begin a save, after the one before has ended, and return when training may go on.
@@ -78,7 +81,8 @@ class CheckpointSaver:
         """
         started_s = time.monotonic()
         self.wait()
-        waited_s = time.monotonic() - started_s
+        self._begun_s = time.monotonic()
+        waited_s = self._begun_s - started_s
         if waited_s > _NOTICEABLE_S:
             waited = f"waited {waited_s:.1f} s for the save before it"
             self._tell(f"step {state['step']:,} {waited}; raise checkpoint.save_every_steps")
@@ -146,6 +150,7 @@ class CheckpointSaver:
         """Carry out one save, from the copy of the state to the removal of older checkpoints. No error leaves it."""
         try:
             _write(job, self._folder, self._topology.is_main, lambda value: self._topology.gather(value, self._group))
+            self.last_save_s = time.monotonic() - self._begun_s
             _LOG.info("saved checkpoint %s: written and verified in %.3f s", job.id, time.monotonic() - started_s)
             if self._topology.is_main:
                 self._prune(job.id)

@@ -6,8 +6,9 @@ from typing import Any
 
 _COUNTS = (
     *("step", "samples", "position", "phase_start", "phase_start_samples", "best_step"),
-    *("train_batch_size", "schedule_steps", "schedule_start"),
+    *("tokens", "phase_start_tokens", "train_batch_size", "schedule_start"),
 )
+_TIMES = ("elapsed_s", "phase_start_s")
 _ENGINE_COUNTS = {"zero_stage": 0, "world_size": 1, "tensor_parallel": 1}
 
 
@@ -16,7 +17,9 @@ def is_ours(state: dict[str, Any]) -> bool:
     run, files, partitions = state["engine"], state["files"], state["partitions"]
     return (
         all(_is_count(state.get(key, 0)) for key in _COUNTS)
-        and (state.get("best_loss") is None or _is_number(state["best_loss"]))
+        and all(_is_number(state.get(key, 0)) and state.get(key, 0) >= 0 for key in _TIMES)
+        and (state.get("schedule_steps") is None or _is_count(state["schedule_steps"]))
+        and all(state.get(key) is None or _is_number(state[key]) for key in ("best_loss", "max_hours"))
         and _is_guard(state.get("guard", {}))
         and isinstance(state.get("phases", []), list)
         and all(isinstance(phase, dict) and _is_count(phase.get("first"), 1) for phase in state.get("phases", []))

@@ -139,6 +139,8 @@ def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
         yield Fault(("schedule.warmup_proportion", "schedule.warmup_steps"), f"{text}; keep one of the two")
     yield from _min_lr_faults(given, config.optimizer.lr)
     schedule = schedule_of(config)
+    if config.training.max_hours is not None:
+        yield from _steps_in_time_faults(schedule, config.training.max_hours)
     total = schedule.total_steps or max_steps
     total_key = "training.max_steps" if schedule.total_steps is None else "schedule.total_steps"
     if total is not None and (schedule.warmup_steps or 0) > total:
@@ -160,6 +162,18 @@ def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
         keys = ("schedule.total_steps", "training.max_steps", "schedule.type")
         why = f"the run goes on to training.max_steps {max_steps}, and schedule.type {schedule.type} ends at lr 0"
         yield Fault(keys, f"got {schedule.total_steps}, but {why}; set {max_steps} or null")
+
+
+def _steps_in_time_faults(schedule: ScheduleConfig, max_hours: float) -> Iterator[Fault]:
+    """Yield what is given in steps to a schedule that follows the time of a run."""
+    why = f"with training.max_hours {max_hours:g} the schedule follows the time, and counts no steps"
+    remedies = {"warmup_steps": "give schedule.warmup_proportion", "total_steps": "remove it"}
+    for name, remedy in remedies.items():
+        if value := getattr(schedule, name):
+            yield Fault((f"schedule.{name}", "training.max_hours"), f"got {value}, but {why}; {remedy}")
+    if schedule.type in ("EE", "LE"):
+        text = f"got {schedule.type!r}, which decays by schedule.decay_steps, but {why}; set EP, linear, cosine, or wsd"
+        yield Fault(("schedule.type", "training.max_hours"), text)
 
 
 def _min_lr_faults(schedule: ScheduleConfig, lr: float) -> Iterator[Fault]:

@@ -33,6 +33,7 @@ FLAGS = (
     Flag(("--print_steps",), "logging.every_steps", int, "Steps between two lines of progress."),
     Flag(("--max_steps",), "training.max_steps", int, "Length of the run in optimizer steps."),
     Flag(("--max_tokens",), "training.max_tokens", int, "Length of the run in token positions."),
+    Flag(("--max_hours",), "training.max_hours", float, "Length of the run in hours, over all its starts."),
     Flag(("--seed",), "seed", int, "Seed of weights, dropout, masks and the order of samples."),
     Flag(("--output_dir",), "output_dir", str, "Folder of run directories."),
     Flag(("--job_name",), "name", str, "Name of the run directory."),

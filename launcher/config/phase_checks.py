@@ -52,6 +52,13 @@ def _place_faults(config: RunConfig) -> Iterator[Fault]:
         elif not phase.begins_schedule and configs[index + 1] == configs[index]:
             text = "changes nothing; give a value other than the one before it, or remove the phase"
             yield Fault((f"phases.{index}",), text)
+        if phase.begins_schedule and (training.max_hours is not None or config.load.decay):
+            given = f"phases.{index}.{'optimizer.lr' if phase.schedule is None else 'schedule'}"
+            whole, remedy = "load.decay", "remove it, or load.decay"
+            if training.max_hours is not None:
+                whole, remedy = "training.max_hours", "remove it, or give training.max_steps"
+            text = f"begins a schedule of its own, but with {whole} one schedule goes through the whole run; {remedy}"
+            yield Fault((given, whole), text)
 
 
 def _order_faults(config: RunConfig) -> Iterator[Fault]:

@@ -27,7 +27,7 @@ Precision = Literal["fp32", "bf16", "fp16", "fp8"]
 """What training.precision comes to on a machine; fp8 is bf16 to DeepSpeed."""
 
 
-RUN_LENGTHS = ("max_steps", "num_epochs", "max_tokens")
+RUN_LENGTHS = ("max_steps", "num_epochs", "max_tokens", "max_hours")
 """The keys of `training` of which a run gives exactly one."""
 
 
@@ -68,12 +68,15 @@ class TrainingConfig(Section):
     """Steps in which the batch grows so, linearly with the step."""
     max_steps: PositiveInt | None = None
     """Length of the run in optimizer steps, counted from step 0, or from the loaded step with load.rewarmup, as the other
-    lengths are; give one of max_steps, num_epochs and max_tokens."""
+    lengths are; give one of max_steps, num_epochs, max_tokens and max_hours."""
     num_epochs: PositiveInt | None = None
     """Length of the run in passes over the data."""
     max_tokens: PositiveInt | None = None
     """Length of the run in token positions, sequences times max_seq_length, padding included; it ends with the first step that
     reaches them."""
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """Length of the run in hours from its first step on, over all its starts, with evaluations and saves, the last ones too.
+    The schedule then follows the share of the time that is over."""
     precision: Literal["auto", Precision] = "auto"
     """auto is bf16 where the GPU has it, fp16 on older GPUs; on a CPU bf16 where a measurement at the start finds products
     faster in it (docs/train.md), else fp32; where a run goes on from a checkpoint, what that was trained in. fp8 is bf16 with

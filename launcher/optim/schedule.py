@@ -5,19 +5,20 @@ import math
 from ..config.schema import ScheduleConfig
 
 
-def warmup_length(schedule: ScheduleConfig, total_steps: int) -> float:
+def warmup_length(schedule: ScheduleConfig, total_steps: float) -> float:
     """Return the length of the warm-up in steps, a fraction where warmup_proportion gives one; 0 if neither key is given."""
     if schedule.warmup_steps is not None:
         return float(schedule.warmup_steps)
     return (schedule.warmup_proportion or 0.0) * total_steps
 
 
-def learning_rate(schedule: ScheduleConfig, base_lr: float, total_steps: int, step: int) -> float:
+def learning_rate(schedule: ScheduleConfig, base_lr: float, total_steps: float, step: float) -> float:
     """Return the learning rate of one optimizer step, never negative: base_lr · f(step) + lr_offset within the warm-up, and
     min_lr + (base_lr - min_lr) · f(step) + lr_offset behind it.
 
     step counts from 0 at the start of the schedule, which need not be the start of the run (load.rewarmup); total_steps
-    is the length of the schedule. With t = step, T = total_steps, W = warmup_length:
+    is the length of the schedule. Where the schedule follows the time of a run, both are times in any unit, and it has no rule
+    in steps. With t = step, T = total_steps, W = warmup_length:
       f on t < W    (t/W)² for EE, (t/W)^1.5 for EP, t/W for all others; so step 0 runs at lr_offset
       f from W on   EE, LE: decay_rate^((t - W)/decay_steps)    EP: (1 - t/T)²    linear: (T - t)/(T - W)
                     cosine: (1 + cos(π(t - W)/(T - W)))/2       constant: 1
@@ -32,7 +33,7 @@ def learning_rate(schedule: ScheduleConfig, base_lr: float, total_steps: int, st
     return end + (base_lr - end) * _factor(schedule, total_steps, step) + schedule.lr_offset
 
 
-def _factor(schedule: ScheduleConfig, total_steps: int, step: int) -> float:
+def _factor(schedule: ScheduleConfig, total_steps: float, step: float) -> float:
     """Return f(step) of `learning_rate`, between 0 and 1."""
     warmup_steps = warmup_length(schedule, total_steps)
     if schedule.type not in ("EE", "LE", "constant") and step >= total_steps:

@@ -65,28 +65,47 @@ class StopRequest:
         steps and wait for ever. With several processes the answer is that to the call before, which has come meanwhile, so
         that nobody waits: a stop takes effect one call late.
         """
-        own = _NOTHING if self.received is None else _INTERRUPT if self.received == signal.SIGINT else _SCHEDULER
         if self._topology.world_size == 1:
-            self._all_told = own
-        else:
-            if self._group is None:
-                # On the CPU whatever the device is: asking a GPU would make the host wait for it at every step.
-                self._group = dist.new_group(backend="gloo")
-            asked = torch.tensor([own], dtype=torch.int32)
-            work = dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group, async_op=True)
-            before, self._asked = self._asked, (work, asked)
-            if before is not None:
-                before[0].wait()
-                self._all_told = max(self._all_told, int(before[1]))
+            return self._told(self._own())
+        before, self._asked = self._asked, self._ask(self._own())
+        return self._told(_NOTHING if before is None else self._answer(before)[0])
+
+    def agreed_now(self) -> bool:
+        """Return the same as `agreed`, after waiting for the answers of all processes to this call."""
+        return self.agreed_with()[0]
+
+    def agreed_with(self, *numbers: float) -> tuple[bool, list[float]]:
+        """Return `agreed_now`, and the largest of each number over all processes, each of which gives as many.
+
+        Hosts wait for each other here, but none waits for its device.
+        """
+        if self._topology.world_size == 1:
+            return self._told(self._own()), list(numbers)
+        level, *largest = self._answer(self._ask(self._own(), *numbers))
+        return self._told(level), largest
+
+    def _own(self) -> int:
+        return _NOTHING if self.received is None else _INTERRUPT if self.received == signal.SIGINT else _SCHEDULER
+
+    def _ask(self, *numbers: float) -> tuple[dist.Work, torch.Tensor]:
+        if self._group is None:
+            # On the CPU whatever the device is: asking a GPU would make the host wait for it at every step.
+            self._group = dist.new_group(backend="gloo")
+        asked = torch.tensor(numbers, dtype=torch.float64)
+        return dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._group, async_op=True), asked
+
+    def _answer(self, asked: tuple[dist.Work, torch.Tensor]) -> list[float]:
+        asked[0].wait()
+        answer: list[float] = asked[1].tolist()
+        return answer
+
+    def _told(self, level: float) -> bool:
+        """Return whether a process was told to stop, now or before; say so if it was another one."""
+        self._all_told = max(self._all_told, int(level))
         told = self._all_told != _NOTHING
         if told and self.received is None and not self._said:
             self._say("another process was told to stop")
         return told
-
-    def agreed_now(self) -> bool:
-        """Return the same as `agreed`, after waiting for the answers of all processes to this call."""
-        self.agreed()
-        return self.agreed()
 
     @contextmanager
     def raising(self) -> Iterator[None]:

@@ -28,7 +28,8 @@ class RunLog:
     """Write metrics.jsonl, tb/ and the console for the main process.
 
     run_dir: the run directory, which exists.
-    max_steps: the step at which the run ends, for progress and remaining time.
+    end: the step at which the run ends, for progress and remaining time; or for a run that ends with its time, what returns the
+    part of it that is over and the whole, in seconds.
     peak_flops: of all devices of the run together, per second; None where unknown, and then MFU is null and n/a.
     start_step, start_samples: where the run continues; rows and points of later steps, which a resumed run writes again,
     leave metrics.jsonl and the files of TensorBoard. hparams: the run config by dotted key, for TensorBoard.
@@ -42,7 +43,7 @@ class RunLog:
     def __init__(
         self,
         run_dir: Path,
-        max_steps: int,
+        end: int | Callable[[], tuple[float, float]],
         *,
         peak_flops: float | None = None,
         start_step: int = 0,
@@ -51,7 +52,7 @@ class RunLog:
         hparams: Mapping[str, bool | int | float | str] | None = None,
         tokens_to_go: Callable[[int], int] | None = None,
     ) -> None:
-        self._max_steps, self._peak_flops, self._tokens_to_go = max_steps, peak_flops, tokens_to_go
+        self._end, self._peak_flops, self._tokens_to_go = end, peak_flops, tokens_to_go
         self._recent: deque[StepRecord] = deque(maxlen=_ETA_RECORDS)
         self._beside_s, self._steps = 0.0, 0
         self._opened_s = time.monotonic()
@@ -67,15 +68,16 @@ class RunLog:
         self._bar: tqdm | None = None
         if sys.stderr.isatty():
             form = "{percentage:3.0f}% |{bar:10}| {desc}"
-            self._bar = tqdm(total=max_steps, initial=start_step, bar_format=form, dynamic_ncols=True)
+            done, whole = self._done(start_step)
+            self._bar = tqdm(total=whole, initial=done, bar_format=form, dynamic_ncols=True)
 
     def step_taken(self, step: int) -> None:
         """Move the bar on by a step, or say of a first step that took long that the run is under way."""
         first, self._steps = self._steps == 0, self._steps + 1
-        self._on_bar(lambda bar: bar.update(step - bar.n))
+        self._on_bar(lambda bar: bar.update(self._done(step)[0] - bar.n))
         if self._bar is None and first and time.monotonic() - self._opened_s > _LONG_S:
             passed = duration(time.monotonic() - self._opened_s)
-            console.say(f"step {step:,}/{self._max_steps:,} | taken after {passed}")
+            console.say(f"{self._position(step)} | taken after {passed}")
 
     def passed_beside(self, seconds: float) -> None:
         """Count time of evaluations and saves, which the steps that remain will have too."""
@@ -83,7 +85,7 @@ class RunLog:
 
     def evaluation_begins(self, step: int) -> None:
         """Say on a bar that an evaluation is under way."""
-        self._on_bar(lambda bar: bar.set_description_str(f"step {step:,}/{self._max_steps:,} | evaluating"))
+        self._on_bar(lambda bar: bar.set_description_str(f"{self._position(step)} | evaluating"))
 
     def log_step(self, record: StepRecord) -> None:
         """Write one row, one point per series and one line."""
@@ -103,19 +105,21 @@ class RunLog:
         self._write_row(row)
         self._draw(lambda boards: boards.add_step(record, rates))
         self._recent.append(record)
-        position = f"step {record.step:,}/{self._max_steps:,}"
+        position, (done, whole) = self._position(record.step), self._done(record.step)
         fields = _console_fields(record, rates) | {"eta": f"eta {duration(self._time_left_s(record.step))}"}
         if self._bar is None:
-            share = f" {record.step / self._max_steps:.1%}"
-            console.say(" | ".join([position + share, *fields.values()]))
+            console.say(" | ".join([f"{position} {done / whole:.1%}", *fields.values()]))
         else:
             first = [fields.pop(name) for name in ("eta", "loss", "speed")]  # a narrow terminal cuts the rest
-            self._bar.n = record.step
+            self._bar.n = done
             self._on_bar(lambda bar: bar.set_description_str(" | ".join([position, *first, *fields.values()])))
 
     def _time_left_s(self, step: int) -> float:
-        """Return the time that the steps after this one will take, if they go on as the last ones did."""
-        steps = self._max_steps - step
+        """Return what is left of the run's time, or what the steps to come will take if they go on as the last ones did."""
+        done, whole = self._done(step)
+        if not isinstance(self._end, int):
+            return whole - done
+        steps = self._end - step
         recent_s = sum(record.step_time_s for record in self._recent)
         if self._tokens_to_go is None:
             in_steps_s = steps * ratio(recent_s, sum(record.num_steps for record in self._recent))
@@ -127,7 +131,7 @@ class RunLog:
 
     def say(self, step: int, text: str) -> None:
         """Write one line on the console, above the bar where there is one."""
-        line = f"step {step:,}/{self._max_steps:,} | {text}"
+        line = f"{self._position(step)} | {text}"
         if self._bar is None:
             console.say(line)
         self._on_bar(lambda bar: bar.write(line, file=sys.stderr))
@@ -145,6 +149,16 @@ class RunLog:
         self._file.close()
         self._draw(Boards.close)
         self._on_bar(lambda bar: bar.close())
+
+    def _position(self, step: int) -> str:
+        return f"step {step:,}/{self._end:,}" if isinstance(self._end, int) else f"step {step:,}"
+
+    def _done(self, step: int) -> tuple[float, float]:
+        """Return how far the run is at a step, and how far it goes: in steps, or in seconds where it ends with its time."""
+        if isinstance(self._end, int):
+            return step, self._end
+        spent_s, limit_s = self._end()
+        return min(spent_s, limit_s), limit_s
 
     def _on_bar(self, change: Callable[[tqdm], Any]) -> None:
         if self._bar is not None:

@@ -17,11 +17,12 @@ from ..processes.agreement import agreed
 from ..processes.topology import device_name
 from ..reporting.metrics import RunLog
 from ..reporting.peak_flops import peak_flops
+from .length import RunClock
 from .non_finite import NotFiniteError, NumericsGuard, RollBack, not_finite_places
 from .prepare import Setup, model_facts
 from .start import Progress, continue_run, has_checkpoint
 from .step_record import Watch, make_record
-from .steps import StepData, evaluate, mean_losses, read_step, step_positions, train_step
+from .steps import StepData, evaluate, evaluation_rounds, mean_losses, read_step, step_positions, train_step
 
 _LOG = logging.getLogger(__name__)
 
@@ -34,6 +35,8 @@ class Tally:
     watch: Watch
     saved_id: str = ""
     """The last complete checkpoint; empty if there is none."""
+    finished: bool = False
+    """Whether the run has reached its length."""
     steps: int = 0
     """Steps of this start, without those before a resume; likewise samples."""
     samples: int = 0
@@ -42,11 +45,12 @@ class Tally:
 def train(setup: Setup, progress: Progress) -> Tally:
     """Train to the last step or the first request to stop. Raises NotFiniteError if its numbers do not let it go on."""
     tally = Tally(progress, Watch())
+    clock = RunClock(progress, setup.config.training.max_hours, _evaluation_in_steps(setup, progress.step))
     guard = NumericsGuard(setup.config.reliability, progress.guard, is_main=setup.topology.is_main)
     with CheckpointSaver(setup.engine, setup.directory.checkpoints, setup.topology, setup.config.checkpoint) as saver:
         while True:
             try:
-                _steps(setup, guard, saver, tally)
+                _steps(setup, guard, saver, tally, clock)
                 return tally
             except RollBack as why:
                 setup.watchdog.at("save")
@@ -55,7 +59,7 @@ def train(setup: Setup, progress: Progress) -> Tally:
                 tally.progress = _gone_back(setup, tally.progress, why)
 
 
-def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Tally) -> None:
+def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Tally, clock: RunClock) -> None:
     """Train from `tally.progress` to the end of the run or a stop. Raises RollBack where training must go back."""
     config, topology, phases = setup.config, setup.topology, setup.phases
     start, watch, watchdog = tally.progress, tally.watch, setup.watchdog
@@ -65,13 +69,13 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
         positions = step_positions(first, phases.batch(step), topology.replica)
         return read_step(phases.data_at(step).train, positions, setup.loss_counts, setup.recipe.real_tokens)
 
-    log = agreed(topology, (lambda: _open_log(setup, start)) if topology.is_main else None)
+    log = agreed(topology, (lambda: _open_log(setup, start, clock)) if topology.is_main else None)
     try:
         with prefetch(read, start.step, setup.total_steps) as steps:
             watchdog.at("data", start.step + 1)
             for data in watch.timed(steps):
                 _before_step(setup, log, tally)
-                lr = phases.learning_rate(tally.progress.step, setup.total_steps)
+                lr = phases.learning_rate(tally.progress.step, setup.total_steps, clock.share)
                 set_learning_rate(setup.engine, lr)
                 result = train_step(setup.engine, data, topology, watchdog.at)
                 phase, size = phases.at(tally.progress.step), phases.batch(tally.progress.step).train_batch_size
@@ -83,9 +87,14 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
                 watchdog.at("log")
                 diagnose = partial(not_finite_places, setup.engine, data, topology)
                 guard.check_step(setup.engine, progress.step, samples, diagnose)
-                finished = progress.step == setup.total_steps
                 # A stop ends the run here, so this step counts as its last one.
                 stopped = setup.stop.agreed()
+                validation = phases.data_at(progress.step - 1).validation
+                evaluates = validation is not None and _is_due(config.eval.every_steps, progress.step)
+                saves = _is_due(config.checkpoint.save_every_steps, progress.step)
+                finished = tally.finished = progress.step == setup.total_steps or not clock.has_time(
+                    setup.stop, watch.last_step_s, saver.last_save_s, evaluates=evaluates, saves=saves
+                )
                 due = progress.step % config.logging.every_steps == 0 or phases.begins(progress.step)
                 if stopped or finished or due:
                     record = make_record(setup, progress, lr, mean_losses(result, topology), watch)
@@ -93,15 +102,16 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
                         log.log_step(record)
                     guard.check_loss(progress.step, record.loss)
                 beside_s = time.monotonic()
-                validation = phases.data_at(progress.step - 1).validation
-                if validation is not None and _is_due(config.eval.every_steps, progress.step, finished):
+                if validation is not None and (evaluates or finished):
                     stopped |= not _evaluated(setup, validation, log, tally)
-                if _is_due(config.checkpoint.save_every_steps, progress.step, stopped or finished):
+                    clock.evaluation_s = time.monotonic() - beside_s
+                if saves or stopped or finished:
                     watchdog.at("save")
-                    tally.saved_id = _save(setup, saver, replace(tally.progress, guard=guard.state()))
+                    tally.progress = replace(tally.progress, guard=guard.state(), elapsed_s=clock.elapsed_s())
+                    tally.saved_id = _save(setup, saver, tally.progress)
                 if log is not None:
                     log.passed_beside(time.monotonic() - beside_s)
-                if stopped:
+                if stopped or finished:
                     break
                 watchdog.at("data", progress.step + 1)
             watchdog.at("save")  # leaving the saver waits for the save in progress
@@ -150,18 +160,18 @@ def _gone_back(setup: Setup, progress: Progress, why: RollBack) -> Progress:
     return replace(saved, position=progress.position)
 
 
-def _open_log(setup: Setup, start: Progress) -> RunLog:
+def _open_log(setup: Setup, start: Progress, clock: RunClock) -> RunLog:
     """Return the log of the steps from `start` on, with which the directory holds a run: its folder of checkpoints too."""
     store.make_folder(setup.directory.checkpoints)
-    peak = peak_flops(device_name(setup.topology.device), setup.precision)
+    peak, end = peak_flops(device_name(setup.topology.device), setup.precision), setup.total_steps
     return RunLog(
         setup.directory.root,
-        setup.total_steps,
+        clock.spent_of if end is None else end,
         peak_flops=None if peak is None else peak * setup.topology.world_size,
         start_step=start.step,
         start_samples=start.samples,
         tensorboard=setup.config.logging.tensorboard,
-        tokens_to_go=lambda step: setup.phases.tokens(step, setup.total_steps),
+        tokens_to_go=None if end is None else lambda step: setup.phases.tokens(step, end),
         hparams=plain_values(setup.config.model_dump(mode="json")),
     )
 
@@ -195,8 +205,17 @@ def _evaluated(setup: Setup, validation: SampleStream, log: RunLog | None, tally
     return True
 
 
-def _is_due(every_steps: int | None, step: int, last: bool) -> bool:
-    return last or (every_steps is not None and step % every_steps == 0)
+def _is_due(every_steps: int | None, step: int) -> bool:
+    return every_steps is not None and step % every_steps == 0
+
+
+def _evaluation_in_steps(setup: Setup, step: int) -> float:
+    """Return how many steps an evaluation lasts at most: without backward half of their micro-batches' time."""
+    validation, batch = setup.phases.data_at(step).validation, setup.phases.batch(step)
+    rounds = (
+        0 if validation is None else evaluation_rounds(validation, batch, setup.topology, setup.config.eval.batches)
+    )
+    return rounds / (2 * batch.gradient_accumulation_steps)
 
 
 def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
@@ -210,6 +229,7 @@ def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:
         "train_batch_size": phases.batch(step).train_batch_size,
         "schedule_start": schedule_start,
         "schedule_steps": schedule_steps,
+        "max_hours": config.training.max_hours,
         "data_fingerprint": data.fingerprint,
         "phases": phases.begun(step),
         "model": model_facts(config, setup.vocab_size),

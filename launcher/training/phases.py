@@ -58,17 +58,24 @@ class RunPhases:
                 total += Fraction(self.samples(begin, end), data.train.num_samples)
         return total
 
-    def schedule(self, step: int, end: int) -> tuple[int, int]:
-        """Return the step at which the schedule of a step begins, and its length in steps. end: the last step of the run."""
+    def schedule(self, step: int, end: int | None) -> tuple[int, int | None]:
+        """Return the step at which the schedule of a step begins, and its length in steps. end: the last step of the run.
+
+        Where end is None the schedule follows the time, and has no length.
+        """
         phase = self.at(step)
+        begin = self.start + phase.schedule_first
+        if end is None:
+            return begin, None
         last = self.plan.schedule_end(phase)
         length = (end - self.start if last is None else last) - phase.schedule_first
-        return self.start + phase.schedule_first, phase.config.schedule.total_steps or max(1, length)
+        return begin, schedule_of(phase.config).total_steps or max(1, length)
 
-    def learning_rate(self, step: int, end: int) -> float:
-        """Return the learning rate of a step. end: the last step of the run."""
+    def learning_rate(self, step: int, end: int | None, share: float = 0.0) -> float:
+        """Return the learning rate of a step. end: the last step of the run. share: of its time, for a run without an end."""
         config, (first, steps) = self.at(step).config, self.schedule(step, end)
-        return learning_rate(schedule_of(config), config.optimizer.lr, steps, step - first)
+        length, place = (1.0, share) if steps is None else (float(steps), step - first)
+        return learning_rate(schedule_of(config), config.optimizer.lr, length, place)
 
     def begun(self, step: int) -> list[dict[str, Any]]:
         """Return the phases that took one of the steps before this one, as JSON: where each began, and its changes."""

@@ -61,8 +61,8 @@ class Setup:
     engine: Any
     optimizer: torch.optim.Optimizer
     precision: Precision
-    total_steps: int
-    """The step at which the run ends."""
+    total_steps: int | None
+    """The step at which the run ends; None with training.max_hours."""
 
     @property
     def recipe(self) -> Recipe:
@@ -107,7 +107,7 @@ def prepare(
     engine, optimizer = _build(start, model, ds_config, products.precision)
     start.restore(engine, model, progress, phases.batch(progress.step))
     end = last_step(config, progress, phases)
-    by_main(topology, lambda: _check_ends(plan, end - phases.start))
+    by_main(topology, lambda: _check_ends(plan, None if end is None else end - phases.start))
     setup = Setup(
         config=config,
         topology=topology,
@@ -135,22 +135,30 @@ def prepare(
 def _warn_of_schedule_jump(setup: Setup, progress: Progress, start: Start) -> None:
     """Warn if the learning rate jumps: the schedule goes on with another length, or a decay begins in one or in a warm-up."""
     first, steps = setup.phases.schedule(progress.step, setup.total_steps)
-    config, clock, then = setup.phases.at(progress.step).config, progress.step - first, start.schedule_steps
-    branches = config.load.decay and clock == 0
-    if then is None or (clock == 0 and not branches):
+    config, begins = setup.phases.at(progress.step).config, progress.step == first
+    if (start.schedule_steps is None and start.max_hours is None) or (begins and not config.load.decay):
         return
-    before_in, now_in = (config.schedule, then, start.schedule_clock), (schedule_of(config), steps, clock)
-    if not branches:
-        before_in = (now_in[0], then, clock)
-    before, now = (learning_rate(kind, config.optimizer.lr, *place) for kind, *place in (before_in, now_in))
-    if abs(now - before) > 0.01 * config.optimizer.lr:
-        what = f"the schedule was {then:,} steps long and is {steps:,} now"
+    was, *then = _schedule_place(start.schedule_steps, start.schedule_start, start.max_hours, start.saved)
+    is_now, *now = _schedule_place(steps, first, config.training.max_hours, progress)
+    lr, schedule = config.optimizer.lr, schedule_of(config)
+    before_lr = learning_rate(config.schedule if begins else schedule, lr, *then)
+    now_lr = learning_rate(schedule, lr, *now)
+    if abs(now_lr - before_lr) > 0.01 * lr:
+        what = f"the schedule was {was} long and is {is_now} now"
         remedy = "another run with load.path and load.rewarmup begins a schedule anew"
-        if branches:
-            what = f"step {progress.step:,} of {then:,} is in the warm-up or decay of the run that it was saved by"
+        if begins:
+            what = f"step {progress.step:,} is in the warm-up or decay of the schedule of {was} that led there"
             remedy = "load.id names a checkpoint between the two"
-        what += f", so the learning rate jumps from {before:.2e} to {now:.2e}"
+        what += f", so the learning rate jumps from {before_lr:.2e} to {now_lr:.2e}"
         console.warn(f"{what}; {remedy}", _LOG, shown=setup.topology.is_main)
+
+
+def _schedule_place(steps: int | None, first: int, hours: float | None, progress: Progress) -> tuple[str, float, float]:
+    """Return the length of a schedule in words and in steps, or seconds where it follows the time, and how far it is."""
+    if hours is not None:
+        return f"{hours:g} hours", 3600 * hours, progress.elapsed_s - progress.phase_start_s
+    assert steps is not None, "a schedule has a length in steps or in hours"
+    return f"{steps:,} steps", steps, progress.step - first
 
 
 def _open_directory(config: RunConfig, topology: Topology, held: ExitStack, *, resume: bool) -> RunDirectory:
@@ -274,10 +282,10 @@ def _build(
     return build_engine(module, optimizer, ds_config, topology), optimizer
 
 
-def _check_ends(plan: Phases, end: int) -> None:
+def _check_ends(plan: Phases, end: int | None) -> None:
     """Raise UserError if a phase begins where the run has ended, which is known before only of training.max_steps."""
     last = plan.all[-1]
-    if last.number and last.first >= end:
+    if end is not None and last.number and last.first >= end:
         what = f"{last.key}from_step={last.first:,} must be before the run ends, at step {end:,}"
         raise UserError(f"{what}; let the run be longer, or remove the phase")
 

@@ -97,7 +97,7 @@ def closing_summary(setup: "Setup", tally: "Tally", wall_time_s: float) -> str:
     since_start = f" ({tally.steps:,} since this start)" if tally.steps != progress.step else ""
     best = "" if progress.best_loss is None else f"best loss {progress.best_loss:.4f} at step {progress.best_step:,}"
     lines = [
-        ("steps", f"{progress.step:,} of {setup.total_steps:,}{since_start}"),
+        ("steps", f"{progress.step:,}{_length_text(setup)}{since_start}"),
         ("samples", f"{progress.samples:,}"),
         ("time", f"{duration(wall_time_s)}, {duration(training_time_s)} of it in steps"),
         ("speed", f"{speed} sequences/s on average"),
@@ -105,7 +105,7 @@ def closing_summary(setup: "Setup", tally: "Tally", wall_time_s: float) -> str:
         ("checkpoint", tally.saved_id or "none"),
         ("output", root),
     ]
-    if progress.step < setup.total_steps:
+    if not tally.finished:
         lines.append(("to resume", _resume_command(setup.topology.world_size) if tally.saved_id else ""))
         return _aligned(f"run {config.name} stopped as asked", lines)
     command, run = RECIPES[config.model.type].command, f"--run {shlex.quote(root)}"
@@ -124,12 +124,24 @@ def _resume_command(world_size: int) -> str:
     return shlex.join(["xformer-train", *sys.argv[1:], *([] if "--resume" in sys.argv else ["--resume", "auto"])])
 
 
+def _length_text(setup: "Setup") -> str:
+    if setup.total_steps is None:
+        return f" in training.max_hours {setup.config.training.max_hours:g}"
+    return f" of {setup.total_steps:,}"
+
+
 def _steps_text(setup: "Setup", progress: "Progress") -> str:
-    done = f", {progress.step:,} of them done" if progress.step else ""
-    # The steps that are done may have been on other data, so epochs are those of the steps to come.
-    phases, step, end = setup.phases, progress.step, max(progress.step, setup.total_steps)
+    phases, step = setup.phases, progress.step
     a_step = max(phases.tokens(one, one + 1) for one in (phases.start + phase.first for phase in phases.plan.all))
-    to_go = f"{float(phases.epochs(step, end)):,.2f} epochs to go, of up to {_millions(a_step)} tokens a step"
+    of_up_to = f"of up to {_millions(a_step)} tokens a step"
+    if setup.total_steps is None:
+        spent_s, hours = progress.elapsed_s - progress.phase_start_s, setup.config.training.max_hours
+        done = f", {duration(spent_s)} of them over at step {step:,}" if step else ""
+        return f"as many as training.max_hours {hours:g} has time for{done}, {of_up_to}"
+    done = f", {step:,} of them done" if step else ""
+    # The steps that are done may have been on other data, so epochs are those of the steps to come.
+    end = max(step, setup.total_steps)
+    to_go = f"{float(phases.epochs(step, end)):,.2f} epochs to go, {of_up_to}"
     max_tokens = setup.config.training.max_tokens
     why = f" for training.max_tokens {_millions(max_tokens)}" if max_tokens else ""
     return f"{setup.total_steps:,}{why}{done}; {to_go}, {_millions(phases.tokens(step, end))} in all"
@@ -185,26 +197,33 @@ def _optimizer_text(optimizer: OptimizerConfig, precision: Precision) -> str:
     return text if optimizer.bias_correction else f"{text}, no bias correction"
 
 
-def _schedule_text(config: RunConfig, total_steps: int, first: int = 0) -> str:
-    """Return a schedule in words. first: the step from which it counts."""
+def _schedule_text(config: RunConfig, total_steps: int | None, first: int = 0) -> str:
+    """Return a schedule in words. first: the step from which it counts; total_steps: None where it follows the time."""
     schedule = schedule_of(config)
     exponential = f"x {schedule.decay_rate:g} every {schedule.decay_steps:,} steps"
     exponential += f" towards {schedule.min_lr:g}" if schedule.min_lr else ""
     decay_words = "decay" if schedule.decay == "linear" else f"{schedule.decay} decay"
     end = f"to {schedule.min_lr:g}"
+    at, length = "where the time is over", "the time"
+    if total_steps is not None:
+        at, length = f"at step {first + total_steps:,}", _counted(total_steps, "step")
     if config.load.decay:
-        return f"wsd: its {decay_words} {end} alone, over {_counted(total_steps, 'step')}"
+        return f"wsd: its {decay_words} {end} alone, over {length}"
     decay = {
         "EE": exponential,
         "LE": exponential,
-        "EP": f"quadratic decay {end} at step {first + total_steps:,}",
-        "linear": f"linear decay {end} at step {first + total_steps:,}",
-        "cosine": f"cosine decay {end} at step {first + total_steps:,}",
+        "EP": f"quadratic decay {end} {at}",
+        "linear": f"linear decay {end} {at}",
+        "cosine": f"cosine decay {end} {at}",
         "constant": "constant",
-        "wsd": f"constant, and {decay_words} {end} over the last {schedule.decay_proportion:.0%} of {total_steps:,} steps",
+        "wsd": f"constant, and {decay_words} {end} over the last {schedule.decay_proportion:.0%} of {length}",
     }[schedule.type]
-    warmup_steps = round(warmup_length(schedule, total_steps))
-    warmup = f"warm-up of {_counted(warmup_steps, 'step')}" if warmup_steps else "no warm-up"
+    if total_steps is None:
+        rises = f"{schedule.warmup_proportion:.1%} of the time" if schedule.warmup_proportion else ""
+    else:
+        warmup_steps = round(warmup_length(schedule, total_steps))
+        rises = _counted(warmup_steps, "step") if warmup_steps else ""
+    warmup = f"warm-up of {rises}" if rises else "no warm-up"
     offset = f", plus {schedule.lr_offset:g} throughout" if schedule.lr_offset else ""
     return f"{schedule.type}: {warmup}, then {decay}{offset}"
 

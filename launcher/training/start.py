@@ -50,6 +50,10 @@ class Progress:
     """Token positions trained on since step 0, padding included."""
     phase_start_tokens: int = 0
     """`tokens` at the step `phase_start`."""
+    elapsed_s: float = 0.0
+    """What `RunClock.elapsed_s` returned."""
+    phase_start_s: float = 0.0
+    """`elapsed_s` at the step `phase_start`."""
     best_loss: float | None = None
     """The lowest validation loss of the run; None before an evaluation."""
     best_step: int = 0
@@ -72,9 +76,13 @@ class Start:
     phase_start = 0
     """The step from which the lengths, phases and schedule of the run are counted."""
     schedule_steps: int | None = None
-    """The length of the schedule that has led there, if there was one."""
-    schedule_clock = 0
-    """The steps of that schedule that have been taken."""
+    """The length of the schedule that has led there, if there was one in steps."""
+    schedule_start = 0
+    """The step at which that schedule began."""
+    max_hours: float | None = None
+    """The length of the run that has led there, if it was a time."""
+    saved = Progress()
+    """Where that run stood."""
 
     def __init__(self, config: RunConfig, topology: Topology) -> None:
         self.config, self.topology = config, topology
@@ -160,7 +168,8 @@ class NextPhase(FromCheckpoint):
             counts = (self.saved.samples * length, self.saved.phase_start_samples * length)
             self.saved = replace(self.saved, tokens=counts[0], phase_start_tokens=counts[1])
         self.step, self.schedule_steps = self.saved.step, self.state.get("schedule_steps")
-        self.schedule_clock = self.step - self.state.get("schedule_start", self.saved.phase_start)
+        self.schedule_start = self.state.get("schedule_start", self.saved.phase_start)
+        self.max_hours = self.state.get("max_hours")
         self.phase_start = self.step if config.load.rewarmup or config.load.decay else self.saved.phase_start
 
     def check(self, model: Mapping[str, Any], precision: Precision) -> None:
@@ -174,7 +183,7 @@ class NextPhase(FromCheckpoint):
             saved = replace(saved, position=0)
         if self.config.load.rewarmup or self.config.load.decay:
             saved = replace(saved, phase_start=saved.step, phase_start_samples=saved.samples)
-            saved = replace(saved, phase_start_tokens=saved.tokens)
+            saved = replace(saved, phase_start_tokens=saved.tokens, phase_start_s=saved.elapsed_s)
         return saved
 
     def restore(self, engine: Any, model: Mapping[str, Any], progress: Progress, batch: BatchPlan) -> None:

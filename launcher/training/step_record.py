@@ -26,6 +26,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.training_time_s = 0.0
+        self.last_step_s = 0.0
         self.unpredicted: torch.Tensor | int = 0
         """Steps in a row, up to the last one, without any token to predict."""
         self.told_of_unpredicted = False
@@ -55,7 +56,8 @@ class Watch:
         self.positions += positions
         self.unpredicted = (self.unpredicted + 1) * (totals[0] == 0)  # on the device, so that nobody waits for it
         self.totals = totals if self.totals is None else self.totals + totals
-        self._add(time.perf_counter() - self._started_s)
+        self.last_step_s = time.perf_counter() - self._started_s
+        self._add(self.last_step_s)
 
     def _add(self, seconds: float) -> None:
         self.step_time_s += seconds

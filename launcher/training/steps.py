@@ -121,12 +121,10 @@ def evaluate(
     needs; one that is out of samples repeats the first and does not count it.
     """
     micro, replicas = batch.micro_batch_size, topology.num_replicas
-    rounds = -(-stream.num_samples // (micro * replicas))
-    rounds = rounds if most_batches is None else min(rounds, most_batches)
     totals: dict[str, Tensor] = {}
     engine.eval()
     with torch.no_grad():
-        for index in range(rounds):
+        for index in range(evaluation_rounds(stream, batch, topology, most_batches)):
             if not goes_on():
                 engine.train()
                 return None
@@ -140,6 +138,12 @@ def evaluate(
     engine.train()
     whole = topology.sum(torch.stack(list(totals.values())))  # (parts, 2)
     return dict(zip(totals, (whole[:, 0] / whole[:, 1]).tolist(), strict=True))
+
+
+def evaluation_rounds(stream: SampleStream, batch: BatchPlan, topology: Topology, most_batches: int | None) -> int:
+    """Return the micro-batches of each replica in an evaluation."""
+    rounds = -(-stream.num_samples // (batch.micro_batch_size * topology.num_replicas))
+    return rounds if most_batches is None else min(rounds, most_batches)
 
 
 def _on_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from ..config.schema import RunConfig, length_key
 from ..processes.signals import StopAsked, StopRequest
 from ..processes.topology import Topology, start_processes, stop_processes
 from ..processes.watchdog import Watchdog, collective_timeout_s
+from .length import is_over
 from .loop import train
 from .prepare import prepare
 from .report import closing_summary
@@ -35,9 +36,12 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
         with StopRequest(topology) as stop, Watchdog(topology, hang_timeout_s, stop) as watchdog, ExitStack() as held:
             try:
                 setup, progress = prepare(loaded, topology, stop, watchdog, held, resume=resume)
-                if progress.step >= setup.total_steps:
+                if is_over(loaded.config, progress, setup.total_steps):
                     key = length_key(loaded.config.training)
-                    topology.say(f"nothing to do: step {progress.step:,} is reached; raise training.{key} to go on")
+                    what = f"step {progress.step:,} is reached"
+                    if setup.total_steps is None:
+                        what = f"the time of the run is over at step {progress.step:,}"
+                    topology.say(f"nothing to do: {what}; raise training.{key} to go on")
                     return 0
                 told_to_stop = stop.agreed_now()
             except StopAsked:
@@ -47,7 +51,7 @@ def run(loaded: LoadedConfig, *, resume: bool) -> int:
                 return stop.exit_status
             tally = train(setup, progress)
             topology.say(closing_summary(setup, tally, time.monotonic() - started_s))
-            return 0 if tally.progress.step == setup.total_steps else stop.exit_status
+            return 0 if tally.finished else stop.exit_status
     except Exception as error:
         _LOG.exception("the run failed")
         reason = _out_of_memory(error)

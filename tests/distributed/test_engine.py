@@ -161,6 +161,7 @@ def test_processes_agree_on_what_one_of_them_knows_and_do_not_wait_for_ever():
     for rank, known in enumerate(results):
         assert known == {
             "agreed": (False, True, rank == 1),
+            "largest": (True, [1, 0.25]),
             "sum": (3.0, rank + 1.0),
             "broadcast": {"rank": 0},
             "gather": [0, 1],

@@ -12,6 +12,8 @@ from distributed.workers.runs import runs_worker
 from helpers.runs import BERT, PACKED, losses, metrics, weights, write_config
 from helpers.spawn import PATIENCE_S, free_port, run_processes
 
+from xformer_train.launcher.checkpoint import store
+
 LAUNCHER = Path(sys.executable).with_name("deepspeed")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
@@ -61,6 +63,24 @@ def test_two_processes_train_as_one_with_the_whole_batch(base, tmp_path):
     # a checkpoint of ZeRO stage 0 goes on with another number of processes
     train_quickly(path, (["name=two", "training.max_steps=14", "schedule.total_steps=null"], True))
     assert sorted(losses(root / "two")) == list(range(1, 15))
+
+
+def test_processes_end_together_when_the_time_of_a_run_is_over(tmp_path):
+    schedule = {"type": "cosine", "warmup_proportion": 0.1}
+    path = write_config(
+        tmp_path,
+        training__max_steps=None,
+        training__micro_batch_size=None,
+        schedule=schedule,
+        data__validation_fraction=0.2,
+    )
+    timed = train("--config", str(path), "--max_hours", "0.002", "--set", "eval.every_steps=3", processes=2)
+    assert timed.returncode == 0, timed.stderr
+    (finished,) = (line for line in timed.stdout.splitlines() if line.startswith("  steps       "))
+    steps = max(losses(tmp_path / "runs" / "run"))
+    assert finished == f"  steps       {steps:,} in training.max_hours 0.002"
+    state = store.read_state(store.resolve(tmp_path / "runs" / "run", "latest"))
+    assert (state["step"], state["elapsed_s"], state["max_hours"]) == (steps, 7.2, 0.002)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 0), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)])

@@ -112,7 +112,10 @@ def agreement_worker() -> dict[str, Any]:
         if topology.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         agreed_after = stop.agreed_now()
+        stop.agreed()  # which is not answered before the next call
+        largest = stop.agreed_with(topology.rank, 0.25 - topology.rank)
     known = {
+        "largest": largest,
         "agreed": (agreed_before, agreed_after, stop.received is not None),
         "sum": (topology.sum(mine).item(), mine.item()),
         "broadcast": topology.broadcast({"rank": topology.rank}),

@@ -59,6 +59,7 @@ FLAG_VALUES = {
     "--print_steps": ("7", 7),
     "--max_steps": ("3", 3),
     "--max_tokens": ("4096", 4096),
+    "--max_hours": ("1.5", 1.5),
     "--seed": ("0", 0),
     "--output_dir": ("out", "out"),
     "--job_name": ("2024", "2024"),

@@ -115,6 +115,27 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
             "schedule.min_lr: got 0.1, must be at most optimizer.lr 0.0001, from which lr falls",
         ),
         (
+            "training: {train_batch_size: 1, max_hours: 2}\nschedule: {warmup_steps: 5}",
+            "schedule.warmup_steps: got 5, but with training.max_hours 2 the schedule follows the time, and counts no steps; "
+            "give schedule.warmup_proportion",
+        ),
+        (
+            "training: {train_batch_size: 1, max_hours: 2}\nschedule: {total_steps: 5}",
+            "schedule.total_steps: got 5, but with training.max_hours 2 the",
+        ),
+        (
+            "training: {train_batch_size: 1, max_hours: 0.5}\nschedule: {type: LE}",
+            "schedule.type: got 'LE', which decays by schedule.decay_steps, but with training.max_hours 0.5 the schedule",
+        ),
+        (
+            "training: {train_batch_size: 1, max_hours: 2}\nphases: [{from_step: 3, optimizer: {lr: 1e-3}}]",
+            "phases.0.optimizer.lr: begins a schedule of its own, but with training.max_hours one schedule goes through",
+        ),
+        (
+            "phases: [{from_step: 3, schedule: {type: wsd}}]\nload: {path: x, decay: true}\nschedule: {type: wsd}",
+            "phases.0.schedule: begins a schedule of its own, but with load.decay one schedule goes through the whole run",
+        ),
+        (
             "schedule: {type: cosine, min_lr: 1e-6, lr_offset: 1e-5}",
             "schedule.min_lr: got 1e-06, but schedule.lr_offset 1e-05 is added to lr at every step, so",
         ),
@@ -250,11 +271,14 @@ def test_an_impossible_combination_is_refused(problems, text, message):
         "load: {path: x, rewarmup: true}",
         "load: {path: x, decay: true}\nschedule: {type: wsd, warmup_steps: 90, total_steps: 5, min_lr: 1e-6}",
         "schedule: {type: cosine, total_steps: 5, min_lr: 1e-6}",
+        "training: {train_batch_size: 1, max_hours: 2}\nschedule: {type: wsd, warmup_proportion: 0.1}",
+        "training: {train_batch_size: 1, max_hours: 2}\nphases: [{from_step: 9, objective: {mlm_probability: 0.3}}]",
+        "training: {train_batch_size: 1, max_hours: 2}\nload: {path: x, decay: true}\nschedule: {type: wsd, warmup_steps: 5}",
         "data: {sources: [{kind: builtin, weight: 1}, {kind: hf, path: x, split: y, subset: z, weight: 0.5}]}",
     ],
 )
 def test_a_possible_combination_is_accepted(load, text):
-    load(text + "\n" + MINIMAL)
+    load(text + "\n" + ("" if "training:" in text else MINIMAL))
 
 
 def test_the_batch_is_checked_for_the_number_of_processes(load, problems):

@@ -352,6 +352,18 @@ def test_remaining_time_follows_recent_records_and_counts_steps_not_records(tmp_
     assert lines[-1].endswith("eta 0s")
 
 
+def test_a_run_that_ends_with_its_time_tells_how_much_of_it_is_over(tmp_path, capsys):
+    spent = iter([300.0, 300.0, 700.0, 700.0])
+    with closing(RunLog(tmp_path, lambda: (next(spent), 600.0), tensorboard=False)) as log:
+        log.log_step(record_at(5, num_steps=5, step_time_s=1.0))
+        log.log_step(record_at(9, num_steps=4, step_time_s=1.0))
+        log.log_evaluation(9, 72, {"loss": 1.0})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("step 5 50.0% | epoch") and lines[0].endswith("eta 5m00s")
+    assert lines[1].startswith("step 9 100.0% | epoch") and lines[1].endswith("eta 0s")
+    assert lines[2] == "step 9 | held-out loss 1.000"
+
+
 def test_tensorboard_is_imported_only_when_it_is_asked_for(tmp_path):
     code = (
         "import sys; from pathlib import Path; from xformer_train.launcher.reporting.metrics import RunLog;"

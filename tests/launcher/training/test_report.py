@@ -79,9 +79,10 @@ def report(
     )
 
 
-def summary(config=CONFIG, **facts):
+def summary(config=CONFIG, end=7500, **facts):
     """The closing summary with sections of the config or facts of the tally changed."""
-    setup = SimpleNamespace(**{**vars(SETUP), "config": config, "directory": RunDirectory.of(config)})
+    directory = RunDirectory.of(config)
+    setup = SimpleNamespace(**{**vars(SETUP), "config": config, "directory": directory, "total_steps": end})
     return closing_summary(setup, dataclasses.replace(TALLY, **facts), 233.0)
 
 
@@ -204,11 +205,16 @@ def test_the_report_tells_cadences_and_the_shares_of_sources():
 def test_a_run_that_has_gone_further_than_it_is_asked_to_has_no_epochs_to_go():
     by_tokens = report(changed(training=TrainingConfig(train_batch_size=256, max_tokens=245_750_000)))
     assert "7,500 for training.max_tokens 245.8 M, 1,200 of them done; 168.00 epochs" in " ".join(by_tokens.split())
+    by_hours = TrainingConfig(train_batch_size=256, max_hours=2)
+    timed = changed(training=by_hours, schedule=ScheduleConfig(type="wsd", warmup_proportion=0.06))
+    by_time = " ".join(report(timed, total_steps=None).split())
+    assert "as many as training.max_hours 2 has time for, 0s of them over at step 1,200, of up to 32,768" in by_time
+    assert "warm-up of 6.0% of the time, then constant, and decay to 0 over the last 20% of the time" in by_time
     assert "7,500, 9,000 of them done; 0.00 epochs to go" in report(step=9000)
 
 
 def test_a_finished_run_is_told_with_what_can_be_done_with_it():
-    lines = summary(progress=FINISHED).splitlines()
+    lines = summary(progress=FINISHED, finished=True).splitlines()
     assert lines[0] == "run bert_large finished"
     assert [line.split(maxsplit=2)[2] for line in lines[-3:]] == [
         'xformer-train fill-mask --run runs/bert_large "a [MASK]"',
@@ -216,7 +222,7 @@ def test_a_finished_run_is_told_with_what_can_be_done_with_it():
         "tensorboard --logdir runs/bert_large",
     ]
     config = changed(model=ModelConfig(type="gpt"), output_dir="my runs", logging=LoggingConfig(tensorboard=False))
-    lines = summary(config, progress=FINISHED).splitlines()
+    lines = summary(config, progress=FINISHED, finished=True).splitlines()
     assert lines[-2].endswith("""  xformer-train sample --run 'my runs/bert_large' --prompt "Once\"""")
 
 
@@ -250,6 +256,9 @@ def test_the_summary_divides_the_samples_of_this_start_by_the_time_in_steps():
     assert "3m53s, 40s of it in steps" in text
     assert "best loss 1.8234 at step 1,400" in text
     assert text.startswith("run bert_large stopped as asked\n")
+    assert "1,500 in training.max_hours 2 (300 since" in summary(
+        changed(training=TrainingConfig(max_hours=2)), end=None
+    )
 
 
 def test_the_command_to_resume_stays_on_one_line_as_it_was_given(monkeypatch):

@@ -54,7 +54,9 @@ def test_a_branch_off_a_warmup_or_a_decay_is_told_with_the_jump(tmp_path, capsys
     for step, jump in ((1, "5.00e-04"), (2, None), (5, None), (8, "6.70e-04")):
         branch = [f"load.path={tmp_path / 'runs' / 'whole'}", f"load.id=step{step:08d}", "load.decay=true"]
         start(path, *branch, f"name=branch{step}", "training.max_steps=1")
-        said = f"step {step} of 12 is in the warm-up or decay of the run that it was saved by, so the learning rate"
+        said = (
+            f"step {step} is in the warm-up or decay of the schedule of 12 steps that led there, so the learning rate"
+        )
         out = " ".join("".join(capsys.readouterr()).split())
         assert (f"{said} jumps from {jump} to 1.00e-03; load.id names a checkpoint" in out) == (jump is not None)
         assert ("jumps" in out) == (jump is not None)

@@ -457,5 +457,5 @@ def test_a_finished_schedule_that_is_made_longer_is_told_with_the_jump_of_the_le
     start(path, resume=True)
     assert "jumps" not in capsys.readouterr().err
     start(path, "training.max_steps=8", resume=True)
-    said = "the schedule was 4 steps long and is 8 now, so the learning rate jumps from 0.00e+00 to 5.00e-04; "
+    said = "the schedule was 4 steps long and is 8 steps now, so the learning rate jumps from 0.00e+00 to 5.00e-04; "
     assert said in capsys.readouterr().err
