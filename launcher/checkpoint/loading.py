@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from ...kernels.errors import UserError
 from ...recipes.config import FREE_MODEL_KEYS, ModelConfig
 from ..config.schema import Precision
+from ..optim.ema import EMA
 from ..processes.topology import Topology
 from .files import file_access, listed, read_file, restore_random_state, understood
 from .resharding import Saved, load_resharded, own_part
@@ -118,11 +119,16 @@ def load_weights(module: torch.nn.Module, checkpoint: Path, model: Mapping[str, 
         module.load_state_dict(own_part(weights(checkpoint), module, topology))
 
 
-def weights(checkpoint: Path) -> dict[str, Tensor]:
+def weights(checkpoint: Path, *, ema: bool = False) -> dict[str, Tensor]:
     """Return the module's whole state dict in `checkpoint`, on the CPU, in fp32: in other precisions what the optimizer steps.
 
-    Raises UserError for a file that holds more than tensors and plain values.
+    ema: the mean of the weights in their place, which of one that was never stepped is itself.
+    Raises UserError for a file that holds more than tensors and plain values, and if there is no mean that is asked for.
     """
     with understood(checkpoint):
         saved = Saved(checkpoint, read_state(checkpoint))
-        return {name: saved.whole(name, "weight") for name in saved.names}
+        means = {name for name in saved.names if ema and EMA in saved.state(name)}
+        if ema and not means:
+            remedy = "leave --ema out, or train with training.ema_decay"
+            raise UserError(f"{checkpoint} holds no mean of the weights, for which --ema asks; {remedy}")
+        return {name: saved.whole(name, EMA if name in means else "weight") for name in saved.names}

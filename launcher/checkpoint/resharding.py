@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.parallel.sharding import Partition, join_shards, partitions_of, shard_state_dict, take_shard
+from ..optim.ema import EMA
 from ..optim.slices import share_of_stage_3, slices_of
 from ..processes.topology import Topology
 from .files import listed, read_file
@@ -101,8 +102,8 @@ class Saved:
         return state
 
     def moments(self) -> set[str]:
-        """Return the names of the tensors that the optimizer kept of the parameters; empty before its first step."""
-        return {key for name in self.names for key in self.state(name)} - {"step"}
+        """Return the names of the moments that the optimizer kept of the parameters; empty before its first step."""
+        return {key for name in self.names for key in self.state(name)} - {"step", EMA}
 
     def model_file(self, tensor_rank: int) -> dict[str, Any]:
         """Return DeepSpeed's file of the module and the counters."""

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .errors import reported_errors
-from .options import RUN_HELP, DebugOption, IdOption, from_home
+from .options import RUN_HELP, DebugOption, EmaOption, IdOption, from_home
 
 
 def export(
@@ -14,6 +14,7 @@ def export(
     to: Annotated[Path, typer.Option(parser=from_home, metavar="DIR", help="The folder to write.")],
     checkpoint_id: IdOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export in that folder.")] = False,
+    ema: EmaOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Write a checkpoint as a folder that transformers loads: weights, config.json, tokenizer, model card."""
@@ -25,5 +26,5 @@ def export(
         from ..trained_models.pretrained import find_checkpoint
 
         checkpoint = find_checkpoint(run, checkpoint_id)
-        name = write(checkpoint, to, force=force)
-        typer.echo(f"{checkpoint} is now {to}, a {name}")
+        name = write(checkpoint, to, force=force, ema=ema)
+        typer.echo(f"{checkpoint} is now {to}, a {name}{', with the mean of the weights' if ema else ''}")

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from .errors import reported_errors
-from .options import DebugOption, IdOption, ModelOption
+from .options import DebugOption, EmaOption, IdOption, ModelOption
 
 
 def fill_mask(
@@ -13,6 +13,7 @@ def fill_mask(
     run: ModelOption,
     checkpoint_id: IdOption = None,
     top_k: Annotated[int, typer.Option(min=1, help="Symbols to show for each mask.")] = 5,
+    ema: EmaOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Let a BERT say what stands at the masks of a text, on the CPU."""
@@ -22,7 +23,7 @@ def fill_mask(
         quiet(debug)  # before anything that imports DeepSpeed
         from ..trained_models import sampling
 
-        title, model, tokenizer = sampling.open_model(run, checkpoint_id, "fill-mask")
+        title, model, tokenizer = sampling.open_model(run, checkpoint_id, "fill-mask", ema=ema)
         typer.echo(title, err=True)
         masks = sampling.fill_mask(model, tokenizer, text, top_k)  # type: ignore[arg-type]
         for number, candidates in enumerate(masks, start=1):

@@ -48,6 +48,10 @@ IdOption = Annotated[
     str | None, typer.Option("--id", help="A checkpoint id, or a prefix that fits one; default latest.")
 ]
 
+EmaOption = Annotated[
+    bool, typer.Option("--ema", help="The mean of the weights, of a run with training.ema_decay, in their place.")
+]
+
 ModelOption = Annotated[
     Path,
     typer.Option(

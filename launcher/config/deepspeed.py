@@ -140,6 +140,9 @@ def _zero_faults(config: RunConfig, zero: Mapping[str, Any]) -> Iterator[tuple[s
         offload = _section(zero, name)
         if offload.get("device") == "nvme" and not offload.get("nvme_path"):
             yield f"zero_optimization.{name}.nvme_path", "is missing; device nvme needs a folder on such a disk"
+        if offload.get("device") == "nvme" and config.training.ema_decay is not None:
+            why = f"the weights of training.ema_decay {config.training.ema_decay} must stay in memory"
+            yield f"zero_optimization.{name}.device", f"got 'nvme', but {why}; set cpu, or ema_decay null"
 
 
 def _equal(theirs: Any, ours: Any) -> bool:

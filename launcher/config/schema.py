@@ -86,6 +86,9 @@ class TrainingConfig(Section):
     is all of a layer but its input, for the time of a second forward pass. docs/memory.md has the bytes."""
     gradient_clipping: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0 for no clipping."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep an exponential mean of the weights too, of which each step keeps this share: 0.999 is a mean over some 1,000 steps.
+    Validation measures it beside the weights, and export, sample and fill-mask take it with --ema."""
 
 
 def length_key(training: TrainingConfig) -> str:

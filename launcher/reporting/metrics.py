@@ -137,11 +137,15 @@ class RunLog:
         self._on_bar(lambda bar: bar.write(line, file=sys.stderr))
 
     def log_evaluation(self, step: int, samples: int, losses: Mapping[str, float]) -> None:
-        """Write one row, one point per series and one line for validation losses: "loss", and its parts by name."""
+        """Write one row, one point per series and one line for validation losses.
+
+        losses: "loss", its parts by name, and "ema", the loss with the mean of the weights, if there is one.
+        """
         self._write_row({"step": step, "samples": samples} | {f"val_{name}": value for name, value in losses.items()})
         self._draw(lambda boards: boards.add_evaluation(step, losses))
-        parts = {name: value for name, value in losses.items() if name != "loss"}
-        self.say(step, f"held-out {_loss_text(losses['loss'], parts)}")
+        parts = {name: value for name, value in losses.items() if name not in {"loss", "ema"}}
+        of_mean = f" | ema {losses['ema']:.3f}" if "ema" in losses else ""
+        self.say(step, f"held-out {_loss_text(losses['loss'], parts)}{of_mean}")
 
     def close(self) -> None:
         """Bring everything to the disk. The bar, if there is one, stays as it is."""

@@ -20,13 +20,14 @@ WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 
 
-def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
+def export(checkpoint: Path, folder: Path, *, force: bool, ema: bool = False) -> str:
     """Write the model of `checkpoint` to `folder`, and return the name of its class in transformers.
 
     The folder comes into being whole or not at all; one that is there keeps its other files. The vocabulary ends with the last
     symbol of the tokenizer: rows that only fill it up are cut off. force: replace the files of the same names in `folder`.
-    Raises UserError if the checkpoint is damaged, no class of transformers computes its model, or `folder` holds files;
-    RefusedError if it cannot be written.
+    ema: write the mean of the weights in their place.
+    Raises UserError if the checkpoint is damaged or has no such mean, no class of transformers computes its model, or `folder`
+    holds files; RefusedError if it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--to={folder} is a file; name a folder")
@@ -35,7 +36,7 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
         raise UserError(f"--to={folder} holds files already; {remedy}")
     from safetensors import SafetensorError
 
-    trained = from_checkpoint(checkpoint)
+    trained = from_checkpoint(checkpoint, ema=ema)
     assert trained.tokenizer is not None, "every checkpoint has its tokenizer"
     try:
         config = config_json(trained.model, trained.tokenizer, trained.sentence_task)
@@ -44,7 +45,7 @@ def export(checkpoint: Path, folder: Path, *, force: bool) -> str:
     state = to_huggingface(trained.weights, trained.model, config)
     config["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     run = read_run(checkpoint)
-    card = model_card(checkpoint, run, config, state)
+    card = model_card(checkpoint, run, config, state, ema=ema)
 
     try:
         with whole_folder(folder) as partial:

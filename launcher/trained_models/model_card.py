@@ -25,14 +25,18 @@ def read_run(checkpoint: Path) -> RunConfig:
     return load_config(checkpoint / _RUN_CONFIG_FILE, world_size=world_size).config
 
 
-def model_card(checkpoint: Path, run: RunConfig, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> str:
+def model_card(
+    checkpoint: Path, run: RunConfig, config: Mapping[str, Any], state: Mapping[str, Tensor], *, ema: bool = False
+) -> str:
     """Return the text of the model card. run: of the checkpoint. config: of config.json. state: what is exported.
+
+    ema: whether that is the mean of the weights.
 
     What the run directory around the checkpoint no longer has (metrics, versions) is left out.
     """
     saved = store.read_state(checkpoint)
     name, form = config["architectures"][0], RECIPES[run.model.type].transformers
-    facts = "\n".join(f"| {label} | {text} |" for label, text in _facts(checkpoint, saved, run, config, state))
+    facts = "\n".join(f"| {label} | {text} |" for label, text in _facts(checkpoint, saved, run, config, state, ema=ema))
     return f"""\
 ---
 library_name: transformers
@@ -67,10 +71,18 @@ The vocabulary is the tokenizer's {config["vocab_size"]:,} symbols; rows that fi
 
 
 def _facts(
-    checkpoint: Path, saved: Mapping[str, Any], run: RunConfig, config: Mapping[str, Any], state: Mapping[str, Tensor]
+    checkpoint: Path,
+    saved: Mapping[str, Any],
+    run: RunConfig,
+    config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    *,
+    ema: bool,
 ) -> Iterator[tuple[str, str]]:
     engine, model, data = saved["engine"], run.model, run.data
     yield "parameters", f"{sum(tensor.numel() for tensor in state.values()):,}, {config['torch_dtype']}"
+    if ema:
+        yield "weights", f"their exponential mean over the steps, training.ema_decay {run.training.ema_decay}"
     yield "model", ", ".join(_geometry(model))
     yield "length", f"up to {model.max_position_embeddings:,} tokens; trained on up to {data.max_seq_length:,}"
     yield "objective", RECIPES[model.type].transformers.objective(run.objective)
@@ -134,3 +146,5 @@ def _losses(metrics: Path, step: int) -> Iterator[tuple[str, str]]:
             parts = {part: row.get(prefix + part) for part in ("mlm", "nsp", "sop")}
             shown = ", ".join(f"{part} {loss:.4f}" for part, loss in parts.items() if loss is not None)
             yield label, f"{row[f'{prefix}loss']:.4f}{f' ({shown})' if shown else ''} at step {row['step']:,}"
+        if row.get("val_ema") is not None:
+            yield "held-out loss of the mean", f"{row['val_ema']:.4f} at step {row['step']:,}"

@@ -57,15 +57,18 @@ class Pretrained:
         return module.eval()
 
 
-def from_checkpoint(checkpoint: Path) -> Pretrained:
-    """Return the model of a checkpoint of any ZeRO stage and number of processes. Raises UserError if it is damaged."""
+def from_checkpoint(checkpoint: Path, *, ema: bool = False) -> Pretrained:
+    """Return the model of a checkpoint of any ZeRO stage and number of processes.
+
+    ema: with the mean of its weights. Raises UserError if the checkpoint is damaged, or has no mean that is asked for.
+    """
     state = store.read_state(checkpoint)
     store.refuse_damaged(checkpoint, store.damage(checkpoint, state["files"]))
     facts = dict(state["model"])
     with understood(checkpoint):
         task = facts.pop("sentence_task")
         tokenizer = load_tokenizer(checkpoint / "tokenizer")
-        found = Pretrained(ModelConfig(**facts), task, checkpoint_weights(checkpoint), tokenizer)
+        found = Pretrained(ModelConfig(**facts), task, checkpoint_weights(checkpoint, ema=ema), tokenizer)
         _check_layers(found.model, found.weights)
         _check_weights(found.model, task, found.weights)
     return found
@@ -105,17 +108,20 @@ def from_folder(folder: Path) -> Pretrained:
     return Pretrained(model, task, weights, tokenizer, tuple(left_out))
 
 
-def open_pretrained(path: Path, checkpoint_id: str | None) -> tuple[Pretrained, str]:
+def open_pretrained(path: Path, checkpoint_id: str | None, *, ema: bool = False) -> tuple[Pretrained, str]:
     """Return what `--run` and `--id` mean, and where it was found: an exported folder, a run directory or a checkpoint of one.
 
-    Raises UserError if there is none.
+    ema: as for `from_checkpoint`. Raises UserError if there is none.
     """
     if (path / CONFIG_FILE).is_file():
         if checkpoint_id is not None:
             raise UserError(f"--id={checkpoint_id}: {path} is an exported model, which has no checkpoints; remove --id")
+        if ema:
+            text = f"--ema: {path} is an exported model, which has one set of weights; remove --ema, or export with it"
+            raise UserError(text)
         return from_folder(path), str(path)
     checkpoint = find_checkpoint(path, checkpoint_id)
-    return from_checkpoint(checkpoint), str(checkpoint)
+    return from_checkpoint(checkpoint, ema=ema), f"{checkpoint}{', mean of the weights' if ema else ''}"
 
 
 def find_checkpoint(run: Path, checkpoint_id: str | None) -> Path:

@@ -17,12 +17,14 @@ from .pretrained import open_pretrained
 MASK = "[MASK]"
 
 
-def open_model(run: Path, checkpoint_id: str | None, command: str) -> tuple[str, nn.Module, RunTokenizer]:
-    """Return a line that says which model `--run` and `--id` name, the model and its tokenizer.
+def open_model(
+    run: Path, checkpoint_id: str | None, command: str, *, ema: bool = False
+) -> tuple[str, nn.Module, RunTokenizer]:
+    """Return a line that says which model `--run`, `--id` and `--ema` name, the model and its tokenizer.
 
     Raises UserError if another command than this one is for its type, or it has no tokenizer.
     """
-    trained, place = open_pretrained(run, checkpoint_id)
+    trained, place = open_pretrained(run, checkpoint_id, ema=ema)
     model = trained.model
     own = RECIPES[model.type].command
     if own != command:

@@ -11,6 +11,7 @@ from ...recipes.data.stream import SampleStream
 from ..checkpoint import store
 from ..checkpoint.saving import CheckpointSaver
 from ..config.file import plain_values
+from ..optim.ema import mean_in_model
 from ..optim.engine import set_batch, set_learning_rate
 from ..processes import console
 from ..processes.agreement import agreed
@@ -40,6 +41,9 @@ class Tally:
     steps: int = 0
     """Steps of this start, without those before a resume; likewise samples."""
     samples: int = 0
+    ema_loss: float | None = None
+    """The last validation loss of the mean of the weights, and the step that it was measured at."""
+    ema_step: int = 0
 
 
 def train(setup: Setup, progress: Progress) -> Tally:
@@ -185,7 +189,8 @@ def _evaluated(setup: Setup, validation: SampleStream, log: RunLog | None, tally
 
     if log is not None:
         log.evaluation_begins(tally.progress.step)
-    parts = evaluate(
+    measure = partial(
+        evaluate,
         setup.engine,
         validation,
         setup.loss_counts,
@@ -194,10 +199,18 @@ def _evaluated(setup: Setup, validation: SampleStream, log: RunLog | None, tally
         setup.config.eval.batches,
         goes_on,
     )
+    parts = measure()
     if parts is None:
         return False
     losses = {"loss": sum(parts.values())} | (parts if len(parts) > 1 else {})
     progress = tally.progress
+    if setup.config.training.ema_decay is not None:
+        with mean_in_model(setup.engine, setup.topology):
+            parts = measure()
+        if parts is None:
+            return False
+        losses["ema"] = sum(parts.values())
+        tally.ema_loss, tally.ema_step = losses["ema"], progress.step
     if losses["loss"] < (math.inf if progress.best_loss is None else progress.best_loss):
         tally.progress = replace(progress, best_loss=losses["loss"], best_step=progress.step)
     if log is not None:

@@ -25,6 +25,7 @@ from ..config.deepspeed import Precision, deepspeed_config
 from ..config.loading import LoadedConfig
 from ..config.phases import Phase, Phases
 from ..config.schema import RunConfig, schedule_of
+from ..optim.ema import keep_mean
 from ..optim.engine import build_engine, check_deepspeed_config, zero_stage
 from ..optim.optimizer import build_optimizer
 from ..optim.schedule import learning_rate
@@ -279,6 +280,8 @@ def _build(
     )
     agreed(topology, lambda: start.fill(module, model))
     optimizer = build_optimizer(module, config.optimizer, topology.tensor_group, dtype)
+    if config.training.ema_decay is not None:
+        keep_mean(optimizer, config.training.ema_decay)
     return build_engine(module, optimizer, ds_config, topology), optimizer
 
 

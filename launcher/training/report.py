@@ -75,7 +75,7 @@ def startup_report(
         ("sources", _shares_text(config, data)),
         ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols"),
         ("steps", _steps_text(setup, progress)),
-        ("optimizer", _optimizer_text(config.optimizer, setup.precision)),
+        ("optimizer", _optimizer_text(config.optimizer, setup.precision) + _ema_text(config)),
         ("schedule", _schedule_text(config, phases.schedule(phases.start, setup.total_steps)[1])),
         *_phase_lines(setup),
         ("saves", _checkpoint_text(config.checkpoint)),
@@ -102,6 +102,7 @@ def closing_summary(setup: "Setup", tally: "Tally", wall_time_s: float) -> str:
         ("time", f"{duration(wall_time_s)}, {duration(training_time_s)} of it in steps"),
         ("speed", f"{speed} sequences/s on average"),
         ("held-out", best),
+        ("ema", "" if tally.ema_loss is None else f"loss {tally.ema_loss:.4f} at step {tally.ema_step:,}"),
         ("checkpoint", tally.saved_id or "none"),
         ("output", root),
     ]
@@ -195,6 +196,13 @@ def _optimizer_text(optimizer: OptimizerConfig, precision: Precision) -> str:
         text += ", betas {:g} {:g}".format(*optimizer.betas)
     text += f", weight decay {optimizer.weight_decay:g}{OPTIMIZERS[optimizer.type].text(optimizer, precision)}"
     return text if optimizer.bias_correction else f"{text}, no bias correction"
+
+
+def _ema_text(config: RunConfig) -> str:
+    decay = config.training.ema_decay
+    if decay is None:
+        return ""
+    return f"; mean of the weights with decay {decay:g}, over some {1 / (1 - decay):,.0f} steps"
 
 
 def _schedule_text(config: RunConfig, total_steps: int | None, first: int = 0) -> str:

@@ -20,6 +20,7 @@ from ..checkpoint import loading, store
 from ..config.batch import BatchPlan
 from ..config.deepspeed import Precision
 from ..config.schema import RunConfig
+from ..optim.ema import restored_mean
 from ..optim.optimizer import moments_of
 from ..processes import console
 from ..processes.agreement import agreed, by_main
@@ -191,13 +192,14 @@ class NextPhase(FromCheckpoint):
         if not loading.load(engine, self.checkpoint, model, self.topology):
             random = "new random state, for another number of processes"
             _seed_dropout(self.config, self.topology, progress.step)
+        mean = restored_mean(engine.basic_optimizer, kept=self.config.training.ema_decay is not None)
         data = f"data at sample {progress.position:,}" if progress.position else "new data"
         clock = "schedule restarted" if progress.phase_start == progress.step else "schedule continued"
         if self.config.load.decay and progress.phase_start == progress.step:
             clock = f"decay branched off step {self.step:,} of {self.checkpoint.parent.parent.name}"
         now, then = batch.train_batch_size, self.state.get("train_batch_size", batch.train_batch_size)
         sizes = "" if now == then else f", {now} sequences per step instead of {then}"
-        self.text = f"{self.checkpoint} (weights, optimizer, {random}; {data}, {clock}{sizes})"
+        self.text = f"{self.checkpoint} (weights, optimizer{mean}, {random}; {data}, {clock}{sizes})"
 
 
 class Continued(NextPhase):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from distributed.workers.runs import runs_worker
 from helpers.runs import BERT, GPT, LLAMA, MODERNBERT, losses, metrics, write_config
 from helpers.spawn import free_port, run_processes
@@ -20,6 +21,9 @@ SAME = {  # without dropout, the number of processes changes nothing but the ord
     "schedule__total_steps": None,
     "optimizer__lr": 0.01,
     "checkpoint__keep_last": None,
+    "training__ema_decay": 0.75,
+    "data__validation_fraction": 0.2,
+    "eval__batches": 4,
 }
 # (processes, tensor-parallel size, ZeRO stage) of each part of a run, of three steps each
 CHAIN = [(2, 1, 0), (1, 1, 1), (4, 2, 3), (2, 1, 2)]
@@ -27,8 +31,9 @@ STEPS = 3
 
 
 LAMB = {"optimizer__type": "lamb", "training__gradient_clipping": 0.5}
+MUON = {"optimizer__type": "muon", "training__gradient_clipping": 0.5}
 BF16 = {"training__precision": "bf16"}
-MODELS = {"bert": (BERT, LAMB), "gpt": (GPT, BF16), "modernbert": (MODERNBERT, LAMB), "llama": (LLAMA, BF16)}
+MODELS = {"bert": (BERT, LAMB), "gpt": (GPT, BF16), "modernbert": (MODERNBERT, MUON), "llama": (LLAMA, BF16)}
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +59,21 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ["bert", "modernbert"])
 def test_a_chain_of_resumes_trains_as_one_straight_run(folder, name):
-    """Losses depend on weights and moments of all steps before, of LAMB on whole tensors."""
+    """Losses depend on weights and moments of all steps before, of LAMB and Muon on whole tensors."""
     ours, theirs = (folder / "runs" / f"{name}_{kind}" for kind in ("chain", "straight"))
     assert sorted(losses(ours)) == list(range(1, STEPS * len(CHAIN) + 1))
     # fp32 sums in another order, fed back through the optimizer
     assert losses(ours) == pytest.approx(losses(theirs), rel=1e-4)
     norms = [[row["grad_norm"] for row in metrics(run) if "grad_norm" in row] for run in (ours, theirs)]
     assert norms[0] == pytest.approx(norms[1], rel=2e-3)
+
+
+@pytest.mark.parametrize(("name", "rel"), [("bert", 1e-4), ("modernbert", 1e-4), ("gpt", 5e-3), ("llama", 5e-3)])
+def test_the_mean_of_the_weights_goes_through_a_chain(folder, name, rel):
+    """The last evaluation of both is by a process that holds all of it."""
+    ours, theirs = (metrics(folder / "runs" / f"{name}_{kind}")[-1] for kind in ("chain", "straight"))
+    assert ours["val_ema"] == pytest.approx(theirs["val_ema"], rel=rel)
+    assert ours["val_ema"] != pytest.approx(ours["val_loss"], rel=10 * rel)
 
 
 @pytest.mark.parametrize("name", ["gpt", "llama"])
@@ -90,3 +103,5 @@ def test_fp32_weights_of_a_bf16_run_are_loaded_bit_for_bit(folder, name):
     for parameter in source.names:
         assert copy.whole(parameter, "weight").equal(source.whole(parameter, "weight").float()), parameter
         assert int(copy.state(parameter)["step"]) == int(source.state(parameter)["step"]) + 1
+        mean = torch.lerp(source.whole(parameter, "ema"), source.whole(parameter, "weight"), 0.25)
+        torch.testing.assert_close(copy.whole(parameter, "ema"), mean, rtol=0, atol=1e-8)
