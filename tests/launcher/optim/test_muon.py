@@ -123,12 +123,37 @@ def test_a_matrix_of_rank_two_becomes_two_directions_and_one_of_zeros_stays_zero
     assert empty.shape == (0, 30)
 
 
+@pytest.mark.parametrize("decay", [0, 2, 6])
+@pytest.mark.parametrize("steps", [1, 4, 5])
+def test_iterations_of_long_matrices_that_share_a_product_are_as_exact_as_plain_ones(decay, steps):
+    """Singular values fall by 10^-decay; the plain iterations are written out here, and in fp64 once more."""
+    generator = torch.Generator().manual_seed(7)
+    u, v = (torch.linalg.qr(torch.randn(n, 70, generator=generator, dtype=torch.float64))[0] for n in (70, 150))
+    matrix = u @ torch.diag(10 ** -(decay * torch.linspace(0, 1, 70, dtype=torch.float64))) @ v.T
+
+    def plain(x):
+        x = x / x.norm()
+        for _ in range(steps):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        return x
+
+    def error(x):
+        return (x.double() - exact).norm() / exact.norm()
+
+    exact = plain(matrix)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.06)):
+        (ours,) = orthogonalize([matrix.to(dtype)], steps)
+        assert error(ours) < max(tolerance, 2 * error(plain(matrix.to(dtype))))
+        assert torch.linalg.matrix_norm(ours.float(), 2) < 1.3
+
+
 def test_matrices_of_one_shape_together_have_the_bits_of_each_alone():
     """So it does not matter which matrices a process happens to step together."""
     generator = torch.Generator().manual_seed(6)
     for dtype in (torch.float32, torch.bfloat16):
-        matrices = [torch.randn(40, 24, generator=generator).to(dtype) for _ in range(5)]
-        matrices += [torch.randn(24, 40, generator=generator).to(dtype)]
+        matrices = [torch.randn(150, 70, generator=generator).to(dtype) for _ in range(5)]
+        matrices += [torch.randn(shape, generator=generator).to(dtype) for shape in ((70, 150), (70, 90), (70, 90))]
         together = orthogonalize(matrices, 5)
         assert all(torch.equal(orthogonalize([m], 5)[0], t) for m, t in zip(matrices, together, strict=True))
 
