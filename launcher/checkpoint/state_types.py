@@ -22,7 +22,7 @@ def is_ours(state: dict[str, Any]) -> bool:
         and all(state.get(key) is None or _is_number(state[key]) for key in ("best_loss", "max_hours"))
         and _is_guard(state.get("guard", {}))
         and isinstance(state.get("phases", []), list)
-        and all(isinstance(phase, dict) and _is_count(phase.get("first"), 1) for phase in state.get("phases", []))
+        and all(map(_is_phase, state.get("phases", [])))
         and isinstance(state["model"], dict)
         and isinstance(run, dict)
         and all(_is_count(run.get(key), least) for key, least in _ENGINE_COUNTS.items())
@@ -53,6 +53,13 @@ def _is_guard(value: Any) -> bool:
         and all(map(_is_number, value.get("losses", [])))
         and isinstance(value.get("in_spike", False), bool)
     )
+
+
+def _is_phase(value: Any) -> bool:
+    """Return whether a value is such as `Phases.begun` gives it."""
+    whole = isinstance(value, dict) and _is_count(value.get("first"), 1) and isinstance(value.get("changes"), dict)
+    data = value["changes"].get("data", {}) if whole else None
+    return isinstance(data, dict) and _is_count(data.get("max_seq_length", 1), 1)
 
 
 def _is_inside(name: str) -> bool:

@@ -29,9 +29,9 @@ class Phase:
     """The step at which the clock of its schedule stands at 0."""
 
     @property
-    def key(self) -> str:
-        """Return what stands before a key of the run config that the phase may have changed, in an error."""
-        return f"phases.{self.number - 1}." if self.number else ""
+    def since(self) -> str:
+        """Return in words where a value of its config holds, for an error."""
+        return f" from phases.{self.number - 1} on" if self.number else ""
 
 
 class Phases:

@@ -13,7 +13,7 @@ from ...recipes.config import ModelConfig
 from ...recipes.data.cache import whole_folder
 from ...recipes.data.run_tokenizer import RunTokenizer
 from ...recipes.transformers_format.convert import config_json, to_huggingface
-from .model_card import model_card, read_run
+from .model_card import model_card, read_run, trained_length
 from .pretrained import CONFIG_FILE, Pretrained, from_checkpoint
 
 WEIGHTS_FILE = "model.safetensors"
@@ -49,7 +49,7 @@ def export(checkpoint: Path, folder: Path, *, force: bool, ema: bool = False) ->
 
     try:
         with whole_folder(folder) as partial:
-            _write(partial, trained, state, config, run.data.max_seq_length)
+            _write(partial, trained, state, config, trained_length(checkpoint, run))
             (partial / CARD_FILE).write_text(card, encoding="utf-8")
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -59,9 +59,9 @@ def export(checkpoint: Path, folder: Path, *, force: bool, ema: bool = False) ->
 
 
 def _write(
-    folder: Path, trained: Pretrained, state: dict[str, Tensor], config: dict[str, Any], trained_length: int
+    folder: Path, trained: Pretrained, state: dict[str, Tensor], config: dict[str, Any], most_tokens: int
 ) -> None:
-    """Write all files but the card. state, config: of the model in transformers. trained_length: tokens of a sample."""
+    """Write all files but the card. state, config: of the model in transformers. most_tokens: of a sample."""
     from safetensors.torch import save_file
 
     _write_json(folder / CONFIG_FILE, config)
@@ -72,10 +72,10 @@ def _write(
     if generation:
         ids = {key: trained.tokenizer.special_id(name) for key, name in generation.items()}
         _write_json(folder / "generation_config.json", ids)
-    _write_tokenizer(folder, trained.tokenizer, trained.model, trained_length)
+    _write_tokenizer(folder, trained.tokenizer, trained.model, most_tokens)
 
 
-def _write_tokenizer(folder: Path, tokenizer: RunTokenizer, model: ModelConfig, trained_length: int) -> None:
+def _write_tokenizer(folder: Path, tokenizer: RunTokenizer, model: ModelConfig, most_tokens: int) -> None:
     """Write the files of a tokenizer that adds the special tokens to a text that the recipe adds to its samples."""
     copy = tokenizer.reader()
     form = RECIPES[model.type].transformers
@@ -87,7 +87,7 @@ def _write_tokenizer(folder: Path, tokenizer: RunTokenizer, model: ModelConfig, 
     _write_json(folder / "special_tokens_map.json", specials)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": trained_length,  # positions beyond it have not been trained
+        "model_max_length": most_tokens,  # positions beyond it have not been trained
         "padding_side": form.padding_side,
         "model_input_names": form.written_as(model).inputs,
         "clean_up_tokenization_spaces": False,

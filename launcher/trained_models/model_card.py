@@ -25,6 +25,12 @@ def read_run(checkpoint: Path) -> RunConfig:
     return load_config(checkpoint / _RUN_CONFIG_FILE, world_size=world_size).config
 
 
+def trained_length(checkpoint: Path, run: RunConfig) -> int:
+    """Return the most tokens of a sample in the phases that had begun when a checkpoint was saved."""
+    begun = [phase["changes"].get("data", {}) for phase in store.read_state(checkpoint).get("phases", [])]
+    return max([run.data.max_seq_length, *(data.get("max_seq_length", 0) for data in begun)])
+
+
 def model_card(
     checkpoint: Path, run: RunConfig, config: Mapping[str, Any], state: Mapping[str, Tensor], *, ema: bool = False
 ) -> str:
@@ -84,12 +90,17 @@ def _facts(
     if ema:
         yield "weights", f"their exponential mean over the steps, training.ema_decay {run.training.ema_decay}"
     yield "model", ", ".join(_geometry(model))
-    yield "length", f"up to {model.max_position_embeddings:,} tokens; trained on up to {data.max_seq_length:,}"
+    yield (
+        "length",
+        f"up to {model.max_position_embeddings:,} tokens; trained on up to {trained_length(checkpoint, run):,}",
+    )
     yield "objective", RECIPES[model.type].transformers.objective(run.objective)
     yield "started from", run.model.init_from or run.load.path or "new weights"
     given = (source.model_dump(mode="json", exclude_defaults=True) for source in data.sources)
     yield "data", "; ".join(f"`{json.dumps(source, ensure_ascii=False)}`" for source in given)
     yield "steps", f"{saved['step']:,}, {saved['samples']:,} samples"
+    for phase in saved.get("phases", []):
+        yield f"from step {phase['first']:,}", f"`{json.dumps(phase['changes'])}`"
     yield "optimizer", f"{run.optimizer.type}, lr {run.optimizer.lr:g}, schedule {run.schedule.type}"
     yield (
         "processes",

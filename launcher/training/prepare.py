@@ -249,7 +249,7 @@ def _open_samples(phase: Phase, topology: Topology, tokenizer: RunTokenizer, sto
 
     def check() -> None:
         if data.train.num_samples < batch.train_batch_size:
-            what = f"fewer than {phase.key}training.train_batch_size={batch.train_batch_size:,}"
+            what = f"fewer than training.train_batch_size={batch.train_batch_size:,}{phase.since}"
             held = f"data.sources hold {data.train.num_samples:,} training {data.sizes.unit}, {what}"
             raise UserError(f"{held}; add text or make the batch smaller")
         if len(set(fingerprints)) > 1:
@@ -289,7 +289,7 @@ def _check_ends(plan: Phases, end: int | None) -> None:
     """Raise UserError if a phase begins where the run has ended, which is known before only of training.max_steps."""
     last = plan.all[-1]
     if end is not None and last.number and last.first >= end:
-        what = f"{last.key}from_step={last.first:,} must be before the run ends, at step {end:,}"
+        what = f"phases.{last.number - 1}.from_step={last.first:,} must be before the run ends, at step {end:,}"
         raise UserError(f"{what}; let the run be longer, or remove the phase")
 
 

@@ -76,7 +76,7 @@ def _less_memory(config: RunConfig, topology: Topology) -> str:
     most = max(phases, key=lambda phase: phase.batch.micro_batch_size * phase.config.data.max_seq_length)
     micro, length, training = most.batch.micro_batch_size, most.config.data.max_seq_length, config.training
     return (
-        f"lower {most.key}training.micro_batch_size {micro} or {most.key}data.max_seq_length {length}, set "
+        f"lower training.micro_batch_size {micro} or data.max_seq_length {length}{most.since}, set "
         f"training.activation_checkpointing, which is {training.activation_checkpointing}, or the flags gelu_checkpoint, "
         "attn_dropout_checkpoint and normalize_invertible of layer: docs/memory.md has the bytes"
     )

@@ -1,4 +1,4 @@
-"""Runs of two processes whose micro-batches, batch and samples change on the way, at every ZeRO stage; gloo."""
+"""Runs of several processes whose micro-batches, batch and samples change on the way, at every ZeRO stage; gloo."""
 
 import shutil
 
@@ -26,6 +26,7 @@ RUNS = {
     "stage1": ("deepspeed.zero_optimization.stage=1",),
     "stage2": ("deepspeed.zero_optimization.stage=2",),
     "stage3": ("deepspeed.zero_optimization.stage=3",),
+    "shared": ("parallel.tensor=2", "training.micro_batch_size=4"),
     "bf16": ("deepspeed.zero_optimization.stage=2", "training.precision=bf16"),
     "bf16 at stage 0": ("deepspeed.zero_optimization.stage=0", "training.precision=bf16"),
 }
@@ -53,7 +54,7 @@ def folder(tmp_path_factory):
     two = [(file, [f"name={name}", *sets], False, free_port()) for name, sets in RUNS.items()]
     resumed = []
     printed = [text for size, runs in ((1, one), (2, two)) for text in run_processes(runs_worker, size, size, runs)[0]]
-    for (name, sets), cut in zip(RUNS.items(), (*CUTS, 4, 5), strict=True):
+    for (name, sets), cut in zip(RUNS.items(), (*CUTS, 4, 4, 5), strict=True):
         copy = path / "runs" / f"{name} resumed"
         shutil.copytree(path / "runs" / name, copy)
         for step in range(cut + 1, 10):
@@ -72,7 +73,7 @@ def rows(run):
 
 def test_two_processes_take_the_samples_and_losses_of_one_at_every_stage(folder):
     assert [row["samples"] for row in rows(folder / "one") if row["loss"]] == [4, 8, 16, 24, 36, 48, 60, 68, 76]
-    for stage in ("stage0", "stage1", "stage2", "stage3"):
+    for stage in ("stage0", "stage1", "stage2", "stage3", "shared"):
         assert [row["samples"] for row in rows(folder / stage)] == [row["samples"] for row in rows(folder / "one")]
         # fp32 sums in another order, fed back through Adam
         assert losses(folder / stage) == pytest.approx(losses(folder / "one"), rel=2e-5)

@@ -339,6 +339,10 @@ def test_a_broken_state_file_is_refused(tmp_path, content):
         {"guard": {"losses": ["low"]}},
         {"guard": {"rollbacks": 1.5}},
         {"guard": {"in_spike": "no"}},
+        {"phases": {}},
+        {"phases": [{"first": 0, "changes": {}}]},
+        {"phases": [{"first": 4}]},
+        {"phases": [{"first": 4, "changes": {"data": {"max_seq_length": "long"}}}]},
     ],
 )
 def test_what_the_loop_remembers_is_of_its_types(tmp_path, forged):

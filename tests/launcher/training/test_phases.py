@@ -1,5 +1,6 @@
 """Runs whose batch, samples and schedule change on the way: exact resume, and what two chained runs do in their place."""
 
+import json
 import shutil
 
 import pytest
@@ -8,6 +9,7 @@ from helpers.runs import BERT, GPT, MODERNBERT, PACKED, losses, merged, metrics,
 from helpers.whole_runs import start
 
 from xformer_train.kernels.errors import UserError
+from xformer_train.launcher.trained_models.export import export
 from xformer_train.launcher.training import loop
 from xformer_train.launcher.training.non_finite import RollBack
 
@@ -194,3 +196,23 @@ def test_a_length_in_tokens_or_epochs_counts_each_phase_by_its_own_samples(tmp_p
         UserError, match=r"phases.0.from_step=30 must be before the run ends, at step \d+; let the run be longer"
     ):
         start(path, "name=other")
+
+
+def test_an_export_takes_texts_as_long_as_the_phases_that_its_checkpoint_has_seen(tmp_path):
+    phases = [{"from_step": 2, "data": {"max_seq_length": 64}}, {"from_step": 4, "data": {"max_seq_length": 16}}]
+    path = write_config(
+        tmp_path,
+        phases=phases,
+        training__max_steps=5,
+        schedule__total_steps=None,
+        checkpoint__save_every_steps=1,
+        checkpoint__keep_last=None,
+    )
+    start(path)
+    for step, length in ((2, 32), (3, 64), (5, 64)):
+        folder = tmp_path / f"export{step}"
+        export(tmp_path / "runs" / "run" / "checkpoints" / f"step{step:08d}", folder, force=False)
+        assert json.loads((folder / "tokenizer_config.json").read_text())["model_max_length"] == length
+        assert f"trained on up to {length} |" in (folder / "README.md").read_text()
+    card = (folder / "README.md").read_text()
+    assert '| from step 2 | `{"data": {"max_seq_length": 64}}` |' in card
