@@ -32,7 +32,10 @@ def rms_norm(z: Tensor, weight: Tensor, eps: float, out: Tensor | None = None) -
 
 
 def norm_gradients(dy: Tensor, saved: Saved, kind: Norm, inverted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return the gradients of z (T, H), weight and bias (H,), in fp32 or wider; dy: (T, H)."""
+    """Return the gradients of z (T, H), weight and bias (H,), in fp32 or wider; dy: (T, H).
+
+    Those of weight and bias are not torch's own, whose bits depend on the number of threads, which may change in a run.
+    """
     kept, mean, rstd, weight, norm_bias, *_ = saved
     wide = torch.promote_types(kept.dtype, torch.float32)
     z, scale, b = kept.to(wide), weight.to(wide), None if norm_bias is None else norm_bias.to(wide)
@@ -42,9 +45,11 @@ def norm_gradients(dy: Tensor, saved: Saved, kind: Norm, inverted: bool) -> tupl
         z = z / scale if norm_bias is None else (z - norm_bias).div_(scale)
         unit = torch.ones_like(rstd)
     mean = torch.zeros_like(rstd) if mean is None else mean
-    dz, dweight, dnorm_bias = torch.ops.aten.native_layer_norm_backward(
-        dy, z, weight.shape, mean[:, None], unit[:, None], scale, b, [True, True, b is not None]
+    dz, *_ = torch.ops.aten.native_layer_norm_backward(
+        dy, z, weight.shape, mean[:, None], unit[:, None], scale, b, [True, False, False]
     )
+    dweight = unit[None].mm(torch.sub(z, mean[:, None]).mul_(dy))[0]
+    dnorm_bias = None if b is None else dy.sum(0)
     if kind == "rms_norm":  # LayerNorm's takes mean(w) away, which has no part in this one
         dz.add_(dy.mv(scale).mul_(unit).div_(z.shape[1])[:, None])
     return dz.mul_(rstd[:, None]) if inverted else dz, dweight, dnorm_bias
