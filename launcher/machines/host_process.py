@@ -82,12 +82,13 @@ def _start_guard(session: int) -> tuple[int, int]:
 
 
 def _environment(order: dict[str, Any]) -> dict[str, str]:
-    """Return the command's variables: this machine's, changed by the order, and one thread per core for all processes here."""
+    """Return the command's variables: this machine's, changed by the order, and a share of the cores for each process."""
     environment = {**os.environ, **order["environment"]}
     for name in _RANK_VARIABLES:
         environment.pop(name, None)  # the launcher sets them, and by them its processes are known
     cores = len(os.sched_getaffinity(0))
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // order["processes"])))
+    if order["processes"] > 1:  # a process alone has all cores without it, and may then use fewer of them
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores // order["processes"])))
     return environment
 
 

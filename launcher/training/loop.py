@@ -88,6 +88,7 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
                 watch.step_ends(result.totals, size, size * phase.config.data.max_seq_length)
                 if log is not None:
                     log.step_taken(progress.step)
+                setup.threads.step_taken()
                 watchdog.at("log")
                 diagnose = partial(not_finite_places, setup.engine, data, topology)
                 guard.check_step(setup.engine, progress.step, samples, diagnose)
@@ -185,6 +186,7 @@ def _evaluated(setup: Setup, validation: SampleStream, log: RunLog | None, tally
 
     def goes_on() -> bool:
         setup.watchdog.at("evaluate")  # for each micro-batch: the whole may take longer than a hang is waited for
+        setup.threads.look()
         return not setup.stop.agreed()
 
     if log is not None:

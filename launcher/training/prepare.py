@@ -33,6 +33,7 @@ from ..processes import console
 from ..processes.agreement import agreed, by_main
 from ..processes.kernels import kernels_text
 from ..processes.signals import StopRequest
+from ..processes.threads import Threads, divide_cores, threads_of_run
 from ..processes.topology import Topology, device_name
 from ..processes.watchdog import Watchdog
 from ..reporting.metrics import rows
@@ -54,6 +55,7 @@ class Setup:
 
     config: RunConfig
     topology: Topology
+    threads: Threads
     stop: StopRequest
     watchdog: Watchdog
     directory: RunDirectory
@@ -112,6 +114,7 @@ def prepare(
     setup = Setup(
         config=config,
         topology=topology,
+        threads=_open_threads(topology, engine, plan, held),
         stop=stop,
         watchdog=watchdog,
         directory=directory,
@@ -131,6 +134,13 @@ def prepare(
         topology.say(f"changed since the last start of this run: {change}")
     _warn_of_schedule_jump(setup, progress, start)
     return setup, progress
+
+
+def _open_threads(topology: Topology, engine: Any, plan: Phases, held: ExitStack) -> Threads:
+    held.callback(torch.set_num_threads, torch.get_num_threads())
+    divide_cores(topology, os.environ)
+    tokens = {phase.batch.micro_batch_size * phase.config.data.max_seq_length for phase in plan.all}
+    return threads_of_run(topology.device, engine.module, tokens, os.environ, topology.say)
 
 
 def _warn_of_schedule_jump(setup: Setup, progress: Progress, start: Start) -> None:

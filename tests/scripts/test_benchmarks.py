@@ -156,6 +156,20 @@ def test_steps_of_ours_and_of_a_plain_model_are_timed_in_turns(script, monkeypat
     assert [line[:12].strip() for line in lines if not line.startswith(("nanogpt", "bert_tiny", " "))] == 2 * rows
 
 
+@pytest.mark.slow
+def test_a_run_and_a_plain_model_are_measured_beside_a_program_that_never_rests(script, monkeypatch, capsys):
+    bench = script("bench_busy")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(bench, "_SETTLE_S", 0.0)
+    monkeypatch.setattr(sys, "argv", ["bench_busy.py", "--rounds", "1", "--seconds", "0.1"])
+    bench.main()
+    title, columns, *rows = capsys.readouterr().out.splitlines()
+    assert title.startswith("nanogpt, ")
+    assert columns.split() == ["sequences/s", "free", "one", "busy", "slower"]
+    assert [row[:12].strip() for row in rows] == ["ours", "plain", "ours / plain"]
+    assert all(float(figure.removesuffix("x")) > 0 for row in rows for figure in row[12:].split())
+
+
 def test_texts_with_and_without_a_cache_are_compared_before_their_speeds_are_printed(script, monkeypatch, capsys):
     bench = script("bench_sample")
     config = str(ROOT / "configs" / "gpt_tiny.yaml")
