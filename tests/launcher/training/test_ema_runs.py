@@ -6,11 +6,14 @@ import pytest
 import torch
 from helpers.runs import BERT, GPT, losses, metrics, weights, write_config
 from helpers.whole_runs import start
+from typer.testing import CliRunner
 
 from xformer_train.kernels.errors import UserError
 from xformer_train.launcher.checkpoint.loading import weights as checkpoint_weights
+from xformer_train.launcher.commands import app as cli
 from xformer_train.launcher.config.file import ConfigError
 from xformer_train.launcher.config.loading import load_config
+from xformer_train.launcher.trained_models.pretrained import from_folder
 from xformer_train.launcher.training import loop
 
 DECAY = 0.75
@@ -96,6 +99,26 @@ def test_a_mean_that_ends_at_a_resume_is_dropped(tmp_path, capsys):
         UserError, match=r"holds no mean of the weights, .*; leave --ema out, or train with training.ema_decay"
     ):
         checkpoint_weights(checkpoint(tmp_path, "ended", 12), ema=True)
+
+
+@pytest.mark.parametrize(("base", "command"), [(BERT, ["fill-mask", "a [MASK]"]), (GPT, ["sample", "--prompt", "ta"])])
+def test_commands_take_the_mean_on_demand(base, command, tmp_path):
+    start(write_config(tmp_path, base), KEPT, "training.max_steps=3")
+    source, run_folder = checkpoint(tmp_path, "run", 3), ["--run", str(tmp_path / "runs" / "run")]
+    for name, options in (("mean", ["--ema"]), ("weights", [])):
+        done = CliRunner().invoke(cli.app, ["export", *run_folder, "--to", str(tmp_path / name), *options])
+        assert done.exit_code == 0, done.output
+        assert ("with the mean of the weights" in done.output) == bool(options)
+        expected = checkpoint_weights(source, ema=bool(options))
+        for key, tensor in from_folder(tmp_path / name).weights.items():  # without the rows that fill the vocabulary up
+            assert torch.equal(tensor, expected[key][: len(tensor)]), key
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("| weights | their exponential mean over the steps, training.ema_decay 0.75 |" in card) == bool(options)
+    shown = CliRunner().invoke(cli.app, [*command, *run_folder, "--ema"])
+    assert "step00000003, mean of the weights: " in shown.stderr, shown.output
+    refused = CliRunner().invoke(cli.app, [*command, "--run", str(tmp_path / "mean"), "--ema"])
+    assert refused.exit_code != 0
+    assert "is an exported model, which has one set of weights; remove --ema, or export with it" in refused.output
 
 
 def test_weights_alone_are_those_that_were_trained(tmp_path):
