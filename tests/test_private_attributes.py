@@ -15,7 +15,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ENGINE = "deepspeed.runtime.engine:DeepSpeedEngine"
 STAGE_0 = "deepspeed.runtime.fp16.unfused_optimizer:FP16_UnfusedOptimizer"
-STAGE_1_BF16 = "deepspeed.runtime.bf16_optimizer:BF16_Optimizer"
 STAGE_2 = "deepspeed.runtime.zero.stage_1_and_2:DeepSpeedZeroOptimizer"
 STAGE_3 = "deepspeed.runtime.zero.stage3:DeepSpeedZeroOptimizer_Stage3"
 STAGE_3_PARAMETER = "deepspeed.runtime.zero.partition_parameters:*"
@@ -29,7 +28,8 @@ USES = {
     f"{ENGINE}._get_all_ckpt_names": "launcher/checkpoint",
     f"{ENGINE}._get_ckpt_name": "launcher/checkpoint",
     f"{ENGINE}.basic_optimizer": "launcher/checkpoint launcher/optim launcher/training",
-    f"{ENGINE}.bfloat16_enabled": "launcher/checkpoint",
+    f"{ENGINE}._do_optimizer_sanity_check": "launcher/optim",
+    f"{ENGINE}.bfloat16_enabled": "launcher/checkpoint launcher/optim",
     f"{ENGINE}.checkpoint_engine": "launcher/checkpoint",
     f"{ENGINE}.enable_backward_allreduce": "launcher/optim",
     f"{ENGINE}.fp16_enabled": "launcher/checkpoint launcher/optim",
@@ -47,9 +47,6 @@ USES = {
     f"{STAGE_0}.loss_scale": "launcher/optim",
     f"{STAGE_0}.loss_scale_config": "launcher/checkpoint",
     f"{STAGE_0}.overflow": "launcher/optim",
-    f"{STAGE_1_BF16}.bf16_groups": "launcher/optim",
-    f"{STAGE_1_BF16}.clip_grad": "launcher/checkpoint",
-    f"{STAGE_1_BF16}.fp32_groups_flat_partition": "launcher/optim",
     f"{STAGE_2}.bit16_groups": "launcher/optim",
     f"{STAGE_2}.gradient_accumulation_steps": "launcher/optim",
     f"{STAGE_2}.single_partition_of_fp32_groups": "launcher/optim",
@@ -86,6 +83,9 @@ USES = {
     "deepspeed.ops.transformer:DeepSpeedTransformerLayer": "scripts/bench",
     "deepspeed.ops.__compatible_ops__": "launcher/processes",
     "deepspeed.runtime.zero.utils.ZeRORuntimeException": "launcher/checkpoint",
+    "deepspeed.runtime.constants.BFLOAT16": "launcher/optim",
+    "deepspeed.runtime.engine.DeepSpeedEngine": "launcher/optim",
+    "deepspeed.runtime.zero.config.ZERO_OPTIMIZATION": "launcher/optim",
     "deepspeed.runtime.config.DeepSpeedConfig": "launcher/optim",
     "deepspeed.runtime.config.DeepSpeedConfigError": "launcher/optim",
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": "launcher/checkpoint",
@@ -94,6 +94,7 @@ USES = {
     "torch._C._current_graph_task_id": "kernels/fp8",
     "torch._foreach_add_": "launcher/optim",
     "torch._foreach_addcmul_": "launcher/optim",
+    "torch._foreach_copy_": "launcher/optim",
     "torch._foreach_div": "launcher/optim",
     "torch._foreach_div_": "launcher/optim",
     "torch._foreach_lerp": "launcher/optim",

@@ -93,6 +93,8 @@ def _owned(config: RunConfig, batch: BatchPlan | None, precision: Precision | No
         chosen += f" (here {precision}), for which it" if config.training.precision == "auto" else ", for which it"
         yield "fp16.enabled", chosen, precision == "fp16"
         yield "bf16.enabled", chosen, precision in ("bf16", "fp8")
+        if precision in ("bf16", "fp8"):
+            yield "data_types.grad_accum_dtype", chosen, "fp32"
     optimizer = config.optimizer
     for name in OPTIMIZER_TERMS[optimizer.type].params:
         yield f"optimizer.params.{name}", f"optimizer.{name}", getattr(optimizer, name)

@@ -17,6 +17,7 @@ from ...kernels.errors import UserError
 from ...kernels.parallel.sharding import is_sharded
 from ..config.batch import BatchPlan
 from ..processes.topology import Topology
+from .fp32_gradients import same_optimizer_at_stage_1, sum_in_fp32, with_fp32_sums
 from .slices import SteppedInSlices, slices_of
 
 
@@ -44,6 +45,7 @@ def build_engine(
     import deepspeed  # here, as its import must come after `topology.quiet`
 
     stage = zero_stage(ds_config)
+    ds_config = with_fp32_sums(ds_config, stage)
     clipping = float(ds_config.get("gradient_clipping", 0.0))
     if stage == 0:
         # At stage 0 DeepSpeed reports no norm in fp32, and in fp16 one that holds the loss scale: `_clip_before_step`
@@ -51,7 +53,7 @@ def build_engine(
         ds_config = {**ds_config, "gradient_clipping": 0.0}
     parameters = [param for group in optimizer.param_groups for param in group["params"]]
     sharded = [is_sharded(param) for param in parameters]
-    with _no_steps(optimizer):
+    with _no_steps(optimizer), same_optimizer_at_stage_1():
         engine, *_ = deepspeed.initialize(
             model=model.to(topology.device),
             optimizer=optimizer,
@@ -93,7 +95,7 @@ def loss_scale(engine: Any) -> float | None:
 def step_was_skipped(engine: Any) -> bool:
     """Return whether the last step left weights and moments as they were, because the gradient was not finite.
 
-    This does not wait for the device: DeepSpeed has read the norm already, and in fp32 at stage 0 `_clip_before_step` has.
+    This does not wait for the device: DeepSpeed has read the norm already, and at stage 0 `_clip_before_step` has.
     """
     return bool(getattr(engine.optimizer, "overflow", False))
 
@@ -156,7 +158,7 @@ def _clip_before_step(
 ) -> None:
     """Let every step of `optimizer` note the gradient norm first and scale the gradient down to `max_norm` (0: leave it).
 
-    In fp32 also leave the step out if the norm is not finite, for which the host waits: otherwise DeepSpeed does that.
+    In fp32 and bf16 also leave the step out if the norm is not finite, for which the host waits: in fp16 DeepSpeed does that.
     sharded: for each parameter, by position, whether the processes of `group` hold parts of it.
     """
     engine.stage0_grad_norm = None
@@ -184,5 +186,7 @@ def _clip_before_step(
 
     if engine.optimizer is optimizer:
         optimizer.step = step_if_finite  # type: ignore[assignment, method-assign]
+    elif engine.bfloat16_enabled():
+        sum_in_fp32(engine.optimizer, step_if_finite)
     else:
         optimizer.register_step_pre_hook(lambda stepping, args, kwargs: (clip(), None)[1])

@@ -63,10 +63,7 @@ def slices_of(engine: Any, places: Mapping[int, int]) -> list[Slice]:
     if stage == 3:
         shards = zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True)
         return [_slice(flat, _segments_of_stage_3(group), group, places) for flat, group in shards]
-    if hasattr(optimizer, "bf16_groups"):  # stage 1 with bf16 parameters and fp32 gradients
-        shards = zip(optimizer.fp32_groups_flat_partition, optimizer.bf16_groups, strict=True)
-    else:
-        shards = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
+    shards = zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True)
     return [_slice(flat, _segments(group), group, places) for flat, group in shards]
 
 

@@ -124,7 +124,7 @@ def step_bytes(run: Training, batch: int, *, triton_attention: bool = True) -> d
     kept = of_layer(activation_checkpointing=checkpointing)
     recomputed = sum(of_layer().values()) - sum(kept.values())  # of the layer whose backward runs
     hidden, inner, projection = tokens * H * SIZE, tokens * F * SIZE, H * F * SIZE
-    states = {"weights": SIZE * numel, "fp32 weights and moments": 12 * numel, "gradients": SIZE * numel}
+    states = {"weights": SIZE * numel, "fp32 weights and moments": 12 * numel, "gradients": 4 * numel}
     activations = {
         "layers": run.config.model.num_hidden_layers * sum(kept.values()),
         "embedding norm": hidden + 8 * tokens,  # its input and statistics
@@ -141,7 +141,7 @@ def step_bytes(run: Training, batch: int, *, triton_attention: bool = True) -> d
         + V * H * SIZE
         + 2 * hidden
         + max(inner * (2 if layer.gelu_checkpoint else 1) + projection, inner + 2 * projection + hidden),
-        "optimizer step": 12 * numel,  # gradients in fp32, LAMB's denominators and updates
+        "optimizer step": 8 * numel,  # LAMB's denominators and updates
     }
     in_head = activations["final norm"] + activations["head"] + working["backward of the head"]
     in_backward = max(in_head, working["backward of the last layer"])

@@ -37,7 +37,6 @@ def lamb_worker(
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
             "bf16": {"enabled": precision == "bf16"},
-            "communication_data_type": "fp32",  # sums of bf16 gradients would depend on their order
             "steps_per_print": 2**31,
         }
         engine = build_engine(model, optimizer, config, topology)

@@ -44,6 +44,13 @@ def test_our_sections_fill_the_json():
     assert not {"optimizer", "scheduler", "fp16", "bf16"} & result.keys()
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_gradients_of_bf16_weights_add_up_in_fp32_alone(precision):
+    (problem,) = problems(run_config({"data_types": {"grad_accum_dtype": "bf16"}}), precision)
+    assert "data_types.grad_accum_dtype: got" in problem and "make them equal" in problem
+    built(run_config({"data_types": {"grad_accum_dtype": "fp32"}}), precision)
+
+
 def test_precision_becomes_its_block_and_keeps_the_settings_beside_it():
     assert built(run_config(), "bf16")["bf16"] == {"enabled": True}
     given = {"fp16": {"enabled": "auto", "loss_scale": 128}, "bf16": {"enabled": "auto"}}
