@@ -78,7 +78,7 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
         with prefetch(read, start.step, setup.total_steps) as steps:
             watchdog.at("data", start.step + 1)
             for data in watch.timed(steps):
-                _before_step(setup, log, tally)
+                _before_step(setup, guard, log, tally)
                 lr = phases.learning_rate(tally.progress.step, setup.total_steps, clock.share)
                 set_learning_rate(setup.engine, lr)
                 result = train_step(setup.engine, data, topology, watchdog.at)
@@ -125,7 +125,7 @@ def _steps(setup: Setup, guard: NumericsGuard, saver: CheckpointSaver, tally: Ta
             log.close()
 
 
-def _before_step(setup: Setup, log: RunLog | None, tally: Tally) -> None:
+def _before_step(setup: Setup, guard: NumericsGuard, log: RunLog | None, tally: Tally) -> None:
     """Give the engine the batch of the step to come, and say that a phase begins with it."""
     step, phases = tally.progress.step, setup.phases
     set_batch(setup.engine, phases.batch(step))
@@ -133,9 +133,9 @@ def _before_step(setup: Setup, log: RunLog | None, tally: Tally) -> None:
     if phase is None:
         return
     if phases.data_at(step) is not phases.data_at(step - 1):
-        tally.progress = replace(
-            tally.progress, best_loss=None, best_step=0
-        )  # losses on other samples are no worse or better
+        # Losses on other samples are no better or worse, so none is the best or a spike.
+        tally.progress = replace(tally.progress, best_loss=None, best_step=0)
+        guard.forget_losses()
     if log is not None:
         log.say(step, phases.plan.text(phase))
 

@@ -83,6 +83,11 @@ class NumericsGuard:
             self._roll_back(what, diagnose)
         raise NotFiniteError(f"{what}: {diagnose()}; {_REMEDY}")
 
+    def forget_losses(self) -> None:
+        """Judge the next losses by each other alone: those before are of other samples."""
+        self._losses.clear()
+        self._in_spike = False
+
     def check_loss(self, step: int, loss: float) -> None:
         """Judge a loss that is logged. Raises RollBack, or NotFiniteError after too many."""
         factor = self._config.loss_spike_factor

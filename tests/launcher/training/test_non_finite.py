@@ -90,6 +90,17 @@ def test_a_spike_is_judged_by_eight_losses_or_more_and_undone_with_rollback():
         guarded.check_loss(9, 5.0)
 
 
+def test_losses_of_other_samples_are_forgotten():
+    guarded = guard(loss_spike_factor=2.0, nan="rollback")
+    for step in range(1, 9):
+        guarded.check_loss(step, 1.0)
+    guarded.forget_losses()
+    for step in range(9, 17):
+        guarded.check_loss(step, 5.0)
+    with pytest.raises(RollBack, match="step 17: the loss 11 is more than 2 times the median of the last ones, 5"):
+        guarded.check_loss(17, 11.0)
+
+
 def test_a_guard_goes_on_from_the_state_of_the_one_before(capsys):
     """What a resumed run counts: skipped steps in a row, rollbacks, the losses that a spike is judged by, and a spike told."""
     first = guard(nan="skip", nan_limit=2)

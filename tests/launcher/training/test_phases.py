@@ -136,13 +136,15 @@ def test_phases_that_have_begun_stay_as_they_were_and_later_ones_may_change(tmp_
     assert [row["samples"] for row in metrics(tmp_path / "runs" / "run")][-3:] == [76, 88, 100]
 
 
-def test_validation_is_that_of_the_phase_and_its_best_loss_begins_anew_with_other_samples(tmp_path, capsys):
+def test_validation_is_that_of_the_phase_and_losses_are_judged_anew_with_other_samples(tmp_path, capsys):
     """Where nothing is learnt, the loss of the second phase is that of a run on its samples with the same weights."""
     still = ["optimizer.lr=1e-30", "schedule.total_steps=null", "data.validation_fraction=0.2"]
     path = write_config(tmp_path, phases=[{"from_step": 2, "data": {"max_seq_length": 64}}], training__max_steps=4)
-    start(path, "eval.every_steps=2", *still)
+    start(path, "eval.every_steps=2", "reliability.loss_spike_factor=100", *still)
     first, second = (row["val_loss"] for row in metrics(tmp_path / "runs" / "run") if "val_loss" in row)
     assert f"best loss {second:.4f} at step 4" in capsys.readouterr().out
+    state = json.loads((tmp_path / "runs" / "run" / "checkpoints" / "step00000004" / "state.json").read_text())
+    assert len(state["guard"]["losses"]) == 2, "those of the second phase"
     for name, length, expected in (("short", 32, first), ("long", 64, second)):
         alone = (f"name={name}", "phases=null", f"data.max_seq_length={length}", "training.max_steps=2", *still)
         start(path, *alone, f"load.path={tmp_path}/runs/run", "load.what=weights")
