@@ -14,12 +14,14 @@ The counts are per warp and iteration. With --json each row is a JSON object, wi
 """
 
 import argparse
+import itertools
 import json
 import re
+import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
 CASES = Path(__file__).parents[2] / "tests" / "kernels"
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INSTRUCTION_BYTES = 16
 COLUMNS = ("case", "kernel", "regs", "spills", "smem", "CTAs", "loops", "all", "MUFU", "WIDE")
 
 
@@ -104,12 +107,32 @@ def compiled_kernels(launch: Callable[[], object]) -> list[tuple[str, Any]]:
     return list(compiled.values())
 
 
-def instructions_of(sass: str) -> list[tuple[int, str]]:
-    """Return pairs of address and text without predicate, up to the padding behind the kernel."""
+def disassembled(kernels: Sequence[Any], capability: int, folder: Path) -> list[list[tuple[int, str]]]:
+    """Return of each kernel its instructions, pairs of address and text without predicate, up to the padding behind them.
+
+    All in one process of the disassembler, whose start takes longer than a kernel; addresses count from the first kernel.
+    """
+    codes, file = [code_of(kernel.asm["cubin"]) for kernel in kernels], folder / "code"
+    file.write_bytes(b"".join(codes))
+    command = [TOOLS / "nvdisasm", "--binary", f"SM{capability}", file]
+    sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([^;]+);", sass)
-    instructions = [(int(address, 16), text.strip()) for address, text in lines]
-    end = next(i for i, (address, text) in enumerate(instructions) if _target(text) == address)
-    return instructions[:end]
+    remaining, end, each = iter([(int(address, 16), text.strip()) for address, text in lines]), 0, []
+    for code in codes:
+        whole = list(itertools.islice(remaining, len(code) // _INSTRUCTION_BYTES))
+        end += len(code)
+        assert whole[-1][0] == end - _INSTRUCTION_BYTES, "an instruction of another length"
+        each.append(whole[: next(i for i, (address, text) in enumerate(whole) if _target(text) == address)])
+    return each
+
+
+def code_of(cubin: bytes) -> bytes:
+    """Return the instructions in an ELF file of one kernel."""
+    sections_at, (size, count, names) = struct.unpack_from("<Q", cubin, 40)[0], struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, sections_at + i * size) for i in range(count)]
+    strings = sections[names][4]
+    (code,) = (s for s in sections if cubin.startswith(b".text.", strings + s[0]))
+    return cubin[code[4] : code[4] + code[5]]
 
 
 def _target(text: str) -> int | None:
@@ -132,14 +155,15 @@ def innermost_loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
     return [[text for address, text in instructions if first <= address <= last] for first, last in sorted(spans)]
 
 
-def facts_of(kernel: Any, capability: int, folder: Path) -> dict[str, Any]:
+def facts_of(kernel: Any, instructions: list[tuple[int, str]], capability: int, folder: Path) -> dict[str, Any]:
     """Return the counts of one compiled kernel, by the names of COLUMNS and those that tests/helpers/aot.py asks about."""
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    command = [CUOBJDUMP, "-res-usage", "-sass", cubin]
-    sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", sass).groups())  # type: ignore[union-attr]
-    instructions = instructions_of(sass)
+    usage = subprocess.run(
+        [TOOLS / "cuobjdump", "-res-usage", cubin], check=True, capture_output=True, text=True
+    ).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())  # type: ignore[union-attr]
+    sass = "\n".join(text for _, text in instructions)
     loops = innermost_loops(instructions)
     bodies = loops or [[text for _, text in instructions]]
     num_warps, shared = kernel.metadata.num_warps, kernel.metadata.shared
@@ -169,17 +193,15 @@ def rows_of(capability: int, pattern: str) -> Iterator[dict[str, Any]]:
     sys.path.insert(0, str(CASES))
     from aot_cases import cases
 
-    seen = set()
-    with tempfile.TemporaryDirectory() as folder:
-        for case in cases(capability):
-            if not re.search(pattern, case.name):
-                continue
-            for name, kernel in compiled_kernels(case.launch):
-                if id(kernel) in seen:
-                    continue
-                seen.add(id(kernel))  # triton keeps every kernel, so the number stays its own
-                marks = {"dots": name in case.dot_kernels, "narrow": name in case.narrow_kernels}
-                yield {"case": case.name, "kernel": name, **marks, **facts_of(kernel, capability, Path(folder))}
+    found: dict[int, tuple[dict[str, Any], Any]] = {}  # triton keeps every kernel, so the number stays its own
+    for case in cases(capability):
+        for name, kernel in compiled_kernels(case.launch) if re.search(pattern, case.name) else ():
+            marks = {"dots": name in case.dot_kernels, "narrow": name in case.narrow_kernels}
+            found.setdefault(id(kernel), ({"case": case.name, "kernel": name, **marks}, kernel))
+    with tempfile.TemporaryDirectory() as name:
+        codes = disassembled([kernel for _, kernel in found.values()], capability, Path(name))
+        for (row, kernel), instructions in zip(found.values(), codes, strict=True):
+            yield {**row, **facts_of(kernel, instructions, capability, Path(name))}
 
 
 def cell(value: Any) -> str:
