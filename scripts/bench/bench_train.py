@@ -329,7 +329,8 @@ def engine_of(config: RunConfig, topology: Topology, dtype: Precision, make: Cal
     ds_config = deepspeed_config(config, solve_batch(config.training, topology.num_replicas), dtype)
     with topology.device:  # where drawing the first weights takes no time
         model = make(config)
-    return build_engine(model, build_optimizer(model, config.optimizer), ds_config, topology)
+    optimizer = build_optimizer(model, config.optimizer, precision=dtype)
+    return build_engine(model, optimizer, ds_config, topology)
 
 
 def _ours(

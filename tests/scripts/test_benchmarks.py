@@ -170,6 +170,27 @@ def test_a_run_and_a_plain_model_are_measured_beside_a_program_that_never_rests(
     assert all(float(figure.removesuffix("x")) > 0 for row in rows for figure in row[12:].split())
 
 
+def test_the_share_of_every_optimizer_in_a_step_is_printed(script, monkeypatch, capsys):
+    bench = script("bench_optimizer")
+    small = [
+        "model.num_hidden_layers=1",
+        "model.hidden_size=16",
+        "model.intermediate_size=24",
+        "model.num_attention_heads=2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["bench_optimizer.py", "--repeats", "1", "--set", *small])
+    monkeypatch.setattr(bench, "median_ms", lambda take, repeats: (take(), 2.0)[1])
+    bench.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[::4]] == [
+        f"{s} in {p}" for s in ("nanogpt", "bert_base") for p in ("fp32", "bf16")
+    ]
+    assert [line.split() for line in lines[1:4]] == [
+        [kind, "2.00", "ms", "50.0%"] for kind in ("lamb", "adamw", "muon")
+    ]
+    assert all(line.endswith("1.5%") for line in lines[9:12])  # of 64 micro-batches of BERT-base
+
+
 def test_texts_with_and_without_a_cache_are_compared_before_their_speeds_are_printed(script, monkeypatch, capsys):
     bench = script("bench_sample")
     config = str(ROOT / "configs" / "gpt_tiny.yaml")
