@@ -45,6 +45,9 @@ def _place_faults(config: RunConfig) -> Iterator[Fault]:
         elif phase.from_share is not None and training.max_steps is None:
             why = "it is a share of training.max_steps, which is not given"
             yield Fault((share, "training.max_steps"), f"got {phase.from_share}, but {why}; give from_step")
+        for name, value in phase.objective.model_dump().items() if config.objective.type == "clm" else ():
+            text = f"got {value}, but objective.type clm predicts every token; remove it"
+            yield Fault((f"phases.{index}.objective.{name}", "objective.type"), text)
         weights, sources = phase.data.source_weights, config.data.sources
         if weights is not None and len(weights) != len(sources):
             text = f"got {len(weights)} of them, must be {len(sources)}: one for each of data.sources, in their order"

@@ -133,6 +133,7 @@ def test_the_command_of_the_tutorial_runs_as_it_stands(monkeypatch):
         "id": "epoch150_",
         "what": "all",
         "rewarmup": True,
+        "decay": False,
     }
     assert (config.schedule.type, config.schedule.lr_offset) == ("EE", 0.0)
     assert config.layer.attn_dropout_checkpoint

@@ -209,6 +209,12 @@ def test_each_fault_of_a_phase_is_one_sentence_that_names_its_key(phases, text, 
     assert text in found
 
 
+def test_a_model_that_predicts_every_token_has_no_masks_to_change(problems):
+    phases = "phases: [{from_step: 20, objective: {mlm_probability: 0.4}}]"
+    (text,) = problems(f"model: {{type: gpt}}\nobjective: {{type: clm}}\n{TRAINING}\n{phases}")
+    assert "phases.0.objective.mlm_probability: got 0.4, but objective.type clm predicts every token; remove it" in text
+
+
 def test_a_batch_below_the_processes_is_refused_for_its_phase(texts):
     (text,) = texts(ONE.format("training: {train_batch_size: 8}"), world_size=4)
     assert (

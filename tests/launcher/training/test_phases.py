@@ -38,8 +38,9 @@ def stopped_at(folder, step, name):
 
 
 def with_phases(folder, base=BERT, **changes):
+    first = {key: value for key, value in PHASES[0].items() if key != "objective" or base is not GPT}
     settings = {
-        "phases": PHASES,
+        "phases": [first, *PHASES[1:]],
         "name": "unbroken",
         "schedule__total_steps": None,
         "data__validation_fraction": 0.2,
