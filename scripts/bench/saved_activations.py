@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xformer_train.kernels.layers.config import LayerConfig
-from xformer_train.kernels.ops.attention.attention import LONGEST_BF16_PRODUCTS
+from xformer_train.kernels.ops.attention.attention import products_are_faster
 from xformer_train.kernels.ops.attention.blocks import window_blocks
 from xformer_train.kernels.ops.choices import ActivationCheckpointing
 
@@ -59,7 +59,7 @@ def saved_activations(  # noqa: PLR0913 - what decides on what is kept
         scores = _scores(length, config.attention_window, causal)
         kept["probabilities"] = 0 if activation_checkpointing == "selective" else batch * N * scores * size
         kept["dropped_probabilities"] = 0 if config.attn_dropout_checkpoint else kept["probabilities"]
-    elif not (_narrows(config.attention_window, length) or _takes_bf16_products(config, length, dtype)):
+    elif not _narrows(config.attention_window, length) and not products_are_faster(dtype, batch, length, N):
         kept |= _kept_by_torchs_attention(config, batch * length, tokens, size, wide)
     kept |= dict.fromkeys(("attention_residual", "mlp_input"), rows * H * size)
     kept |= {"gelu_input": (2 if config.gated_mlp else 1) * rows * F * size}
@@ -90,11 +90,6 @@ def _kept_by_torchs_attention(
             "padded_context": queries * padded_rows * size,
         }
     return kept
-
-
-def _takes_bf16_products(config: LayerConfig, length: int, dtype: torch.dtype) -> bool:
-    """Return whether a CPU computes scores again in backward, and keeps nothing of them."""
-    return config.rope_theta is not None and dtype == torch.bfloat16 and length <= LONGEST_BF16_PRODUCTS
 
 
 def _narrows(window: int | None, length: int) -> bool:

@@ -3,10 +3,10 @@
 Which engine computes it, by this rule:
   CUDA, kernels auto, head dim up to 128,            our Triton kernels: scores never reach memory
     no bias or one per key, (B or 1, 1, 1, S)
-  elsewhere without dropout and window               torch's scaled_dot_product_attention
   elsewhere with dropout or a window, and on a CPU   the products of attention_product.py: with dropout torch's own falls back
-    with rotary in bf16 up to 512 tokens             to a path twice as slow on a CPU, it knows no windows, and in bf16 it
-                                                     takes up to 2.4 times as long
+    in bf16 for up to 512 tokens                     to a path twice as slow on a CPU, it knows no windows, and in bf16 its
+                                                     backward takes up to 6 times as long
+  elsewhere                                          torch's scaled_dot_product_attention
 Only the first knows packed batches; for the others the sequences are padded here and their padding taken out again.
 """
 
@@ -29,7 +29,8 @@ from .heads import TurnedHeads, query_key_value
 from .hiding_bias import hiding_bias
 
 LARGEST_TRITON_HEAD = 128
-LONGEST_BF16_PRODUCTS = 512  # tokens; with more, scores leave a CPU's cache
+_LONGEST_BF16_PRODUCTS = 512  # tokens; with more, scores leave a CPU's cache
+_MOST_BF16_SCORES = 2**27  # at once, 256 MiB
 Recompute = Literal["nothing", "dropout", "core"]
 
 
@@ -101,7 +102,7 @@ class AttentionMask:
     @property
     def only_causal(self) -> bool:
         """Whether order is all that hides keys from the tokens: behind those of a packed sequence comes its padding."""
-        return self.causal and self.key_mask is None and self.segment_ids is None and self.bias is None
+        return self.causal and self.bias is None and self._hiding_keys() is None and self._dividing_segments() is None
 
     @property
     def bias_per_key(self) -> bool:
@@ -127,17 +128,32 @@ class AttentionMask:
             self._made[key] = make()
         return self._made[key]
 
+    def _hiding_keys(self) -> Tensor | None:
+        """key_mask; on a CPU None if it hides no key."""
+        given = self.key_mask
+        if given is None or not _may_be_read(given):
+            return given
+        return self._once("hiding", lambda: None if bool(given.all()) else given)
+
+    def _dividing_segments(self) -> Tensor | None:
+        """segment_ids; on a CPU None if each row is one segment, as most rows of a GPT are whose texts are long."""
+        given = self.segment_ids
+        if given is None or not _may_be_read(given):
+            return given
+        return self._once("dividing", lambda: None if bool((given == given[:, :1]).all()) else given)
+
     def _keys(self, size: int, device: torch.device) -> Tensor | None:
-        """key_mask, or which keys of the padded batch are tokens of a packed one."""
+        """_hiding_keys, or which keys of the padded batch are tokens of a packed one."""
         if self.cu_seqlens is None:
-            return self.key_mask
+            return self._hiding_keys()
         return torch.arange(size, device=device) < self.cu_seqlens.diff()[:, None]
 
     def _make_windowed(self, size: int, like: Tensor, window: int) -> Tensor:
         if torch.compiler.is_exporting():
             return banded(self.additive(size, like), size, window, like)
         blocks = window_blocks(size, window, self.causal)
-        return window_bias(blocks, self.causal, self._keys(size, like.device), self.segment_ids, self.bias, like)
+        keys, segments = self._keys(size, like.device), self._dividing_segments()
+        return window_bias(blocks, self.causal, keys, segments, self.bias, like)
 
     def _make_additive(self, size: int, like: Tensor) -> Tensor | None:
         key_mask = self._keys(size, like.device)
@@ -145,12 +161,18 @@ class AttentionMask:
         if self.causal:
             order = torch.ones(size, size, dtype=torch.bool, device=like.device).tril_()[None, None]
             allowed = order if allowed is None else allowed & order
-        if self.segment_ids is not None:
-            same = (self.segment_ids[:, :, None] == self.segment_ids[:, None, :])[:, None]
+        segments = self._dividing_segments()
+        if segments is not None:
+            same = (segments[:, :, None] == segments[:, None, :])[:, None]
             allowed = same if allowed is None else allowed & same
         if allowed is None:
             return None
         return hiding_bias(allowed, like.dtype)
+
+
+def _may_be_read(tensor: Tensor) -> bool:
+    """Return whether the values of a tensor may decide on what is computed: it is on a CPU, and no trace is made."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def _rows_when_padded(cu_seqlens: Tensor, max_length: int, num_tokens: int) -> Tensor:
@@ -219,7 +241,8 @@ def attention(  # noqa: PLR0913 - the axes in which layers and batches differ
         )
     batch = qkv.shape[0] if mask.cu_seqlens is None else mask.cu_seqlens.shape[0] - 1
     pattern = Pattern(batch, size, heads, key_heads, mask.causal, window, 0.0 if seed is None else p, site)
-    if seed is None and window is None and not _takes_bf16_products(qkv, rotary, size):
+    by_products = qkv.is_cpu and not torch.compiler.is_exporting() and products_are_faster(qkv.dtype, *pattern[:3])
+    if seed is None and window is None and not by_products:
         return _torchs_attention(qkv, mask, rotary, pattern)
     rows, bias = mask.rows_when_padded(qkv.shape[0]), mask.additive(size, qkv, window)
     if torch.compiler.is_exporting():
@@ -229,10 +252,11 @@ def attention(  # noqa: PLR0913 - the axes in which layers and batches differ
     )
 
 
-def _takes_bf16_products(qkv: Tensor, rotary: Tensor | None, size: int) -> bool:
-    """Return whether products are faster than torch's attention where nothing is dropped; they round scores to bf16."""
-    turned = rotary is not None and qkv.is_cpu and qkv.dtype == torch.bfloat16
-    return turned and not torch.compiler.is_exporting() and size <= LONGEST_BF16_PRODUCTS
+def products_are_faster(dtype: torch.dtype, batch: int, size: int, heads: int) -> bool:
+    """Return whether a CPU is faster with products, which round scores to bf16, than with torch's attention without dropout."""
+    if dtype != torch.bfloat16 or size > _LONGEST_BF16_PRODUCTS:
+        return False
+    return batch * heads * size * size <= _MOST_BF16_SCORES
 
 
 def _torchs_attention(qkv: Tensor, mask: AttentionMask, rotary: Tensor | None, pattern: Pattern) -> Tensor:

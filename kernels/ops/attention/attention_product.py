@@ -168,8 +168,9 @@ def _product_backward(dout: Tensor, saved: Sequence[Tensor], probabilities: Any,
     q, k, v = saved
     scale, keep = 1 / math.sqrt(q.shape[-1]), keep_scale(pattern.p)
     dcontext = dout.unflatten(2, (-1, q.shape[-1])).transpose(1, 2).flatten(0, 1)
-    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    beta = 0 if pattern.window is None else 1  # keys are in several blocks
+    whole = pattern.window is None  # one block; else keys are in several
+    dq, dk, dv = (torch.empty_like(part) if whole else torch.zeros_like(part) for part in (q, k, v))
+    beta = 0 if whole else 1
     for index, (queries, keys) in enumerate(pattern.blocks()):
         q_block, k_block, v_block, dcontext_block = q[:, queries], k[:, keys], v[:, keys], dcontext[:, queries]
         if probabilities:
@@ -185,7 +186,11 @@ def _product_backward(dout: Tensor, saved: Sequence[Tensor], probabilities: Any,
         if mask is not None:
             dblock.mul_(mask)
         dscores = _by_key_head(torch._softmax_backward_data(dblock, block, -1, block.dtype), k)
-        dq[:, queries] = _by_head(_bmm(dscores, k_block, scale), q.shape[0])
+        dqueries = _by_head(_bmm(dscores, k_block, scale), q.shape[0])
+        if whole:
+            dq = dqueries
+        else:
+            dq[:, queries] = dqueries
         dk[:, keys].baddbmm_(dscores.transpose(1, 2), _by_key_head(q_block, k), beta=beta, alpha=scale)
     return unpadded(heads_last(dq, dk, dv, rotary, pattern.key_heads, pattern.batch, pattern.heads), rows)
 

@@ -79,9 +79,9 @@ def softmax_loss_reference_(logits: Tensor, labels: Tensor) -> Tensor:
     kept = labels != IGNORED
     target = labels.masked_fill(~kept, 0)[:, None]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    normalizer = wide.logsumexp(-1, keepdim=True)
-    loss = (normalizer - wide.gather(1, target)).squeeze(1).masked_fill_(~kept, 0.0)
-    wide.sub_(normalizer).exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=wide.dtype))
+    logs = torch.log_softmax(wide, -1)
+    loss = logs.gather(1, target).squeeze(1).neg_().masked_fill_(~kept, 0.0)
+    torch.exp(logs, out=wide).scatter_add_(1, target, torch.full_like(target, -1, dtype=wide.dtype))
     wide.mul_(kept[:, None])
     if wide is not logits:
         logits.copy_(wide)

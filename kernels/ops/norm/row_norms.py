@@ -10,8 +10,11 @@ from .residual_norm_options import Saved
 def layer_norm(z: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return y in shape and dtype of z (T, H), mean and rstd (T,) in fp32 or wider."""
     wide = torch.promote_types(z.dtype, torch.float32)
-    b = None if bias is None else bias.to(wide)
-    y, mean, rstd = torch.native_layer_norm(z.to(wide), weight.shape, weight.to(wide), b, eps)
+    w, b = weight.to(wide), None if bias is None else bias.to(wide)
+    # With wide weights a CPU computes rows of half precision in fp32, statistics too, in one pass. Backward does not: it would
+    # add up the weight's gradient in half precision.
+    rows = z if z.is_cpu and not torch.compiler.is_exporting() else z.to(wide)
+    y, mean, rstd = torch.native_layer_norm(rows, weight.shape, w, b, eps)
     return y.to(z.dtype), mean.flatten(), rstd.flatten()
 
 

@@ -9,6 +9,7 @@ from helpers.exactness import allowed_error
 from saved_activations import count_saved_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from xformer_train.kernels.ops.attention import attention as attention_module
 from xformer_train.kernels.ops.attention.attention import AttentionMask, attention
 from xformer_train.kernels.ops.attention.blocks import window_blocks
 from xformer_train.kernels.ops.attention.rotary import rotary_table
@@ -336,3 +337,33 @@ def test_rotary_scores_depend_on_distances_alone():
         for i in (7, 299)
     ]
     torch.testing.assert_close(*near, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True])
+def test_a_mask_that_hides_nothing_adds_nothing(causal, dtype):
+    """Batches of BERT always have a key_mask, those of GPT always segment_ids."""
+    qkv = torch.randn(BATCH, 7, 3, HEADS, 4).to(dtype)
+    plain = AttentionMask(causal=causal)
+    whole = AttentionMask(
+        causal=causal, key_mask=torch.ones(BATCH, 7, dtype=torch.bool), segment_ids=torch.full((BATCH, 7), 5)
+    )
+    assert whole.only_causal == causal
+    assert (whole.additive(7, qkv) is None) == (not causal)
+    assert torch.equal(attention(qkv, whole, 0.0, None, SITE), attention(qkv, plain, 0.0, None, SITE))
+    one_hidden = torch.arange(7) < torch.tensor([[7], [6]])
+    assert AttentionMask(causal=causal, key_mask=one_hidden).additive(7, qkv).shape[0] == BATCH
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_products_and_torchs_attention_agree_in_bf16_on_both_sides_of_the_length_between_them(causal, monkeypatch):
+    qkv, dout = torch.randn(BATCH, 9, 3, HEADS, 4).bfloat16(), torch.randn(BATCH, 9, 4 * HEADS).bfloat16()
+    mask, results = AttentionMask(causal=causal), []
+    for most in (9, 8):
+        monkeypatch.setattr(attention_module, "_LONGEST_BF16_PRODUCTS", most)
+        leaf = qkv.clone().requires_grad_()
+        out = attention(leaf, mask, 0.0, None, SITE)
+        out.backward(dout)
+        assert ("AttentionByProducts" in type(out.grad_fn).__name__) == (most == 9)
+        results.append((out, leaf.grad))
+    torch.testing.assert_close(*results, rtol=0.02, atol=0.02)
