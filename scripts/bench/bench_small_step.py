@@ -3,9 +3,11 @@
   OMP_NUM_THREADS=1 python scripts/bench/bench_small_step.py --threads 1
 
 nanogpt is nanoGPT's published run for a CPU: 4 layers of width 128, 4 heads, 12 rows of 64 characters, no biases, GELU by erf.
-bert_tiny is configs/bert_tiny.yaml. Ours takes a step as a run does, our model in the engine through `train_step`. The plain
-model (plain_models.py) takes fp32 steps, or in bf16 under torch.autocast; both have fused AdamW, clipping at 1.0 and the same
-batches of random tokens. Ours has the vocabulary of a run, rounded up to a multiple of 64, the plain model that of the text.
+bert_tiny is configs/bert_tiny.yaml; bert_base is configs/bert_base.yaml with 8 sequences of 128 and dropout, and its plain
+model is BertForPreTraining of `transformers`. Ours takes a step as a run does, our model in the engine through `train_step`.
+The plain model (plain_models.py) takes fp32 steps, or in bf16 under torch.autocast; both have fused AdamW, clipping at 1.0 and
+the same batches of random tokens. Ours has the vocabulary of a run, rounded up to a multiple of 64, the plain model that of the
+text.
 
 Prints, of each shape and number of threads, the median milliseconds of a step and the ratios to the plain model's.
 """
@@ -19,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from bench_device import machine_line
-from bench_train import engine_of, our_model, random_step, step_of
+from bench_train import VOCAB_SIZE, engine_of, our_model, random_step, step_of, stock_inputs, stock_model
 from plain_models import PlainBert, PlainGpt
 from torch import nn
 
@@ -41,20 +43,40 @@ _NANOGPT = [
     "training.train_batch_size=12",
     "training.micro_batch_size=12",
 ]
-# name: config, its changes, symbols of the tokenizer, the plain model
-SHAPES: dict[str, tuple[str, list[str], int, Callable[..., nn.Module]]] = {
+_BERT_BASE = ["model.pre_layer_norm=false", "training.train_batch_size=8", "training.micro_batch_size=8"]
+_BERT_BASE += ["training.gradient_accumulation_steps=null"]
+
+
+class Transformers(nn.Module):
+    """BertForPreTraining as it comes, with the labels of every position."""
+
+    def __init__(self, config: RunConfig, _: int) -> None:
+        super().__init__()
+        self.model = stock_model(config)
+
+    def forward(self, **batch: torch.Tensor) -> torch.Tensor:
+        """Return the sum of both mean losses; the tensors as our own BERT takes them."""
+        mask = batch["attention_mask"].long()
+        loss: torch.Tensor = self.model(**stock_inputs(batch), attention_mask=mask).loss
+        return loss
+
+
+# name: config, its changes, symbols of the tokenizer, the plain model of a config and that number
+SHAPES: dict[str, tuple[str, list[str], int, Callable[[RunConfig, int], nn.Module]]] = {
     "nanogpt": ("configs/gpt_tiny.yaml", _NANOGPT, 257, PlainGpt),
+    "bert_base": ("configs/bert_base.yaml", _BERT_BASE, VOCAB_SIZE, Transformers),
     "bert_tiny": ("configs/bert_tiny.yaml", ["training.micro_batch_size=64"], 2048, PlainBert),
 }
+ROWS = ["ours fp32", "plain fp32", "ours bf16", "plain bf16"]
 _BATCHES, _WARM_UPS = 8, 3
 Take = Callable[[int], object]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["nanogpt", "bert_tiny"])
     parser.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
-    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16"], default=["fp32", "bf16"])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS)
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further changes of the config")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=8, help="of a row in a round")
@@ -63,7 +85,7 @@ def main() -> None:
     topology = start_processes(600.0)
     try:
         for shape in arguments.shapes:
-            takes = rows_of(shape, arguments.precision, arguments.set, topology)
+            takes = rows_of(shape, arguments.rows, arguments.set, topology)
             for threads in arguments.threads:
                 torch.set_num_threads(threads)
                 print(table(shape, measured(takes, arguments.rounds, arguments.steps)), flush=True)
@@ -71,18 +93,19 @@ def main() -> None:
         stop_processes()
 
 
-def rows_of(shape: str, precisions: list[str], sets: list[str], topology: Topology) -> dict[str, Take]:
+def rows_of(shape: str, names: list[str], sets: list[str], topology: Topology) -> dict[str, Take]:
     """Return what takes a step of each row on the batch of a number."""
     path, own, symbols, plain = SHAPES[shape]
     config = load_config(path, [*own, *sets]).config
-    rows = -(-symbols // 64) * 64
     data = random_batches(config, symbols)
     takes: dict[str, Take] = {}
-    for precision in precisions:
+    for name in names:
         torch.manual_seed(config.seed)
-        takes[f"ours {precision}"] = ours(config, topology, precision, data, rows)
-        torch.manual_seed(config.seed)
-        takes[f"plain {precision}"] = theirs(config, plain(config.model, symbols), precision, data)
+        whose, precision = name.split()
+        if whose == "ours":
+            takes[name] = ours(config, topology, precision, data, -(-symbols // 64) * 64)
+        else:
+            takes[name] = theirs(config, plain(config, symbols), precision, data)
     return takes
 
 
@@ -131,7 +154,7 @@ def measured(takes: dict[str, Take], rounds: int, steps: int) -> dict[str, list[
     """Return the milliseconds of a step of each row in each round."""
     times: dict[str, list[float]] = {name: [] for name in takes}
     for take in takes.values():
-        for index in range(_WARM_UPS):
+        for index in range(min(_WARM_UPS, steps)):
             take(index)
     for number in range(rounds):
         for name, take in takes.items():

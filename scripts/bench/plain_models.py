@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.recipes.config import ModelConfig
 
 _NO_LABEL = -100
@@ -41,8 +42,9 @@ class Block(nn.Module):
 class PlainGpt(nn.Module):
     """A causal model whose head gives logits of all tokens."""
 
-    def __init__(self, model: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: RunConfig, vocab_size: int) -> None:
         super().__init__()
+        model = config.model
         self.word_embeddings = nn.Embedding(vocab_size, model.hidden_size)
         self.position_embeddings = nn.Embedding(model.max_position_embeddings, model.hidden_size)
         self.layers = nn.ModuleList(Block(model, causal=True) for _ in range(model.num_hidden_layers))
@@ -61,8 +63,9 @@ class PlainGpt(nn.Module):
 class PlainBert(nn.Module):
     """A bidirectional model with BERT's two heads, which gives logits of the masked tokens alone."""
 
-    def __init__(self, model: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: RunConfig, vocab_size: int) -> None:
         super().__init__()
+        model = config.model
         size, eps = model.hidden_size, model.layer_norm_eps
         self.word_embeddings = nn.Embedding(vocab_size, size)
         self.position_embeddings = nn.Embedding(model.max_position_embeddings, size)

@@ -134,7 +134,7 @@ def test_a_plain_model_computes_the_loss_of_ours_from_the_same_weights(script, s
     bench = script("bench_small_step")
     path, sets, symbols, plain = bench.SHAPES[shape]
     config = bench.load_config(path, [*sets, "training.train_batch_size=3", "training.micro_batch_size=3"]).config
-    other, ours = plain(config.model, symbols), bench.our_model(config, symbols)
+    other, ours = plain(config, symbols), bench.our_model(config, symbols)
     for module in (param for param in other.parameters() if param.ndim == 1):
         torch.nn.init.normal_(module, 1.0, 0.5)
     assert ours.load_state_dict(other.state_dict())
