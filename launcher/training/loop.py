@@ -227,10 +227,11 @@ def _is_due(every_steps: int | None, step: int) -> bool:
 def _evaluation_in_steps(setup: Setup, step: int) -> float:
     """Return how many steps an evaluation lasts at most: without backward half of their micro-batches' time."""
     validation, batch = setup.phases.data_at(step).validation, setup.phases.batch(step)
-    rounds = (
-        0 if validation is None else evaluation_rounds(validation, batch, setup.topology, setup.config.eval.batches)
-    )
-    return rounds / (2 * batch.gradient_accumulation_steps)
+    if validation is None:
+        return 0.0
+    rounds = evaluation_rounds(validation, batch, setup.topology, setup.config.eval.batches)
+    passes = 1 if setup.config.training.ema_decay is None else 2
+    return passes * rounds / (2 * batch.gradient_accumulation_steps)
 
 
 def _save(setup: Setup, saver: CheckpointSaver, progress: Progress) -> str:

@@ -1,4 +1,4 @@
-"""Sizes and tables as people and scripts read them."""
+"""Numbers, times, sizes and tables as people and scripts read them."""
 
 import os
 import pty
@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from xformer_train.launcher.processes.words import size, table
+from xformer_train.launcher.processes.words import duration, number, size, table
 
 ROWS = [("ID", "SIZE", ""), ("step1", "2.0 KiB", ""), ("step200", "1.3 GiB", "[red]damaged[/red]: " + "word " * 60)]
 
@@ -67,3 +67,23 @@ def _read(descriptor):
         return os.read(descriptor, 65536)
     except OSError:  # the other end is closed
         return b""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0, "0s"),
+        (59.6, "1m00s"),
+        (200, "3m20s"),
+        (3599.4, "59m59s"),
+        (18_720, "5h12m"),
+        (187_200, "2d04h"),
+        (float("nan"), "n/a"),
+    ],
+)
+def test_durations_have_two_units_at_most(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_numbers_have_separators_and_a_digit_only_when_small():
+    assert [number(value) for value in (0.44, 99.0, 244_736.4)] == ["0.4", "99.0", "244,736"]

@@ -13,10 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer import event_file_writer
 
-from xformer_train.launcher.processes.words import duration, number
 from xformer_train.launcher.reporting import metrics
 from xformer_train.launcher.reporting.metrics import RunLog
-from xformer_train.launcher.reporting.peak_flops import peak_flops
 from xformer_train.launcher.reporting.record import StepRecord
 
 RECORD = StepRecord(
@@ -371,50 +369,3 @@ def test_tensorboard_is_imported_only_when_it_is_asked_for(tmp_path):
         "assert not {'torch', 'tensorboard'} & set(sys.modules), 'imported'"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize(
-    ("device_name", "dtype", "tflops"),
-    [
-        ("Tesla V100-SXM2-32GB", "fp16", 125),
-        ("Tesla V100-PCIE-16GB", "fp16", 112),
-        ("Tesla V100-SXM2-32GB", "bf16", None),
-        ("NVIDIA A100-SXM4-80GB", "bf16", 312),
-        ("NVIDIA A100 80GB PCIe", "fp32", 19.5),
-        ("NVIDIA A100-SXM4-40GB", "fp8", None),
-        ("NVIDIA A100-SXM4-40GB MIG 3g.20gb", "bf16", None),
-        ("NVIDIA L4", "fp8", 242.5),
-        ("NVIDIA L40S", "bf16", 362),
-        ("NVIDIA L40", "bf16", None),
-        ("NVIDIA H100 80GB HBM3", "bf16", 989),
-        ("NVIDIA H100 80GB HBM3", "fp8", 1979),
-        ("NVIDIA H100 PCIe", "bf16", 756),
-        ("NVIDIA H100 NVL", "bf16", 835.5),
-        ("NVIDIA H200", "bf16", 989),
-        ("NVIDIA B200", "fp8", 4500),
-        ("NVIDIA GeForce RTX 3060", "bf16", None),
-        ("cpu", "fp32", None),
-    ],
-)
-def test_peak_is_the_dense_figure_of_the_data_sheet_or_none(device_name, dtype, tflops):
-    assert peak_flops(device_name, dtype) == (None if tflops is None else tflops * 1e12)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0, "0s"),
-        (59.6, "1m00s"),
-        (200, "3m20s"),
-        (3599.4, "59m59s"),
-        (18_720, "5h12m"),
-        (187_200, "2d04h"),
-        (float("nan"), "n/a"),
-    ],
-)
-def test_durations_have_two_units_at_most(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_numbers_have_separators_and_a_digit_only_when_small():
-    assert [number(value) for value in (0.44, 99.0, 244_736.4)] == ["0.4", "99.0", "244,736"]
