@@ -2,10 +2,8 @@
 
 import copy
 import pickle
-import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -390,23 +388,3 @@ def test_wrong_use_is_said_in_one_sentence():
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert "\n" not in str(error.value)
-
-
-DOCS = (Path(__file__).parents[3] / "docs/huggingface.md").read_text(encoding="utf-8")
-
-
-def test_the_policy_in_the_docs_works():
-    example = next(block for block in re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL) if "(Policy):" in block)
-    names: dict[str, object] = {}
-    exec(example, names)
-    model = MODELS_WITH_POLICIES["openai"].build()
-    cuts = [one.cuts for one in make_plan(model, [names["OpenAIGPTPolicy"]], 2).projections]
-    assert cuts == [one.cuts for one in make_plan(model, [OpenAIGPTPolicy], 2).projections]
-
-
-def test_the_list_of_models_in_the_docs_is_that_of_the_policies():
-    rows = [line.split("|")[2:4] for line in DOCS.splitlines() if line.startswith("| ")]
-    listed = {
-        name for layers, shard, *_ in rows if shard.strip().startswith("yes") for name in re.findall(r"`(\w+)`", layers)
-    }
-    assert listed == {name.rpartition(".")[2] for name in SHIPPED}
