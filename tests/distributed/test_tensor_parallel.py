@@ -7,7 +7,8 @@ from itertools import combinations
 
 import pytest
 import torch
-from distributed.workers.tensor_parallel import CHECKS, SEED, worker
+from distributed.workers.tensor_parallel import CHECKS, worker
+from distributed.workers.tensors import SEED
 from helpers.spawn import run_processes
 from torch import nn
 from torch.nn.utils import parametrize

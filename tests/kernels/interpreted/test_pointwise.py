@@ -2,19 +2,14 @@
 
 import dataclasses
 import math
-import os
 from typing import get_args
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
+from helpers.gpu_masks import INTERPRETED, SEED, gpu_mask
 
 from xformer_train.kernels.ops.choices import IGNORED, Activation
-from xformer_train.kernels.ops.dropout import drop_threshold
-from xformer_train.kernels.ops.dropout_triton import keep_rows
 from xformer_train.kernels.ops.loss.cross_entropy_triton import softmax_loss_
 from xformer_train.kernels.ops.mlp.activation import (
     activation_backward_reference,
@@ -35,41 +30,7 @@ from xformer_train.kernels.ops.norm.residual_norm_triton import (
     sum_partials,
 )
 
-SEED = 2**62 + 987654321
 OPTIONS = Options(eps=1e-5, p=0.1, site=2, inverted=False, kernels="auto")
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-@triton.jit
-def _mask_kernel(
-    mask_ptr, seed_ptr, site, threshold, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # mask: (ROWS, COLUMNS) int8 out
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    keep = keep_rows(tl.load(seed_ptr), site, first_row + rows.to(tl.int64), ROWS, COLUMNS, threshold)
-    tl.store(mask_ptr + rows[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], keep.to(tl.int8))
-
-
-def gpu_mask(num_rows, columns, p, site=2, first_row=0, seed=SEED):
-    """The mask that the kernels draw, int8 (num_rows, columns)."""
-    num_tiled, width = triton.next_power_of_2(num_rows), max(8, triton.next_power_of_2(columns))
-    # the interpreter is slow per program, a GPU holds a tile in registers
-    tile = num_tiled if INTERPRETED else min(num_tiled, max(1, 4096 // width))
-    mask = torch.empty(num_tiled, width, dtype=torch.int8)
-    grid = (num_tiled // tile,)
-    _mask_kernel[grid](mask, torch.tensor(seed), site, drop_threshold(p), first_row, ROWS=tile, COLUMNS=width)
-    return mask[:num_rows, :columns].contiguous()
-
-
-def philox_words(key, counters, rounds=7):
-    """Philox 4x32 of counters (n, 4) uint64-held 32-bit words."""
-    c = counters.astype(np.uint64).T
-    k0, k1 = key & 0xFFFFFFFF, key >> 32
-    low = np.uint64(0xFFFFFFFF)
-    for _ in range(rounds):
-        a, b = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
-        c = [(b >> np.uint64(32)) ^ c[1] ^ np.uint64(k0), b & low, (a >> np.uint64(32)) ^ c[3] ^ np.uint64(k1), a & low]
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack(c, 1)
 
 
 def relative_error(actual, expected):
@@ -82,51 +43,6 @@ def assert_close(actual, exact, same_dtype):
     assert actual.shape == exact.shape
     assert actual.isfinite().all()
     assert (actual.double() - exact).norm() <= 2 * (same_dtype.double() - exact).norm() + 1e-6 * exact.norm() + 1e-6
-
-
-def test_eight_decisions_come_from_one_philox_call_in_the_documented_order():
-    first_row, site, p = 2**33 + 5, 3, 0.3
-    mask = gpu_mask(4, 64, p, site, first_row).cpu().numpy()
-    for row in range(4):
-        number = first_row + row
-        counters = np.array([[group, number & 0xFFFFFFFF, number >> 32, site] for group in range(8)])
-        words = philox_words(SEED, counters)  # (8, 4)
-        halves = np.stack([words & np.uint64(0xFFFF), words >> np.uint64(16)], 2).reshape(-1)
-        assert (mask[row] == (halves >= drop_threshold(p))).all()
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_the_promised_share_stays_in_all_and_in_every_eighth_column(p):
-    keep = gpu_mask(1024, 1024, p).double()
-    deviation = math.sqrt(p * (1 - p) / keep.numel())
-    assert abs(keep.mean().item() - (1 - p)) < 4 * deviation + 2**-17
-    for half in range(8):
-        assert abs(keep[:, half::8].mean().item() - (1 - p)) < 4 * math.sqrt(8) * deviation + 2**-17
-    # Row and column counts are as scattered as those of independent draws: chi square of 1024 - 1 degrees of freedom.
-    for dim in (0, 1):
-        chi_square = ((keep.sum(dim) - 1024 * (1 - p)) ** 2 / (1024 * p * (1 - p))).sum().item()
-        assert abs(chi_square - 1024) < 5 * math.sqrt(2 * 1024)
-
-
-def test_masks_of_other_sites_seeds_rows_and_neighbouring_columns_are_independent():
-    first = gpu_mask(256, 512, 0.3)
-    others = {
-        "site": gpu_mask(256, 512, 0.3, site=3),
-        "seed": gpu_mask(256, 512, 0.3, seed=SEED + 1),
-        "high word of the seed": gpu_mask(256, 512, 0.3, seed=SEED + 2**32),
-        "row": gpu_mask(256, 512, 0.3, first_row=1),
-        "high word of the row": gpu_mask(256, 512, 0.3, first_row=2**32),
-        "column": first.roll(1, 1),
-        "group": first.roll(8, 1),
-    }
-    for name, other in others.items():
-        correlation = torch.corrcoef(torch.stack([first.double().flatten(), other.double().flatten()]))[0, 1]
-        assert abs(correlation) < 4 / math.sqrt(first.numel()), name
-    assert torch.equal(first[1:], others["row"][:-1])
-
-
-def test_a_mask_does_not_depend_on_the_width_of_the_tile():
-    assert torch.equal(gpu_mask(3, 2048, 0.2)[:, :63], gpu_mask(3, 63, 0.2))
 
 
 @dataclasses.dataclass
