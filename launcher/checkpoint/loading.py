@@ -58,7 +58,7 @@ def check_optimizer(checkpoint: Path, moments: Set[str], kind: str) -> None:
         theirs = Saved(checkpoint, read_state(checkpoint)).moments()
     if theirs and theirs != moments:
         kept, keeps = (", ".join(sorted(names)) or "nothing" for names in (theirs, moments))
-        what = f"{checkpoint} was trained by another optimizer, which kept {kept} of each parameter"
+        what = f"{checkpoint} was trained by another optimizer, which kept {kept} of its parameters"
         remedy = "set that of the checkpoint, or load.what=weights to start a new run from its weights"
         raise UserError(f"{what}; optimizer.type={kind} keeps {keeps}: {remedy}")
 

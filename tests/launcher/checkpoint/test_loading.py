@@ -12,15 +12,20 @@ from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from distributed.workers.checkpoint import checkpoint_worker
 from helpers.checkpoints import changed_state, flip_byte, save
 from helpers.spawn import run_processes
-from helpers.tiny import MODEL, tiny_config, tiny_engine, tiny_model, train, whole_weights
+from helpers.tiny import HIDDEN, MODEL, WIDTH, tiny_config, tiny_engine, tiny_model, train, whole_weights
 
 from xformer_train.kernels.errors import UserError
+from xformer_train.kernels.layers.projection import Projection
 from xformer_train.launcher.checkpoint import loading
 from xformer_train.launcher.checkpoint.files import read_file, write_file
 from xformer_train.launcher.checkpoint.resharding import Saved
 from xformer_train.launcher.checkpoint.store import read_state
+from xformer_train.launcher.config.optimizers import OptimizerConfig
 from xformer_train.launcher.optim.engine import build_engine
+from xformer_train.launcher.optim.optimizer import build_optimizer, moments_of
 from xformer_train.launcher.processes.topology import quiet, start_processes, stop_processes
+
+UNTESTED = {"zero_allow_untested_optimizer": True}
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +87,7 @@ def test_a_state_without_a_count_of_steps_is_brought_to_another_stage(alone, tmp
     def engine(stage):
         model = tiny_model()
         sgd = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)
-        untested = {"zero_allow_untested_optimizer": True}
-        return build_engine(model, sgd, tiny_config(alone, stage, "fp32") | untested, alone)
+        return build_engine(model, sgd, tiny_config(alone, stage, "fp32") | UNTESTED, alone)
 
     before, after = engine(0), engine(stage)
     train(before, alone, 0, 2)
@@ -96,6 +100,34 @@ def test_a_state_without_a_count_of_steps_is_brought_to_another_stage(alone, tmp
         assert moved.whole(name, "momentum_buffer").equal(saved.whole(name, "momentum_buffer")), name
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_state_of_muon_and_adamw_is_brought_to_another_stage_and_refused_to_adamw_alone(alone, tmp_path, stage):
+    def engine(stage):
+        torch.manual_seed(11)
+        model = torch.nn.Sequential(Projection(WIDTH, HIDDEN), torch.nn.GELU(), torch.nn.Linear(HIDDEN, WIDTH))
+        muon = build_optimizer(model, OptimizerConfig(type="muon"))
+        return build_engine(model, muon, tiny_config(alone, stage, "fp32") | UNTESTED, alone)
+
+    before, after = engine(0), engine(stage)
+    train(before, alone, 0, 2)
+    save(before, tmp_path, "stage_0", 2, alone)
+    loading.load(after, tmp_path / "stage_0", MODEL, alone)
+    save(after, tmp_path, "elsewhere", 2, alone)
+    saved, moved = (Saved(tmp_path / name, read_state(tmp_path / name)) for name in ("stage_0", "elsewhere"))
+    for name in saved.names:
+        kept = {"momentum_buffer"} if name == "0.weight" else {"step", "exp_avg", "exp_avg_sq"}
+        assert set(moved.state(name)) == kept
+        for key in kept - {"step"}:
+            assert moved.whole(name, key).equal(saved.whole(name, key)), (name, key)
+    muon = OptimizerConfig(type="muon")
+    loading.check_optimizer(tmp_path / "elsewhere", moments_of(muon), "muon")
+    with pytest.raises(
+        ValueError, match=r"kept exp_avg, exp_avg_sq, momentum_buffer .*=adamw keeps exp_avg, exp_avg_sq: set"
+    ):
+        loading.check_optimizer(tmp_path / "elsewhere", moments_of(OptimizerConfig()), "adamw")
+    assert np.array(train(after, alone, 2, 5)) == pytest.approx(np.array(train(before, alone, 2, 5)), rel=1e-5)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", range(4))
 def test_an_optimizer_with_other_moments_is_refused(alone, tmp_path, stage, precision):
@@ -106,7 +138,7 @@ def test_an_optimizer_with_other_moments_is_refused(alone, tmp_path, stage, prec
     save(engine, tmp_path, "a", 1, alone)
     loading.check_optimizer(tmp_path / "a", {"exp_avg", "exp_avg_sq"}, "adamw")
     for moments, told in (({"exp_avg"}, "exp_avg"), ({"momentum_buffer"}, "momentum_buffer"), (set(), "nothing")):
-        message = rf"kept exp_avg, exp_avg_sq of each parameter; optimizer\.type=x keeps {told}: set that of the check"
+        message = rf"kept exp_avg, exp_avg_sq of its parameters; optimizer\.type=x keeps {told}: set that of the check"
         with pytest.raises(ValueError, match=message):
             loading.check_optimizer(tmp_path / "a", moments, "x")
 
