@@ -27,6 +27,7 @@ from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.config.optimizers import OptimizerConfig
 from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.optim.optimizer import OPTIMIZERS, build_optimizer
+from xformer_train.launcher.processes.topology import keep_freed_memory
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BERT_BASE = ("configs/bert_base.yaml", ["training.micro_batch_size=4"], 30522)
@@ -40,6 +41,7 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further changes of the config")
     parser.add_argument("--repeats", type=int, default=5, help="of each measurement, after one that does not count")
     arguments = parser.parse_args()
+    keep_freed_memory()  # as a run does
     for shape in arguments.shapes:
         path, own, symbols = _BERT_BASE if shape == "bert_base" else SHAPES[shape][:3]
         config = load_config(path, [*own, *arguments.set]).config
