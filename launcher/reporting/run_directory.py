@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...kernels.errors import UserError, refused
+from ..config.deepspeed_keys import show
 from ..config.file import ConfigError, read_tree
 from ..config.loading import dump_config
 from ..config.schema import RunConfig
@@ -197,4 +198,4 @@ def _differences(old: Any, new: Any, default: Any = None, path: str = "") -> lis
             usual = defaults.get(key)
             found += _differences(old.get(key, usual), new.get(key), usual, f"{path}.{key}" if path else key)
         return found
-    return [] if old == new else [f"{path}: {old} -> {new}"]
+    return [] if old == new else [f"{path}: {show(old)} -> {show(new)}"]

@@ -102,7 +102,7 @@ def test_a_key_that_the_run_did_not_know_before_counts_as_its_default(tmp_path):
     with ExitStack() as held:
         assert open_run_directory(config, held, resume=True).changed_keys == ()
     with ExitStack() as held:
-        assert open_run_directory(now, held, resume=True).changed_keys == ("model.sliding_window: None -> 8",)
+        assert open_run_directory(now, held, resume=True).changed_keys == ("model.sliding_window: null -> 8",)
 
 
 def test_a_resume_with_a_broken_row_of_metrics_is_refused_before_anything_is_prepared(tmp_path):
