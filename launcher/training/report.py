@@ -102,7 +102,7 @@ def closing_summary(setup: "Setup", tally: "Tally", wall_time_s: float) -> str:
         ("time", f"{duration(wall_time_s)}, {duration(training_time_s)} of it in steps"),
         ("speed", f"{speed} sequences/s on average"),
         ("held-out", best),
-        ("ema", "" if tally.ema_loss is None else f"loss {tally.ema_loss:.4f} at step {tally.ema_step:,}"),
+        ("ema", _ema_loss_text(tally)),
         ("checkpoint", tally.saved_id or "none"),
         ("output", root),
     ]
@@ -203,6 +203,12 @@ def _ema_text(config: RunConfig) -> str:
     if decay is None:
         return ""
     return f"; mean of the weights with decay {decay:g}, over some {1 / (1 - decay):,.0f} steps"
+
+
+def _ema_loss_text(tally: "Tally") -> str:
+    if tally.ema_loss is None:
+        return ""
+    return f"loss {tally.ema_loss:.4f} at step {tally.ema_step:,} with the mean of the weights, which --ema takes"
 
 
 def _schedule_text(config: RunConfig, total_steps: int | None, first: int = 0) -> str:
