@@ -194,7 +194,7 @@ def test_a_fault_in_a_check_of_a_run_config_is_not_told_as_the_users_mistake(run
     def broken(*args):
         raise ValueError("a defect")
 
-    monkeypatch.setattr("xformer_train.launcher.config.batch.solve_batch", broken)
+    monkeypatch.setattr("xformer_train.launcher.config.checks.solve_batch", broken)
     status, text = leaving(monkeypatch, capsys, "config", "check", "--config", "run.yaml")
     assert status == 1
     assert "Traceback" in text and "in broken" in text
