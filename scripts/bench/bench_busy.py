@@ -55,7 +55,7 @@ def take_plain_steps(shape: str, log: Path) -> None:
     path, sets, symbols, plain = SHAPES[shape]
     config = load_config(path, sets).config
     data = random_batches(config, symbols)
-    take = theirs(config, plain(config.model, symbols), "fp32", data)
+    take = theirs(config, plain(config, symbols), "fp32", data)
     with log.open("w", buffering=1, encoding="ascii") as lines:
         for index in range(10**9):
             take(index)
