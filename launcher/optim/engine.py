@@ -17,7 +17,7 @@ from ...kernels.errors import UserError
 from ...kernels.parallel.sharding import is_sharded
 from ..config.batch import BatchPlan
 from ..processes.topology import Topology
-from .fp32_gradients import same_optimizer_at_stage_1, sum_in_fp32, with_fp32_sums
+from .fp32_gradients import forget_skipped_sums, same_optimizer_at_stage_1, sum_in_fp32, with_fp32_sums
 from .slices import SteppedInSlices, slices_of
 
 
@@ -65,6 +65,8 @@ def build_engine(
         if topology.num_replicas == 1:
             # Its all-reduce among one copies every gradient into a buffer and back, for nothing.
             engine.enable_backward_allreduce = False
+    elif stage < 3:
+        forget_skipped_sums(engine.optimizer)
     if isinstance(optimizer, SteppedInSlices):
         slices = slices_of(engine, {id(param): place for place, param in enumerate(parameters)})
         optimizer.divide(slices, topology, replicated=stage == 0)

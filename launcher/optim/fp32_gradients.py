@@ -83,3 +83,18 @@ def same_optimizer_at_stage_1() -> Iterator[None]:
         yield
     finally:
         DeepSpeedEngine._do_optimizer_sanity_check = choose
+
+
+def forget_skipped_sums(optimizer: Any) -> None:
+    """Let DeepSpeed's optimizer of stages 1 and 2, where it offloads, forget the gradients of a step that it leaves out.
+
+    It keeps them at stage 1 in fp32 sums, to which those of the next steps are added, so that every later step is left out.
+    """
+    reset = optimizer.reset_cpu_buffers
+
+    def reset_with_sums() -> None:
+        reset()
+        for sums in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            sums.update(dict.fromkeys(sums))
+
+    optimizer.reset_cpu_buffers = reset_with_sums
