@@ -38,7 +38,7 @@ def alone() -> Iterator[Topology]:
 def reference(world_size, precision, steps):
     """(loss of rank 0, gradient norm) by step and the final weights, by plain PyTorch in one process.
 
-    Weights and moments are fp32; with bf16 the network sees rounded weights and sums its gradients in bf16.
+    Weights and moments are fp32; with bf16 the network sees rounded weights, and its gradients are summed in fp32.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     network, masters = tiny_model(dropout=0.0).to(dtype), tiny_model(dropout=0.0)
@@ -53,15 +53,17 @@ def reference(world_size, precision, steps):
                 x = inputs(step, micro, rank)
                 loss = (network(x.to(dtype)).float() - x.flip(1)).square().mean()
                 (loss / (ACCUMULATION * world_size)).backward()
+                for master, weight in zip(masters.parameters(), network.parameters(), strict=True):
+                    gradient, weight.grad = weight.grad.float(), None
+                    master.grad = gradient if master.grad is None else master.grad + gradient
                 first_loss += loss.item() if rank == 0 else 0.0
-        for master, weight in zip(masters.parameters(), network.parameters(), strict=True):
-            master.grad, weight.grad = weight.grad.float(), None
         norm = torch.nn.utils.clip_grad_norm_(masters.parameters(), CLIPPING)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step)
         optimizer.step()
         for master, weight in zip(masters.parameters(), network.parameters(), strict=True):
             weight.data.copy_(master.data)
+            master.grad = None
         record.append((first_loss, norm.item()))
     return record, [p.detach().float() for p in network.parameters()]
 
