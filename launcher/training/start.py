@@ -210,10 +210,13 @@ class Continued(NextPhase):
         self.phase_start = self.saved.phase_start
 
     def progress(self, phases: RunPhases) -> Progress:
-        then, now = self.state.get("phases", []), phases.begun(self.step)
+        then, now = _what_counts(self.state.get("phases", [])), _what_counts(phases.begun(self.step))
         if then != now:
-            what = f"run {self.config.name} has taken {self.step:,} steps with {_phases_text(then)}, not {_phases_text(now)}"
-            raise UserError(f"{what}; put the phases that have begun back as they were: only later ones may change")
+            what = f"run {self.config.name} has taken {self.step:,} steps {_phases_text(then)}, not {_phases_text(now)}"
+            remedy = "put the phases that have begun back as they were: only later ones may change"
+            if any(phase.from_share is not None for phase in self.config.phases or []):
+                remedy += "; from_step in place of from_share stays where it is when training.max_steps changes"
+            raise UserError(f"{what}; {remedy}")
         if self.state.get("data_fingerprint") != phases.data_at(self.step - 1).fingerprint:
             what = (
                 f"run {self.config.name} stopped at step {self.saved.step:,} on other data, another sequence length or "
@@ -226,7 +229,18 @@ class Continued(NextPhase):
 def _phases_text(begun: Sequence[Mapping[str, Any]]) -> str:
     """Return what `RunPhases.begun` says, in words."""
     texts = [f"from_step {phase['first']} {json.dumps(phase['changes'])}" for phase in begun]
-    return f"the phases {', '.join(texts)}" if texts else "no phase"
+    return f"with the phases {', '.join(texts)}" if texts else "without phases"
+
+
+def _what_counts(begun: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return what `RunPhases.begun` says but micro-batches, which may change with the processes of a start."""
+    found = []
+    for phase in begun:
+        changes = dict(phase["changes"])
+        training = {key: value for key, value in changes.pop("training", {}).items() if key != "micro_batch_size"}
+        changes |= {"training": training} if training else {}
+        found += [{"first": phase["first"], "changes": changes}] if changes else []
+    return found
 
 
 def choose_start(config: RunConfig, topology: Topology, directory: RunDirectory, *, resume: bool) -> Start:

@@ -125,13 +125,17 @@ def test_phases_that_have_begun_stay_as_they_were_and_later_ones_may_change(tmp_
     )
     start(path)
     now = r"run run has taken 7 steps with the phases from_step 5 \{.*\}, not "
+    remedy = "; put the phases that have begun back as they were: only later ones may change"
+    stays = "; from_step in place of from_share stays where it is when training.max_steps changes"
     for change, text in (
-        ("phases=null", "no phase; put the phases that have begun back as they were: only later ones may change"),
-        ("phases.0.from_step=4", "the phases from_step 4 "),
-        ("phases.0.optimizer.lr=0.003", r"the phases from_step 5 .*\"lr\": 0.003"),
+        ("phases=null", f"without phases{remedy}$"),
+        ("phases.0.from_step=4", "with the phases from_step 4 "),
+        ("phases.0.optimizer.lr=0.003", r"with the phases from_step 5 .*\"lr\": 0.003"),
+        ("phases=[{from_share: 0.7, optimizer: {lr: 1}}]", f"with the phases from_step 6 .*{remedy}{stays}"),
     ):
         with pytest.raises(UserError, match=now + text):
             start(path, "training.max_steps=9", change, resume=True)
+    start(path, "training.max_steps=8", "phases.0.training.micro_batch_size=3", resume=True)
     later = [*TWICE, {"from_share": 0.8, "data": {"max_seq_length": 16}}]
     start(write_config(tmp_path, phases=later, schedule__total_steps=None), "training.max_steps=10", resume=True)
     assert [row["samples"] for row in metrics(tmp_path / "runs" / "run")][-3:] == [76, 88, 100]
