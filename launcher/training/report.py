@@ -133,7 +133,11 @@ def _length_text(setup: "Setup") -> str:
 
 def _steps_text(setup: "Setup", progress: "Progress") -> str:
     phases, step = setup.phases, progress.step
-    a_step = max(phases.tokens(one, one + 1) for one in (phases.start + phase.first for phase in phases.plan.all))
+    firsts = [phases.start + phase.first for phase in phases.plan.all]
+    warmed = phases.start + (setup.config.training.batch_warmup_steps or 0)
+    last = warmed if setup.total_steps is None else setup.total_steps - 1
+    # The largest step of a phase is its first, or while the batch grows its last.
+    a_step = max(phases.tokens(one, one + 1) for one in {*firsts, *(first - 1 for first in firsts[1:]), last})
     of_up_to = f"of up to {_millions(a_step)} tokens a step"
     if setup.total_steps is None:
         spent_s, hours = progress.elapsed_s - progress.phase_start_s, setup.config.training.max_hours

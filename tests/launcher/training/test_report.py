@@ -163,6 +163,7 @@ def test_the_report_tells_how_a_batch_grows():
     )
     text = " ".join(report(changed(training=training)).split())
     assert "4 micro-batches, each up to 128 tokens, growing from 64 sequences over the first 1,000 steps" in text
+    assert "of up to 32,768 tokens a step" in text
 
 
 def test_the_report_tells_how_samples_are_packed():
