@@ -129,7 +129,7 @@ def _source_faults(source: SourceConfig) -> Iterator[tuple[str, str]]:
     for name, owner in KIND_WITH.items():
         if source.kind != owner and name in given:
             only = f"only kind {owner} has it, and this source is kind {source.kind}"
-            yield name, f"got {given[name]!r}, but {only}; remove it"
+            yield name, f"got {show(given[name])}, but {only}; remove it"
 
 
 def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
@@ -150,7 +150,7 @@ def _schedule_faults(config: RunConfig) -> Iterator[Fault]:
         warmup = schedule.warmup_proportion or 0.0
         if schedule.warmup_steps is not None and total is not None:
             warmup = schedule.warmup_steps / total
-        if warmup + schedule.decay_proportion > 1 + 1e-9:
+        if warmup <= 1 < warmup + schedule.decay_proportion - 1e-9:
             keys = ("schedule.decay_proportion", "schedule.warmup_proportion", "schedule.warmup_steps")
             why = f"which with a warm-up of {warmup:.4g} is more than the whole schedule"
             yield Fault(keys, f"got {schedule.decay_proportion}, {why}; must be at most {1 - warmup:.4g}")

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ...recipes.config import Fault, Section
+from .deepspeed_keys import show
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -77,9 +78,8 @@ def optimizer_faults(optimizer: OptimizerConfig) -> Iterator[Fault]:
     for name in foreign:
         value = getattr(optimizer, name)
         if value != OptimizerConfig.model_fields[name].default:
-            yield Fault(
-                (f"optimizer.{name}",), f"got {value}, but optimizer.type {optimizer.type} has no such key; remove it"
-            )
+            text = f"got {show(value)}, but optimizer.type {optimizer.type} has no such key; remove it"
+            yield Fault((f"optimizer.{name}",), text)
     lower, upper = optimizer.min_coeff, optimizer.max_coeff
     if lower is not None and upper is not None and lower > upper:
         keys = ("optimizer.min_coeff", "optimizer.max_coeff")

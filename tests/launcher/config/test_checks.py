@@ -77,7 +77,7 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
         ),
         (
             "data: {sources: {kind: text, path: x, streaming: true}}",
-            "data.sources.0.streaming: got True, but only kind hf",
+            "data.sources.0.streaming: got true, but only kind hf",
         ),
         (
             "data: {sources: {kind: jsonl, path: x, documents: file}}",
@@ -103,6 +103,10 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
         (
             "schedule: {warmup_steps: 6, total_steps: 5, type: EE}",
             "schedule.warmup_steps: got 6, must be at most schedule",
+        ),
+        (
+            "schedule: {type: wsd, warmup_steps: 11}",
+            "schedule.warmup_steps: got 11, must be at most training.max_steps 10",
         ),
         ("schedule: {total_steps: 5}", "schedule.total_steps: got 5, but the run goes on to training.max_steps 10"),
         (
@@ -220,7 +224,7 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
         ),
         (
             "optimizer: {nesterov: false}",
-            "optimizer.nesterov: got False, but optimizer.type adamw has no such key; remove",
+            "optimizer.nesterov: got false, but optimizer.type adamw has no such key; remove",
         ),
         (
             "optimizer: {type: lamb, adamw_lr: 1e-3}",
@@ -228,11 +232,11 @@ MINIMAL = "training: {max_steps: 10, train_batch_size: 8}\n"
         ),
         (
             "optimizer: {type: muon, convention: nvidia}",
-            "optimizer.convention: got nvidia, but optimizer.type muon has no such key; remove it",
+            "optimizer.convention: got 'nvidia', but optimizer.type muon has no such key; remove it",
         ),
         (
             "optimizer: {type: muon, bias_correction: false}",
-            "optimizer.bias_correction: got False, but optimizer.type muon has no such key",
+            "optimizer.bias_correction: got false, but optimizer.type muon has no such key",
         ),
         (
             "optimizer: {type: muon}\ndeepspeed: {optimizer: {type: Muon, params: {ns_method: gram}}}",
