@@ -1,6 +1,6 @@
 """In which phase a step of a run is: what `phases` of a run config come to. Torch-free.
 
-Steps are counted here as training.max_steps counts them: from step 0, or from the loaded one with load.rewarmup.
+Steps are counted here as training.max_steps counts them: from step 0, or from the loaded one with load.rewarmup or load.decay.
 """
 
 from bisect import bisect_right
@@ -76,10 +76,10 @@ class Phases:
                 found.append({"first": phase.first, "changes": changes})
         return found
 
-    def text(self, phase: Phase) -> str:
-        """Return in words which steps a phase has, and what they take."""
+    def text(self, phase: Phase, start: int = 0) -> str:
+        """Return in words which steps a phase has, and what they take. start: the steps of the run before those of the plan."""
         config, batch, end = phase.config, phase.batch, self.end_of(phase) or self._training.max_steps
-        steps = f"steps {phase.first + 1:,} on" if end is None else f"steps {phase.first + 1:,} to {end:,}"
+        steps = f"steps {start + phase.first + 1:,} " + ("on" if end is None else f"to {start + end:,}")
         size = f"{batch.train_batch_size:,} sequences, {batch.micro_batch_size:,} in a micro-batch"
         parts = [f"{size}, of up to {config.data.max_seq_length:,} tokens", f"lr {config.optimizer.lr:g}"]
         if phase.number:

@@ -137,7 +137,7 @@ def _before_step(setup: Setup, guard: NumericsGuard, log: RunLog | None, tally: 
         tally.progress = replace(tally.progress, best_loss=None, best_step=0)
         guard.forget_losses()
     if log is not None:
-        log.say(step, phases.plan.text(phase))
+        log.say(step, phases.plan.text(phase, phases.start))
 
 
 def _after_step(tally: Tally, sequences: int, tokens: int) -> Progress:

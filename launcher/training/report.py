@@ -76,7 +76,7 @@ def startup_report(
         ("tokenizer", f"{tokenizer.kind}, {tokenizer.vocab_size:,} symbols"),
         ("steps", _steps_text(setup, progress)),
         ("optimizer", _optimizer_text(config.optimizer, setup.precision) + _ema_text(config)),
-        ("schedule", _schedule_text(config, phases.schedule(phases.start, setup.total_steps)[1])),
+        ("schedule", _schedule_text(config, *phases.schedule(phases.start, setup.total_steps))),
         *_phase_lines(setup),
         ("saves", _checkpoint_text(config.checkpoint)),
         ("evaluates", "" if data.validation is None else _evaluation_text(config)),
@@ -157,14 +157,14 @@ def _phase_lines(setup: "Setup") -> list[tuple[str, str]]:
     plan, data = setup.phases.plan, setup.phases.data
     lines = []
     for phase in plan.all if len(plan.all) > 1 else []:
-        label, _, text = plan.text(phase).partition(", ")
+        label, _, text = plan.text(phase, setup.phases.start).partition(", ")
         own = data[phase.number]
         held_out = "" if own.validation is None else f", {own.validation.num_samples:,} held out"
         other = phase.number and own is not data[phase.number - 1]
         samples = f"; {own.train.num_samples:,} {own.sizes.unit} per epoch{held_out}" if other else ""
         if phase.number and phase.schedule_first == phase.first:
-            steps = setup.phases.schedule(setup.phases.start + phase.first, setup.total_steps)[1]
-            samples += f"; {_schedule_text(phase.config, steps, phase.first)}"
+            schedule = setup.phases.schedule(setup.phases.start + phase.first, setup.total_steps)
+            samples += f"; {_schedule_text(phase.config, *schedule)}"
         lines.append((" ".join(label.split()[:2]), f"{text}{samples}"))
     return lines
 
@@ -215,7 +215,7 @@ def _ema_loss_text(tally: "Tally") -> str:
     return f"loss {tally.ema_loss:.4f} at step {tally.ema_step:,} with the mean of the weights, which --ema takes"
 
 
-def _schedule_text(config: RunConfig, total_steps: int | None, first: int = 0) -> str:
+def _schedule_text(config: RunConfig, first: int, total_steps: int | None) -> str:
     """Return a schedule in words. first: the step from which it counts; total_steps: None where it follows the time."""
     schedule = schedule_of(config)
     exponential = f"x {schedule.decay_rate:g} every {schedule.decay_steps:,} steps"
