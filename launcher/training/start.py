@@ -179,6 +179,8 @@ class NextPhase(FromCheckpoint):
         loading.check_optimizer(self.checkpoint, moments_of(optimizer), optimizer.type)
 
     def progress(self, phases: RunPhases) -> Progress:
+        if self.config.load.decay:
+            self._warn_of_other_phases(phases.at(self.step).config)
         saved = replace(self.saved, best_loss=None, best_step=0, guard={})  # of the other run's losses
         if self.state.get("data_fingerprint") != phases.data_at(self.step).fingerprint:
             saved = replace(saved, position=0)
@@ -186,6 +188,22 @@ class NextPhase(FromCheckpoint):
             saved = replace(saved, phase_start=saved.step, phase_start_samples=saved.samples)
             saved = replace(saved, phase_start_tokens=saved.tokens, phase_start_s=saved.elapsed_s)
         return saved
+
+    def _warn_of_other_phases(self, config: RunConfig) -> None:
+        """Warn if phases of the run before had set what the decay does not begin with."""
+        had: dict[str, Any] = {}
+        for phase in _what_counts(self.state.get("phases", [])):
+            sections = {name: changes for name, changes in phase["changes"].items() if name != "schedule"}
+            had |= {f"{name}.{key}": value for name, changes in sections.items() for key, value in changes.items()}
+        now = config.model_dump(mode="json")
+        now["data"]["source_weights"] = [source.weight for source in config.data.sources]
+        others = [f"{key} {value}" for key, value in had.items() if now[key.split(".")[0]][key.split(".")[1]] != value]
+        if others:
+            name = self.checkpoint.parent.parent.name
+            what = f"at step {self.step:,} the phases of {name} had set {', '.join(others)}, unlike this run config"
+            console.warn(
+                f"{what}; set them in its sections, and no phases, for a decay that goes on as {name} would", _LOG
+            )
 
     def restore(self, engine: Any, model: Mapping[str, Any], progress: Progress, batch: BatchPlan) -> None:
         random = "random state"

@@ -35,6 +35,32 @@ def test_a_decay_branched_off_where_the_own_one_begins_equals_it_bit_for_bit(dec
     assert rates(tmp_path / "runs" / "stopped")[12] == rates(whole)[12]
 
 
+def test_a_branch_off_a_run_with_phases_says_what_they_had_set_and_goes_on_as_that_with_it(tmp_path, capsys):
+    phases = [
+        {"from_step": 4, "data": {"max_seq_length": 64}, "training": {"train_batch_size": 4, "micro_batch_size": 2}}
+    ]
+    path = write_config(tmp_path, phases=phases, schedule=WSD, checkpoint__save_every_steps=2)
+    start(path, "name=whole", "checkpoint.keep_last=null")
+    branch = [
+        f"load.path={tmp_path / 'runs' / 'whole'}",
+        "load.id=step00000006",
+        "load.decay=true",
+        "training.max_steps=6",
+    ]
+    capsys.readouterr()
+    start(path, *branch, "name=other")
+    out, err = capsys.readouterr()
+    assert (
+        "at step 6 the phases of whole had set data.max_seq_length 64, training.train_batch_size 4, unlike this" in err
+    )
+    assert "step 10/12 | phase 2 of 2, steps 11 to 12:" in out, "counted from the decay, told as steps of the run"
+    sections = ("data.max_seq_length=64", "training.train_batch_size=4", "training.micro_batch_size=2")
+    start(path, *branch, "name=same", "phases=null", *sections)
+    assert "the phases of" not in capsys.readouterr().err
+    whole = {step: loss for step, loss in losses(tmp_path / "runs" / "whole").items() if step > 6}
+    assert losses(tmp_path / "runs" / "same") == whole
+
+
 def test_a_branch_that_was_stopped_goes_on_as_if_it_had_not(tmp_path):
     """Off a run that ended long before its own decay."""
     path = write_config(tmp_path, schedule=WSD, training__max_steps=1000)
