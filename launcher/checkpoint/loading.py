@@ -87,7 +87,8 @@ def load(engine: Any, checkpoint: Path, model: Mapping[str, Any], topology: Topo
     state = check(checkpoint, model, ours["precision"])
     theirs = state["engine"]
     optimizer = engine.basic_optimizer
-    settings = [{key: group[key] for key in optimizer.defaults} for group in optimizer.param_groups]
+    # A load gives `optimizer.defaults` a key that no group has, and a run loads again when it goes back.
+    settings = [{key: group[key] for key in group.keys() & optimizer.defaults} for group in optimizer.param_groups]
     clipping = getattr(engine.optimizer, "clip_grad", None)
     with understood(checkpoint), _EqualSizes():
         if all(theirs[fact] == ours[fact] for fact in ("zero_stage", "world_size", "tensor_parallel")):

@@ -135,7 +135,7 @@ class Lamb(torch.optim.Optimizer):
         Raises UserError, and changes nothing, if a Lamb cannot step with it.
         """
         params = [param for group in self.param_groups for param in group["params"]]
-        options = [{name: group[name] for name in self.defaults} for group in self.param_groups]
+        options = [{name: group[name] for name in group.keys() & self.defaults} for group in self.param_groups]
         groups = [{**own, **saved} for own, saved in zip(options, state_dict["param_groups"], strict=False)]
         _check_state(groups, state_dict["state"], params)
         if len(groups) == len(state_dict["param_groups"]):  # else the base class refuses it

@@ -136,6 +136,28 @@ def test_a_learning_rate_that_is_far_too_high_ends_a_run_with_a_place(tmp_path):
     assert all(row["loss"] is not None for row in metrics(tmp_path / "runs" / "run") if "loss" in row)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb", "muon"])
+def test_a_resumed_run_goes_back_twice_with_every_optimizer(optimizer, tmp_path, monkeypatch, capsys):
+    from xformer_train.launcher.training import loop
+
+    path = write_config(
+        tmp_path, reliability__nan="rollback", checkpoint__save_every_steps=2, optimizer__type=optimizer
+    )
+    run(load_config(path, ("training.max_steps=2", "schedule.total_steps=12"), world_size=1), resume=False)
+    jumps = [3, 5]
+
+    def jump_once(guard, step, loss):
+        if step in jumps:
+            jumps.remove(step)
+            raise RollBack("a jump")
+
+    monkeypatch.setattr(loop.NumericsGuard, "check_loss", jump_once)
+    run(load_config(path, ("training.max_steps=6", "schedule.total_steps=12"), world_size=1), resume=True)
+    said = capsys.readouterr().err
+    assert [f"rolled back to step{step:08d}" in said for step in (2, 4)] == [True, True]
+    assert sorted(losses(tmp_path / "runs" / "run")) == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_run_without_a_checkpoint_cannot_go_back(tmp_path, monkeypatch):
     from xformer_train.launcher.training import loop
 
