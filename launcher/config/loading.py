@@ -143,7 +143,7 @@ class _Layers:
         self._mark(path, value, origin)
         for keys in EXCLUSIVE:
             if path in keys and value is not None:
-                self._drop({other for other in keys if self.origins.get(other, origin) != origin})
+                self._drop({other for other in keys if _layer(self.origins.get(other, origin)) != _layer(origin)})
         self._list_single_sources()
 
     def include_deepspeed_file(self) -> None:
@@ -333,6 +333,11 @@ def _classes(annotation: Any) -> list[type]:
     if inner is None:
         return [annotation] if isinstance(annotation, type) else []
     return [found for part in inner for found in _classes(part)]
+
+
+def _layer(origin: str) -> str:
+    """Return what layer a key comes from: --set, any of the named flags, or a line of the file."""
+    return "flags" if origin.startswith("--") and origin != "--set" else origin
 
 
 def _default(path: KeyPath) -> Any:

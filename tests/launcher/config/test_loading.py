@@ -93,6 +93,14 @@ def test_set_of_a_section_replaces_the_section(load):
     assert loaded.origins["optimizer.eps"] == "default"
 
 
+def test_two_exclusive_keys_in_one_layer_are_refused(problems):
+    two = {"training.max_steps": 7, "training.max_hours": 2.0}
+    text = "training.max_hours: got 2.0, but training.max_steps 7 is given too, and a run has one length; keep one of the two"
+    minimal = "training: {num_epochs: 3, train_batch_size: 8}\n"
+    assert problems(minimal, (), two) == [f"--max_hours: {text}"]
+    assert problems(minimal, [f"{key}={value}" for key, value in two.items()]) == [f"--set: {text}"]
+
+
 def test_of_two_exclusive_keys_the_higher_layer_wins(load):
     text = "training: {num_epochs: 3, train_batch_size: 8}\nschedule: {warmup_proportion: 0.1}\n"
     loaded = load(text, ["schedule.warmup_steps=5"], {"training.max_steps": 7})
