@@ -309,3 +309,22 @@ def test_models_are_compared_at_equal_tokens_and_equal_minutes(script, monkeypat
 
 def test_the_benchmark_of_checkpoints_finds_its_run_config(script):
     assert script("bench_checkpoint").CONFIG.is_file()
+
+
+def test_optimizers_are_compared_by_runs_of_their_own_lengths(script, monkeypatch, tmp_path, capsys):
+    """A curve has the looks of a run, in order, and a loss is reached between the two looks around it."""
+    text, out = write_text(tmp_path / "text.txt"), tmp_path / "out.json"
+    sizes = ["model.hidden_size=32", "model.num_hidden_layers=1", "data.max_seq_length=16", "schedule.warmup_steps=1"]
+    settings = [f"--set={key}" for key in (*sizes, f"data.cache_dir={tmp_path}")]
+    texts = [f"--train={text}", f"--validation={text}", f"--out={out}"]
+    runs = ["char_gpt", "adamw=1e-3", "muon=1e-2:3", "--steps=4", "--batches=1"]
+    monkeypatch.setattr(sys, "argv", ["compare_optimizers.py", *runs, *texts, *settings])
+    compare = script("compare_optimizers")
+    compare.main()
+    adamw, muon = json.loads(out.read_text())["curves"]
+    assert [look[0] for look in adamw["looks"]] == [1, 2, 3, 4]
+    assert [look[0] for look in muon["looks"]] == [1, 2, 3]
+    assert "| adamw | 1e-3 | " in capsys.readouterr().out
+    curve = compare.Curve("adamw", "1e-3", [(10, 1.0, 4.0), (20, 2.0, 3.0), (30, 3.0, 2.0)])
+    assert curve.first_at(2.25) == (27.5, 2.75)
+    assert curve.first_at(1.0) is None
