@@ -29,10 +29,8 @@ _PERIOD_S = 0.25  # between two looks at the cores
 _WAITED = 0.2  # cores that the threads waited for in a period, from which on there are fewer threads
 _IDLE = 0.8  # of each core that a further thread needs
 _HOLDS_S = 5.0  # a number of threads that lasts as long was no mistake
-_PATIENCE, _LONGEST_PATIENCE = (
-    2,
-    64,
-)  # periods in which cores are idle before there are more threads; longer after mistakes
+_PATIENCE = 2  # periods in which cores are idle before there are more threads
+_LONGEST_PATIENCE = 64  # after mistakes
 _GAIN = 1.05  # by which a step must be faster on more threads
 _WARM_UPS, _TRIED_STEPS = 3, 10
 _SMALL_STEP_S = 0.2  # longer ones gain by every core
@@ -201,9 +199,8 @@ def threads_of_run(
     if device.type != "cpu" or _is_set(environment) or not _COUNTS_WAITS.exists():
         return Threads([most], lambda count: True, say)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
-    kinds = {
-        (tuple(getattr(weight, "ds_shape", weight.shape)), weight.dtype) for weight in weights
-    }  # ZeRO 3 empties them
+    # ZeRO 3 empties weights and keeps their shapes.
+    kinds = {(tuple(getattr(weight, "ds_shape", weight.shape)), weight.dtype) for weight in weights}
     matrices = sorted((kind for kind in kinds if len(kind[0]) == 2), key=str)
 
     def keeps_bits(count: int) -> bool:
