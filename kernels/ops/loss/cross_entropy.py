@@ -62,6 +62,10 @@ def _zeros_like(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.zeros(shape, dtype=torch.promote_types(tensor.dtype, torch.float32), device=tensor.device)
 
 
+def _summed(total: Tensor | None, chunk: Tensor) -> Tensor:
+    return chunk if total is None else total.add_(chunk)
+
+
 def _weight_gradient(dlogits: Tensor, part: Tensor) -> Tensor:
     """Return `weight_gradient` of one chunk, in fp32 for fp16: sums over rows leave its range, and no loss scale is in yet."""
     if part.dtype != torch.float16:
@@ -81,8 +85,9 @@ def softmax_loss_reference_(logits: Tensor, labels: Tensor) -> Tensor:
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logs = torch.log_softmax(wide, -1)
     loss = logs.gather(1, target).squeeze(1).neg_().masked_fill_(~kept, 0.0)
-    torch.exp(logs, out=wide).scatter_add_(1, target, torch.full_like(target, -1, dtype=wide.dtype))
-    wide.mul_(kept[:, None])
+    dlogs = wide.zero_().scatter_(1, target, kept[:, None].to(wide.dtype).neg_())
+    # torch's own backward, as its exp is the vectorized one
+    torch.ops.aten._log_softmax_backward_data.out(dlogs, logs, -1, wide.dtype, out=wide)
     if wide is not logits:
         logits.copy_(wide)
     return loss
@@ -106,17 +111,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, softmax_loss_: SoftmaxLoss
     ) -> Tensor:
-        loss, dweight = _zeros_like(hidden, ()), _zeros_like(weight, weight.shape)
-        dbias = None if bias is None else _zeros_like(bias, bias.shape)
+        loss, dweight, dbias = _zeros_like(hidden, ()), None, None
         dhidden = []
         for part, label in _chunks(hidden, labels, weight.shape[0]):
             dlogits = product(part, weight, bias)  # the logits until the next line
             loss += softmax_loss_(dlogits, label).sum()
             dhidden.append(product(dlogits, weight.t()))
-            dweight += _weight_gradient(dlogits, part)
-            if dbias is not None:
-                dbias += dlogits.sum(0, dtype=dbias.dtype)
-        ctx.save_for_backward(torch.cat(dhidden), dweight, dbias)
+            dweight = _summed(dweight, _weight_gradient(dlogits, part).to(loss.dtype))
+            if bias is not None:
+                dbias = _summed(dbias, dlogits.sum(0, dtype=loss.dtype))
+        ctx.save_for_backward(dhidden[0] if len(dhidden) == 1 else torch.cat(dhidden), dweight, dbias)
         ctx.dtype = weight.dtype
         return loss
 
