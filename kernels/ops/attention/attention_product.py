@@ -65,7 +65,9 @@ def unpadded(x: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _bmm(a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """scale * (a @ b) of (.., M, K) and (.., K, N), three dims each; the factor costs nothing inside the product."""
+    """scale * (a @ b) of (.., M, K) and (.., K, N), three dims each; the factor costs little inside the product."""
+    if scale == 1:
+        return torch.bmm(a, b)
     return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=scale)
 
 
@@ -88,7 +90,11 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """q k' / sqrt(D) + bias, (B * N, queries, keys), of heads (B * N, queries, D) and (B * G, keys, D)."""
-    scores = _by_head(_bmm(_by_key_head(q, k), k.transpose(1, 2), 1 / math.sqrt(q.shape[-1])), q.shape[0])
+    scale = 1 / math.sqrt(q.shape[-1])
+    if bias is not None and len(q) == len(k) and not torch.compiler.is_exporting():  # added inside the product
+        added = bias.expand(len(q) // heads, heads, q.shape[1], k.shape[1]).flatten(0, 1)
+        return torch.baddbmm(added, q, k.transpose(1, 2), alpha=scale)
+    scores = _by_head(_bmm(_by_key_head(q, k), k.transpose(1, 2), scale), q.shape[0])
     if bias is not None:
         scores.unflatten(0, (-1, heads)).add_(bias)
     return scores
