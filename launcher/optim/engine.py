@@ -65,6 +65,9 @@ def build_engine(
         if topology.num_replicas == 1:
             # Its all-reduce among one copies every gradient into a buffer and back, for nothing.
             engine.enable_backward_allreduce = False
+        if engine.optimizer is optimizer:
+            # DeepSpeed's own looks through all modules for the parameters, every step.
+            engine.zero_grad = optimizer.zero_grad
     elif stage < 3:
         forget_skipped_sums(engine.optimizer)
     if isinstance(optimizer, SteppedInSlices):

@@ -234,11 +234,11 @@ def _norm_forward(x: Tensor | None, bias: Tensor | None, residual: Tensor, *rest
     forward = residual_norm_forward_reference
     if uses_triton(residual, options.kernels):
         from .residual_norm_triton import residual_norm_forward as forward
-    amax = residual.new_zeros(() if options.amax else 0, dtype=torch.float32)
-    asked = amax if options.amax else None
-    z, y, mean, rstd = forward(x, bias, residual, weight, norm_bias, seed, options, asked)
-    nothing = residual.new_empty(0)
-    return nothing if x is None else z, y, torch.empty_like(nothing) if mean is None else mean, rstd, amax
+    amax = residual.new_zeros((), dtype=torch.float32) if options.amax else None
+    z, y, mean, rstd = forward(x, bias, residual, weight, norm_bias, seed, options, amax)
+    z = residual.new_empty(0) if x is None else z
+    mean = residual.new_empty(0) if mean is None else mean
+    return z, y, mean, rstd, residual.new_empty(0, dtype=torch.float32) if amax is None else amax
 
 
 def _fake_norm_backward(dz: Tensor | None, dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
