@@ -1,10 +1,13 @@
-"""What a step of a small model costs on a CPU, against a plain torch model of the same shape, in turns within one process.
+"""What a step of a small model costs on a CPU, against a plain torch model of the same shape, in turns.
 
-  OMP_NUM_THREADS=1 python scripts/bench/bench_small_step.py --threads 1
+  python scripts/bench/bench_small_step.py --threads 1
+
+Each row is a process of its own, as a run keeps freed memory, and a plain model would find that in its process.
 
 nanogpt is nanoGPT's published run for a CPU: 4 layers of width 128, 4 heads, 12 rows of 64 characters, no biases, GELU by erf.
 bert_tiny is configs/bert_tiny.yaml; bert_base is configs/bert_base.yaml with 8 sequences of 128 and dropout, and its plain
-model is BertForPreTraining of `transformers`. Ours takes a step as a run does, our model in the engine through `train_step`.
+model is BertForPreTraining of `transformers`. Ours takes a step as a run does, our model in the engine through `train_step`,
+with the libraries that a run would choose for its products.
 The plain model (plain_models.py) takes fp32 steps, or in bf16 under torch.autocast; both have fused AdamW, clipping at 1.0 and
 the same batches of random tokens. Ours has the vocabulary of a run, rounded up to a multiple of 64, the plain model that of the
 text.
@@ -13,9 +16,13 @@ Prints, of each shape and number of threads, the median milliseconds of a step a
 """
 
 import argparse
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -25,9 +32,11 @@ from bench_train import VOCAB_SIZE, engine_of, our_model, random_step, step_of, 
 from plain_models import PlainBert, PlainGpt
 from torch import nn
 
+from xformer_train.kernels.ops.linear import using_cpu_libraries
 from xformer_train.launcher.config.loading import load_config
 from xformer_train.launcher.config.schema import RunConfig
 from xformer_train.launcher.optim.engine import set_learning_rate
+from xformer_train.launcher.processes.products import choose, products_shape, this_cpu
 from xformer_train.launcher.processes.topology import Topology, quiet, start_processes, stop_processes
 from xformer_train.launcher.training.steps import StepData, train_step
 from xformer_train.recipes import RECIPES
@@ -70,6 +79,8 @@ SHAPES: dict[str, tuple[str, list[str], int, Callable[[RunConfig, int], nn.Modul
 ROWS = ["ours fp32", "plain fp32", "ours bf16", "plain bf16"]
 _BATCHES, _WARM_UPS = 8, 3
 Take = Callable[[int], object]
+Row = tuple[str, str, list[str], int]
+"""Shape, name, changes of the config, threads."""
 
 
 def main() -> None:
@@ -81,32 +92,41 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=8, help="of a row in a round")
     arguments = parser.parse_args()
+    for shape in arguments.shapes:
+        for threads in arguments.threads:
+            torch.set_num_threads(threads)  # which the table says
+            rows = [(shape, name, arguments.set, threads) for name in arguments.rows]
+            times = measured(rows, arguments.rounds, arguments.steps)
+            print(table(shape, dict(zip(arguments.rows, times, strict=True))), flush=True)
+
+
+def take_turns(turns: Connection, shape: str, name: str, sets: list[str], threads: int) -> None:
+    """Take a row's steps when told to: from which batch on, and how many; answer with the milliseconds of one."""
     quiet(debug=False)
-    topology = start_processes(600.0)
-    try:
-        for shape in arguments.shapes:
-            takes = rows_of(shape, arguments.rows, arguments.set, topology)
-            for threads in arguments.threads:
-                torch.set_num_threads(threads)
-                print(table(shape, measured(takes, arguments.rounds, arguments.steps)), flush=True)
-    finally:
-        stop_processes()
-
-
-def rows_of(shape: str, names: list[str], sets: list[str], topology: Topology) -> dict[str, Take]:
-    """Return what takes a step of each row on the batch of a number."""
+    torch.set_num_threads(threads)
     path, own, symbols, plain = SHAPES[shape]
     config = load_config(path, [*own, *sets]).config
     data = random_batches(config, symbols)
-    takes: dict[str, Take] = {}
-    for name in names:
-        torch.manual_seed(config.seed)
-        whose, precision = name.split()
+    torch.manual_seed(config.seed)
+    whose, precision = name.split()
+    with ExitStack() as held:
         if whose == "ours":
-            takes[name] = ours(config, topology, precision, data, -(-symbols // 64) * 64)
+            topology = start_processes(600.0)
+            held.callback(stop_processes)
+            size = config.training.micro_batch_size
+            assert size is not None, "every shape gives it"
+            products = choose(precision, topology.device, [this_cpu()], products_shape(config, size))
+            if products.libraries is not None:
+                held.enter_context(using_cpu_libraries(products.libraries))
+            take = ours(config, topology, precision, data, -(-symbols // 64) * 64)
         else:
-            takes[name] = theirs(config, plain(config, symbols), precision, data)
-    return takes
+            take = theirs(config, plain(config, symbols), precision, data)
+        while (turn := turns.recv()) is not None:
+            first, steps = turn
+            started_s = time.perf_counter()
+            for index in range(first, first + steps):
+                take(index)
+            turns.send((time.perf_counter() - started_s) / steps * 1e3)
 
 
 def random_batches(config: RunConfig, symbols: int) -> list[StepData]:
@@ -150,19 +170,33 @@ def theirs(config: RunConfig, model: nn.Module, precision: str, data: list[StepD
     return lambda index: take(dict(data[index % len(data)].micro_batches[0]))
 
 
-def measured(takes: dict[str, Take], rounds: int, steps: int) -> dict[str, list[float]]:
+def measured(rows: list[Row], rounds: int, steps: int) -> list[list[float]]:
     """Return the milliseconds of a step of each row in each round."""
-    times: dict[str, list[float]] = {name: [] for name in takes}
-    for take in takes.values():
-        for index in range(min(_WARM_UPS, steps)):
-            take(index)
-    for number in range(rounds):
-        for name, take in takes.items():
-            started_s = time.perf_counter()
-            for index in range(steps):
-                take(number * steps + index)
-            times[name].append((time.perf_counter() - started_s) / steps * 1e3)
-    return times
+    times: list[list[float]] = [[] for _ in rows]
+    with ExitStack() as held:
+        turns = [held.enter_context(waiting(row)) for row in rows]
+        for number in range(-1, rounds):  # the first is for warming up
+            for row, turn in zip(times, turns, strict=True):
+                turn.send((max(0, number) * steps, min(_WARM_UPS, steps) if number < 0 else steps))
+                row.append(turn.recv())
+    return [row[1:] for row in times]
+
+
+@contextmanager
+def waiting(row: Row) -> Iterator[Connection]:
+    """Yield what tells the process of a row to take its turn; the process ends with the context."""
+    os.environ["OMP_NUM_THREADS"] = str(row[-1])
+    spawning = multiprocessing.get_context("spawn")
+    here, there = spawning.Pipe()
+    process = spawning.Process(target=take_turns, args=(there, *row), daemon=True)
+    process.start()
+    there.close()  # so that its end is noticed
+    try:
+        yield here
+        here.send(None)
+        process.join()
+    finally:
+        process.kill()
 
 
 def table(shape: str, times: dict[str, list[float]]) -> str:

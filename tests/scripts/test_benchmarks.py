@@ -147,12 +147,12 @@ def test_a_plain_model_computes_the_loss_of_ours_from_the_same_weights(script, s
 def test_steps_of_ours_and_of_a_plain_model_are_timed_in_turns(script, monkeypatch, capsys):
     bench = script("bench_small_step")
     small = ["--set", "model.num_hidden_layers=1", "training.train_batch_size=2", "training.micro_batch_size=2"]
-    threads = str(torch.get_num_threads())
-    sizes = ["--rounds", "1", "--steps", "1", "--threads", threads]
+    rows = ["ours fp32", "plain bf16"]
+    sizes = ["--rounds", "1", "--steps", "1", "--threads", "1", "--rows", *rows]
     monkeypatch.setattr(sys, "argv", ["bench_small_step.py", *small, *sizes])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the script sets it
     bench.main()
     lines = capsys.readouterr().out.splitlines()
-    rows = ["ours fp32", "plain fp32", "ours bf16", "plain bf16"]
     assert [line[:12].strip() for line in lines if not line.startswith(("nanogpt", "bert_tiny", " "))] == 2 * rows
 
 
