@@ -91,8 +91,9 @@ def _by_head(x: Tensor, heads: int) -> Tensor:
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, heads: int) -> Tensor:
     """q k' / sqrt(D) + bias, (B * N, queries, keys), of heads (B * N, queries, D) and (B * G, keys, D)."""
     scale = 1 / math.sqrt(q.shape[-1])
-    if bias is not None and len(q) == len(k) and not torch.compiler.is_exporting():  # added inside the product
-        added = bias.expand(len(q) // heads, heads, q.shape[1], k.shape[1]).flatten(0, 1)
+    # Added inside the product; an export would take the batch for a constant by these sizes.
+    if not torch.compiler.is_exporting() and bias is not None and q.shape[0] == k.shape[0]:
+        added = bias.expand(q.shape[0] // heads, heads, q.shape[1], k.shape[1]).flatten(0, 1)
         return torch.baddbmm(added, q, k.transpose(1, 2), alpha=scale)
     scores = _by_head(_bmm(_by_key_head(q, k), k.transpose(1, 2), scale), q.shape[0])
     if bias is not None:
