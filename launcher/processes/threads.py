@@ -108,7 +108,7 @@ class Threads:
         before, self._seen = self._seen, self._look()
         now_s = self._seen[0]
         waited, idle = (
-            (now - then) / (now_s - before[0]) for now, then in zip(self._seen[1:], before[1:], strict=True)
+            (end - start) / (now_s - before[0]) for start, end in zip(before[1:], self._seen[1:], strict=True)
         )
         if waited > _WAITED:
             self._lower(max(1, round(waited)), now_s)

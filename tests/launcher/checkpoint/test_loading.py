@@ -82,6 +82,15 @@ def test_moments_of_any_name_are_brought_to_another_stage_bit_for_bit(alone, tmp
             assert moved.whole(name, key).equal(saved.whole(name, key)), (name, key)
 
 
+def saved_and_moved(before, after, alone, folder):
+    """Train two steps in one engine, load them into another, and return what each saves."""
+    train(before, alone, 0, 2)
+    save(before, folder, "stage_0", 2, alone)
+    loading.load(after, folder / "stage_0", MODEL, alone)
+    save(after, folder, "elsewhere", 2, alone)
+    return [Saved(folder / name, read_state(folder / name)) for name in ("stage_0", "elsewhere")]
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_state_without_a_count_of_steps_is_brought_to_another_stage(alone, tmp_path, stage):
     def engine(stage):
@@ -90,11 +99,7 @@ def test_a_state_without_a_count_of_steps_is_brought_to_another_stage(alone, tmp
         return build_engine(model, sgd, tiny_config(alone, stage, "fp32") | UNTESTED, alone)
 
     before, after = engine(0), engine(stage)
-    train(before, alone, 0, 2)
-    save(before, tmp_path, "stage_0", 2, alone)
-    loading.load(after, tmp_path / "stage_0", MODEL, alone)
-    save(after, tmp_path, "elsewhere", 2, alone)
-    saved, moved = (Saved(tmp_path / name, read_state(tmp_path / name)) for name in ("stage_0", "elsewhere"))
+    saved, moved = saved_and_moved(before, after, alone, tmp_path)
     for name in saved.names:
         assert set(moved.state(name)) == {"momentum_buffer"}
         assert moved.whole(name, "momentum_buffer").equal(saved.whole(name, "momentum_buffer")), name
@@ -109,11 +114,7 @@ def test_a_state_of_muon_and_adamw_is_brought_to_another_stage_and_refused_to_ad
         return build_engine(model, muon, tiny_config(alone, stage, "fp32") | UNTESTED, alone)
 
     before, after = engine(0), engine(stage)
-    train(before, alone, 0, 2)
-    save(before, tmp_path, "stage_0", 2, alone)
-    loading.load(after, tmp_path / "stage_0", MODEL, alone)
-    save(after, tmp_path, "elsewhere", 2, alone)
-    saved, moved = (Saved(tmp_path / name, read_state(tmp_path / name)) for name in ("stage_0", "elsewhere"))
+    saved, moved = saved_and_moved(before, after, alone, tmp_path)
     for name in saved.names:
         kept = {"momentum_buffer"} if name == "0.weight" else {"step", "exp_avg", "exp_avg_sq"}
         assert set(moved.state(name)) == kept
